@@ -1,0 +1,31 @@
+"""Errors a user can act on. A command line prints them as one line; every other exception is our bug."""
+
+from __future__ import annotations
+
+
+class QwenError(Exception):
+    """Base of everything a user can cause: says what was found, what was expected and what to do."""
+
+
+class BuildError(QwenError):
+    """An engine cannot be built as asked."""
+
+
+class CheckpointError(BuildError):
+    """A file of the checkpoint is missing, damaged, or holds something it should not."""
+
+
+class UnsupportedModel(BuildError):
+    """The checkpoint is intact and asks for something the graph does not have."""
+
+
+class WeightMismatch(BuildError):
+    """Checkpoint and graph disagree on the name or the shape of a weight."""
+
+
+class EngineError(QwenError):
+    """An engine directory is missing, damaged, or of a version this runtime does not read."""
+
+
+class RequestError(QwenError):
+    """A prompt or an option does not fit the engine it was given to."""

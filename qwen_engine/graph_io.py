@@ -1,0 +1,84 @@
+"""The names, types and shapes of the graph's inputs and outputs.
+
+One graph serves prefill, chunked prefill, decode and any mixture of them: the new tokens of all
+sequences stand one after the other, without a batch axis and without padding.
+
+Symbolic dimensions: ``T`` new tokens, ``S`` sequences, ``L`` tokens that get logits,
+``max_blocks`` width of the block table, ``num_blocks`` size of the cache pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["token", "sequence", "selection", "paged_state"]
+Dimension = int | str
+
+INPUT_IDS = "input_ids"
+CUMULATIVE_LENGTHS = "cumulative_lengths"
+PAST_LENGTHS = "past_lengths"
+BLOCK_TABLE = "block_table"
+LOGITS_INDICES = "logits_indices"
+LOGITS = "logits"
+
+# The domain of the plugin's operators.
+PLUGIN_DOMAIN = "qwen"
+
+# Tokens that share one tile of the key cache, in which keys lie transposed. A constant of the operator.
+KEY_TILE = 32
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of the graph.
+
+    ``kind`` says what the runtime has to do with it: ``token`` one row a new token, ``sequence`` one
+    row a sequence, ``selection`` one row a token that gets logits, ``paged_state`` a pool of cache
+    blocks that the graph updates in place.
+    """
+
+    name: str
+    kind: Kind
+    dtype: str
+    shape: tuple[Dimension, ...]
+    layer: int | None = None
+
+
+BATCH_INPUTS = (
+    TensorSpec(INPUT_IDS, "token", "int64", ("T",)),
+    TensorSpec(CUMULATIVE_LENGTHS, "sequence", "int32", ("S+1",)),
+    TensorSpec(PAST_LENGTHS, "sequence", "int32", ("S",)),
+    TensorSpec(BLOCK_TABLE, "sequence", "int32", ("S", "max_blocks")),
+    TensorSpec(LOGITS_INDICES, "selection", "int64", ("L",)),
+)
+
+
+def key_cache_name(layer: int) -> str:
+    return f"key_cache.{layer}"
+
+
+def value_cache_name(layer: int) -> str:
+    return f"value_cache.{layer}"
+
+
+def cache_inputs(
+    layers: Sequence[int], kv_heads: int, head_dim: int, block_size: int, dtype: str
+) -> tuple[TensorSpec, ...]:
+    """The cache pools as the CPU operator reads them, for each of ``layers``.
+
+    A key block is (kv_heads, block_size / 32, head_dim, 32): transposed within tiles of 32 tokens, so
+    that scores need no horizontal sums. A value block is (kv_heads, block_size, head_dim).
+    """
+    key = ("num_blocks", kv_heads, block_size // KEY_TILE, head_dim, KEY_TILE)
+    value = ("num_blocks", kv_heads, block_size, head_dim)
+    return tuple(
+        TensorSpec(name(layer), "paged_state", dtype, shape, layer)
+        for layer in layers
+        for name, shape in ((key_cache_name, key), (value_cache_name, value))
+    )
+
+
+def logits_output(vocab_size: int) -> TensorSpec:
+    return TensorSpec(LOGITS, "selection", "float32", ("L", vocab_size))
