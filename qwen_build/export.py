@@ -1,0 +1,189 @@
+"""From a graph without values to the files of an engine: two ONNX files over one file of weights.
+
+The place of every tensor in the weights file follows from its shape alone, so the file is written in
+one pass, a slice of rows at a time, by a few threads, and nothing larger than a slice is ever in memory.
+A weight that the graph reads twice (a tied embedding and head) has one place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_build.checkpoint import Checkpoint
+from qwen_build.model import Graph
+from qwen_build.quantize import Float32, Scheme, StoredPart
+from qwen_build.weight_map import Source
+from qwen_engine.errors import BuildError
+from qwen_engine.manifest import WEIGHTS_FILE
+from qwen_run.machine import physical_cores
+
+Result = TypeVar("Result")
+
+# Elements of a weight in memory at a time, for each thread: large enough to hide Python, small enough for a cache.
+SLICE_ELEMENTS = 1 << 20
+# float32 arrays of a slice's size that quantising one needs at its peak.
+ARRAYS_PER_SLICE = 6
+# Tensors start at a multiple of this: a cache line, and a page where the tensor is at least that large.
+ALIGNMENTS = (64, 4096)
+# Constants up to this size stay in the graph: ONNX's shape inference wants to see axes and the like.
+INLINE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the weights file."""
+
+    offset: int
+    part: StoredPart
+
+    @property
+    def row_bytes(self) -> int:
+        return self.part.size_bytes // self.part.shape[0]
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """A weight of the checkpoint, how it is stored, and where each of its parts lies."""
+
+    source: Source
+    shape: tuple[int, ...]
+    scheme: Scheme
+    places: Mapping[str, Place]
+
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """Row ranges of at most ``SLICE_ELEMENTS`` elements, or one row."""
+        rows, *rest = self.shape
+        step = max(1, SLICE_ELEMENTS // int(np.prod(rest)) if rest else rows)
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weights file: what is written where, and which place each initializer of the graph reads."""
+
+    weights: tuple[PlannedWeight, ...]
+    constants: tuple[tuple[np.ndarray, Place], ...]
+    places: Mapping[str, Place]
+    size_bytes: int
+
+
+def plan_layout(graph: Graph, sources: Mapping[str, Source]) -> Layout:
+    """Give every tensor of ``graph`` its place. ``sources`` has the source of each graph weight."""
+    end = 0
+    places: dict[str, Place] = {}
+    planned: dict[tuple[Source, Scheme], PlannedWeight] = {}
+    constants: list[tuple[np.ndarray, Place]] = []
+
+    def put(part: StoredPart) -> Place:
+        nonlocal end
+        alignment = max(a for a in ALIGNMENTS if a == ALIGNMENTS[0] or part.size_bytes >= a)
+        offset = -(-end // alignment) * alignment
+        end = offset + part.size_bytes
+        return Place(offset, part)
+
+    for name, value in graph.model.graph.initializers.items():
+        if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
+            array = np.ascontiguousarray(value.const_value.numpy())
+            place = put(StoredPart(array.shape, value.const_value.dtype))
+            constants.append((array, place))
+            places[name] = place
+    for name, value in graph.plain.items():
+        shape = tuple(value.shape)
+        weight = PlannedWeight(sources[name], shape, Float32(), {"weight": put(StoredPart(shape, ir.DataType.FLOAT))})
+        planned[sources[name], Float32()] = weight
+        places[value.name] = weight.places["weight"]
+    for name, module in graph.stored.items():
+        key = sources[name], module.scheme
+        if key not in planned:
+            parts = module.scheme.parts(module.out_features, module.in_features)
+            shape = module.out_features, module.in_features
+            places_of = {part: put(stored) for part, stored in parts.items()}
+            planned[key] = PlannedWeight(sources[name], shape, module.scheme, places_of)
+        for part, value in module.parts.items():
+            places[value.name] = planned[key].places[part]
+    return Layout(tuple(planned.values()), tuple(constants), places, end)
+
+
+def write_graph(graph: Graph, layout: Layout, path: Path) -> None:
+    """Write the graph to ``path``, its initializers pointing into the weights file beside it."""
+    for name, value in graph.model.graph.initializers.items():
+        if name not in layout.places:
+            continue
+        place = layout.places[name]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, place.offset, place.part.size_bytes, place.part.dtype,
+            shape=value.shape, name=name, base_dir=path.parent,
+        )  # fmt: skip
+    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
+
+
+def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: Callable[[int], object]) -> None:
+    """Write the weights file, reading each weight of ``checkpoint`` once.
+
+    Args:
+        advance: called with the number of bytes newly written, from this thread.
+
+    Raises:
+        BuildError: the disk is full.
+        CheckpointError: a weight cannot be read or is not finite.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        reserve(descriptor, layout.size_bytes)
+        for array, place in layout.constants:
+            write_exactly(descriptor, array, place.offset)
+            advance(array.nbytes)
+
+        def write_slice(weight: PlannedWeight, start: int, stop: int) -> int:
+            tensors = weight.scheme.quantize(weight.source.read(checkpoint, start, stop))
+            for part, place in weight.places.items():
+                write_exactly(descriptor, tensors[part], place.offset + start * place.row_bytes)
+            return sum(place.row_bytes for place in weight.places.values()) * (stop - start)
+
+        jobs = ((weight, *rows) for weight in layout.weights for rows in weight.slices())
+        for written in in_threads(write_slice, jobs):
+            advance(written)
+    except OSError as error:
+        raise BuildError(f"{path}: {error.strerror}; the engine takes {layout.size_bytes / 1e6:,.0f} MB") from error
+    finally:
+        os.close(descriptor)
+
+
+def in_threads(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+    """Results of ``work(*job)`` as they come, a few jobs at a time; the first error ends it."""
+    with ThreadPoolExecutor(physical_cores()) as pool:
+        running: set[Future[Result]] = set()
+        try:
+            for job in jobs:
+                running.add(pool.submit(work, *job))
+                if len(running) > physical_cores():
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in running)
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def reserve(descriptor: int, size_bytes: int) -> None:
+    """Give the file its final size; a full disk shows here, and not after minutes."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    else:  # macOS
+        os.ftruncate(descriptor, size_bytes)
+
+
+def write_exactly(descriptor: int, array: np.ndarray, offset: int) -> None:
+    """Write the bytes of ``array`` at ``offset``; a short write goes on where it stopped."""
+    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,118 @@
+"""The Qwen graph: the same modules and the same names as ``transformers``' Qwen2 and Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder, OpBuilder, nn
+
+from qwen_build.config import ModelConfig
+from qwen_build.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step, Stored
+from qwen_build.quantize import Scheme
+from qwen_build.rope import rope_tables
+from qwen_engine.graph_io import INPUT_IDS, LOGITS, LOGITS_INDICES, PLUGIN_DOMAIN, TensorSpec, logits_output
+
+OPSET = 23  # first with RMSNormalization
+DTYPES = {
+    "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """Which scheme stores what: the linears of the decoder layers, and embedding and head."""
+
+    linear: Scheme
+    embedding: Scheme
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, scheme: Scheme):
+        super().__init__()
+        self.path = f"model.layers.{layer}"
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, scheme)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, layer, scheme)
+
+    def forward(self, op: OpBuilder, x: ir.Value, step: Step) -> ir.Value:
+        normed = step.expose(f"{self.path}.input_layernorm", self.input_layernorm(op, x))
+        x = op.Add(x, self.self_attn(op, normed, step))
+        normed = step.expose(f"{self.path}.post_attention_layernorm", self.post_attention_layernorm(op, x))
+        return step.expose(self.path, op.Add(x, self.mlp(op, normed, step)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, schemes: Schemes):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, schemes.embedding)
+        self.layers = nn.ModuleList([DecoderLayer(config, i, schemes.linear) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, op: OpBuilder, step: Step) -> ir.Value:
+        x = step.expose("model.embed_tokens", self.embed_tokens(op, step.inputs[INPUT_IDS]))  # (T, H)
+        for layer in self.layers:
+            x = layer(op, x, step)
+        x = op.Gather(x, step.inputs[LOGITS_INDICES])  # (L, H): the vocabulary is multiplied only where asked
+        return step.expose("model.norm", self.norm(op, x))
+
+
+class CausalLM(nn.Module):
+    """A tied head is a linear like any other; the weights file holds its bytes once, see ``export.py``."""
+
+    def __init__(self, config: ModelConfig, schemes: Schemes):
+        super().__init__()
+        self.model = Decoder(config, schemes)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, schemes.embedding)
+
+    def forward(self, op: OpBuilder, step: Step) -> ir.Value:
+        return self.lm_head(op, self.model(op, step))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The graph, its weights still without values.
+
+    ``stored`` holds the modules whose weight a scheme stores, ``plain`` the remaining parameters
+    (norms and biases, 1-D float32), both by the name of the weight in the checkpoint's manner.
+    """
+
+    model: ir.Model
+    stored: Mapping[str, Stored]
+    plain: Mapping[str, ir.Value]
+
+
+def build_graph(
+    config: ModelConfig, schemes: Schemes, inputs: Sequence[TensorSpec], max_seq_len: int, expose: bool = False
+) -> Graph:
+    """Define the engine graph over ``inputs`` (see :mod:`qwen_engine.graph_io`).
+
+    With ``expose`` the output of every sub-block is an output of the graph too, named as the module
+    in Hugging Face; the input of ``o_proj`` and ``down_proj`` is named ``….input``.
+    """
+    opsets = {"": OPSET, "com.microsoft": 1, PLUGIN_DOMAIN: 1}
+    graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name="qwen")
+    builder = GraphBuilder(graph)
+    values = {spec.name: builder.input(spec.name, DTYPES[spec.dtype], list(spec.shape)) for spec in inputs}
+    cos, sin = rope_tables(config.head_dim, config.rope_theta, max_seq_len)
+    step = Step(
+        values,
+        builder.op.initializer(ir.tensor(cos), "rope.cos"),
+        builder.op.initializer(ir.tensor(sin), "rope.sin"),
+    )
+    model = CausalLM(config, schemes)
+    logits = model(builder.op, step)
+    outputs = {LOGITS: logits} | (step.exposed if expose else {})
+    for name, value in outputs.items():
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        builder.add_output(value, name)
+    logits.shape = ir.Shape(logits_output(config.vocab_size).shape)
+    stored = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Stored)}
+    held = {id(part) for module in stored.values() for part in module.parts.values()}
+    plain = {name: value for name, value in model.named_parameters() if id(value) not in held}
+    return Graph(ir.Model(graph, ir_version=11), stored, plain)

@@ -1,0 +1,116 @@
+"""From the names in a Hugging Face checkpoint to the weights of the graph.
+
+A graph weight has the name it has in the checkpoint. ``FUSED`` and the tied head are the only
+exceptions: adding an architecture means adding its rows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_build.checkpoint import Checkpoint
+from qwen_build.config import ModelConfig
+from qwen_engine.errors import CheckpointError, WeightMismatch
+
+Shape = tuple[int, ...]
+
+# graph module -> the checkpoint modules whose rows follow each other in it, and how many rows each has
+FUSED: dict[str, Callable[[ModelConfig], dict[str, int]]] = {
+    "self_attn.qkv_proj": lambda c: {
+        "q_proj": c.num_attention_heads * c.head_dim,
+        "k_proj": c.num_key_value_heads * c.head_dim,
+        "v_proj": c.num_key_value_heads * c.head_dim,
+    },
+    "mlp.gate_up_proj": lambda c: {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
+}
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# tensors some checkpoints have and no graph needs
+IGNORED = ("rotary_emb.inv_freq",)
+
+# Rows of a tied head that are compared with the embedding at a time.
+_COMPARED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint tensors whose rows, one tensor after the other, are the rows of a graph weight."""
+
+    shapes: tuple[tuple[str, Shape], ...]
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the graph weight, float32."""
+        pieces = []
+        for name, (rows, *_) in self.shapes:
+            if start < rows and stop > 0:
+                pieces.append(checkpoint.read(name, max(start, 0), min(stop, rows)))
+            start, stop = start - rows, stop - rows
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def source(name: str, shape: Shape, config: ModelConfig) -> Source:
+    """Where the graph weight ``name`` of ``shape`` comes from: ``qkv_proj.bias`` from three biases, and so on."""
+    if name == HEAD and config.tie_word_embeddings:
+        return Source(((EMBEDDING, shape),))
+    module, _, kind = name.rpartition(".")
+    for fused, parts in FUSED.items():
+        if module.endswith(f".{fused}"):
+            parent = module.rpartition(".")[0]
+            return Source(
+                tuple((f"{parent}.{part}.{kind}", (rows, *shape[1:])) for part, rows in parts(config).items())
+            )
+    return Source(((name, shape),))
+
+
+def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
+    """The source of each graph weight, after graph and checkpoint were found to agree both ways.
+
+    Args:
+        shapes: graph weight name -> the (out_features, in_features) or (size,) the graph declares for it.
+
+    Raises:
+        WeightMismatch: tensors are missing, unused, or of another shape; all of them in one message.
+    """
+    plan = {name: source(name, shape, config) for name, shape in shapes.items()}
+    needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
+    present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if not name.endswith(IGNORED)}
+    if config.tie_word_embeddings and HEAD in present:
+        check_tied(checkpoint)
+        del present[HEAD]
+    check_agreement(needed, present)
+    return plan
+
+
+def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -> None:
+    """Raise :class:`WeightMismatch` unless names and shapes are the same on both sides."""
+    complaints = []
+    if missing := sorted(needed.keys() - present.keys()):
+        complaints.append(f"the checkpoint lacks {', '.join(missing)}")
+    if unused := sorted(present.keys() - needed.keys()):
+        complaints.append(f"the graph has no place for {', '.join(unused)}")
+    complaints += [
+        f"{name}: graph expects {needed[name]}, checkpoint has {present[name]}"
+        for name in sorted(needed.keys() & present.keys())
+        if needed[name] != present[name]
+    ]
+    if complaints:
+        raise WeightMismatch("; ".join(complaints))
+
+
+def check_tied(checkpoint: Checkpoint) -> None:
+    """A checkpoint that is tied by its config may store the head again, but not another one."""
+    embedding, head = checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]
+    equal = embedding.shape == head.shape and all(
+        np.array_equal(checkpoint.read(EMBEDDING, row, stop), checkpoint.read(HEAD, row, stop))
+        for row in range(0, head.shape[0], _COMPARED_ROWS)
+        for stop in [min(row + _COMPARED_ROWS, head.shape[0])]
+    )
+    if not equal:
+        raise CheckpointError(
+            "config.json ties the head to the embedding (tie_word_embeddings true), but its lm_head.weight "
+            "differs from model.embed_tokens.weight; set tie_word_embeddings to false if the head is its own"
+        )

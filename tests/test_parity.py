@@ -1,0 +1,149 @@
+"""The engine computes what ``transformers`` computes, on tiny random checkpoints of every family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import FAMILIES, hf_logits, run_alone, run_chunks
+
+from qwen_build.quantize import GROUP_SIZES, make_scheme
+from qwen_run.engine import Engine
+
+RNG = np.random.default_rng(7)
+SEQUENCES = [RNG.integers(0, 131, length).tolist() for length in (45, 1, 300, 33)]
+
+# Every sequence at once; token by token; in chunks that end inside and at blocks; joining and leaving.
+SCHEDULES = {
+    "batched": [[45, 1, 300, 33]],
+    "token by token": [[1, 1, 1, 1], *([[1, 0, 1, 1]] * 32), *([[1, 0, 1, 0]] * 12), *([[0, 0, 1, 0]] * 255)],
+    "chunked": [[0, 0, 256, 0], [31, 1, 1, 32], [13, 0, 42, 1], [1, 0, 1, 0]],
+}
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def load(directory, threads=1):
+    return Engine.load(directory, threads=threads)
+
+
+@every_family
+@pytest.mark.parametrize(("dtype", "sharded"), [("float32", False), ("bfloat16", True), ("float16", False)])
+def test_float_engine_equals_transformers(family, dtype, sharded, tiny_checkpoint, build_engine):
+    checkpoint = tiny_checkpoint(family, dtype, sharded)
+    engine = load(build_engine(checkpoint.path, quant="none"))
+    for sequence in SEQUENCES:
+        # float32 sums in another order: 1e-4 of logits that reach 10 and more
+        np.testing.assert_allclose(run_alone(engine, sequence), checkpoint.logits(sequence), rtol=1e-4, atol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_float_engine_does_not_depend_on_the_schedule(family, schedule, tiny_checkpoint, build_engine):
+    engine = load(build_engine(tiny_checkpoint(family).path, quant="none"))
+    for sequence, logits in zip(SEQUENCES, run_chunks(engine, SEQUENCES, SCHEDULES[schedule]), strict=True):
+        # the stock float32 product sums in another order for one row than for several
+        np.testing.assert_allclose(logits, run_alone(engine, sequence), rtol=1e-4, atol=1e-4)
+
+
+# The schemes whose stock matrix operator gives a row the same bits whatever other rows there are.
+ROW_INVARIANT = [("int4", 32), ("int8", 32), ("int8", 64)]
+
+
+@every_family
+@pytest.mark.parametrize(("quant", "group_size"), ROW_INVARIANT)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_quantised_engine_gives_the_same_bits_on_any_schedule(
+    family, quant, group_size, schedule, tiny_checkpoint, build_engine
+):
+    directory = build_engine(tiny_checkpoint(family).path, quant=quant, group_size=group_size, embedding_quant="int8")
+    one_thread, two_threads = load(directory), load(directory, threads=2)
+    for sequence, logits in zip(SEQUENCES, run_chunks(two_threads, SEQUENCES, SCHEDULES[schedule]), strict=True):
+        assert np.array_equal(logits, run_alone(one_thread, sequence))
+
+
+@every_family
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quantised_engine_equals_transformers_with_the_dequantised_weights(
+    family, quant, group_size, symmetric, tiny_checkpoint, build_engine
+):
+    checkpoint = tiny_checkpoint(family)
+    options = {"quant": quant, "embedding_quant": quant, "group_size": group_size, "symmetric": symmetric}
+    directory = build_engine(checkpoint.path, activations="float32", kv_cache_dtype="float32", **options)
+    model = dequantised(checkpoint.model, make_scheme(quant, group_size, symmetric, "float32"))
+
+    for sequence in SEQUENCES:
+        # the same weights on both sides: what is left is float32 rounding, a little more than unquantised
+        logits = run_alone(load(directory), sequence)
+        np.testing.assert_allclose(logits, hf_logits(model, sequence), rtol=3e-4, atol=3e-4)
+
+
+@every_family
+def test_int8_activations_and_a_float16_cache_stay_close(family, tiny_checkpoint, build_engine):
+    checkpoint = tiny_checkpoint(family)
+    exact = run_alone(load(build_engine(checkpoint.path, quant="int8", activations="float32")), SEQUENCES[2])
+    rounded = run_alone(load(build_engine(checkpoint.path, quant="int8")), SEQUENCES[2])
+    # half a percent a product (8 bits and a sign), a few products deep; not bit-equal, or the option does nothing
+    relative = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-5 < relative < 0.05
+
+
+def dequantised(model, scheme):
+    """A copy of ``model`` whose linears and embeddings hold what ``scheme`` makes of them."""
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            weight = parameter.detach().numpy()
+            parameter.data = torch.tensor(scheme.dequantize(scheme.quantize(weight), weight.shape[1]))
+        else:
+            assert parameter.dim() == 1, name
+    return model
+
+
+@every_family
+def test_the_layers_graph_names_what_transformers_computes(family, tiny_checkpoint, build_engine):
+    import torch
+
+    from qwen_engine.manifest import LAYERS_GRAPH_FILE
+    from qwen_run.engine import Batch
+
+    checkpoint, tokens = tiny_checkpoint(family), SEQUENCES[0]
+    engine = Engine.load(build_engine(checkpoint.path, quant="none"), threads=1, graph=LAYERS_GRAPH_FILE)
+    blocks = engine.cache.allocate(engine.cache.blocks_for(len(tokens)))
+    length = len(tokens)
+    batch = Batch(
+        np.array(tokens, np.int64),
+        np.array([0, length], np.int32),
+        np.zeros(1, np.int32),
+        np.array([blocks], np.int32),
+        np.arange(length),
+    )
+    outputs = engine.run_layers(batch)
+
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            seen[name] = (output[0] if isinstance(output, tuple) else output).squeeze(0).numpy()
+            if name.endswith(("o_proj", "down_proj")):
+                seen[f"{name}.input"] = args[0].squeeze(0).numpy()
+
+        return hook
+
+    modules = dict(checkpoint.model.named_modules())
+    names = {"lm_head" if name == "logits" else name.removesuffix(".input") for name in outputs}
+    hooks = [modules[name].register_forward_hook(keep(name)) for name in names]
+    with torch.no_grad():
+        checkpoint.model(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+
+    assert len(outputs) == 2 + 1 + 7 * 3  # logits and embedding, last norm, and seven a layer
+    for name, value in outputs.items():
+        expected = seen["lm_head" if name == "logits" else name]
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4, err_msg=name)
