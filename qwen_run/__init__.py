@@ -1,0 +1,1 @@
+"""The runtime: engine directories, requests and text in, tokens and text out."""

@@ -1,0 +1,235 @@
+"""Conversations as the text a model was trained on: the checkpoint's Jinja template, rendered as transformers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from qwen_engine.errors import EngineError, RequestError
+
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+Message = Mapping[str, Any]
+
+# the fields of tokenizer_config.json that templates may refer to
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
+
+# the names a message's reasoning goes by; templates read the first, some the second
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+# stands for an answer where the text around one is wanted
+_PROBE = "The answer."
+
+
+class ChatTemplate:
+    """The chat template of a checkpoint; several where it has one of its own for tools.
+
+    Args:
+        templates: Jinja text by name, ``default`` and possibly ``tool_use``.
+        special_tokens: what the template may refer to as ``eos_token`` and the like.
+
+    Raises:
+        EngineError: a template is not valid Jinja, or none is named ``default``.
+    """
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
+        if "default" not in templates:
+            raise EngineError(f"the chat templates are named {', '.join(templates)}, expected one named default")
+        self._special_tokens = special_tokens
+        self._templates = {name: _compile(text) for name, text in templates.items()}
+
+    @classmethod
+    def load(cls, engine_directory: Path) -> ChatTemplate:
+        """Read ``chat_template.jinja``, else ``chat_template.json``, else what ``tokenizer_config.json`` holds.
+
+        Raises:
+            EngineError: there is none, or it cannot be read.
+        """
+        config = read_json(engine_directory / CONFIG_FILE) if (engine_directory / CONFIG_FILE).is_file() else {}
+        text_file, json_file = (engine_directory / name for name in TEMPLATE_FILES)
+        if text_file.is_file():
+            found: Any = _read(text_file)
+        elif json_file.is_file():
+            found = read_json(json_file).get("chat_template")
+        else:
+            found = config.get("chat_template")
+        if not found:
+            raise EngineError(f"{engine_directory} has no chat template; use --raw to send the prompt as it is")
+        tokens = {name: _content(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
+        return cls(_by_name(found), tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation, special tokens written out.
+
+        Args:
+            messages: objects with ``role`` and ``content``, or what else the template reads (``tool_calls``).
+            tools: JSON schemas of functions the model may call.
+            add_generation_prompt: end with the opening of an answer.
+            variables: passed on to the template, such as ``enable_thinking``.
+
+        Raises:
+            RequestError: there are no messages, one is not an object, or the template refuses them.
+        """
+        if not messages:
+            raise RequestError("the conversation is empty, expected at least one message")
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise RequestError(f"message {index} is {message!r}, expected an object with role and content")
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        values = {**self._special_tokens, **variables}
+        try:
+            return self._templates[name].render(
+                messages=[_normalized(message) for message in messages],
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **values,
+            )
+        except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
+            raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from error
+
+    def end_of_turn(self) -> str:
+        """What the template writes after an answer, ``<|im_end|>`` and a line end for Qwen; empty if it fails."""
+        turn = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _PROBE}]
+        try:
+            return self.render(turn, add_generation_prompt=False).rpartition(_PROBE)[2]
+        except RequestError:
+            return ""
+
+
+@dataclass
+class Conversation:
+    """What was said so far: an optional system message, then turns of question and answer."""
+
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[Message]:
+        return [*([{"role": "system", "content": self.system}] if self.system is not None else []), *self.turns]
+
+    def ask(self, question: str) -> None:
+        self.turns.append({"role": "user", "content": question})
+
+    def answer(self, text: str) -> None:
+        self.turns.append({"role": "assistant", "content": text})
+
+    def withdraw(self) -> None:
+        """Forget a question that got no answer."""
+        if self.turns and self.turns[-1]["role"] == "user":
+            self.turns.pop()
+
+    @property
+    def num_questions(self) -> int:
+        return sum(message["role"] == "user" for message in self.turns)
+
+    def without_oldest(self) -> Conversation:
+        """This conversation from its second question on; the system message stays."""
+        second = [index for index, message in enumerate(self.turns) if message["role"] == "user"][1]
+        return Conversation(self.system, self.turns[second:])
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks an answer for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(text: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise EngineError(
+            f"the chat template is not valid Jinja, line {error.lineno}: {_one_line(error)}; "
+            "correct it in the checkpoint and build again, or use --raw"
+        ) from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML; models were trained on plain JSON."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _normalized(message: Message) -> dict[str, Any]:
+    """``message`` without null fields, its reasoning under every name that templates read."""
+    kept = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((kept[name] for name in _REASONING_FIELDS if name in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _by_name(found: Any) -> dict[str, str]:
+    """Templates by name from any of the forms checkpoints store them in."""
+    if isinstance(found, str):
+        return {"default": found}
+    try:
+        return {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else dict(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"chat_template in {CONFIG_FILE} is neither text nor a list of name and template") from error
+
+
+def _content(token: Any) -> Any:
+    """A special token, which a config holds as text or as an object around it."""
+    return token["content"] if isinstance(token, dict) and "content" in token else token
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path} cannot be read: {error}; build the engine again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an engine.
+
+    Raises:
+        EngineError: the file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        data = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise EngineError(f"{path} is not JSON: {error}; build the engine again") from error
+    if not isinstance(data, dict):
+        raise EngineError(f"{path} holds {type(data).__name__}, expected an object; build the engine again")
+    return data
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

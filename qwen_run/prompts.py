@@ -1,0 +1,66 @@
+"""Files of prompts: JSON Lines or plain text, one prompt a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_engine.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a file: ``text``, or a conversation (``messages``, possibly ``tools``).
+
+    ``line`` counts from 1. ``error`` says what is wrong with a line that cannot be used.
+    """
+
+    line: int
+    text: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    error: str | None = None
+
+
+def decode_utf8(data: bytes, name: str) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        RequestError: ``data`` is not UTF-8; the message has ``name`` and the offset of the byte.
+    """
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{name}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
+        ) from error
+
+
+def parse_prompts(text: str) -> Iterator[Prompt]:
+    """The prompts of a file, which is JSON Lines if its first line with anything on it begins with ``{``.
+
+    >>> [prompt.text for prompt in parse_prompts('{"prompt": "Hi"}')]
+    ['Hi']
+    """
+    json_lines = text.lstrip().startswith("{")
+    # str.splitlines would also split at U+2028, which may stand in a JSON string
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _parse_json(number, line) if json_lines else Prompt(number, text=line.removesuffix("\r"))
+
+
+def _parse_json(number: int, line: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Prompt(number, error=f"not JSON: {error}")
+    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+        return Prompt(number, error='expected an object with either "prompt" or "messages"')
+    for name, kind, expected in (("prompt", str, "text"), ("messages", list, "a list"), ("tools", list, "a list")):
+        if record.get(name) is not None and not isinstance(record[name], kind):
+            return Prompt(number, error=f'"{name}" is {type(record[name]).__name__}, expected {expected}')
+    if not all(isinstance(message, dict) for message in record.get("messages") or ()):
+        return Prompt(number, error='"messages" holds something that is no object with role and content')
+    return Prompt(number, record.get("prompt"), record.get("messages"), record.get("tools"))

@@ -1,0 +1,112 @@
+"""Text to token ids and back, and token ids to text while they arrive."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from qwen_engine.errors import EngineError, RequestError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The character byte-level vocabularies write for each byte: itself where printable, else the next from U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES_OF_CHARACTERS = _bytes_of_characters()
+
+
+class Tokenizer:
+    """The byte-level tokenizer of a checkpoint, as its ``tokenizer.json`` describes it."""
+
+    def __init__(self, core: tokenizers.Tokenizer) -> None:
+        """
+        Raises:
+            EngineError: ``core`` does not decode byte-level tokens, as those of all Qwen models are.
+        """
+        decoder = type(core.decoder).__name__
+        if decoder != "ByteLevel":
+            raise EngineError(f"{TOKENIZER_FILE} has decoder {decoder}, expected ByteLevel; use a Qwen checkpoint's")
+        core.no_truncation()
+        core.no_padding()
+        self._core = core
+        self.special_ids = frozenset(id for id, token in core.get_added_tokens_decoder().items() if token.special)
+
+    @classmethod
+    def load(cls, engine_directory: Path) -> Tokenizer:
+        """
+        Raises:
+            EngineError: ``tokenizer.json`` is missing or cannot be read.
+        """
+        path = engine_directory / TOKENIZER_FILE
+        if not path.is_file():
+            raise EngineError(f"{path} does not exist; build the engine from a checkpoint that has {TOKENIZER_FILE}")
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise EngineError(f"{path} cannot be read: {error}; build the engine again") from error
+        return cls(core)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows, added tokens included; a model's vocabulary may be padded beyond it."""
+        return int(self._core.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of ``text``; what reads like a special token becomes one, as in transformers.
+
+        Args:
+            add_special_tokens: also add what the tokenizer puts around a text (nothing for Qwen): for text
+                that does not come from a chat template.
+
+        Raises:
+            RequestError: ``text`` came from bytes that are not UTF-8.
+        """
+        try:
+            return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise RequestError("the prompt holds bytes that are not UTF-8; convert it to UTF-8") from error
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_id(self, token: str) -> int | None:
+        """Id of ``token`` as the vocabulary spells it, None where it has no such token."""
+        found = self._core.token_to_id(token)
+        return None if found is None else int(found)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the text; nothing for an id beyond the vocabulary."""
+        token = self._core.id_to_token(token_id) or ""
+        try:
+            return bytes(BYTES_OF_CHARACTERS[character] for character in token)
+        except KeyError:  # an added token in plain letters
+            return token.encode()
+
+
+class StreamDecoder:
+    """Text of tokens as they arrive, in whole characters: what is returned joins up to ``Tokenizer.decode`` of all.
+
+    A character split over several tokens is returned with the last of them; each token is decoded once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that ``token_id`` completes, possibly none."""
+        return "" if token_id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """U+FFFD for a character that was left unfinished, else nothing."""
+        return self._utf8.decode(b"", final=True)
