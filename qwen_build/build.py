@@ -21,6 +21,7 @@ from typing import Any
 from qwen_build.checkpoint import Checkpoint, digest_files, read_json
 from qwen_build.config import ModelConfig, token_ids
 from qwen_build.export import ARRAYS_PER_SLICE, SLICE_ELEMENTS, Layout, plan_layout, write_graph, write_weights
+from qwen_build.locate import Located
 from qwen_build.model import Graph, Schemes, build_graph
 from qwen_build.quantize import Scheme, make_scheme
 from qwen_build.weight_map import Source, map_weights
@@ -93,9 +94,7 @@ class BuildOptions:
 class Plan:
     """Everything that is decided before the first weight is read."""
 
-    name: str
-    directory: Path
-    revision: str | None
+    located: Located
     options: BuildOptions
     config: ModelConfig
     schemes: Schemes
@@ -135,17 +134,15 @@ class Plan:
         return BASE_MEMORY_BYTES + 2 * constants + physical_cores() * ARRAYS_PER_SLICE * 4 * max(slices)
 
 
-def plan_build(
-    checkpoint: Checkpoint, directory: Path, name: str, options: BuildOptions, revision: str | None = None
-) -> Plan:
-    """Decide everything about the engine of ``checkpoint``, the weights of ``directory``.
+def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) -> Plan:
+    """Decide everything about the engine of ``checkpoint``, the weights of the ``located`` directory.
 
     Raises:
         CheckpointError, UnsupportedModel, WeightMismatch: the checkpoint is not one that can be built.
         BuildError: an option does not fit it.
     """
     options = options.resolved()
-    config = ModelConfig.from_hf(directory)
+    config = ModelConfig.from_hf(located.path)
     trained = config.max_position_embeddings
     max_seq_len = options.max_seq_len or trained
     if max_seq_len > trained:
@@ -170,9 +167,7 @@ def plan_build(
     shapes |= {name: tuple(value.shape) for name, value in graph.plain.items()}
     sources = map_weights(shapes, checkpoint, config)
     return Plan(
-        name=name,
-        directory=directory,
-        revision=revision,
+        located=located,
         options=options,
         config=config,
         schemes=schemes,
@@ -180,7 +175,7 @@ def plan_build(
         sources=sources,
         layout=plan_layout(graph, sources),
         inputs=inputs,
-        eos_token_ids=end_of_sequence_ids(directory, config),
+        eos_token_ids=end_of_sequence_ids(located.path, config),
         dtype=checkpoint.dtype,
         max_seq_len=max_seq_len,
     )
@@ -209,8 +204,8 @@ def write_engine(
         exposing = build_graph(plan.config, plan.schemes, plan.inputs, plan.max_seq_len, expose=True)
         write_graph(exposing, plan.layout, scratch / LAYERS_GRAPH_FILE)
         for name in COPIED:
-            if (plan.directory / name).is_file():
-                shutil.copyfile(plan.directory / name, scratch / name)
+            if (plan.located.path / name).is_file():
+                shutil.copyfile(plan.located.path / name, scratch / name)
         manifest = _manifest(plan, scratch, digests(), command)
         (scratch / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -239,7 +234,7 @@ def _manifest(plan: Plan, scratch: Path, digests: dict[str, str], command: str) 
     parts = sorted(path for path in scratch.iterdir() if path.name != MANIFEST_FILE)
     return Manifest(
         format_version=FORMAT_VERSION,
-        name=plan.name,
+        name=plan.located.name,
         model=plan.config.sizes,
         limits=Limits(plan.max_seq_len),
         cache=CacheLayout(BLOCK_SIZE, plan.options.kv_cache_dtype, plan.cache_bytes_per_token),
@@ -250,8 +245,8 @@ def _manifest(plan: Plan, scratch: Path, digests: dict[str, str], command: str) 
         eos_token_ids=plan.eos_token_ids,
         parts={path.name: measure_part(path) for path in parts},
         origin=Origin(
-            checkpoint=str(plan.directory.absolute()),
-            revision=plan.revision,
+            checkpoint=plan.located.source,
+            revision=plan.located.revision,
             dtype=plan.dtype,
             sha256=digests,
             builder_version=__version__,
@@ -287,7 +282,7 @@ def _beside(output: Path) -> Iterator[Path]:
 @contextmanager
 def _digests(plan: Plan, checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, str]]]:
     """sha256 of the checkpoint's files, computed while the weights are written; call what it yields for the result."""
-    paths = [*checkpoint.files, *(p for n in ("config.json", *COPIED) if (p := plan.directory / n).is_file())]
+    paths = [*checkpoint.files, *(p for n in ("config.json", *COPIED) if (p := plan.located.path / n).is_file())]
     stopped = threading.Event()
 
     def stop_when_told(_: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 import sys
 import time
@@ -15,7 +14,7 @@ import click
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from qwen_run.command import Command
+from qwen_run.command import Command, peak_memory_bytes
 
 # The choices of quantize.py and graph_io.py, repeated so that --help need not import onnx; a test compares them.
 QUANTS = ("none", "int8", "int4")
@@ -85,12 +84,14 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
     from qwen_build.locate import resolve_checkpoint
 
     options = BuildOptions(**chosen | {"group_size": int(chosen["group_size"])})
+    if checkpoint is None:
+        click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)
     output = output or ENGINES / f"{located.name}-{options.quant}"
     if not dry_run:
         check_output(output, force)
     with Checkpoint.open(located.path) as weights:
-        plan = plan_build(weights, located.path, located.name, options, located.revision)
+        plan = plan_build(weights, located, options)
         if dry_run:
             print_json(describe(plan)) if as_json else print_table(describe(plan))
             return
@@ -105,8 +106,7 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
         "weights_bytes": (output / WEIGHTS_FILE).stat().st_size,
         "checkpoint_bytes": checkpoint_bytes,
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": peak_memory_bytes(),
         "has_tokenizer": (output / "tokenizer.json").is_file(),
     }
     print_json(summary) if as_json else print_summary(summary)
@@ -129,7 +129,7 @@ def check_output(output: Path, force: bool) -> None:
 def describe(plan: Any) -> dict[str, Any]:
     """A plan as plain data: every linear, and the totals."""
     return {
-        "checkpoint": str(plan.directory),
+        "checkpoint": plan.located.source,
         "dtype": plan.dtype,
         "model_type": plan.config.model_type,
         "linears": [

@@ -78,10 +78,10 @@ def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: Mod
     plan = {name: source(name, shape, config) for name, shape in shapes.items()}
     needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
     present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if not name.endswith(IGNORED)}
-    if config.tie_word_embeddings and HEAD in present:
-        check_tied(checkpoint)
-        del present[HEAD]
+    stored_head = present.pop(HEAD, None) if config.tie_word_embeddings else None
     check_agreement(needed, present)
+    if stored_head is not None:
+        check_tied(checkpoint)
     return plan
 
 

@@ -85,12 +85,15 @@ def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     """Makes ``build_engine(checkpoint_directory, **BuildOptions fields)``, the directory of a new engine."""
     from qwen_build.build import BuildOptions, plan_build, write_engine
     from qwen_build.checkpoint import Checkpoint
+    from qwen_build.locate import resolve_checkpoint
 
     @cache
     def build(directory: Path, **options: Any) -> Path:
         output = tmp_path_factory.mktemp("engines") / "engine"
         with Checkpoint.open(directory) as weights:
-            write_engine(plan_build(weights, directory, "tiny", BuildOptions(**options)), weights, output)
+            write_engine(
+                plan_build(weights, resolve_checkpoint(str(directory)), BuildOptions(**options)), weights, output
+            )
         return output
 
     return build

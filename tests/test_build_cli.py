@@ -21,6 +21,7 @@ from qwen_build.build import COPIED, BuildOptions, end_of_sequence_ids, plan_bui
 from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.cli import main
 from qwen_build.config import ModelConfig
+from qwen_build.locate import resolve_checkpoint
 from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_run.parts import verify_parts
 
@@ -258,5 +259,5 @@ def test_defaults_follow_the_scheme():
 
 def test_the_estimated_memory_bounds_a_slice(checkpoint):
     with Checkpoint.open(checkpoint) as weights:
-        plan = plan_build(weights, checkpoint, "tiny", BuildOptions())
+        plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions())
     assert plan.build_memory_bytes > export.SLICE_ELEMENTS * 4

@@ -1,0 +1,1 @@
+"""Measurements anyone can repeat; they assert nothing and print what they mean. Last outputs in results/."""

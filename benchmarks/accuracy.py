@@ -1,0 +1,155 @@
+"""What each scheme costs: engine size, distance from Hugging Face, perplexity, speed.
+
+    python -m benchmarks.accuracy [--checkpoint DIR] [--text FILE] [SCHEME ...]
+
+The reference is transformers in float32. Every engine reads the same token ids (teacher-forced):
+windows of 1,024 tokens from the start of a text, each in one prefill.
+
+    KL        mean over positions of KL(reference || engine), natural logarithm, computed in float64
+    top-1     share of positions where both put the same token first
+    ppl       exp of the mean negative log-likelihood of the next token over all windows
+    prefill   tokens a second of a 512-token prompt; decode: of 64 tokens after it, one at a time. Medians, engines
+              in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_build.build import BuildOptions, plan_build, write_engine
+from qwen_build.checkpoint import Checkpoint
+from qwen_build.locate import resolve_checkpoint
+from qwen_run.engine import Batch, Engine
+from qwen_run.tokenizer import Tokenizer
+
+SAMPLE = Path(__file__).parent.parent / "tests" / "data" / "wikitext2-sample.txt"
+WINDOW = 1024
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "none": {"quant": "none"},
+    "none, float16 cache": {"quant": "none", "kv_cache_dtype": "float16"},
+    "none, int8 embedding": {"quant": "none", "embedding_quant": "int8"},
+    "none, int4 embedding": {"quant": "none", "embedding_quant": "int4"},
+    "int8 g32 asymmetric": {"quant": "int8"},
+    "int8 g32 symmetric": {"quant": "int8", "symmetric": True},
+    "int8 g64 symmetric": {"quant": "int8", "symmetric": True, "group_size": 64},
+    "int8 g128 symmetric": {"quant": "int8", "symmetric": True, "group_size": 128},
+    "int4 g32 asymmetric": {"quant": "int4"},
+    "int4 g32 asymmetric, float32 activations": {"quant": "int4", "activations": "float32"},
+    "int4 g32 asymmetric, int4 embedding": {"quant": "int4", "embedding_quant": "int4"},
+    "int4 g32 symmetric": {"quant": "int4", "symmetric": True},
+    "int4 g64 asymmetric": {"quant": "int4", "group_size": 64},
+    "int4 g64 symmetric": {"quant": "int4", "symmetric": True, "group_size": 64},
+    "int4 g128 asymmetric": {"quant": "int4", "group_size": 128},
+}
+
+
+def one_sequence(engine: Engine, token_ids: np.ndarray, past: int, blocks: list[int], logits: np.ndarray) -> Batch:
+    """A batch that feeds ``token_ids`` (T,) to one sequence with ``past`` cached tokens; ``logits``: which of T."""
+    lengths = np.array([0, len(token_ids)], np.int32)
+    return Batch(token_ids.astype(np.int64), lengths, np.array([past], np.int32), np.array([blocks], np.int32), logits)
+
+
+def window_logits(engine: Engine, token_ids: np.ndarray) -> np.ndarray:
+    """Logits of every token of one window, (tokens, vocab_size) float32."""
+    blocks = engine.cache.allocate(engine.cache.blocks_for(len(token_ids)))
+    assert blocks is not None
+    logits = engine.run(one_sequence(engine, token_ids, 0, blocks, np.arange(len(token_ids))))
+    engine.cache.free(blocks)
+    return logits
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def compare(reference: np.ndarray, logits: np.ndarray, token_ids: np.ndarray) -> dict[str, float]:
+    """Sums over the positions of a window; ``nll`` of the engine, ``reference_nll`` of the reference."""
+    p, q = log_softmax(reference), log_softmax(logits)
+    rows, following = np.arange(len(token_ids) - 1), token_ids[1:]
+    return {
+        "kl": float((np.exp(p) * (p - q)).sum(axis=-1).sum()),
+        "top1": float((p.argmax(axis=-1) == q.argmax(axis=-1)).sum()),
+        "nll": float(-q[rows, following].sum()),
+        "reference_nll": float(-p[rows, following].sum()),
+    }
+
+
+def speeds(engine: Engine, token_ids: np.ndarray) -> tuple[float, float]:
+    """Prefill and decode tokens a second: 512 tokens at once, then 64 one by one."""
+    prompt, answer = token_ids[:512], token_ids[512:576]
+    blocks = engine.cache.allocate(engine.cache.blocks_for(576))
+    assert blocks is not None
+    started = time.perf_counter()
+    engine.run(one_sequence(engine, prompt, 0, blocks, np.array([511])))
+    middle = time.perf_counter()
+    for i in range(64):
+        engine.run(one_sequence(engine, answer[i : i + 1], 512 + i, blocks, np.array([0])))
+    ended = time.perf_counter()
+    engine.cache.free(blocks)
+    return 512 / (middle - started), 64 / (ended - middle)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("schemes", nargs="*", metavar="SCHEME", help=f"some of: {'; '.join(SCHEMES)}")
+    parser.add_argument("--checkpoint", help="directory or Hub id; the demo if left out")
+    parser.add_argument("--text", type=Path, default=SAMPLE)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+
+    import torch
+    import transformers
+
+    located = resolve_checkpoint(arguments.checkpoint)
+    torch.set_num_threads(arguments.threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(located.path, dtype=torch.float32).eval()
+    text = arguments.text.read_text(encoding="utf-8")
+    token_ids = np.array(Tokenizer.load(located.path).encode(text)[: arguments.windows * WINDOW])
+    windows = token_ids.reshape(arguments.windows, WINDOW)
+    with torch.no_grad():
+        reference = [model(torch.tensor(window[None])).logits[0].numpy() for window in windows]
+    del model
+
+    print(
+        f"{located.name}, {arguments.windows} x {WINDOW} tokens of {arguments.text.name}, {arguments.threads} threads"
+    )
+    print(f"transformers {transformers.__version__} float32 (reference)\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        engines, rows = {}, {}
+        for number, name in enumerate(arguments.schemes or SCHEMES):
+            directory = Path(scratch) / str(number)
+            with Checkpoint.open(located.path) as weights:
+                write_engine(plan_build(weights, located, BuildOptions(**SCHEMES[name])), weights, directory)
+            engine = engines[name] = Engine.load(directory, threads=arguments.threads)
+            sums = [compare(r, window_logits(engine, w), w) for r, w in zip(reference, windows, strict=True)]
+            rows[name] = {key: sum(s[key] for s in sums) for key in sums[0]}
+            rows[name]["bytes"] = sum(path.stat().st_size for path in directory.iterdir())
+        timings: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+        for _ in range(4):
+            for name, engine in engines.items():
+                timings[name].append(speeds(engine, token_ids))
+    positions, predicted = arguments.windows * WINDOW, arguments.windows * (WINDOW - 1)
+    baseline = np.exp(next(iter(rows.values()))["reference_nll"] / predicted)
+    print(f"| scheme | MB | KL | top-1 | ppl (reference {baseline:.4f}) | prefill tok/s | decode tok/s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        prefill, decode = (statistics.median(speed) for speed in zip(*timings[name][1:], strict=True))
+        print(
+            f"| {name} | {row['bytes'] / 1e6:.1f} | {row['kl'] / positions:.2e} | {row['top1'] / positions:.2%} "
+            f"| {np.exp(row['nll'] / predicted):.4f} | {prefill:.0f} | {decode:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
