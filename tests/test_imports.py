@@ -1,0 +1,55 @@
+"""What importing each package pulls in, seen in a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "ml_dtypes",
+    "huggingface_hub",
+    "gguf",
+}
+RUNTIME = {"numpy", "onnxruntime", "tokenizers", "jinja2", "click", "prompt_toolkit", "tqdm"}
+
+# package -> top-level modules that must not be there after importing all of it
+FORBIDDEN = {
+    "qwen_engine": {"qwen_plugin", "qwen_run", "qwen_build", *RUNTIME, *HEAVY},
+    "qwen_plugin": {"qwen_run", "qwen_build", *(RUNTIME - {"numpy"}), *HEAVY},
+    "qwen_run": {"qwen_build", *HEAVY},
+    "qwen_build": {"torch", "transformers"},
+}
+
+
+def modules_of(package: str) -> list[str]:
+    names = sorted(path.stem for path in (ROOT / package).glob("*.py"))
+    return [package, *(f"{package}.{name}" for name in names if not name.startswith("__"))]
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level modules a fresh interpreter has after ``statement``."""
+    script = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_imports_only_what_it_may(package: str) -> None:
+    loaded = loaded_after(f"import {', '.join(modules_of(package))}")
+    assert package in loaded
+    assert loaded & FORBIDDEN[package] == set()
+
+
+def test_forbidden_modules_are_seen() -> None:
+    assert {"numpy", "qwen_run"} <= loaded_after("import qwen_run.kv_cache")
