@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
-NATIVE := setup.py $(wildcard qwen_plugin/csrc/*)
+NATIVE := setup.py qwen_plugin/compile.py qwen_plugin/build_backend.py $(wildcard qwen_plugin/csrc/*)
 QUESTION ?= What is the capital of France?
 
 .PHONY: demo test check sanitize bench format clean

@@ -1,0 +1,524 @@
+// qwen::PagedAttention version 1: checks every input, divides the work, calls the kernels.
+//
+// Inputs stand at the positions of ONNX Runtime's own com.microsoft::PagedAttention; what that operator takes and
+// this one lacks is refused, never ignored. The pools of keys and values are written in place.
+#include "paged_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "error.h"
+#include "instruction_set.h"
+
+namespace paged_attention {
+namespace {
+
+enum Input {
+  kQuery,
+  kKey,
+  kValue,
+  kKeyCache,
+  kValueCache,
+  kCumulativeLengths,
+  kPastLengths,
+  kBlockTable,
+  kCosCache,
+  kSinCache,
+  kSlotMapping,
+  kHeadSink,
+  kQNormWeight,
+  kKNormWeight,
+  kKScale,
+  kVScale,
+  kAttentionMetadata,
+  kInputCount
+};
+
+constexpr const char* kInputNames[kInputCount] = {
+    "query",         "key",           "value",     "key_cache", "value_cache",       "cumulative_lengths",
+    "past_lengths",  "block_table",   "cos_cache", "sin_cache", "slot_mapping",      "head_sink",
+    "q_norm_weight", "k_norm_weight", "k_scale",   "v_scale",   "attention_metadata"};
+
+constexpr Input kMustBeAbsent[] = {kKey, kValue, kSlotMapping, kHeadSink, kKScale, kVScale, kAttentionMetadata};
+
+// Below this many multiply-adds a parallel region costs more than it brings.
+constexpr int64_t kSerialWork = 100'000;
+constexpr int64_t kTokensPerWrite = 16;
+// Floats that the states of divided items may take, 64 MiB.
+constexpr int64_t kMaxStateFloats = int64_t(16) << 20;
+
+[[noreturn]] void Fail(const std::string& message) { throw Error("qwen::PagedAttention: " + message); }
+
+// A failed call into ONNX Runtime, on its way to the C ABI.
+struct StatusError {
+  OrtStatus* status;
+};
+
+void Check(OrtStatus* status) {
+  if (status != nullptr) throw StatusError{status};
+}
+
+// Runs `body`, which may throw; no exception passes the C ABI.
+template <class Body>
+OrtStatus* Guard(const OrtApi& api, const Body& body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const StatusError& error) {
+    return error.status;
+  } catch (const Error& error) {
+    return api.CreateStatus(kOrtInvalidArgument, error.what());
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(kOrtFail, "qwen::PagedAttention: out of memory");
+  } catch (const std::exception& error) {
+    return api.CreateStatus(kOrtFail, error.what());
+  } catch (...) {
+    return api.CreateStatus(kOrtFail, "qwen::PagedAttention: unknown failure");
+  }
+}
+
+// ---- Attributes
+
+class Attributes {
+ public:
+  Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+
+  int64_t Int(const char* name, int64_t absent) const {
+    int64_t value;
+    if (Ok(api_.KernelInfoGetAttribute_int64(info_, name, &value))) return value;
+    RefuseIfPresent(name, "an integer");
+    return absent;
+  }
+  float Float(const char* name, float absent) const {
+    float value;
+    if (Ok(api_.KernelInfoGetAttribute_float(info_, name, &value))) return value;
+    RefuseIfPresent(name, "a float");
+    return absent;
+  }
+
+ private:
+  bool Ok(OrtStatus* status) const {
+    if (status != nullptr) api_.ReleaseStatus(status);
+    return status == nullptr;
+  }
+  // ONNX Runtime fails alike for an attribute that is absent and one of another type.
+  void RefuseIfPresent(const char* name, const char* expected) const {
+    int64_t integer;
+    float number;
+    size_t size = 0;
+    if (Ok(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
+        Ok(api_.KernelInfoGetAttribute_float(info_, name, &number)) ||
+        Ok(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size)))
+      Fail(std::string("attribute ") + name + " is of another type, expected " + expected);
+  }
+
+  const OrtApi& api_;
+  const OrtKernelInfo* info_;
+};
+
+struct Settings {
+  int64_t heads, kv_heads, window;
+  float scale, epsilon;  // scale 0: 1 / sqrt(head_dim)
+  bool rotary;
+};
+
+void ExpectAttribute(bool ok, const char* name, const std::string& value, const char* expected) {
+  if (!ok) Fail(std::string("attribute ") + name + " is " + value + ", expected " + expected);
+}
+
+Settings ReadSettings(const Attributes& attributes) {
+  Settings s;
+  s.heads = attributes.Int("num_heads", 0);
+  s.kv_heads = attributes.Int("kv_num_heads", 0);
+  s.scale = attributes.Float("scale", 0.f);
+  s.epsilon = attributes.Float("qk_norm_epsilon", 1e-6f);
+  const int64_t window = attributes.Int("local_window_size", -1), rotary = attributes.Int("do_rotary", 0);
+  const auto text = [](auto value) { return std::to_string(value); };
+  constexpr int64_t kMost = 1 << 16;
+  ExpectAttribute(s.heads >= 1 && s.heads <= kMost, "num_heads", text(s.heads), "1 to 65536");
+  ExpectAttribute(s.kv_heads >= 1 && s.heads % s.kv_heads == 0, "kv_num_heads", text(s.kv_heads),
+                  "a divisor of num_heads");
+  ExpectAttribute(std::isfinite(s.scale) && s.scale >= 0, "scale", text(s.scale), "a positive number");
+  ExpectAttribute(std::isfinite(s.epsilon) && s.epsilon >= 0, "qk_norm_epsilon", text(s.epsilon), "0 or more");
+  ExpectAttribute(window == -1 || window >= 1, "local_window_size", text(window), "-1 (none) or at least 1");
+  ExpectAttribute(rotary == 0 || rotary == 1, "do_rotary", text(rotary), "0 or 1");
+  s.window = window == -1 ? INT64_MAX : window;
+  s.rotary = rotary == 1;
+  // What the stock operator offers and this one does not.
+  const auto only = [&](const char* name, int64_t value, const char* expected) {
+    const int64_t found = attributes.Int(name, value);
+    ExpectAttribute(found == value, name, text(found), expected);
+  };
+  only("rotary_interleaved", 0, "0");
+  only("rotary_offset", 0, "0");
+  only("v_head_size", 0, "0");
+  only("is_causal", 1, "1");
+  const float softcap = attributes.Float("softcap", 0.f);
+  ExpectAttribute(softcap == 0, "softcap", text(softcap), "0");
+  return s;
+}
+
+// ---- Inputs
+
+struct Tensor {
+  const char* name = "";
+  bool given = false;
+  int type = 0;
+  std::vector<int64_t> shape;
+  void* data = nullptr;
+
+  template <class T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+  [[noreturn]] void Refuse(const std::string& expected) const {
+    std::string found;
+    for (const int64_t dim : shape) found += (found.empty() ? "" : ", ") + std::to_string(dim);
+    Fail(std::string(name) + " has shape (" + found + "), expected " + expected);
+  }
+};
+
+std::vector<Tensor> ReadInputs(const OrtApi& api, const OrtKernelContext* context) {
+  size_t count;
+  Check(api.KernelContext_GetInputCount(context, &count));
+  std::vector<Tensor> inputs(kInputCount);
+  for (size_t i = 0; i < kInputCount; ++i) {
+    Tensor& tensor = inputs[i];
+    tensor.name = kInputNames[i];
+    const OrtValue* value = nullptr;
+    if (i < count) Check(api.KernelContext_GetInput(context, i, &value));
+    if (value == nullptr) continue;
+    tensor.given = true;
+    OrtTensorTypeAndShapeInfo* raw;
+    Check(api.GetTensorTypeAndShape(value, &raw));
+    const auto release = [&api](OrtTensorTypeAndShapeInfo* info) { api.ReleaseTensorTypeAndShapeInfo(info); };
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> info(raw, release);
+    size_t rank;
+    Check(api.GetTensorElementType(raw, &tensor.type));
+    Check(api.GetDimensionsCount(raw, &rank));
+    tensor.shape.resize(rank);
+    Check(api.GetDimensions(raw, tensor.shape.data(), rank));
+    Check(api.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data));
+  }
+  return inputs;
+}
+
+void ExpectType(const Tensor& tensor, int type, const char* name) {
+  if (tensor.type != type)
+    Fail(std::string(tensor.name) + " has element type " + std::to_string(tensor.type) + " of ONNX, expected " + name);
+}
+
+void ExpectShape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* meaning) {
+  if (tensor.shape == shape) return;
+  std::string expected;
+  for (const int64_t dim : shape) expected += (expected.empty() ? "(" : ", ") + std::to_string(dim);
+  tensor.Refuse(expected + ") = " + meaning);
+}
+
+std::string Element(const Tensor& tensor, int64_t index, int64_t value) {
+  return std::string(tensor.name) + "[" + std::to_string(index) + "] is " + std::to_string(value);
+}
+
+// Types and shapes. Leaves the output null.
+Problem CheckShapes(const Settings& settings, const std::vector<Tensor>& in) {
+  for (const Input i : kMustBeAbsent)
+    if (in[i].given) Fail(std::string(in[i].name) + " is given, expected to be absent: not supported");
+  for (const Input i : {kQuery, kKeyCache, kValueCache, kCumulativeLengths, kPastLengths, kBlockTable})
+    if (!in[i].given) Fail(std::string(in[i].name) + " is missing");
+  for (const Input i : {kCosCache, kSinCache})
+    if (settings.rotary && !in[i].given) Fail(std::string(in[i].name) + " is missing, do_rotary needs it");
+  if (in[kQNormWeight].given != in[kKNormWeight].given)
+    Fail("q_norm_weight and k_norm_weight: one is missing, expected both or none");
+
+  for (const Input i : {kQuery, kCosCache, kSinCache, kQNormWeight, kKNormWeight})
+    if (in[i].given) ExpectType(in[i], kOrtFloat32, "float32");
+  for (const Input i : {kCumulativeLengths, kPastLengths, kBlockTable}) ExpectType(in[i], kOrtInt32, "int32");
+  if (in[kKeyCache].type != kOrtFloat16) ExpectType(in[kKeyCache], kOrtFloat32, "float32 or float16");
+  if (in[kValueCache].type != in[kKeyCache].type) ExpectType(in[kValueCache], in[kKeyCache].type, "that of key_cache");
+
+  Problem p = {};
+  p.heads = settings.heads, p.kv_heads = settings.kv_heads, p.group = settings.heads / settings.kv_heads;
+  const std::vector<int64_t>& keys = in[kKeyCache].shape;
+  if (keys.size() != 5 || keys[1] != p.kv_heads || keys[4] != kTile)
+    in[kKeyCache].Refuse("(num_blocks, kv_num_heads = " + std::to_string(p.kv_heads) +
+                         ", block_size / 32, head_dim, 32)");
+  p.head_dim = keys[3];
+  p.block_size = keys[2] * kTile;
+  if (p.head_dim < 8 || p.head_dim > kMaxHeadDim || p.head_dim % 8 != 0)
+    in[kKeyCache].Refuse("a head_dim that is a multiple of 8, at most 256");
+  if (keys[2] < 1 || keys[2] > (1 << 20) || (keys[2] & (keys[2] - 1)) != 0)
+    in[kKeyCache].Refuse("a block_size that is a power of two, at least 32");
+  ExpectShape(in[kValueCache], {keys[0], p.kv_heads, p.block_size, p.head_dim},
+              "(num_blocks, kv_num_heads, block_size, head_dim) as key_cache has them");
+
+  const std::vector<int64_t>& query = in[kQuery].shape;
+  const int64_t width = (p.heads + 2 * p.kv_heads) * p.head_dim;
+  if (query.size() != 2 || query[1] != width)
+    in[kQuery].Refuse("(T, " + std::to_string(width) + ") = (T, (num_heads + 2 * kv_num_heads) * head_dim)");
+  if (in[kPastLengths].shape.size() != 1) in[kPastLengths].Refuse("(S)");
+  const int64_t sequences = in[kPastLengths].shape[0];
+  ExpectShape(in[kCumulativeLengths], {sequences + 1}, "(S + 1), where past_lengths is (S)");
+  const std::vector<int64_t>& table = in[kBlockTable].shape;
+  if (table.size() != 2 || table[0] != sequences)
+    in[kBlockTable].Refuse("(" + std::to_string(sequences) + ", max_blocks), where past_lengths is (S)");
+  p.max_blocks = table[1];
+
+  if (settings.rotary) {
+    const std::vector<int64_t>& cos = in[kCosCache].shape;
+    if (cos.size() != 2 || cos[1] < 1 || 2 * cos[1] > p.head_dim)
+      in[kCosCache].Refuse("(positions, rotary_dim / 2), at most head_dim / 2 = " + std::to_string(p.head_dim / 2) +
+                           " wide");
+    ExpectShape(in[kSinCache], cos, "that of cos_cache");
+    p.rotary_half = cos[1];
+    p.cos = in[kCosCache].as<float>(), p.sin = in[kSinCache].as<float>();
+  }
+  for (const Input i : {kQNormWeight, kKNormWeight})
+    if (in[i].given) ExpectShape(in[i], {p.head_dim}, "(head_dim)");
+  p.q_norm = in[kQNormWeight].as<float>(), p.k_norm = in[kKNormWeight].as<float>();
+
+  p.window = settings.window;
+  p.scale = settings.scale > 0 ? settings.scale : 1.f / std::sqrt(float(p.head_dim));
+  p.epsilon = settings.epsilon;
+  p.half_cache = in[kKeyCache].type == kOrtFloat16;
+  p.query = in[kQuery].as<float>();
+  p.key_cache = in[kKeyCache].data, p.value_cache = in[kValueCache].data;
+  p.cumulative = in[kCumulativeLengths].as<int32_t>(), p.past = in[kPastLengths].as<int32_t>();
+  p.block_table = in[kBlockTable].as<int32_t>();
+  return p;
+}
+
+// Lengths and block ids. Blocks that no new token writes or sees are not looked at.
+void CheckValues(const Problem& p, const std::vector<Tensor>& in) {
+  const Tensor &cumulative = in[kCumulativeLengths], &table = in[kBlockTable];
+  const int64_t tokens = in[kQuery].shape[0], sequences = in[kPastLengths].shape[0], blocks = in[kKeyCache].shape[0];
+  if (p.cumulative[0] != 0) Fail(Element(cumulative, 0, p.cumulative[0]) + ", expected 0");
+  for (int64_t s = 0; s < sequences; ++s) {
+    if (p.cumulative[s + 1] < p.cumulative[s])
+      Fail(Element(cumulative, s + 1, p.cumulative[s + 1]) + ", expected at least the " +
+           std::to_string(p.cumulative[s]) + " before it");
+    if (p.past[s] < 0) Fail(Element(in[kPastLengths], s, p.past[s]) + ", expected 0 or more");
+  }
+  if (p.cumulative[sequences] != tokens)
+    Fail(Element(cumulative, sequences, p.cumulative[sequences]) + ", expected the " + std::to_string(tokens) +
+         " tokens of query");
+
+  std::vector<int32_t> written;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t added = p.cumulative[s + 1] - p.cumulative[s], length = p.past[s] + added;
+    if (added == 0) continue;
+    if (p.rotary_half > 0 && length > in[kCosCache].shape[0])
+      Fail("cos_cache has " + std::to_string(in[kCosCache].shape[0]) + " positions, sequence " + std::to_string(s) +
+           " needs " + std::to_string(length) + " (past_lengths + new tokens)");
+    if (length > p.max_blocks * p.block_size)
+      Fail("block_table has room for " + std::to_string(p.max_blocks * p.block_size) + " tokens a sequence, sequence " +
+           std::to_string(s) + " needs " + std::to_string(length) + " (past_lengths + new tokens)");
+    const int64_t first_read = FirstKey(p, p.past[s]) / p.block_size, first_written = p.past[s] / p.block_size;
+    for (int64_t b = first_read; b <= (length - 1) / p.block_size; ++b) {
+      const int32_t block = p.block_table[s * p.max_blocks + b];
+      if (block < 0 || block >= blocks)
+        Fail(std::string(table.name) + "[" + std::to_string(s) + ", " + std::to_string(b) + "] is " +
+             std::to_string(block) + ", expected 0 to " + std::to_string(blocks - 1) + ", a block of key_cache");
+      if (b >= first_written) written.push_back(block);
+    }
+  }
+  std::sort(written.begin(), written.end());
+  const auto twice = std::adjacent_find(written.begin(), written.end());
+  if (twice != written.end())
+    Fail("block_table has two places for new tokens in block " + std::to_string(*twice) + ", expected one");
+}
+
+// ---- Work
+
+// Calls function(i) for i in [0, count), on ONNX Runtime's threads unless `serial`. It must not throw.
+template <class Function>
+void ParallelFor(const OrtApi& api, const OrtKernelContext* context, bool serial, size_t count, Function function) {
+  if (serial || count < 2) {
+    for (size_t i = 0; i < count; ++i) function(i);
+    return;
+  }
+  Check(api.KernelContext_ParallelFor(
+      context, [](void* data, size_t i) { (*static_cast<Function*>(data))(i); }, count, count, &function));
+}
+
+// Cuts the rows of every sequence and kv head into items of at most `item_rows`.
+std::vector<Item> CutItems(const Problem& p, int64_t sequences, int64_t item_rows) {
+  std::vector<Item> items;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t rows = (p.cumulative[s + 1] - p.cumulative[s]) * p.group;
+    for (int64_t first = 0; first < rows; first += item_rows)
+      for (int64_t head = 0; head < p.kv_heads; ++head)
+        items.push_back({s, head, first, std::min(rows, first + item_rows)});
+  }
+  return items;
+}
+
+// How the work is divided changes which thread does it and never a bit of the result.
+void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p,
+         int64_t sequences) {
+  const int64_t tokens = p.cumulative[sequences];
+  std::vector<TokenRange> ranges;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t added = p.cumulative[s + 1] - p.cumulative[s];
+    for (int64_t first = 0; first < added; first += kTokensPerWrite)
+      ranges.push_back({s, first, std::min(added, first + kTokensPerWrite)});
+  }
+  const bool few_tokens = tokens * (p.heads + 2 * p.kv_heads) * p.head_dim * 2 < kSerialWork;
+  ParallelFor(api, context, few_tokens, ranges.size(), [&](size_t i) { kernels.write_tokens(p, ranges[i]); });
+
+  // Large items read the cache less often; there should be enough of them for every thread.
+  static const int64_t kWantedItems = 2 * std::max(1u, std::thread::hardware_concurrency());
+  int64_t item_rows = std::min<int64_t>(kMaxItemRows, kMaxItemFloats / p.head_dim);
+  std::vector<Item> items = CutItems(p, sequences, item_rows);
+  while (int64_t(items.size()) < kWantedItems && item_rows > 16) {
+    item_rows /= 2;
+    items = CutItems(p, sequences, item_rows);
+  }
+  int64_t work = 0, state_floats = 0;
+  for (const Item& item : items) {
+    const int64_t rows = item.last - item.first, count = Partitions(p, item).last - Partitions(p, item).first;
+    work += rows * p.head_dim * 2 * std::min(count * kPartition, p.past[item.sequence] + item.last / p.group + 1);
+    state_floats += count * StateFloats(p, rows);
+  }
+  const bool serial = work < kSerialWork;
+  const bool divide = !serial && int64_t(items.size()) < kWantedItems && state_floats <= kMaxStateFloats;
+
+  if (!divide) {
+    ParallelFor(api, context, serial, items.size(), [&](size_t i) {
+      alignas(64) float state[kMaxItemFloats + 2 * kMaxItemRows];
+      kernels.attend(p, items[i], Partitions(p, items[i]), state);
+      kernels.finish(p, items[i], state);
+    });
+    return;
+  }
+
+  // Too few items for the threads: every (item, partition) on its own.
+  struct Unit {
+    const Item* item;
+    int64_t partition;
+    float* state;
+  };
+  thread_local std::vector<float> states;
+  if (int64_t(states.size()) < state_floats) states.resize(size_t(state_floats));
+  std::vector<Unit> units;
+  float* next = states.data();
+  for (const Item& item : items)
+    for (int64_t i = Partitions(p, item).first; i < Partitions(p, item).last; ++i) {
+      units.push_back({&item, i, next});
+      next += StateFloats(p, item.last - item.first);
+    }
+  ParallelFor(api, context, false, units.size(), [&](size_t i) {
+    kernels.attend(p, *units[i].item, {units[i].partition, units[i].partition + 1}, units[i].state);
+  });
+  for (size_t i = 0; i < units.size();) {
+    const Unit& first = units[i];
+    for (++i; i < units.size() && units[i].item == first.item; ++i)
+      kernels.merge(p, *first.item, first.state, units[i].state);
+    kernels.finish(p, *first.item, first.state);
+  }
+}
+
+// ---- The operator
+
+const Kernels& ChooseKernels() {
+  switch (ChooseInstructionSet()) {
+#if defined(__x86_64__)
+    case InstructionSet::kAvx512:
+      return kAvx512Kernels;
+    case InstructionSet::kAvx2:
+      return kAvx2Kernels;
+#endif
+    default:
+      return kPlainKernels;
+  }
+}
+
+struct Kernel {
+  OrtApi api;
+  Settings settings;
+  const Kernels& kernels;
+
+  void Compute(OrtKernelContext* context) const {
+    const std::vector<Tensor> inputs = ReadInputs(api, context);
+    Problem problem = CheckShapes(settings, inputs);
+    CheckValues(problem, inputs);
+    const int64_t shape[] = {inputs[kQuery].shape[0], problem.heads * problem.head_dim};
+    OrtValue* output;
+    void* data;
+    Check(api.KernelContext_GetOutput(context, 0, shape, 2, &output));
+    Check(api.GetTensorMutableData(output, &data));
+    problem.output = static_cast<float*>(data);
+    Run(api, context, kernels, problem, inputs[kPastLengths].shape[0]);
+  }
+};
+
+struct PagedAttention : OrtCustomOp {
+  OrtApi api;
+
+  explicit PagedAttention(const OrtApi& ort) : OrtCustomOp{}, api(ort) {
+    version = kOrtApiVersion;
+    GetName = [](const OrtCustomOp*) { return "PagedAttention"; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    // Any type and any input missing: Compute says what is wrong, by the input's name.
+    GetInputType = [](const OrtCustomOp*, size_t) { return int(kOrtAnyType); };
+    GetInputTypeCount = [](const OrtCustomOp*) { return size_t(kInputCount); };
+    GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return int(kOrtOptional); };
+    GetOutputType = [](const OrtCustomOp*, size_t) { return int(kOrtFloat32); };
+    GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return int(kOrtRequired); };
+    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };  // the default
+    GetStartVersion = [](const OrtCustomOp*) { return 1; };
+    GetEndVersion = [](const OrtCustomOp*) { return 1; };
+    CreateKernelV2 = [](const OrtCustomOp* self, const OrtFunction* table, const OrtKernelInfo* info, void** out) {
+      return Guard(static_cast<const PagedAttention*>(self)->api, [&] {
+        const OrtApi ort(table);
+        *out = new Kernel{ort, ReadSettings(Attributes(ort, info)), ChooseKernels()};
+      });
+    };
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      const Kernel& self = *static_cast<Kernel*>(kernel);
+      return Guard(self.api, [&] { self.Compute(context); });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    InferOutputShapeFn = [](const OrtCustomOp* self, OrtShapeInferContext* context) {
+      const OrtApi& ort = static_cast<const PagedAttention*>(self)->api;
+      return Guard(ort, [&] { InferShape(ort, context); });
+    };
+  }
+
+  // (T, query's width - keys and values), where query and key_cache say so; nothing otherwise.
+  static void InferShape(const OrtApi& api, OrtShapeInferContext* context) {
+    OrtTensorTypeAndShapeInfo *query, *keys;
+    Check(api.ShapeInferContext_GetInputTypeShape(context, kQuery, &query));
+    Check(api.ShapeInferContext_GetInputTypeShape(context, kKeyCache, &keys));
+    const auto dims = [&](OrtTensorTypeAndShapeInfo* info, size_t rank, int64_t* out) {
+      size_t found;
+      Check(api.GetDimensionsCount(info, &found));
+      if (found == rank) Check(api.GetDimensions(info, out, rank));
+      return found == rank;
+    };
+    int64_t shape[2], cache[5];
+    const char* names[2];
+    if (!dims(query, 2, shape) || !dims(keys, 5, cache)) return;
+    Check(api.GetSymbolicDimensions(query, names, 2));
+    const bool tokens_known = shape[0] >= 0 || *names[0] != '\0';
+    if (!tokens_known || shape[1] <= 0 || cache[1] <= 0 || cache[3] <= 0) return;
+    shape[1] -= 2 * cache[1] * cache[3];
+    if (shape[1] <= 0) return;  // Compute will say what is wrong
+    Check(api.SetDimensions(query, shape, 2));
+    Check(api.ShapeInferContext_SetOutputTypeShape(context, 0, query));
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* Operator(const OrtApi& api) {
+  static const PagedAttention op(api);
+  return &op;
+}
+
+}  // namespace paged_attention

@@ -1,0 +1,99 @@
+// Four float lanes in portable C++ (GCC and Clang vector extensions).
+//
+// Like the other vector headers, included by exactly one instruction set's sources: everything has internal
+// linkage, so that the linker can never pick code compiled for a larger instruction set.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+inline float HalfToFloat(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu, sign = uint32_t(half & 0x8000u) << 16;
+  float value;
+  if (magnitude < 0x0400u) {  // zero or subnormal: a multiple of 2^-24
+    value = float(magnitude) * 5.9604644775390625e-8f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  const uint32_t bits = sign | ((magnitude << 13) + ((magnitude >= 0x7c00u ? 224u : 112u) << 23));
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t FloatToHalf(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));  // NaN stays NaN
+  if (magnitude >= 0x47800000u) return uint16_t(sign | 0x7c00u);                              // 65536 and more
+  uint32_t drop = 13, mantissa = magnitude - (112u << 23);
+  if (magnitude < 0x38800000u) {  // a subnormal half
+    if (magnitude < 0x33000000u) return uint16_t(sign);
+    drop = 126 - (magnitude >> 23);
+    mantissa = (magnitude & 0x7fffffu) | 0x800000u;
+  }
+  const uint32_t rest = mantissa & ((1u << drop) - 1), tie = 1u << (drop - 1);
+  const uint32_t half = mantissa >> drop;
+  return uint16_t(sign | (half + (rest > tie || (rest == tie && (half & 1)))));
+}
+
+struct Plain {
+  typedef float Vector __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  using Narrow = Plain;  // vectors of at most 8 lanes, for what is left of a row
+  static constexpr int kLanes = 4, kMaxRows = 4;
+
+  static Vector Zero() { return Vector{}; }
+  static Vector Set1(float x) { return Vector{x, x, x, x}; }
+  static Vector Load(const float* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static Vector Load(const uint16_t* p) {
+    return Vector{HalfToFloat(p[0]), HalfToFloat(p[1]), HalfToFloat(p[2]), HalfToFloat(p[3])};
+  }
+  static void Store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+  static void Store(uint16_t* p, Vector v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = FloatToHalf(v[i]);
+  }
+  static Vector Add(Vector a, Vector b) { return a + b; }
+  static Vector Mul(Vector a, Vector b) { return a * b; }
+  // a where a > b, else b: also b where a is NaN.
+  static Vector Max(Vector a, Vector b) {
+    Vector m;
+    for (int i = 0; i < kLanes; ++i) m[i] = a[i] > b[i] ? a[i] : b[i];
+    return m;
+  }
+#ifdef __FP_FAST_FMAF
+  static Vector Fma(Vector a, Vector b, Vector c) {
+    Vector r;
+    for (int i = 0; i < kLanes; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return r;
+  }
+#else
+  static Vector Fma(Vector a, Vector b, Vector c) { return a * b + c; }  // two roundings, but fast everywhere
+#endif
+  static Vector Round(Vector x) { return (x + kMagic) - kMagic; }
+  // p * 2^n for whole n, or 0 where x < limit.
+  static Vector Scale(Vector p, Vector n, Vector x, float limit) {
+    const Bits exponent = (Bits)(n + kMagic) - 0x4b400000u + 127u;
+    const Vector scaled = p * (Vector)(exponent << 23);
+    return (Vector)((Bits)scaled & ~(Bits)(x < Set1(limit)));
+  }
+  static float ReduceAdd(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static float ReduceMax(Vector v) {
+    float m = v[0];
+    for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+  }
+
+ private:
+  static constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it leaves a whole number in the low bits
+};
+
+}  // namespace

@@ -1,0 +1,41 @@
+"""Runs the operator tests on a library compiled with AddressSanitizer and UBSan: ``python tests/sanitize.py``.
+
+Needs g++. A finding ends the run with the sanitizer's report. Leaks are not looked for: the interpreter has its own.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        library = Path(directory, "libqwen_plugin.so")
+        flags = [f"--flag={flag}" for flag in FLAGS]
+        command = [sys.executable, "-m", "qwen_plugin.compile", "--output", library, *flags]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"CXX": "g++"})
+        # The interpreter is not compiled with them, so the sanitizers must be loaded before anything else.
+        runtimes = [
+            subprocess.run(
+                ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+            ).stdout.strip()
+            for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+        ]
+        environment = os.environ | {
+            "LD_PRELOAD": ":".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "QWEN_PLUGIN_LIBRARY": str(library),
+        }
+        tests = sorted(str(path) for path in Path(__file__).parent.glob("test_plugin_*.py"))
+        command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests]
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
