@@ -26,7 +26,7 @@ from qwen_build.model import Graph, Schemes, build_graph
 from qwen_build.quantize import Scheme, make_scheme
 from qwen_build.weight_map import Source, map_weights
 from qwen_engine import __version__
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.graph_io import BATCH_INPUTS, PLUGIN_DOMAIN, TensorSpec, cache_inputs, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
@@ -185,20 +185,22 @@ def write_engine(
     plan: Plan,
     checkpoint: Checkpoint,
     output: Path,
+    replace: bool = False,
     command: str = "",
     advance: Callable[[int], object] = lambda _: None,
 ) -> Manifest:
-    """Write the engine to the new directory ``output``.
+    """Write the engine to the directory ``output``.
 
     Args:
+        replace: if ``output`` is an engine, put the new one in its place; else it must not exist.
         command: what the user typed, kept in the manifest.
         advance: called with the bytes newly written of ``plan.layout.size_bytes``.
 
     Raises:
-        BuildError: the disk is full or ``output`` cannot be written.
+        BuildError: ``output`` exists, the disk is full, or it cannot be written.
         CheckpointError: a weight cannot be read or is not finite.
     """
-    with _beside(output) as scratch, _digests(plan, checkpoint) as digests:
+    with _beside(output, replace) as scratch, _digests(plan, checkpoint) as digests:
         write_weights(plan.layout, checkpoint, scratch / WEIGHTS_FILE, advance)
         write_graph(plan.graph, plan.layout, scratch / GRAPH_FILE)
         exposing = build_graph(plan.config, plan.schemes, plan.inputs, plan.max_seq_len, expose=True)
@@ -214,7 +216,10 @@ def write_engine(
 def end_of_sequence_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
     """Every token id that ends an answer: what generation_config.json, config.json and the tokenizer name."""
     ids = [*token_ids(_optional_json(directory, "generation_config.json").get("eos_token_id")), *config.eos_token_ids]
-    added = {t["content"]: t["id"] for t in _optional_json(directory, "tokenizer.json").get("added_tokens", [])}
+    try:
+        added = {t["content"]: t["id"] for t in _optional_json(directory, "tokenizer.json").get("added_tokens", [])}
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{directory / 'tokenizer.json'}: added_tokens is damaged; download it again") from error
     eos_token = _optional_json(directory, "tokenizer_config.json").get("eos_token")
     if isinstance(eos_token, dict):  # an AddedToken written out
         eos_token = eos_token.get("content")
@@ -255,9 +260,24 @@ def _manifest(plan: Plan, scratch: Path, digests: dict[str, str], command: str) 
     )
 
 
+def check_output(output: Path, replace: bool) -> None:
+    """Refuse an ``output`` that exists, but for an engine that is to be replaced.
+
+    Raises:
+        BuildError: says which of the two it is.
+    """
+    if not output.exists():
+        return
+    if not replace:
+        raise BuildError(f"{output} exists; use --force to replace it.")
+    if not (output / MANIFEST_FILE).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise BuildError(f"{output} is not an engine, --force does not replace it; choose another --output")
+
+
 @contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A scratch directory that becomes ``output`` at the end, replacing what is there, or leaves nothing."""
+def _beside(output: Path, replace: bool) -> Iterator[Path]:
+    """A scratch directory that becomes ``output`` at the end, or leaves everything as it was."""
+    check_output(output, replace)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
@@ -266,13 +286,17 @@ def _beside(output: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
+        check_output(output, replace)  # another build may have come first
+        replaced = scratch.with_suffix(".replaced")
         if output.exists():
-            replaced = scratch.with_suffix(".replaced")
             output.rename(replaced)
+        try:
             scratch.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            scratch.rename(output)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise BuildError(f"{output} cannot be written: {error.strerror or error}") from error
     finally:

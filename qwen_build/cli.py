@@ -12,8 +12,7 @@ from typing import Any
 import click
 
 from qwen_engine import __version__
-from qwen_engine.errors import BuildError
-from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from qwen_engine.manifest import WEIGHTS_FILE
 from qwen_run.command import Command, peak_memory_bytes
 
 # The choices of quantize.py and graph_io.py, repeated so that --help need not import onnx; a test compares them.
@@ -79,17 +78,20 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
       qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
     """
     started = time.monotonic()
-    from qwen_build.build import BuildOptions, plan_build, write_engine
+    from qwen_build.build import BuildOptions, check_output, plan_build, write_engine
     from qwen_build.checkpoint import Checkpoint
     from qwen_build.locate import resolve_checkpoint
 
+    if output is not None and not dry_run:
+        check_output(output, force)  # before anything is downloaded
     options = BuildOptions(**chosen | {"group_size": int(chosen["group_size"])})
     if checkpoint is None:
         click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)
-    output = output or ENGINES / f"{located.name}-{options.quant}"
-    if not dry_run:
-        check_output(output, force)
+    if output is None:
+        output = ENGINES / f"{located.name}-{options.quant}"
+        if not dry_run:
+            check_output(output, force)
     with Checkpoint.open(located.path) as weights:
         plan = plan_build(weights, located, options)
         if dry_run:
@@ -98,7 +100,7 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
         with click.progressbar(
             length=plan.layout.size_bytes, label=f"Building {output}", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
-            write_engine(plan, weights, output, shlex.join(["qwen-build", *sys.argv[1:]]), bar.update)
+            write_engine(plan, weights, output, force, shlex.join(["qwen-build", *sys.argv[1:]]), bar.update)
         checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
     summary = {
         "engine": str(output),
@@ -110,20 +112,6 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
         "has_tokenizer": (output / "tokenizer.json").is_file(),
     }
     print_json(summary) if as_json else print_summary(summary)
-
-
-def check_output(output: Path, force: bool) -> None:
-    """Refuse before any work what could not be written at its end.
-
-    Raises:
-        BuildError: ``output`` exists, and is either not to be replaced or not an engine.
-    """
-    if not output.exists():
-        return
-    if not force:
-        raise BuildError(f"{output} exists; use --force to replace it.")
-    if not (output / MANIFEST_FILE).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise BuildError(f"{output} is not an engine, --force does not replace it; choose another --output")
 
 
 def describe(plan: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class ModelConfig(ModelSizes):
             num_key_value_heads=integer(hf, "num_key_value_heads"),
             head_dim=integer(hf, "head_dim", architecture.head_dim or hidden_size // heads),
             rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
-            rope_theta=number(hf, "rope_theta", None) if "rope_theta" in hf else number(rope, "rope_theta", 10000.0),
+            rope_theta=number(rope if hf.get("rope_theta") is None else hf, "rope_theta", 10000.0),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             max_position_embeddings=integer(hf, "max_position_embeddings"),
             eos_token_ids=token_ids(hf.get("eos_token_id")),
@@ -100,7 +100,7 @@ def check_supported(hf: Mapping[str, Any], architecture: Architecture) -> None:
             f"the checkpoint is already quantised ({method}), which cannot be read yet; give the float checkpoint"
         )
     for key, (supported, default) in SUPPORTED.items():
-        value = hf.get(key, default)
+        value = default if hf.get(key) is None else hf[key]
         if value not in supported:
             raise UnsupportedModel(f"config.json: {key} {value!r} is not supported, only {supported[0]!r} is")
     if "attention_bias" in hf and bool(hf["attention_bias"]) != architecture.attention_bias:

@@ -8,8 +8,9 @@ A weight that the graph reads twice (a tied embedding and head) has one place.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,22 +150,25 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
             return sum(place.row_bytes for place in weight.places.values()) * (stop - start)
 
         jobs = ((weight, *rows) for weight in layout.weights for rows in weight.slices())
-        for written in in_threads(write_slice, jobs):
-            advance(written)
+        with closing(in_threads(write_slice, jobs)) as results:  # no thread writes once the file is closed
+            for written in results:
+                advance(written)
     except OSError as error:
-        raise BuildError(f"{path}: {error.strerror}; the engine takes {layout.size_bytes / 1e6:,.0f} MB") from error
+        size = f"{layout.size_bytes / 1e6:,.0f} MB"
+        raise BuildError(f"the weights cannot be written: {error.strerror}; the engine takes {size}") from error
     finally:
         os.close(descriptor)
 
 
-def in_threads(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+def in_threads(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Generator[Result, None, None]:
     """Results of ``work(*job)`` as they come, a few jobs at a time; the first error ends it."""
-    with ThreadPoolExecutor(physical_cores()) as pool:
+    threads = physical_cores()
+    with ThreadPoolExecutor(threads) as pool:
         running: set[Future[Result]] = set()
         try:
             for job in jobs:
                 running.add(pool.submit(work, *job))
-                if len(running) > physical_cores():
+                if len(running) > threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             yield from (future.result() for future in running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,10 +140,13 @@ def newest_engine(root: Path) -> Path:
     Raises:
         EngineError: there is none.
     """
-    manifests = sorted(root.glob(f"*/{MANIFEST_FILE}"), key=lambda path: path.stat().st_mtime)
-    if not manifests:
+    written = {}
+    for path in root.glob(f"[!.]*/{MANIFEST_FILE}"):  # a hidden one is still being built
+        with suppress(FileNotFoundError):
+            written[path.parent] = path.stat().st_mtime_ns
+    if not written:
         raise EngineError(f"no engine in {root}; make one with qwen-build, or name one with --engine")
-    return manifests[-1].parent
+    return max(written, key=written.__getitem__)
 
 
 def _check_operators(directory: Path, manifest: Manifest) -> None:

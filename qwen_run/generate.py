@@ -60,6 +60,7 @@ def check_request(request: Request, manifest: Manifest, name: str = "the prompt"
     Raises:
         RequestError: the prompt is empty, too long, or holds ids the model does not have.
     """
+    assert request.finish_reason is None, "a request is answered once"
     longest = manifest.limits.max_seq_len - 1
     vocab_size = manifest.model.vocab_size
     if not request.prompt:
@@ -110,7 +111,8 @@ def _generate(
             scheduler.advance(chunks)
             answered = [chunk.request for chunk in chunks if chunk.wants_logits]
             for request, row in zip(answered, logits, strict=True):
-                context = request.tokens(0, request.num_tokens)
+                # only the penalty looks at what came before, and a long context takes a while to list
+                context = request.tokens(0, request.num_tokens) if request.params.repetition_penalty != 1 else ()
                 token_id = sample(row, request.params, context, request.num_tokens)
                 request.output.append(token_id)
                 request.finish_reason = _finish_reason(request, engine.manifest.limits.max_seq_len)

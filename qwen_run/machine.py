@@ -16,7 +16,8 @@ def physical_cores() -> int:
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
     cores = {_read(_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu) for cpu in cpus}
-    quotas = [int(quota) / int(period) for quota, period in map(str.split, _limits("cpu.max")) if quota != "max"]
+    limits = [text.split() for group in _groups() if (text := _read(group / "cpu.max"))]
+    quotas = [int(quota) / int(period) for quota, period in limits if quota != "max"]
     return max(1, int(min([len(cores), *quotas])))
 
 
@@ -25,16 +26,25 @@ def available_bytes() -> int | None:
     meminfo = dict(line.split(":", 1) for line in _read(_PROC / "meminfo").splitlines())
     if "MemAvailable" not in meminfo:
         return None
-    limits = [int(limit) for limit in _limits("memory.max") if limit != "max"]
-    return min([int(meminfo["MemAvailable"].split()[0]) * 1024, *limits])
+    left = [
+        int(limit) - (int(_read(group / "memory.current") or 0) - _reclaimable_bytes(group))
+        for group in _groups()
+        if (limit := _read(group / "memory.max")) not in ("", "max")
+    ]
+    return max(0, min([int(meminfo["MemAvailable"].split()[0]) * 1024, *left]))
 
 
-def _limits(name: str) -> list[str]:
-    """The file ``name`` of this process's control group (version 2) and of every group around it."""
+def _reclaimable_bytes(group: Path) -> int:
+    """What a control group holds of files that nobody has looked at lately: the system gives that up when asked."""
+    lines = _read(group / "memory.stat").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+
+
+def _groups() -> list[Path]:
+    """This process's control group (version 2) and every group around it."""
     own = next((line[3:] for line in _read(_PROC / "self" / "cgroup").splitlines() if line.startswith("0::")), "/")
     group = _CGROUPS / own.strip("/")
-    groups = [group, *(parent for parent in group.parents if parent.is_relative_to(_CGROUPS))]
-    return [text for text in (_read(group / name) for group in groups) if text]
+    return [group, *(parent for parent in group.parents if parent.is_relative_to(_CGROUPS))]
 
 
 def _read(path: Path) -> str:

@@ -103,9 +103,9 @@ class Scheduler:
         return True
 
     def _release(self, request: Request) -> None:
-        self._cache.free(request.block_ids)
-        request.block_ids = []
+        block_ids, request.block_ids = request.block_ids, []  # first: an interrupt here must not free them twice
         request.num_cached = 0
+        self._cache.free(block_ids)
 
 
 def _chunk(request: Request, count: int) -> Chunk:

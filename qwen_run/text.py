@@ -99,19 +99,25 @@ class TextModel:
         Raises:
             EngineError: something is missing or damaged.
         """
-        manifest = Manifest.read(engine_directory)
-        tokenizer = Tokenizer.load(engine_directory)
-        template = None if raw else ChatTemplate.load(engine_directory)
-        defaults = _read_defaults(engine_directory)
-        engine = Engine.load(engine_directory, threads)
+        Manifest.read(engine_directory)
+        parts = _TextParts.load(engine_directory, raw)
+        return cls._join(Engine.load(engine_directory, threads), parts)
+
+    @classmethod
+    def of(cls, engine: Engine, raw: bool = False) -> TextModel:
+        """As :meth:`load`, for an engine that is open already."""
+        return cls._join(engine, _TextParts.load(engine.directory, raw))
+
+    @classmethod
+    def _join(cls, engine: Engine, parts: _TextParts) -> TextModel:
         return cls(
             generate=partial(generate, engine),
-            check=partial(check_request, manifest=manifest),
-            tokenizer=tokenizer,
-            template=template,
-            defaults=defaults,
-            eos_token_ids=frozenset(manifest.eos_token_ids) | end_of_turn_ids(tokenizer, template),
-            max_seq_len=manifest.limits.max_seq_len,
+            check=partial(check_request, manifest=engine.manifest),
+            tokenizer=parts.tokenizer,
+            template=parts.template,
+            defaults=parts.defaults,
+            eos_token_ids=frozenset(engine.manifest.eos_token_ids) | end_of_turn_ids(parts.tokenizer, parts.template),
+            max_seq_len=engine.manifest.limits.max_seq_len,
         )
 
     def encode_raw(self, prompt: str) -> list[int]:
@@ -171,6 +177,23 @@ class TextModel:
             if len(ids) + room <= self.max_seq_len or conversation.num_questions < 2:
                 return ids, dropped
             conversation, dropped = conversation.without_oldest(), dropped + 1
+
+
+@dataclass(frozen=True)
+class _TextParts:
+    """What an engine's directory holds for text."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: SamplingParams
+
+    @classmethod
+    def load(cls, engine_directory: Path, raw: bool) -> _TextParts:
+        return cls(
+            Tokenizer.load(engine_directory),
+            None if raw else ChatTemplate.load(engine_directory),
+            _read_defaults(engine_directory),
+        )
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:

@@ -17,11 +17,12 @@ from click.testing import CliRunner
 from conftest import FAMILIES
 
 from qwen_build import export
-from qwen_build.build import COPIED, BuildOptions, end_of_sequence_ids, plan_build
+from qwen_build.build import COPIED, BuildOptions, end_of_sequence_ids, plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.cli import main
 from qwen_build.config import ModelConfig
 from qwen_build.locate import resolve_checkpoint
+from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_run.parts import verify_parts
 
@@ -195,6 +196,35 @@ def test_a_failed_forced_build_keeps_the_old_engine(checkpoint, tmp_path):
     verify_parts(output, before)
 
 
+def test_a_failed_replacement_keeps_the_old_engine(checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "out" / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    before = Manifest.read(output)
+    rename = Path.rename
+
+    def fail_for_the_new_one(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    result = build(checkpoint, "--output", output, "--force", "--quant", "int8")
+    assert result.exit_code == 1
+    assert "Input/output error" in result.stderr
+    assert Manifest.read(output) == before
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_from_python_too_nothing_is_replaced_unasked(checkpoint, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with Checkpoint.open(checkpoint) as weights:
+        plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions())
+        for replace in (False, True):
+            with pytest.raises(BuildError, match="exists; use --force|is not an engine"):
+                write_engine(plan, weights, tmp_path, replace)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
 @pytest.mark.parametrize("function", ["posix_fallocate", "pwrite"])
 def test_a_full_disk(function, checkpoint, tmp_path, monkeypatch):
     def full(*_: object) -> None:
@@ -214,10 +244,10 @@ def test_an_output_that_cannot_be_written(checkpoint, tmp_path):
 def test_ctrl_c_leaves_nothing(checkpoint, tmp_path):
     """A real process, interrupted while it writes weights (which are made slow here)."""
     program = (
-        "import sys, time\n"
+        "import os, time\n"
         "from qwen_build import checkpoint, cli\n"
         "read = checkpoint.Checkpoint.read\n"
-        "def slow(*a):\n    print('reading', flush=True)\n    time.sleep(0.5)\n    return read(*a)\n"
+        "def slow(*a):\n    os.write(1, b'reading\\n')\n    time.sleep(0.5)\n    return read(*a)\n"
         "checkpoint.Checkpoint.read = slow\n"
         "cli.main()\n"
     )

@@ -63,6 +63,14 @@ def test_memory_limit(system: Path, limit: str, expected: int) -> None:
     assert machine.available_bytes() == expected
 
 
+def test_memory_that_a_container_has_used_up(system: Path) -> None:
+    write(system / "cgroup" / "pod" / "memory.max", str(3 * GIB))
+    write(system / "cgroup" / "pod" / "memory.current", str(2 * GIB))
+    assert machine.available_bytes() == 1 * GIB
+    write(system / "cgroup" / "pod" / "memory.stat", f"anon 5\ninactive_file {GIB}\n")
+    assert machine.available_bytes() == 2 * GIB
+
+
 def test_a_system_that_says_nothing(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_PROC", system / "nothing")
     assert machine.available_bytes() is None

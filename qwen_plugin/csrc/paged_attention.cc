@@ -371,21 +371,25 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
   ParallelFor(api, context, few_tokens, ranges.size(), [&](size_t i) { kernels.write_tokens(p, ranges[i]); });
 
   // Large items read the cache less often; there should be enough of them for every thread.
-  static const int64_t kWantedItems = 2 * std::max(1u, std::thread::hardware_concurrency());
+  static const int64_t kThreads = std::max(1u, std::thread::hardware_concurrency()), kWantedItems = 2 * kThreads;
   int64_t item_rows = std::min<int64_t>(kMaxItemRows, kMaxItemFloats / p.head_dim);
   std::vector<Item> items = CutItems(p, sequences, item_rows);
   while (int64_t(items.size()) < kWantedItems && item_rows > 16) {
     item_rows /= 2;
     items = CutItems(p, sequences, item_rows);
   }
-  int64_t work = 0, state_floats = 0;
+  int64_t work = 0, largest = 0, state_floats = 0;
   for (const Item& item : items) {
     const int64_t rows = item.last - item.first, count = Partitions(p, item).last - Partitions(p, item).first;
-    work += rows * p.head_dim * 2 * std::min(count * kPartition, p.past[item.sequence] + item.last / p.group + 1);
+    const int64_t keys = std::min(count * kPartition, p.past[item.sequence] + item.last / p.group + 1);
+    work += rows * p.head_dim * 2 * keys;
+    largest = std::max(largest, rows * p.head_dim * 2 * keys);
     state_floats += count * StateFloats(p, rows);
   }
   const bool serial = work < kSerialWork;
-  const bool divide = !serial && int64_t(items.size()) < kWantedItems && state_floats <= kMaxStateFloats;
+  // Too few items for the threads, or one so large that the others would wait for it.
+  const bool uneven = int64_t(items.size()) < kWantedItems || largest * kThreads > work;
+  const bool divide = !serial && uneven && state_floats <= kMaxStateFloats;
 
   if (!divide) {
     ParallelFor(api, context, serial, items.size(), [&](size_t i) {
@@ -396,7 +400,7 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
     return;
   }
 
-  // Too few items for the threads: every (item, partition) on its own.
+  // Every (item, partition) on its own.
   struct Unit {
     const Item* item;
     int64_t partition;

@@ -33,7 +33,7 @@ struct Problem {
 };
 
 // First and last + 1 position that the query at `position` sees.
-inline int64_t FirstKey(const Problem& p, int64_t position) {
+static inline int64_t FirstKey(const Problem& p, int64_t position) {
   return position >= p.window ? position - p.window + 1 : 0;
 }
 
@@ -52,14 +52,14 @@ struct PartitionRange {
   int64_t first, last;
 };
 
-inline PartitionRange Partitions(const Problem& p, const Item& item) {
+static inline PartitionRange Partitions(const Problem& p, const Item& item) {
   const int64_t past = p.past[item.sequence];
   return {FirstKey(p, past + item.first / p.group) / kPartition, (past + (item.last - 1) / p.group) / kPartition + 1};
 }
 
 // Softmax of an item's rows over some of their keys, not yet normalised: for each row the maximum of its scores,
 // the sum of exp(score - maximum) and the values weighted with it. A sum of 0: no key yet.
-inline int64_t StateFloats(const Problem& p, int64_t rows) { return rows * (p.head_dim + 2); }
+static inline int64_t StateFloats(const Problem& p, int64_t rows) { return rows * (p.head_dim + 2); }
 
 struct Kernels {
   // Step 1: norm and rotation; queries go to the output, keys and values to the pool.
