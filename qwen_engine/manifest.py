@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from qwen_engine import strict_json
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec
 
@@ -160,7 +159,10 @@ class Manifest:
                 f"{where} has format version {version}, this runtime reads {FORMAT_VERSION}; "
                 "build the engine again with the qwen-build of this installation"
             )
-        manifest = _parse(cls, data, where)
+        try:
+            manifest = strict_json.parse(cls, data, where)
+        except strict_json.MismatchError as error:
+            raise EngineError(f"{error}; build the engine again") from error
         assert isinstance(manifest, cls)
         return manifest
 
@@ -180,40 +182,3 @@ class Manifest:
         except (OSError, UnicodeDecodeError) as error:
             raise EngineError(f"{path} cannot be read: {error}") from error
         return cls.from_json(text, str(path))
-
-
-def _parse(expected: Any, value: Any, where: str) -> Any:
-    """``value`` from JSON as an instance of the annotation ``expected``; ``where`` names it in errors."""
-    origin, arguments = get_origin(expected), get_args(expected)
-    if dataclasses.is_dataclass(expected):
-        if not isinstance(value, dict):
-            raise EngineError(f"{where} is {value!r}, expected an object; build the engine again")
-        hints = get_type_hints(expected)
-        for complaint, names in (("lacks", hints.keys() - value.keys()), ("has unknown", value.keys() - hints.keys())):
-            if names:
-                raise EngineError(f"{where} {complaint} {', '.join(sorted(names))}; build the engine again")
-        fields = {name: _parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()}
-        return expected(**fields)  # type: ignore[operator]
-    if origin in (Union, types.UnionType):
-        for choice in arguments:
-            try:
-                return _parse(choice, value, where)
-            except EngineError:
-                continue
-    elif origin is tuple and isinstance(value, list):
-        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    elif origin is not None and _is_mapping(origin) and isinstance(value, dict):
-        return {key: _parse(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    elif origin is Literal:
-        if value in arguments:
-            return value
-    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(expected, type) and type(value) is expected:
-        return value
-    wanted = expected.__name__ if isinstance(expected, type) else str(expected)
-    raise EngineError(f"{where} is {value!r}, expected {wanted}; build the engine again")
-
-
-def _is_mapping(origin: Any) -> bool:
-    return isinstance(origin, type) and issubclass(origin, Mapping)

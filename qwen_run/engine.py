@@ -23,6 +23,7 @@ from qwen_engine.graph_io import (
     TensorSpec,
 )
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest
+from qwen_run.float_activations import with_float_activations
 from qwen_run.kv_cache import KVCache, choose_num_blocks
 from qwen_run.machine import available_bytes, physical_cores
 from qwen_run.parts import check_parts
@@ -69,7 +70,12 @@ class Engine:
 
     @classmethod
     def load(
-        cls, directory: Path, threads: int | None = None, num_blocks: int | None = None, graph: str = GRAPH_FILE
+        cls,
+        directory: Path,
+        threads: int | None = None,
+        num_blocks: int | None = None,
+        graph: str = GRAPH_FILE,
+        float_activations: bool = False,
     ) -> Engine:
         """Open the engine in ``directory``; everything is checked before memory is taken.
 
@@ -77,6 +83,8 @@ class Engine:
             threads: threads of one run; the physical cores this process may use if None.
             num_blocks: blocks of the cache pool; chosen from the free memory if None.
             graph: ``layers.onnx`` to see the output of every sub-block with :meth:`run_layers`.
+            float_activations: compute in float32 what the engine rounds to int8 on its way into a product: far
+                slower, for measuring everything else.
 
         Raises:
             EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
@@ -90,7 +98,13 @@ class Engine:
         num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes())
         try:
             options = _session_options(manifest, threads or physical_cores())
-            session = onnxruntime.InferenceSession(directory / graph, options, providers=["CPUExecutionProvider"])
+            source: Path | bytes = directory / graph
+            if float_activations:
+                source = with_float_activations((directory / graph).read_bytes())
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(directory.resolve())
+                )
+            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except _ORT_ERRORS as error:
             raise EngineError(f"{directory / graph} cannot be loaded: {_first_line(error)}") from error
         _check_graph(directory / graph, session, manifest)

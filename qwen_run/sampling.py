@@ -83,7 +83,8 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, context: Sequenc
     best = int(np.argmax(scores))
     if not np.isfinite(scores[best]):
         raise EngineError(
-            f"the logits of position {position} hold {scores[best]}, expected numbers; build the engine with --kv-cache-dtype float32"
+            f"the logits of position {position} hold {scores[best]}, expected numbers; "
+            "build the engine with --kv-cache-dtype float32"
         )
     if params.greedy:
         return best

@@ -1,0 +1,266 @@
+"""What Hugging Face transformers says: the reference that an engine's accuracy is measured against.
+
+Two references answer two questions. The checkpoint's own weights (``recipe`` None) say what rounding costs. The same
+weights rounded as the manifest says (a :class:`Recipe`) say whether the engine computes what was meant: they are
+quantised again from the checkpoint, never read back from the engine, so that a wrong byte there shows.
+
+This is the only module that imports torch and transformers, and the only one of the runtime that reaches the builder;
+both inside functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from qwen_engine.errors import CheckpointError, RequestError
+from qwen_engine.graph_io import LOGITS
+from qwen_engine.manifest import Manifest, Quantization
+from qwen_run.accuracy import FullLogits, ReferenceLogits
+
+# Positions whose logits are in memory at a time.
+CHUNK_TOKENS = 128
+
+# linear of the engine -> the modules of transformers whose rows follow each other in it. Every row is quantised by
+# itself, so the modules can be too.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# what layers.onnx exposes of every decoder layer: module -> whether its input or its output
+SUB_BLOCKS = {
+    ".input_layernorm": "output",
+    ".self_attn.o_proj": "input",
+    ".self_attn": "output",
+    ".post_attention_layernorm": "output",
+    ".mlp.down_proj": "input",
+    ".mlp": "output",
+    "": "output",
+}
+
+# elements of a weight that are quantised at a time: bounds the memory that takes to some tens of megabytes
+_SLICE_ELEMENTS = 1 << 20
+
+
+class Reference(Protocol):
+    """Somebody who knows the right answer, live or from a file."""
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[ReferenceLogits]:
+        """The logits of every position of one sequence, ``CHUNK_TOKENS`` positions at a time, in order."""
+
+    def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
+        """The greedy continuation of ``prompt``; a stop token that ends it is its last."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an engine rounds: the scheme of every linear and embedding by transformers' name, and the cache's dtype."""
+
+    quantizations: Mapping[str, Quantization]
+    cache_dtype: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Recipe:
+        """The recipe ``manifest`` records."""
+        quantizations = {}
+        for linear in manifest.linears:
+            parent, dot, name = linear.name.rpartition(".")
+            for part in FUSED.get(name, (name,)):
+                quantizations[parent + dot + part] = linear.quantization
+        return cls(quantizations, manifest.cache.dtype)
+
+    def with_float_activations(self) -> Recipe:
+        """The same without the rounding of what goes into a linear.
+
+        Rounding is a step function: two sums that differ in the last bit land on two sides of a step now and then, and
+        within a few layers sides that agree in everything else are as far apart as rounding itself is large. From
+        end to end only weights, graph and cache can be held to float thresholds; rounded inputs can be one
+        sub-block at a time, see :meth:`HuggingFace.hidden_outputs`.
+        """
+        unrounded = {name: replace(row, activations="float32") for name, row in self.quantizations.items()}
+        return Recipe(unrounded, self.cache_dtype)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything in the recipe."""
+        rows = sorted((name, *astuple(quantization)) for name, quantization in self.quantizations.items())
+        return hashlib.sha256(json.dumps([rows, self.cache_dtype]).encode()).hexdigest()
+
+
+class HuggingFace:
+    """A checkpoint in transformers, computing in float32.
+
+    Args:
+        checkpoint: the directory; its weights are held in memory once, in float32.
+        threads: threads torch uses, in all of this process.
+        recipe: round weights, inputs of linears, keys and values as an engine does; None for the weights as they are.
+
+    Raises:
+        RequestError: torch or transformers is not installed.
+        CheckpointError: transformers cannot load the directory.
+    """
+
+    def __init__(self, checkpoint: Path, threads: int, recipe: Recipe | None = None) -> None:
+        self._torch, self._transformers = _import_torch_and_transformers()
+        self._torch.set_num_threads(threads)
+        try:
+            self._model = self._transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=self._torch.float32, local_files_only=True
+            ).eval()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
+        self._rounds_cache = False
+        if recipe is not None:
+            self._rounds_cache = recipe.cache_dtype == "float16"
+            self._round_as(recipe)
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[FullLogits]:
+        """See :meth:`Reference.logits`: chunks of (up to ``CHUNK_TOKENS``, vocab_size) float32."""
+        hidden = self._hidden(token_ids, self._new_cache())  # (T, H)
+        for start in range(0, len(token_ids), CHUNK_TOKENS):
+            yield FullLogits(self._head(hidden[start : start + CHUNK_TOKENS]))
+
+    def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
+        return list(self.stream(prompt, max_new_tokens, stop_token_ids))
+
+    def stream(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> Iterator[int]:
+        """The tokens of :meth:`continuation`, each as soon as it is known: for measuring time."""
+        cache = self._new_cache()
+        fed = prompt
+        for _ in range(max_new_tokens):
+            token_id = int(self._head(self._hidden(fed, cache)[-1:])[0].argmax())
+            yield token_id
+            if token_id in stop_token_ids:
+                return
+            fed = [token_id]
+
+    def hidden_outputs(
+        self, token_ids: Sequence[int], given: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Everything ``layers.onnx`` exposes, by its names.
+
+        Args:
+            given: what the engine has at each of these names. Every sub-block then reads the engine's values instead of
+                those computed here, so that errors do not add up: a sub-block that differs is itself at fault.
+
+        Returns:
+            (tokens, features) float32 each, ``logits`` included.
+        """
+        layers = [f"model.layers.{i}" for i in range(self._model.config.num_hidden_layers)]
+        wanted = {layer + block: side for layer in layers for block, side in SUB_BLOCKS.items()}
+        wanted = {"model.embed_tokens": "output", **wanted, "model.norm": "output"}
+        seen: dict[str, np.ndarray] = {}
+
+        def exchange(name: str, tensor: Any) -> Any:
+            seen[name] = tensor[0].numpy()
+            return tensor if given is None else self._torch.tensor(given[name])[None]
+
+        def on_input(name: str) -> Any:
+            return lambda module, arguments: (exchange(f"{name}.input", arguments[0]), *arguments[1:])
+
+        def on_output(name: str) -> Any:
+            def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+                if isinstance(output, tuple):  # attention: with its weights
+                    return exchange(name, output[0]), *output[1:]
+                return exchange(name, output)
+
+            return hook
+
+        hooks = []
+        for name, side in wanted.items():
+            module = self._model.get_submodule(name)
+            if side == "input":  # as it is before the hook that rounds it
+                hooks.append(module.register_forward_pre_hook(on_input(name), prepend=True))
+            else:
+                hooks.append(module.register_forward_hook(on_output(name)))
+        try:
+            hidden = self._hidden(token_ids, self._new_cache())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen | {LOGITS: self._head(hidden)}
+
+    def _hidden(self, token_ids: Sequence[int], cache: Any) -> Any:
+        """The last norm's output for new tokens, a tensor (tokens, hidden_size)."""
+        with self._torch.inference_mode():
+            return self._model.model(self._torch.tensor([list(token_ids)]), past_key_values=cache).last_hidden_state[0]
+
+    def _head(self, hidden: Any) -> np.ndarray:
+        with self._torch.inference_mode():
+            logits: np.ndarray = self._model.lm_head(hidden).numpy()
+        return logits
+
+    def _new_cache(self) -> Any:
+        cache = self._transformers.DynamicCache(config=self._model.config)
+        if self._rounds_cache:
+            update = cache.update
+            cache.update = lambda key, value, *rest, **named: update(
+                key.half().float(), value.half().float(), *rest, **named
+            )
+        return cache
+
+    def _round_as(self, recipe: Recipe) -> None:
+        from qwen_build.quantize import make_scheme
+
+        kinds = (self._torch.nn.Linear, self._torch.nn.Embedding)
+        modules = {name: module for name, module in self._model.named_modules() if isinstance(module, kinds)}
+        assert modules.keys() == recipe.quantizations.keys(), modules.keys() ^ recipe.quantizations.keys()
+        rounded: dict[int, Quantization] = {}
+        for name, quantization in recipe.quantizations.items():
+            module = modules[name]
+            if not quantization.group_size:
+                continue
+            if quantization.activations == "int8" and isinstance(module, self._torch.nn.Linear):
+                module.register_forward_pre_hook(_rounding_hook(self._torch, quantization.group_size))
+            if id(module.weight) in rounded:  # a tied head
+                assert rounded[id(module.weight)] == quantization
+                continue
+            rounded[id(module.weight)] = quantization
+            scheme = make_scheme(
+                quantization.scheme, quantization.group_size, quantization.symmetric, quantization.activations
+            )
+            weight: np.ndarray = module.weight.detach().numpy()  # the parameter's own memory
+            rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
+            for start in range(0, len(weight), rows):
+                part = weight[start : start + rows]
+                part[...] = scheme.dequantize(scheme.quantize(part), part.shape[1])
+
+
+def _rounding_hook(torch: Any, group_size: int) -> Any:
+    return lambda module, arguments: (round_to_int8(torch, arguments[0], group_size),)
+
+
+def round_to_int8(torch: Any, x: Any, group_size: int) -> Any:
+    """``x`` as ``MatMulNBits`` with ``accuracy_level`` 4 reads it: 8 bits and a scale for each group of a row.
+
+    ``q = round(x * (127 / max|x|))`` with ties to even, in float32; the value is ``q * (max|x| / 127)``. That gives the
+    operator's numbers for every tie; dividing by the scale, or rounding ties away from 0, does not.
+
+    Args:
+        x: tensor (..., features) float32; the last group may be shorter.
+    """
+    features = x.shape[-1]
+    groups = torch.nn.functional.pad(x, (0, -features % group_size)).unflatten(-1, (-1, group_size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    steps = torch.tensor(127.0)  # a tensor: torch would multiply the number with a rounded reciprocal
+    inverse = torch.where(largest > 1e-36, steps / largest, 0)  # nothing, or too little for a reciprocal, is 0
+    return ((groups * inverse).round() * (largest / steps)).flatten(-2)[..., :features]
+
+
+def _import_torch_and_transformers() -> tuple[ModuleType, ModuleType]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise RequestError(
+            f"the reference needs torch and transformers ({error}); install qwen-engine[hf], or use --reference FILE"
+        ) from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers

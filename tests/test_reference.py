@@ -1,0 +1,257 @@
+"""Hugging Face as the reference: the checkpoint as it is, rounded as an engine rounds it, one sub-block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import FAMILIES, run_alone
+from onnx import TensorProto, helper, numpy_helper
+
+from qwen_build.quantize import GROUP_SIZES, make_scheme
+from qwen_engine.errors import CheckpointError
+from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE, Manifest
+from qwen_run.engine import Batch, Engine
+from qwen_run.float_activations import with_float_activations
+from qwen_run.reference import CHUNK_TOKENS, HuggingFace, Recipe, round_to_int8
+
+TOKENS = np.random.default_rng(5).integers(0, 131, 2 * CHUNK_TOKENS + 7).tolist()
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def joined(chunks) -> np.ndarray:
+    return np.concatenate([chunk.values for chunk in chunks])
+
+
+def all_logits(reference: HuggingFace, token_ids: list[int]) -> np.ndarray:
+    return joined(reference.logits(token_ids))
+
+
+def as_built(checkpoint, directory: Path) -> HuggingFace:
+    return HuggingFace(checkpoint.path, 1, Recipe.of(Manifest.read(directory)))
+
+
+@every_family
+def test_the_original_is_what_transformers_says(family, tiny_checkpoint):
+    checkpoint = tiny_checkpoint(family)
+    chunks = list(HuggingFace(checkpoint.path, 1).logits(TOKENS))
+    assert [len(chunk) for chunk in chunks] == [CHUNK_TOKENS, CHUNK_TOKENS, 7]
+    # the same program; only the head's product is cut in chunks
+    np.testing.assert_allclose(joined(chunks), checkpoint.logits(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_checkpoint_computes_in_float32(dtype, tiny_checkpoint):
+    checkpoint = tiny_checkpoint("qwen3", dtype)
+    logits = all_logits(HuggingFace(checkpoint.path, 1), TOKENS[:9])
+    np.testing.assert_allclose(logits, checkpoint.logits(TOKENS[:9]), rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_continuation_is_that_of_generate(tiny_checkpoint):
+    checkpoint = tiny_checkpoint("qwen2")
+    expected = checkpoint.model.generate(
+        torch.tensor([TOKENS[:20]]), attention_mask=torch.ones(1, 20), max_new_tokens=12, do_sample=False
+    )[0, 20:].tolist()
+    reference = HuggingFace(checkpoint.path, 1)
+    assert reference.continuation(TOKENS[:20], 12, frozenset()) == expected
+    assert list(reference.stream(TOKENS[:20], 3, frozenset())) == expected[:3]
+
+
+def test_a_stop_token_is_the_last(tiny_checkpoint):
+    reference = HuggingFace(tiny_checkpoint("qwen2").path, 1)
+    free = reference.continuation(TOKENS[:20], 12, frozenset())
+    stop = next(token for token in free if token != free[0])
+    assert reference.continuation(TOKENS[:20], 12, {stop}) == free[: free.index(stop) + 1]
+
+
+def matmul_nbits(bits: int, group_size: int, symmetric: bool, weight: np.ndarray):
+    """The stock operator over a quantised weight, and what that weight dequantises to."""
+    scheme = make_scheme(f"int{bits}", group_size, symmetric, "int8")
+    tensors = scheme.quantize(weight)
+    node = helper.make_node(
+        "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft",
+        N=weight.shape[0], K=weight.shape[1], bits=bits, block_size=group_size, accuracy_level=4,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, weight.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, weight.shape[0]])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return model, scheme.dequantize(tensors, weight.shape[1])
+
+
+def run_graph(model: bytes, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_activations_are_rounded_as_the_operator_rounds_them(bits, group_size, rows):
+    """Inputs at and beside the middle between two steps, where every other way to round gives other numbers."""
+    rng = np.random.default_rng(bits * group_size + rows)
+    features = 2 * group_size + 16  # the last group is shorter
+    weight = rng.standard_normal((48, features)).astype(np.float32)
+    largest = rng.uniform(0.01, 5, (rows, 1)).astype(np.float32)
+    x = ((rng.integers(-126, 126, (rows, features)) + 0.5) * (largest.astype(np.float64) / 127)).astype(np.float32)
+    x[:, ::group_size] = largest
+    x[0, :group_size] = 0
+
+    model, dequantised = matmul_nbits(bits, group_size, False, weight)
+    rounded = round_to_int8(torch, torch.tensor(x), group_size).numpy()
+    exact = rounded.astype(np.float64) @ dequantised.astype(np.float64).T
+    error = np.linalg.norm(run_graph(model, x) - exact) / np.linalg.norm(exact)
+    assert error < 1e-6  # float32 sums; without rounding 5e-3, with ties away from 0 or by division 1e-3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_graph_can_be_told_not_to_round_activations(bits):
+    rng = np.random.default_rng(bits)
+    model, dequantised = matmul_nbits(bits, 32, False, rng.standard_normal((16, 64)).astype(np.float32))
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    exact = x.astype(np.float64) @ dequantised.astype(np.float64).T
+    assert np.abs(run_graph(model, x) - exact).max() > 1e-3
+    assert np.abs(run_graph(with_float_activations(model), x) - exact).max() < 1e-4
+
+
+@every_family
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_as_built_is_the_engine_to_float_precision(family, quant, symmetric, tiny_checkpoint, build_engine):
+    checkpoint = tiny_checkpoint(family)
+    options = {"quant": quant, "symmetric": symmetric, "kv_cache_dtype": "float32", "activations": "float32"}
+    directory = build_engine(checkpoint.path, **options)
+    logits = run_alone(Engine.load(directory, threads=1), TOKENS)
+    # the tolerance of the parity tests: the same weights, sums in another order
+    np.testing.assert_allclose(all_logits(as_built(checkpoint, directory), TOKENS), logits, rtol=3e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_as_built_rounds_keys_and_values_to_float16(quant, tiny_checkpoint, build_engine):
+    checkpoint = tiny_checkpoint("qwen2")
+    directory = build_engine(checkpoint.path, quant=quant, kv_cache_dtype="float16", activations="float32")
+    logits = run_alone(Engine.load(directory, threads=1), TOKENS)
+
+    def distance(recipe: Recipe) -> float:
+        return float(np.abs(all_logits(HuggingFace(checkpoint.path, 1, recipe), TOKENS) - logits).mean())
+
+    recipe = Recipe.of(Manifest.read(directory))
+    # a key on the edge between two float16 still falls on either side; most do not
+    assert distance(recipe) < 0.3 * distance(replace(recipe, cache_dtype="float32"))
+
+
+def test_a_tied_head_is_rounded_once_and_the_file_stays_as_it_is(tiny_checkpoint, build_engine):
+    checkpoint = tiny_checkpoint("qwen2-tied")
+    weights = checkpoint.path / "model.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).digest()
+    model = as_built(checkpoint, build_engine(checkpoint.path, quant="int4", embedding_quant="int4"))._model
+    scheme = make_scheme("int4", 32, False, "int8")
+    embedding = checkpoint.model.model.embed_tokens.weight.detach().numpy()
+    once = scheme.dequantize(scheme.quantize(embedding), embedding.shape[1])
+    assert np.array_equal(model.model.embed_tokens.weight.detach().numpy(), once)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert hashlib.sha256(weights.read_bytes()).digest() == before
+
+
+def test_the_digest_of_a_recipe_tells_engines_apart(tiny_checkpoint, build_engine):
+    path = tiny_checkpoint("qwen2").path
+    options = [{"quant": "int8"}, {"quant": "int4"}, {"quant": "int4", "symmetric": True}, {"quant": "none"}]
+    options += [{"quant": "int8", "kv_cache_dtype": "float32"}, {"quant": "int8", "activations": "float32"}]
+    recipes = [Recipe.of(Manifest.read(build_engine(path, **option))) for option in options]
+    assert len({recipe.digest for recipe in recipes}) == len(recipes)
+    assert recipes[0].with_float_activations().digest == recipes[-1].digest
+
+
+def layer_outputs(directory: Path, token_ids: list[int]) -> dict[str, np.ndarray]:
+    engine = Engine.load(directory, threads=1, graph=LAYERS_GRAPH_FILE)
+    blocks = engine.cache.allocate(engine.cache.blocks_for(len(token_ids)))
+    length = len(token_ids)
+    batch = Batch(
+        np.array(token_ids, np.int64),
+        np.array([0, length], np.int32),
+        np.zeros(1, np.int32),
+        np.array([blocks], np.int32),
+        np.arange(length),
+    )
+    return engine.run_layers(batch)
+
+
+def relative_errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    assert found.keys() == expected.keys()
+    return {
+        name: float(np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name])) for name in expected
+    }
+
+
+@every_family
+def test_hidden_outputs_are_those_of_the_layers_graph(family, tiny_checkpoint, build_engine):
+    checkpoint = tiny_checkpoint(family)
+    found = layer_outputs(build_engine(checkpoint.path, quant="none"), TOKENS[:60])
+    errors = relative_errors(found, HuggingFace(checkpoint.path, 1).hidden_outputs(TOKENS[:60]))
+    assert max(errors.values()) < 1e-5
+
+
+@every_family
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_one_sub_block_at_a_time_rounded_activations_agree_too(family, quant, tiny_checkpoint, build_engine):
+    checkpoint = tiny_checkpoint(family)
+    directory = build_engine(checkpoint.path, quant=quant, kv_cache_dtype="float32")
+    found, reference = layer_outputs(directory, TOKENS[:60]), as_built(checkpoint, directory)
+    isolated = relative_errors(found, reference.hidden_outputs(TOKENS[:60], given=found))
+    running = relative_errors(found, reference.hidden_outputs(TOKENS[:60]))
+    assert np.median(list(isolated.values())) < 1e-6
+    assert max(isolated.values()) < 2e-3  # one input in the middle between two steps, in one small sub-block
+    assert max(isolated.values()) <= max(running.values())
+
+
+@pytest.mark.parametrize("fault", ["model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj", "model.norm"])
+def test_a_faulty_sub_block_stands_out_alone(fault, tiny_checkpoint, build_engine):
+    """Weights 5 % too large, under the noise of int4 and rounded activations."""
+    checkpoint = tiny_checkpoint("qwen2")
+    directory = build_engine(checkpoint.path, quant="int4")
+    reference = as_built(checkpoint, directory)
+    with torch.no_grad():
+        reference._model.get_submodule(fault).weight *= 1.05
+    found = layer_outputs(directory, TOKENS[:60])
+    errors = relative_errors(found, reference.hidden_outputs(TOKENS[:60], given=found))
+    worst = fault.removesuffix(".down_proj").removesuffix(".o_proj")
+    assert errors.pop(worst) == pytest.approx(0.05 / 1.05, rel=0.05)
+    assert max(errors.values()) < 5e-3
+
+
+def test_what_transformers_cannot_load_is_an_error_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(CheckpointError, match="transformers cannot load") as refusal:
+        HuggingFace(tmp_path, 1)
+    assert "\n" not in str(refusal.value)
+
+
+def test_loading_says_nothing_on_stderr(tiny_checkpoint):
+    script = (
+        "import sys; from pathlib import Path; from qwen_run.reference import HuggingFace; "
+        "print(len(HuggingFace(Path(sys.argv[1]), 1).continuation([1, 2, 3], 4, frozenset())))"
+    )
+    command = [sys.executable, "-c", script, str(tiny_checkpoint("qwen2-tied", "bfloat16", True).path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("4", "", 0)
+
+
+def test_only_model_graphs_with_a_known_attribute_are_changed(tiny_checkpoint, build_engine):
+    graph = (build_engine(tiny_checkpoint("qwen2").path, quant="int4") / GRAPH_FILE).read_bytes()
+    changed = with_float_activations(graph)
+    assert len(changed) == len(graph)
+    assert sum(a != b for a, b in zip(graph, changed, strict=True)) == graph.count(b"accuracy_level") == 3 * 4 + 1
