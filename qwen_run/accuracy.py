@@ -36,8 +36,8 @@ SEED = 0
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
-# An error starts at the sub-block where it is this many times larger than everywhere before, and than the floor: an
-# input rounded the other way, because a sum before it differs in its last bit, costs its sub-block about 1e-4.
+# An error starts at the sub-block where it is this many times larger than everywhere before, and than the floor: keys
+# that a float16 cache rounds the other way, because sums before it differ in their last bit, cost attention about 1e-4.
 JUMP_FACTOR = 8.0
 JUMP_FLOOR = 1e-4
 
@@ -254,19 +254,24 @@ def compare(reference: ReferenceLogits, logits: NDArray[np.float32], following: 
     return Positions(**columns)
 
 
-def logit_pairs(reference: ReferenceLogits, logits: NDArray[np.float32]) -> tuple[Floats, Floats]:
-    """Logits to plot one side against the other: of each position the reference's 4 likeliest and 4 any.
+def logit_pairs(reference: ReferenceLogits, logits: NDArray[np.float32], every: int = 1) -> tuple[Floats, Floats]:
+    """Logits to plot one side against the other: of a position the reference's 4 likeliest and 4 any.
 
     Args:
         logits: (T, vocab_size) float32, the engine's.
+        every: take the first of so many positions.
 
     Returns:
-        Reference and engine, each (8 T,) float64.
+        Reference and engine, each (8 ceil(T / every),) float64.
     """
-    kept = reference.top(np.full(len(reference), -1)) if isinstance(reference, FullLogits) else reference
-    ids = np.hstack([kept.top_ids[:, :4], kept.spread_ids[:, :4]])
-    expected = np.hstack([kept.top_logits[:, :4], kept.spread_logits[:, :4]])
-    return _float64(expected).ravel(), _float64(np.take_along_axis(logits, ids, axis=1)).ravel()
+    rows = slice(None, None, every)
+    if isinstance(reference, FullLogits):
+        kept, at = FullLogits(reference.values[rows]).top(np.full(len(logits[rows]), -1)), slice(None)
+    else:
+        kept, at = reference, rows
+    ids = np.hstack([kept.top_ids[at, :4], kept.spread_ids[at, :4]])
+    expected = np.hstack([kept.top_logits[at, :4], kept.spread_logits[at, :4]])
+    return _float64(expected).ravel(), _float64(np.take_along_axis(logits[rows], ids, axis=1)).ravel()
 
 
 def _float64(logits: NDArray[np.float32]) -> Floats:
@@ -416,20 +421,13 @@ def _lines(text: str) -> str:
     return re.sub(r"(?<=[.!?])\s+|(?<=[。！？])\s*", "\n", text.strip())
 
 
-def relative_rms(reference: NDArray[np.float32], engine: NDArray[np.float32]) -> float:
-    """Root mean square of the difference over that of the reference; arrays of one shape."""
-    expected = reference.astype(np.float64)
-    norm = float(np.linalg.norm(expected))
-    return float(np.linalg.norm(engine - expected)) / norm if norm else math.inf if engine.any() else 0.0
-
-
 def first_jump(errors: Mapping[str, float]) -> str | None:
     """The sub-block where an error starts.
 
     Args:
-        errors: :func:`relative_rms` of each sub-block's output by name, in the order they are computed. Against weights
-            rounded like the engine's (the original ones make every error jump at the first layer), and best with each
-            sub-block of the reference reading the engine's values, so that errors do not add up.
+        errors: root mean square of the difference of each sub-block's output over that of the reference, by name, in
+            the order they are computed. Against the weights as built: against the original ones, rounding itself jumps
+            at the first layer.
 
     Returns:
         The first name whose error is at least 8 times the largest before it and at least 8e-4, or is NaN; None where
@@ -441,14 +439,6 @@ def first_jump(errors: Mapping[str, float]) -> str | None:
             return name
         before = max(before, error)
     return None
-
-
-def sub_block_error(errors: Mapping[str, float]) -> Metric:
-    """``as_built.sub_block_error``: the largest of the errors :func:`first_jump` takes.
-
-    It is of the weights and the graph, not of a sample of documents, so that it has no interval.
-    """
-    return Metric("as_built.sub_block_error", float(np.max(list(errors.values()))))
 
 
 def _exp(values: Floats) -> Floats:

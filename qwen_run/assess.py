@@ -1,7 +1,7 @@
 """One engine judged: every document through both sides, the metrics, the verdicts, the report.
 
-The phases follow one another so that only one reference is in memory at a time. What each finds of a document is kept in a
-journal as soon as it is known.
+The phases follow one another so that only one reference is in memory at a time. What each finds of a document is
+kept in a journal as soon as it is known.
 """
 
 from __future__ import annotations
@@ -166,7 +166,11 @@ class Assessment:
         return [self._do(phase, sample, comparison) for sample in self._progress(label, samples)]
 
     def layers(self, phase: Phase, sample: Sample, layers_of: Layers | None) -> list[LayerError]:
-        """The error of every sub-block on one sample; none where the reference has no layers to show."""
+        """The error of every sub-block on one sample; none where the reference has no layers to show.
+
+        Against the original, errors add up from layer to layer. Against what was meant, the reference computes each
+        sub-block from what the engine fed it, so that an error shows where it is made and nowhere else.
+        """
         if layers_of is None:
             return []
 
@@ -175,9 +179,8 @@ class Assessment:
             engine = Engine.load(
                 self.engine_directory, self.threads, graph=LAYERS_GRAPH_FILE, float_activations=phase == "as_built"
             )
-            return [
-                asdict(error) for error in layer_errors(layers_of(token_ids), engine_layers(engine, token_ids), phase)
-            ]
+            found = engine_layers(engine, token_ids)
+            return [asdict(error) for error in layer_errors(layers_of(token_ids, found), found, phase)]
 
         return [LayerError(**error) for error in self.journal.do("layers", phase, errors)]
 
@@ -254,7 +257,10 @@ def assess(engine_directory: Path, report_directory: Path, options: Options) -> 
     }
     with Journal(report_directory / "progress.jsonl", key, options.resume) as journal:
         work = Assessment(engine_directory, threads, model, journal, options.max_new_tokens)
-        samples = [Sample(d, make_prompt(model, d, options.max_new_tokens)) for d in dataset.documents]
+        samples = [
+            Sample(document, sources.prompt(document) or make_prompt(model, document, options.max_new_tokens))
+            for document in dataset.documents
+        ]
         with sources.open("original") as (reference, layers_of):
             samples = work.continue_samples(samples, reference)
             original = work.compare("original", samples, reference)
@@ -306,7 +312,7 @@ def assess(engine_directory: Path, report_directory: Path, options: Options) -> 
 
 
 def chosen_thresholds(manifest: Manifest, options: Options) -> tuple[Threshold, ...]:
-    """The thresholds the options ask for; those of the scheme of the decoder's linears with ``--check`` alone.
+    """The thresholds the options ask for; with ``--check`` alone those of the engine's coarsest rounding.
 
     Raises:
         RequestError: a threshold does not parse.
@@ -315,13 +321,14 @@ def chosen_thresholds(manifest: Manifest, options: Options) -> tuple[Threshold, 
     if options.thresholds:
         chosen = load_thresholds(options.thresholds)
     elif options.check:
-        chosen = THRESHOLDS[decoder_scheme(manifest)]
+        chosen = THRESHOLDS[coarsest_scheme(manifest)]
     return (*chosen, *map(parse_threshold, options.threshold))
 
 
-def decoder_scheme(manifest: Manifest) -> str:
-    """The scheme of the linears in the decoder layers."""
-    return next(linear.quantization.scheme for linear in manifest.linears if linear.name.startswith("model.layers."))
+def coarsest_scheme(manifest: Manifest) -> str:
+    """The scheme with the fewest bits; a float engine with a float16 cache is held to what int8 is."""
+    coarsest = min((linear.quantization for linear in manifest.linears), key=lambda quantization: quantization.bits)
+    return "int8" if coarsest.scheme == "none" and manifest.cache.dtype != "float32" else coarsest.scheme
 
 
 def engine_info(directory: Path, manifest: Manifest) -> EngineInfo:
@@ -346,7 +353,7 @@ def sample_results(
     for sample, found in zip(samples, positions, strict=True):
         answer, text = next(written) if sample.prompt.continues else (None, None)
         scores: dict[str, float] = {}
-        if text is not None:
+        if text:
             pairs = {
                 "rouge.engine": (text.engine, text.summary),
                 "rouge.reference": (text.reference, text.summary),
@@ -357,8 +364,8 @@ def sample_results(
             id=sample.document.id,
             kl=tuple(found.kl.tolist()),
             top1=float(found.top1.mean()),
-            engine_text=text and text.engine,
-            reference_text=text and text.reference,
+            engine_text=text.engine if text else None,
+            reference_text=text.reference if text else None,
             summary=sample.document.summary,
             first_divergence=None if answer is None else first_divergence(answer, sample.continuation),
             rouge=scores,

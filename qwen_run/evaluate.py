@@ -28,9 +28,9 @@ from qwen_run.text import TextModel
 T = TypeVar("T")
 
 # Tokens of a window of plain text, where the engine takes that many.
-WINDOW_TOKENS = 1024
-# Pairs of logits a sample gives to the scatter plot.
-PLOTTED_PAIRS = 100
+WINDOW_TOKENS = 512
+# One position in so many has some of its logits plotted against each other.
+PLOTTED_EVERY = 32
 
 INSTRUCTION = "Summarize the following text in one sentence.\n\n"
 
@@ -120,9 +120,9 @@ def compare_sequence(
         if not piece.kl[t] <= worst[0]:  # NaN is worse than anything
             worst = (float(piece.kl[t]), start + t, first_choice(expected, t), int(found[t].argmax()))
         pieces.append(piece)
-        pairs.append(np.stack(logit_pairs(expected, found))[:, :: max(1, len(found) // 4)])
+        pairs.append(np.stack(logit_pairs(expected, found, every=PLOTTED_EVERY)))
         start += len(found)
-    plotted = np.concatenate(pairs, axis=1)[:, :PLOTTED_PAIRS]
+    plotted = np.concatenate(pairs, axis=1)
     return Comparison(
         Positions.concatenate(pieces), worst[1:], (tuple(plotted[0].tolist()), tuple(plotted[1].tolist()))
     )

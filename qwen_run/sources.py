@@ -14,6 +14,8 @@ import numpy as np
 from qwen_engine.errors import CheckpointError
 from qwen_engine.manifest import Manifest
 from qwen_run.cost import measure_cost
+from qwen_run.datasets import Document
+from qwen_run.evaluate import Prompt
 from qwen_run.origin import check_checkpoint, compare_text_facts, compare_text_files, read_text_facts
 from qwen_run.reference import HuggingFace, Recipe, Reference
 from qwen_run.reference_file import Answers, Identity, Recording, SavedReference, load_reference, save_reference
@@ -21,7 +23,8 @@ from qwen_run.report import Check, CheckpointInfo, Cost
 
 Phase = Literal["original", "as_built"]
 Open = Callable[[], Reference]
-Layers = Callable[[Sequence[int]], dict[str, np.ndarray]]
+# token ids and the engine's outputs of all sub-blocks -> the reference's
+Layers = Callable[[Sequence[int], Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 class Sources(Protocol):
@@ -31,6 +34,9 @@ class Sources(Protocol):
 
     def open(self, phase: Phase) -> Iterator[tuple[Open, Layers | None]]:
         """A context: the reference, loaded when it is first asked for, and its layers if it has any."""
+
+    def prompt(self, document: Document) -> Prompt | None:
+        """The prompt the reference was asked then; None where the engine's own tokenizer makes it now."""
 
     def checks(self, engine: Path) -> list[Check]:
         """What can be compared without running anything."""
@@ -85,8 +91,14 @@ class LiveSources:
         def reference() -> Reference:
             return Recording(live(), answers) if self.record else live()
 
-        yield reference, lambda token_ids: live().hidden_outputs(token_ids)
+        def layers_of(token_ids: Sequence[int], found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return live().hidden_outputs(token_ids, None if phase == "original" else found)
+
+        yield reference, layers_of
         live.cache_clear()  # one model in memory at a time
+
+    def prompt(self, document: Document) -> Prompt | None:
+        return None
 
     def checks(self, engine: Path) -> list[Check]:
         return compare_text_files(engine, self.path)
@@ -117,6 +129,9 @@ class SavedSources:
     def open(self, phase: Phase) -> Iterator[tuple[Open, None]]:
         answers = self.saved.original if phase == "original" else self.saved.as_built
         yield lambda: answers, None
+
+    def prompt(self, document: Document) -> Prompt | None:
+        return Prompt(tuple(self.saved.prompts[document.id]), continues=document.summary is not None)
 
     def checks(self, engine: Path) -> list[Check]:
         return compare_text_facts(engine, self.saved.text_facts)

@@ -56,7 +56,7 @@ REPORTS = Path("reports")
 @click.version_option(__version__, package_name="qwen-engine")
 @click.pass_context
 def main(
-    context: click.Context, engine: Path | None, report: Path | None, as_json: bool, layers: bool, **options: Any
+    context: click.Context, /, engine: Path | None, report: Path | None, as_json: bool, layers: bool, **options: Any
 ) -> None:
     """Compare an engine with Hugging Face: logits, perplexity, generated text, speed.
 

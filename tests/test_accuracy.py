@@ -23,10 +23,8 @@ from qwen_run.accuracy import (
     first_divergence,
     first_jump,
     logit_pairs,
-    relative_rms,
     rouge,
     rouge_scores,
-    sub_block_error,
     summarise_positions,
     worst_position,
 )
@@ -246,6 +244,11 @@ def test_pairs_to_plot_are_logits_of_the_same_entries():
     assert set(reference.max(1).tolist()) <= set(ours.tolist())
     saved = logit_pairs(FullLogits(reference).top([-1] * 6), reference + 1)
     assert np.array_equal(saved, (ours, theirs))
+    for kept in (FullLogits(reference), FullLogits(reference).top([-1] * 6)):
+        some, same = logit_pairs(kept, reference, every=4)
+        assert np.array_equal(some, same)
+        assert some[[0, 8]].tolist() == reference.max(1)[[0, 4]].tolist()
+        assert len(some) == 16
 
 
 def test_perplexity_is_what_the_loss_of_transformers_says():
@@ -399,17 +402,6 @@ def test_the_first_jump_of_an_error():
     assert first_jump({**rounding, "1.attn": math.nan}) == "1.attn"
     assert first_jump({"0.attn": 7e-4, "0.mlp": 2e-3, "1.attn": 0.015, "1.mlp": 0.11}) is None  # never 8 times
     assert first_jump({"0.attn": 7e-4, "0.mlp": 2e-3, "1.attn": 0.015, "1.mlp": 0.13}) == "1.mlp"
-
-
-def test_errors_of_sub_blocks():
-    reference = np.array([[3, 4], [0, 0]], np.float32)
-    assert relative_rms(reference, reference) == 0
-    assert relative_rms(reference, np.array([[3, 4], [0, 1]], np.float32)) == pytest.approx(1 / 5)
-    assert relative_rms(0 * reference, 0 * reference) == 0
-    assert relative_rms(0 * reference, reference) == math.inf
-    assert math.isnan(relative_rms(reference, np.full_like(reference, np.nan)))
-    assert sub_block_error({"a": 0.1, "b": 0.3, "c": 0.2}) == Metric("as_built.sub_block_error", 0.3)
-    assert math.isnan(sub_block_error({"a": 0.1, "b": math.nan, "c": 0.2}).value)
 
 
 def test_importing_it_costs_no_other_library():

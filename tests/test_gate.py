@@ -9,7 +9,7 @@ import pytest
 import qwen_run.gate
 from qwen_build.quantize import SCHEMES
 from qwen_engine.errors import RequestError
-from qwen_run.accuracy import FullLogits, Metric, compare, sub_block_error, summarise_positions
+from qwen_run.accuracy import FullLogits, Metric, compare, summarise_positions
 from qwen_run.gate import THRESHOLDS, Threshold, exit_code, judge, load_thresholds, parse_threshold
 
 AT_MOST = Threshold("original.kl_mean", 0.02, "at_most")
@@ -105,7 +105,6 @@ def test_the_table_has_every_scheme_and_only_metrics_there_are():
     logits = np.zeros((2, 9), np.float32)
     positions = [compare(FullLogits(logits), logits, [1, -1])]
     names = {metric.name for prefix in ("original", "as_built") for metric in summarise_positions(prefix, positions)}
-    names.add(sub_block_error({"": 0.0}).name)
     for thresholds in THRESHOLDS.values():
         assert {threshold.metric for threshold in thresholds} <= names
         assert all(threshold.reason for threshold in thresholds)
@@ -125,7 +124,6 @@ def test_the_built_in_thresholds_pass_a_perfect_engine_and_fail_a_random_one(sch
             engine = logits + rng.normal(0, engine_noise, logits.shape).astype(np.float32)
             documents.append(compare(reference, engine, following))
         metrics = [metric for prefix in ("original", "as_built") for metric in summarise_positions(prefix, documents)]
-        metrics.append(sub_block_error({"": engine_noise}))
         verdicts = judge(metrics, THRESHOLDS[scheme])
         lower_ratio = [v for v in verdicts if v.threshold.kind == "at_least" and "ratio" in v.threshold.metric]
         assert {verdict.outcome for verdict in verdicts if verdict not in lower_ratio} == {expected}
