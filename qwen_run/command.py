@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +17,85 @@ import click
 from qwen_engine.errors import QwenError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+ENDING_SIGNALS = ("SIGTERM", "SIGHUP")  # where the system has them
 
 
 class Command(click.Command):
     """A click command with ``-h``, and with ``Error: ...`` and exit 1 for a :class:`QwenError`.
 
-    Ctrl-C exits 130 without a word; click itself is as quiet when a reader closes the pipe.
+    Ctrl-C exits 130 without a word, SIGTERM and SIGHUP 128 more than their number, each after everything half-written
+    was removed; click itself is as quiet when a reader closes the pipe.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("context_settings", {"help_option_names": ["-h", "--help"], "show_default": True})
         super().__init__(*args, **kwargs)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _open_closed_streams()
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-        except QwenError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            ctx.exit(INTERRUPTED)
+            return super().main(*args, **kwargs)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             # Python flushes stdout once more on its way out; let what is still buffered go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             click.echo("Error: no space is left where the output goes; free some and run again", err=True)
+            sys.exit(1)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _exit_on_signals():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
+        except QwenError as error:
+            click.echo(f"Error: {printable(str(error))}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+def printable(text: str) -> str:
+    r"""``text`` in one line that cannot drive a terminal: what is not printable is written as its escape.
+
+    >>> print(printable("a\x1b[2J\nb \udcff"))
+    a\x1b[2J\nb \udcff
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _open_closed_streams() -> None:
+    """Let nothing come from and everything go to nowhere where a caller closed a standard stream (``>&-``)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """While the block runs, end it with an exception where a signal would end the process and leave scratch files.
+
+    A second signal does not disturb the cleaning up; one that the caller ignores (``nohup``) stays ignored.
+    """
+    numbers = [getattr(signal, name) for name in ENDING_SIGNALS if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in numbers}
+    ours = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers nowhere else
+        ours = []
+
+    def leave(number: int, _: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, previous[number])
 
 
 def peak_memory_bytes() -> int:

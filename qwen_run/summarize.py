@@ -78,7 +78,8 @@ def main(
     result = assess(engine, directory, Options(**options, command=shlex.join(["qwen-summarize", *sys.argv[1:]])))
     write_report(result, directory)
     click.echo(result.to_json()) if as_json else print_report(result, layers)
-    click.echo(f"Report: {directory}", err=True)
+    share = result.seconds["reference"] / result.seconds["all"]
+    click.echo(f"{result.seconds['all']:.0f} s, {share:.0%} of it the reference. Report: {directory}", err=True)
     context.exit(exit_code(result.verdicts) if all(check.passed for check in result.checks) else EXIT_FAILED)
 
 
