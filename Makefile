@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := setup.py qwen_plugin/compile.py qwen_plugin/build_backend.py $(wildcard qwen_plugin/csrc/*)
 QUESTION ?= What is the capital of France?
 
-.PHONY: demo test check sanitize bench format clean
+.PHONY: demo test check sanitize accuracy bench format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qwen-build --quant int4 --force
@@ -31,8 +31,16 @@ format: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/sanitize.py
 
+# The demo's int8 and int4 engines against Hugging Face, as a gate; reports in reports/.
+accuracy: $(VENV)/.dev
+	$(BIN)/qwen-build --quant int8 --force
+	$(BIN)/qwen-summarize --engine engines/SmolLM2-135M-Instruct-int8 --check
+	$(BIN)/qwen-build --quant int4 --force
+	$(BIN)/qwen-summarize --engine engines/SmolLM2-135M-Instruct-int4 --check
+
+# What each scheme costs on the demo, and attention against the stock operator; other benchmarks say how to run them.
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.attention
 
 clean:
