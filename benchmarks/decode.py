@@ -37,7 +37,7 @@ Feed = Callable[[np.ndarray, int], int]  # token ids and how many came before ->
 SCHEMES: dict[str, dict[str, Any]] = {
     "default (int4 g32 asymmetric, int8 head)": {},
     "equal bits (int4 g32 symmetric, int4 head)": {"symmetric": True, "embedding_quant": "int4"},
-    "int8 g32": {"quant": "int8"},
+    "int8 g32 symmetric": {"quant": "int8"},
 }
 
 

@@ -128,6 +128,12 @@ def test_unpack_after_pack_is_the_identity(bits):
     assert np.array_equal(unpack(pack(q, bits), bits), q)
 
 
+def test_only_int4_has_zero_points_unless_asked():
+    symmetric = {name: make_scheme(name, 32, None, "int8").record.symmetric for name in SCHEMES}
+    assert symmetric == {"none": True, "int8": True, "int4": False}
+    assert not make_scheme("int8", 32, False, "int8").record.symmetric
+
+
 def test_the_command_line_offers_the_tables():
     assert set(QUANTS) == set(SCHEMES)
     assert tuple(map(int, GROUP_SIZE_CHOICES)) == GROUP_SIZES

@@ -111,9 +111,9 @@ class Weights:
 
 def swap_gate_and_up(engine: Path) -> None:
     weights = Weights(engine)
-    for part in ("packed", "scales", "zero_points"):
-        rows = weights[f"model.layers.{LAYER}.mlp.gate_up_proj.{part}"]
-        rows[:] = np.roll(rows, len(rows) // 2, axis=0)
+    for name in weights.initializers:
+        if name.startswith(f"model.layers.{LAYER}.mlp.gate_up_proj."):
+            weights[name][:] = np.roll(weights[name], len(weights[name]) // 2, axis=0)
 
 
 def swap_halves_of_bytes(engine: Path) -> None:
@@ -217,7 +217,8 @@ def test_a_saved_reference_gives_the_same_verdicts(quant, engines, saved, datase
     assert [v.outcome for v in kept.verdicts] == [v.outcome for v in live.verdicts]
     assert kept.checks == live.checks
     for name in ("original.top1", "as_built.perplexity_ratio", "greedy.identical", "rouge.agreement.rouge1"):
-        assert kept.metric(name) == live.metric(name)
+        # the kept logarithms of sums were made in another order
+        assert kept.metric(name).value == pytest.approx(live.metric(name).value, rel=1e-9)
 
 
 def test_a_saved_reference_needs_no_torch(engines, saved, dataset, tmp_path):
