@@ -6,7 +6,7 @@ The reference is transformers in float32. Every engine reads the same token ids 
 windows of 1,024 tokens from the start of a text, each in one prefill.
 
     KL        mean over positions of KL(reference || engine), natural logarithm, computed in float64
-    top-1     share of positions where both put the same token first
+    top-1     share of positions where both put the same token first (or tie within 1e-4)
     ppl       exp of the mean negative log-likelihood of the next token over all windows
     prefill   tokens a second of a 512-token prompt; decode: of 64 tokens after it, one at a time. Medians, engines
               in turns.
@@ -26,7 +26,9 @@ import numpy as np
 from qwen_build.build import BuildOptions, plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.locate import resolve_checkpoint
-from qwen_run.engine import Batch, Engine
+from qwen_run.accuracy import FullLogits, compare
+from qwen_run.engine import Engine
+from qwen_run.evaluate import engine_logits, following_tokens, one_sequence
 from qwen_run.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).parent.parent / "tests" / "data" / "wikitext2-sample.txt"
@@ -56,36 +58,15 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-def one_sequence(engine: Engine, token_ids: np.ndarray, past: int, blocks: list[int], logits: np.ndarray) -> Batch:
-    """A batch that feeds ``token_ids`` (T,) to one sequence with ``past`` cached tokens; ``logits``: which of T."""
-    lengths = np.array([0, len(token_ids)], np.int32)
-    return Batch(token_ids.astype(np.int64), lengths, np.array([past], np.int32), np.array([blocks], np.int32), logits)
-
-
-def window_logits(engine: Engine, token_ids: np.ndarray) -> np.ndarray:
-    """Logits of every token of one window, (tokens, vocab_size) float32."""
-    blocks = engine.cache.allocate(engine.cache.blocks_for(len(token_ids)))
-    assert blocks is not None
-    logits = engine.run(one_sequence(engine, token_ids, 0, blocks, np.arange(len(token_ids))))
-    engine.cache.free(blocks)
-    return logits
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def compare(reference: np.ndarray, logits: np.ndarray, token_ids: np.ndarray) -> dict[str, float]:
+def compare_window(reference: np.ndarray, engine: Engine, token_ids: np.ndarray) -> dict[str, float]:
     """Sums over the positions of a window; ``nll`` of the engine, ``reference_nll`` of the reference."""
-    p, q = log_softmax(reference), log_softmax(logits)
-    rows, following = np.arange(len(token_ids) - 1), token_ids[1:]
+    logits = np.concatenate(list(engine_logits(engine, token_ids)))
+    found = compare(FullLogits(reference), logits, following_tokens(token_ids))
     return {
-        "kl": float((np.exp(p) * (p - q)).sum(axis=-1).sum()),
-        "top1": float((p.argmax(axis=-1) == q.argmax(axis=-1)).sum()),
-        "nll": float(-q[rows, following].sum()),
-        "reference_nll": float(-p[rows, following].sum()),
+        "kl": found.kl.sum(),
+        "top1": found.top1.sum(),
+        "nll": -found.log_likelihood.sum(),
+        "reference_nll": -found.reference_log_likelihood.sum(),
     }
 
 
@@ -95,10 +76,10 @@ def speeds(engine: Engine, token_ids: np.ndarray) -> tuple[float, float]:
     blocks = engine.cache.allocate(engine.cache.blocks_for(576))
     assert blocks is not None
     started = time.perf_counter()
-    engine.run(one_sequence(engine, prompt, 0, blocks, np.array([511])))
+    engine.run(one_sequence(prompt, 0, blocks, first_logits=511))
     middle = time.perf_counter()
     for i in range(64):
-        engine.run(one_sequence(engine, answer[i : i + 1], 512 + i, blocks, np.array([0])))
+        engine.run(one_sequence(answer[i : i + 1], 512 + i, blocks))
     ended = time.perf_counter()
     engine.cache.free(blocks)
     return 512 / (middle - started), 64 / (ended - middle)
@@ -137,7 +118,7 @@ def main() -> None:
             with Checkpoint.open(located.path) as weights:
                 write_engine(plan_build(weights, located, BuildOptions(**SCHEMES[name])), weights, directory)
             engine = engines[name] = Engine.load(directory, threads=arguments.threads)
-            sums = [compare(r, window_logits(engine, w), w) for r, w in zip(reference, windows, strict=True)]
+            sums = [compare_window(r, engine, w) for r, w in zip(reference, windows, strict=True)]
             rows[name] = {key: sum(s[key] for s in sums) for key in sums[0]}
             rows[name]["bytes"] = sum(path.stat().st_size for path in directory.iterdir())
         timings: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}

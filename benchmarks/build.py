@@ -34,9 +34,8 @@ def answer(directory: Path, threads: int | None) -> dict[str, float]:
     engine = Engine.load(directory, threads)
     loaded = time.perf_counter()
     prompt = np.random.default_rng(0).integers(0, 10_000, PROMPT).tolist()
-    times = []
-    for _ in generate(engine, [Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=ANSWER))]):
-        times.append(time.perf_counter())
+    request = Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=ANSWER))
+    times = [time.perf_counter() for _ in generate(engine, [request])]
     return {
         "load_s": loaded - started,
         "first_token_s": times[0] - loaded,

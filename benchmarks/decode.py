@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from benchmarks.accuracy import one_sequence
 from qwen_build.build import BuildOptions, plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.locate import resolve_checkpoint
 from qwen_run.engine import Engine
+from qwen_run.evaluate import one_sequence
 
 PROMPT, ANSWER = 512, 64
 Feed = Callable[[np.ndarray, int], int]  # token ids and how many came before -> the likeliest next token
@@ -46,8 +46,8 @@ def engine_feed(engine: Engine) -> Feed:
     assert blocks is not None
 
     def feed(token_ids: np.ndarray, past: int) -> int:
-        last = np.array([len(token_ids) - 1])
-        return int(engine.run(one_sequence(engine, token_ids, past, blocks, last))[0].argmax())
+        batch = one_sequence(token_ids, past, blocks, first_logits=len(token_ids) - 1)
+        return int(engine.run(batch)[0].argmax())
 
     return feed
 

@@ -73,14 +73,14 @@ def make_prompt(model: TextModel, document: Document, max_new_tokens: int) -> Pr
         text = model.tokenizer.decode(kept)
 
 
-def one_sequence(token_ids: Sequence[int], past: int, blocks: Sequence[int]) -> Batch:
-    """A run that feeds one sequence ``token_ids`` after ``past`` cached ones, with logits of all of them."""
+def one_sequence(token_ids: Sequence[int], past: int, blocks: Sequence[int], first_logits: int = 0) -> Batch:
+    """A run that feeds one sequence ``token_ids`` after ``past`` cached ones, with logits from ``first_logits`` on."""
     return Batch(
         input_ids=np.array(token_ids, np.int64),
         cumulative_lengths=np.array([0, len(token_ids)], np.int32),
         past_lengths=np.array([past], np.int32),
         block_table=np.array([blocks], np.int32),
-        logits_indices=np.arange(len(token_ids)),
+        logits_indices=np.arange(first_logits, len(token_ids)),
     )
 
 
