@@ -8,8 +8,8 @@ nothing that looks like an engine.
 from __future__ import annotations
 
 import math
+import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -23,10 +23,11 @@ from qwen_build.config import ModelConfig, token_ids
 from qwen_build.export import ARRAYS_PER_SLICE, SLICE_ELEMENTS, Layout, plan_layout, write_graph, write_weights
 from qwen_build.locate import Located
 from qwen_build.model import Graph, Schemes, build_graph
+from qwen_build.output import engine_directory
 from qwen_build.quantize import Scheme, make_scheme
-from qwen_build.weight_map import Source, map_weights
+from qwen_build.weight_map import Source, check_layers, map_weights
 from qwen_engine import __version__
-from qwen_engine.errors import BuildError, CheckpointError
+from qwen_engine.errors import BuildError, CheckpointError, EngineError
 from qwen_engine.graph_io import BATCH_INPUTS, PLUGIN_DOMAIN, TensorSpec, cache_inputs, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
@@ -34,6 +35,8 @@ from qwen_engine.manifest import (
     ITEM_BYTES,
     LAYERS_GRAPH_FILE,
     MANIFEST_FILE,
+    MIN_SEQ_LEN,
+    TEXT_FILES,
     WEIGHTS_FILE,
     CacheLayout,
     Limits,
@@ -45,17 +48,9 @@ from qwen_engine.manifest import (
 from qwen_plugin import OPERATORS
 from qwen_run.machine import physical_cores
 from qwen_run.parts import measure_part
+from qwen_run.tokenizer import TOKENIZER_FILE, Tokenizer
 
 BLOCK_SIZE = 32  # tokens a cache block
-
-# files of a checkpoint that the runtime reads, copied as they are
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 # ends an answer in the chat templates of all families, whatever generation_config.json says
 END_OF_TURN = "<|im_end|>"
@@ -74,7 +69,7 @@ class BuildOptions:
 
     quant: str = "int4"
     group_size: int = 32
-    symmetric: bool = False
+    symmetric: bool | None = None
     activations: str = "int8"
     embedding_quant: str | None = None
     kv_cache_dtype: str | None = None
@@ -143,12 +138,9 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     """
     options = options.resolved()
     config = ModelConfig.from_hf(located.path)
-    trained = config.max_position_embeddings
-    max_seq_len = options.max_seq_len or trained
-    if max_seq_len > trained:
-        raise BuildError(
-            f"--max-seq-len {max_seq_len} is more than the {trained} tokens the checkpoint was trained for"
-        )
+    check_layers(config, checkpoint)
+    check_text_files(located.path)
+    max_seq_len = _max_seq_len(options, config)
     assert options.embedding_quant is not None
     assert options.kv_cache_dtype is not None
     schemes = Schemes(_scheme(options, options.quant), _scheme(options, options.embedding_quant))
@@ -200,12 +192,12 @@ def write_engine(
         BuildError: ``output`` exists, the disk is full, or it cannot be written.
         CheckpointError: a weight cannot be read or is not finite.
     """
-    with _beside(output, replace) as scratch, _digests(plan, checkpoint) as digests:
+    with engine_directory(output, replace) as scratch, _digests(plan, checkpoint) as digests:
         write_weights(plan.layout, checkpoint, scratch / WEIGHTS_FILE, advance)
         write_graph(plan.graph, plan.layout, scratch / GRAPH_FILE)
         exposing = build_graph(plan.config, plan.schemes, plan.inputs, plan.max_seq_len, expose=True)
         write_graph(exposing, plan.layout, scratch / LAYERS_GRAPH_FILE)
-        for name in COPIED:
+        for name in TEXT_FILES:
             if (plan.located.path / name).is_file():
                 shutil.copyfile(plan.located.path / name, scratch / name)
         manifest = _manifest(plan, scratch, digests(), command)
@@ -217,16 +209,44 @@ def end_of_sequence_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]
     """Every token id that ends an answer: what generation_config.json, config.json and the tokenizer name."""
     ids = [*token_ids(_optional_json(directory, "generation_config.json").get("eos_token_id")), *config.eos_token_ids]
     try:
-        added = {t["content"]: t["id"] for t in _optional_json(directory, "tokenizer.json").get("added_tokens", [])}
+        added = {t["content"]: t["id"] for t in _optional_json(directory, TOKENIZER_FILE).get("added_tokens", [])}
+        eos_token = _optional_json(directory, "tokenizer_config.json").get("eos_token")
+        if isinstance(eos_token, dict):  # an AddedToken written out
+            eos_token = eos_token.get("content")
+        ids += token_ids([added[token] for token in (eos_token, END_OF_TURN) if token in added])
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{directory / 'tokenizer.json'}: added_tokens is damaged; download it again") from error
-    eos_token = _optional_json(directory, "tokenizer_config.json").get("eos_token")
-    if isinstance(eos_token, dict):  # an AddedToken written out
-        eos_token = eos_token.get("content")
-    ids += [added[token] for token in (eos_token, END_OF_TURN) if token in added]
+        where = f"added_tokens of {TOKENIZER_FILE} or eos_token of tokenizer_config.json"
+        raise CheckpointError(f"{directory}: {where} is damaged; download them again") from error
     if beyond := [i for i in ids if not 0 <= i < config.vocab_size]:
         raise BuildError(f"end-of-sequence ids {beyond} are outside the vocabulary of {config.vocab_size}")
     return tuple(dict.fromkeys(ids))
+
+
+def check_text_files(checkpoint: Path) -> None:
+    """Refuse a directory whose tokenizer the runtime cannot read, or whose files for text are not files.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    for path in (checkpoint / name for name in TEXT_FILES):
+        if not path.is_file() and (path.exists() or path.is_symlink()):
+            found = "is not a file" if path.exists() else "is a link to nothing"
+            raise CheckpointError(f"{path} {found}; download it again or remove it")
+    if (checkpoint / TOKENIZER_FILE).is_file():
+        try:
+            Tokenizer.load(checkpoint)
+        except EngineError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def _max_seq_len(options: BuildOptions, config: ModelConfig) -> int:
+    trained = config.max_position_embeddings
+    chosen = trained if options.max_seq_len is None else options.max_seq_len
+    if chosen > trained:
+        raise BuildError(f"--max-seq-len {chosen} is more than the {trained} tokens the checkpoint was trained for")
+    if chosen < MIN_SEQ_LEN:
+        raise BuildError(f"{chosen} is too short a sequence for a prompt and an answer, expected {MIN_SEQ_LEN} or more")
+    return chosen
 
 
 def _scheme(options: BuildOptions, quant: str) -> Scheme:
@@ -239,7 +259,7 @@ def _manifest(plan: Plan, scratch: Path, digests: dict[str, str], command: str) 
     parts = sorted(path for path in scratch.iterdir() if path.name != MANIFEST_FILE)
     return Manifest(
         format_version=FORMAT_VERSION,
-        name=plan.located.name,
+        name=_utf8(plan.located.name),
         model=plan.config.sizes,
         limits=Limits(plan.max_seq_len),
         cache=CacheLayout(BLOCK_SIZE, plan.options.kv_cache_dtype, plan.cache_bytes_per_token),
@@ -250,63 +270,25 @@ def _manifest(plan: Plan, scratch: Path, digests: dict[str, str], command: str) 
         eos_token_ids=plan.eos_token_ids,
         parts={path.name: measure_part(path) for path in parts},
         origin=Origin(
-            checkpoint=plan.located.source,
+            checkpoint=_utf8(plan.located.source),
             revision=plan.located.revision,
             dtype=plan.dtype,
             sha256=digests,
             builder_version=__version__,
-            command=command,
+            command=_utf8(command),
         ),
     )
 
 
-def check_output(output: Path, replace: bool) -> None:
-    """Refuse an ``output`` that exists, but for an engine that is to be replaced.
-
-    Raises:
-        BuildError: says which of the two it is.
-    """
-    if not output.exists():
-        return
-    if not replace:
-        raise BuildError(f"{output} exists; use --force to replace it.")
-    if not (output / MANIFEST_FILE).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise BuildError(f"{output} is not an engine, --force does not replace it; choose another --output")
-
-
-@contextmanager
-def _beside(output: Path, replace: bool) -> Iterator[Path]:
-    """A scratch directory that becomes ``output`` at the end, or leaves everything as it was."""
-    check_output(output, replace)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise BuildError(f"{output.parent} cannot be written: {error.strerror}") from error
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        check_output(output, replace)  # another build may have come first
-        replaced = scratch.with_suffix(".replaced")
-        if output.exists():
-            output.rename(replaced)
-        try:
-            scratch.rename(output)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise BuildError(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _utf8(text: str) -> str:
+    """``text`` of the command line or a path, where bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(text).decode("utf-8", "replace")
 
 
 @contextmanager
 def _digests(plan: Plan, checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, str]]]:
     """sha256 of the checkpoint's files, computed while the weights are written; call what it yields for the result."""
-    paths = [*checkpoint.files, *(p for n in ("config.json", *COPIED) if (p := plan.located.path / n).is_file())]
+    paths = [*checkpoint.files, *(p for n in ("config.json", *TEXT_FILES) if (p := plan.located.path / n).is_file())]
     stopped = threading.Event()
 
     def stop_when_told(_: int) -> None:

@@ -388,7 +388,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or unreadable, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}; give a complete Hugging Face directory") from None
     except OSError as error:

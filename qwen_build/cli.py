@@ -13,7 +13,7 @@ import click
 
 from qwen_engine import __version__
 from qwen_engine.manifest import WEIGHTS_FILE
-from qwen_run.command import Command, peak_memory_bytes
+from qwen_run.command import Command, peak_memory_bytes, printable
 
 # The choices of quantize.py and graph_io.py, repeated so that --help need not import onnx; a test compares them.
 QUANTS = ("none", "int8", "int4")
@@ -29,8 +29,8 @@ ENGINES = Path("engines")
 @click.option("--group-size", type=click.Choice(GROUP_SIZES), default="32", help="Inputs that share a scale.")
 @click.option(
     "--symmetric/--asymmetric",
-    default=False,
-    help="Whether 0 is the middle of a group's grid, or a zero point is stored.",
+    default=None,
+    help="Whether 0 is the middle of a group's grid, or a zero point is stored.  [default: asymmetric for int4 alone]",
 )
 @click.option(
     "--embedding-quant",
@@ -50,7 +50,7 @@ ENGINES = Path("engines")
 )
 @click.option(
     "--max-seq-len",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     metavar="TOKENS",
     help="Longest prompt and answer together.  [default: the checkpoint's]",
 )
@@ -78,9 +78,10 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
       qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
     """
     started = time.monotonic()
-    from qwen_build.build import BuildOptions, check_output, plan_build, write_engine
+    from qwen_build.build import BuildOptions, plan_build, write_engine
     from qwen_build.checkpoint import Checkpoint
     from qwen_build.locate import resolve_checkpoint
+    from qwen_build.output import check_output, resolved
 
     if output is not None and not dry_run:
         check_output(output, force)  # before anything is downloaded
@@ -92,6 +93,7 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
         output = ENGINES / f"{located.name}-{options.quant}"
         if not dry_run:
             check_output(output, force)
+    target = resolved(output)
     with Checkpoint.open(located.path) as weights:
         plan = plan_build(weights, located, options)
         if dry_run:
@@ -100,16 +102,16 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
         with click.progressbar(
             length=plan.layout.size_bytes, label=f"Building {output}", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
-            write_engine(plan, weights, output, force, shlex.join(["qwen-build", *sys.argv[1:]]), bar.update)
+            write_engine(plan, weights, target, force, shlex.join(["qwen-build", *sys.argv[1:]]), bar.update)
         checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
     summary = {
         "engine": str(output),
-        "engine_bytes": sum(path.stat().st_size for path in output.iterdir()),
-        "weights_bytes": (output / WEIGHTS_FILE).stat().st_size,
+        "engine_bytes": sum(path.stat().st_size for path in target.iterdir()),
+        "weights_bytes": (target / WEIGHTS_FILE).stat().st_size,
         "checkpoint_bytes": checkpoint_bytes,
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
-        "has_tokenizer": (output / "tokenizer.json").is_file(),
+        "has_tokenizer": (target / "tokenizer.json").is_file(),
     }
     print_json(summary) if as_json else print_summary(summary)
 
@@ -164,7 +166,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     if not summary["has_tokenizer"]:
         click.echo("Note: the checkpoint has no tokenizer.json, so this engine takes token ids only.", err=True)
     click.echo(
-        f"{summary['engine']}: {engine / 1e6:,.1f} MB, {engine / checkpoint:.0%} of the checkpoint; "
+        f"{printable(summary['engine'])}: {engine / 1e6:,.1f} MB, {engine / checkpoint:.0%} of the checkpoint; "
         f"{summary['seconds']} s, peak memory {summary['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
 

@@ -38,6 +38,12 @@ SUPPORTED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "partial_rotary_factor": ((1, 1.0), 1),
 }
 
+# where a config says how positions are rotated: transformers 5, and before
+ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
+
+# No size is larger, and none makes the product of two overflow 64 bits; the rotary tables grow with the positions.
+MOST, MOST_POSITIONS = 2**31 - 1, 2**24
+
 
 @dataclass(frozen=True)
 class ModelConfig(ModelSizes):
@@ -66,11 +72,10 @@ class ModelConfig(ModelSizes):
     def from_json(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """As :meth:`from_hf`, from the parsed file."""
         model_type = hf.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise UnsupportedModel(f"model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[model_type]
         check_supported(hf, architecture)
-        rope = hf.get("rope_parameters") or {}  # transformers 5; before: top-level rope_theta
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         config = cls(
             architecture=architecture,
@@ -83,9 +88,9 @@ class ModelConfig(ModelSizes):
             num_key_value_heads=integer(hf, "num_key_value_heads"),
             head_dim=integer(hf, "head_dim", architecture.head_dim or hidden_size // heads),
             rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
-            rope_theta=number(rope if hf.get("rope_theta") is None else hf, "rope_theta", 10000.0),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_position_embeddings=integer(hf, "max_position_embeddings"),
+            rope_theta=rope_theta(hf),
+            tie_word_embeddings=boolean(hf, "tie_word_embeddings", False),
+            max_position_embeddings=integer(hf, "max_position_embeddings", most=MOST_POSITIONS),
             eos_token_ids=token_ids(hf.get("eos_token_id")),
         )
         check_sizes(config)
@@ -108,20 +113,44 @@ def check_supported(hf: Mapping[str, Any], architecture: Architecture) -> None:
             f"config.json: attention_bias {hf['attention_bias']!r} is not supported for model_type "
             f"{hf['model_type']!r}, only {architecture.attention_bias} is"
         )
-    other_layers = {kind for kind in hf.get("layer_types") or () if kind != "full_attention"}
-    if other_layers:
+    layer_types = [] if hf.get("layer_types") is None else hf["layer_types"]
+    if not isinstance(layer_types, list):
+        raise CheckpointError(f"config.json: layer_types is {layer_types!r}, expected a list")
+    if other_layers := sorted({repr(kind) for kind in layer_types if kind != "full_attention"}):
         raise UnsupportedModel(
-            f"config.json: layer_types {sorted(other_layers)} are not supported, only full_attention is"
+            f"config.json: layer_types {', '.join(other_layers)} are not supported, only full_attention is"
         )
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(key) or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise UnsupportedModel(f"config.json: {key} asks for rope type {rope_type!r}, only 'default' is supported")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise UnsupportedModel(
-                f"config.json: {key} asks for partial_rotary_factor, only the whole head can be rotated"
-            )
+    for key in ROPE_OBJECTS:
+        check_rope(key, rope_object(hf, key))
+
+
+def check_rope(key: str, rope: Mapping[str, Any]) -> None:
+    """Raise :class:`UnsupportedModel` unless ``rope``, the object ``key`` of a config, asks for the plain rotation."""
+    for name in ("rope_type", "type"):
+        if rope.get(name, "default") != "default":
+            raise UnsupportedModel(f"config.json: {key} asks for rope type {rope[name]!r}, only 'default' is supported")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UnsupportedModel(f"config.json: {key} asks for partial_rotary_factor, only the whole head can be rotated")
+    for name, value in rope.items():
+        if isinstance(value, dict | list):  # one rotation for each kind of layer, or for each part of a head
+            raise UnsupportedModel(f"config.json: {key} has {name} {value!r}, only one rotation for all is supported")
+
+
+def rope_object(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What an object of ``ROPE_OBJECTS`` says, without its null fields."""
+    rope = hf.get(key)
+    if not isinstance(rope, dict | None):
+        raise CheckpointError(f"config.json: {key} is {rope!r}, expected an object")
+    return {name: value for name, value in (rope or {}).items() if value is not None}
+
+
+def rope_theta(hf: Mapping[str, Any]) -> float:
+    """The base of the rotary angles, which transformers has kept in three places over time; they must agree."""
+    holders = (hf, *(rope_object(hf, key) for key in ROPE_OBJECTS))
+    found = {number(holder, "rope_theta", None) for holder in holders if holder.get("rope_theta") is not None}
+    if len(found) > 1:
+        raise CheckpointError(f"config.json has rope_theta {' and '.join(map(str, sorted(found)))}; keep the right one")
+    return found.pop() if found else 10000.0
 
 
 def check_sizes(config: ModelConfig) -> None:
@@ -142,24 +171,34 @@ def token_ids(value: Any) -> tuple[int, ...]:
     ((151645, 151643), (2,), ())
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) for i in ids):
+    if not all(type(i) is int for i in ids):
         raise CheckpointError(f"eos_token_id is {value!r}, expected an integer or a list of integers")
     return tuple(ids)
 
 
-def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer field; null counts as absent."""
+def integer(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST) -> int:
+    """A field from 1 to ``most``; null counts as absent."""
     value = hf.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if type(value) is not int or value < 1:
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer")
+    if value > most:
+        raise UnsupportedModel(f"config.json: {key} is {value}, expected at most {most}")
     return value
 
 
 def number(hf: Mapping[str, Any], key: str, default: float | None) -> float:
-    """A positive number field; null counts as absent."""
+    """A positive number field that a float32 can hold; null counts as absent."""
     value = hf.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 3e38:  # NaN is not
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive number")
     return float(value)
+
+
+def boolean(hf: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A true or false field; null counts as absent."""
+    value = default if hf.get(key) is None else hf[key]
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected true or false")
+    return value

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
@@ -21,6 +20,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qwen_build.checkpoint import WEIGHTS_FILE, Float32, LazyTensor, digest_files, read_json, write_safetensors
+from qwen_build.output import NEW, scratch_beside
 from qwen_engine.errors import BuildError, CheckpointError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -113,12 +113,11 @@ def _is_complete(directory: Path, gguf: Path | None) -> bool:
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A new directory beside ``target`` that takes its place at the end, or vanishes on an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        directory = Path(scratch) / "new"
+    with scratch_beside(target) as scratch:
+        directory = scratch / NEW
         directory.mkdir()
         if target.exists():
-            target.rename(Path(scratch) / "old")
+            target.rename(scratch / "outdated")
         yield directory
         if not target.exists():  # or another process was faster
             directory.rename(target)

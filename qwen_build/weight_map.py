@@ -6,6 +6,7 @@ exceptions: adding an architecture means adding its rows here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ FUSED: dict[str, Callable[[ModelConfig], dict[str, int]]] = {
 }
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # tensors some checkpoints have and no graph needs
 IGNORED = ("rotary_emb.inv_freq",)
@@ -83,6 +86,20 @@ def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: Mod
     if stored_head is not None:
         check_tied(checkpoint)
     return plan
+
+
+def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a config with more layers than the checkpoint: before a graph of what may be any number is made.
+
+    Raises:
+        WeightMismatch: names the first layer that is missing.
+    """
+    present = {int(match[1]) for name in checkpoint.tensors if (match := LAYER.match(name))}
+    missing = next(layer for layer in range(len(present) + 1) if layer not in present)
+    if missing < config.num_hidden_layers:
+        raise WeightMismatch(
+            f"config.json has num_hidden_layers {config.num_hidden_layers}, the checkpoint lacks model.layers.{missing}"
+        )
 
 
 def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -> None:

@@ -11,11 +11,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 from qwen_engine import strict_json
 from qwen_engine.errors import EngineError
-from qwen_engine.graph_io import TensorSpec
+from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, LOGITS, TensorSpec, cache_inputs
 
 FORMAT_VERSION = 1
 
@@ -23,6 +24,20 @@ MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
 LAYERS_GRAPH_FILE = "layers.onnx"
 WEIGHTS_FILE = "weights.bin"
+
+# files of a checkpoint that text goes through, parts of an engine as they are
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+MIN_SEQ_LEN = 2  # one token of a prompt and one of its answer
+
+# No integer of a manifest is larger: sizes in bytes fit, and no product of a few overflows a float.
+_MOST = 2**53
 
 # bytes of one element of each dtype a manifest may name
 ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "int8": 1, "uint8": 1}
@@ -147,24 +162,54 @@ class Manifest:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            EngineError: not JSON, of another format version, or a field is missing, unknown or mistyped.
+            EngineError: not JSON, of another format version, a field is missing, unknown or mistyped, or
+                :meth:`find_fault` finds one.
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise EngineError(f"{where} is not JSON: {error}; build the engine again") from error
-        version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
-            raise EngineError(
-                f"{where} has format version {version}, this runtime reads {FORMAT_VERSION}; "
-                "build the engine again with the qwen-build of this installation"
-            )
-        try:
+            version = data.get("format_version") if isinstance(data, dict) else None
+            if version != FORMAT_VERSION or isinstance(version, bool):
+                raise EngineError(
+                    f"{where} has format version {version!r}, this runtime reads {FORMAT_VERSION}; "
+                    "build the engine again with the qwen-build of this installation"
+                )
             manifest = strict_json.parse(cls, data, where)
         except strict_json.MismatchError as error:
             raise EngineError(f"{error}; build the engine again") from error
+        except (ValueError, RecursionError) as error:
+            raise EngineError(f"{where} is not JSON: {error}; build the engine again") from error
         assert isinstance(manifest, cls)
+        if fault := manifest.find_fault():
+            raise EngineError(f"{where}{fault}; build the engine again")
         return manifest
+
+    def find_fault(self) -> str | None:
+        """The first thing that no builder writes and no runtime could serve, to be read after a file's name."""
+        if odd := next((name for name in self.parts if not _is_plain(name)), None):
+            return f" has part {odd[:80]!r}, expected the plain name of a file"
+        if missing := [name for name in (GRAPH_FILE, LAYERS_GRAPH_FILE, WEIGHTS_FILE) if name not in self.parts]:
+            return f" has no part {', '.join(missing)}"
+        if not MIN_SEQ_LEN <= self.limits.max_seq_len <= _MOST:
+            return f": max_seq_len is {self.limits.max_seq_len}, expected {MIN_SEQ_LEN} or more"
+        if LOGITS not in (spec.name for spec in self.outputs):
+            return f" has no output {LOGITS}"
+        return self._find_cache_fault()
+
+    def _find_cache_fault(self) -> str | None:
+        block_size, dtype = self.cache.block_size, self.cache.dtype
+        kv_heads, head_dim = self.model.num_key_value_heads, self.model.head_dim
+        if not KEY_TILE <= block_size <= _MOST or block_size & (block_size - 1):
+            return f": block_size is {block_size}, expected a power of two from {KEY_TILE}"
+        if dtype not in ITEM_BYTES:
+            return f": cache dtype is {dtype!r}, expected one of {', '.join(ITEM_BYTES)}"
+        if not (1 <= kv_heads <= _MOST and 1 <= head_dim <= _MOST):
+            return f": num_key_value_heads is {kv_heads} and head_dim {head_dim}, expected 1 or more"
+        layers = sorted({spec.layer for spec in self.states if spec.layer is not None})
+        expected = (*BATCH_INPUTS, *cache_inputs(layers, kv_heads, head_dim, block_size, dtype))
+        if differing := next((a or b for a, b in zip_longest(self.inputs, expected) if a != b), None):
+            sizes = f"block_size {block_size}, {kv_heads} heads of {head_dim}, {dtype}"
+            return f": input {differing.name} is not as expected with {sizes}"
+        return None
 
     @classmethod
     def read(cls, engine: Path) -> Manifest:
@@ -182,3 +227,8 @@ class Manifest:
         except (OSError, UnicodeDecodeError) as error:
             raise EngineError(f"{path} cannot be read: {error}") from error
         return cls.from_json(text, str(path))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether ``name`` can only be a file right in the engine's directory."""
+    return name.isprintable() and 0 < len(name.encode()) <= 255 and "/" not in name and name not in (".", "..")

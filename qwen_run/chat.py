@@ -165,9 +165,10 @@ def _compile(text: str) -> jinja2.Template:
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     try:
         return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
+    except Exception as error:  # compiling computes what is constant, and may run out of stack or memory
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise EngineError(
-            f"the chat template is not valid Jinja, line {error.lineno}: {_one_line(error)}; "
+            f"the chat template is not valid Jinja{line}: {_one_line(error)}; "
             "correct it in the checkpoint and build again, or use --raw"
         ) from error
 
@@ -199,9 +200,12 @@ def _by_name(found: Any) -> dict[str, str]:
     if isinstance(found, str):
         return {"default": found}
     try:
-        return {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else dict(found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"chat_template in {CONFIG_FILE} is neither text nor a list of name and template") from error
+        named = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else dict(found)
+    except (KeyError, TypeError, ValueError):
+        named = {}
+    if not named or not all(isinstance(text, str) for text in (*named, *named.values())):
+        raise EngineError(f"chat_template in {CONFIG_FILE} is neither text nor a list of name and template")
+    return named
 
 
 def _content(token: Any) -> Any:
@@ -223,8 +227,8 @@ def read_json(path: Path) -> dict[str, Any]:
         EngineError: the file cannot be read, is not JSON, or holds something else.
     """
     try:
-        data = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        data = json.loads(_read(path).removeprefix("\ufeff"))  # some editors put a byte order mark
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"{path} is not JSON: {error}; build the engine again") from error
     if not isinstance(data, dict):
         raise EngineError(f"{path} holds {type(data).__name__}, expected an object; build the engine again")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 
 from qwen_engine.errors import RequestError
-from qwen_run.command import Command, peak_memory_bytes
+from qwen_run.command import Command, peak_memory_bytes, printable
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ Examples:
 @click.option("--top-k", type=int, help="Sample among this many likeliest tokens; 0 is off.")
 @click.option("--repetition-penalty", type=float, help="Above 1 makes tokens seen before less likely.")
 @click.option("--seed", type=int, help="Same seed, same answer.  [default: 0]")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a run.  [default: physical cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of a run.  [default: physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer with counts and timing as one JSON object.")
 @click.option(
     "--output-logits",
@@ -97,14 +98,15 @@ def main(
 
     # an argument may hold bytes the locale cannot decode
     system = None if system is None else decode_utf8(os.fsencode(system), "--system")
-    text = None if input_text is None else decode_utf8(os.fsencode(input_text), "--input-text")
-    if input_file is not None:
-        text = decode_utf8(_read_bytes(input_file), "standard input" if input_file == "-" else input_file)
-    elif not interactive and text is None:
-        text = decode_utf8(_read_bytes("-"), "standard input").removesuffix("\n")
+    text = None if interactive else _prompt_text(input_text, input_file)
     _check_not_empty(text)
 
-    model, params = _load(engine, threads, raw, sampling)
+    asked = _asked(sampling)
+    from qwen_run.engine import newest_engine
+
+    engine = engine or newest_engine(ENGINES)
+    _check_written(engine, input_text, input_file, {"--output-file": output_file, "--output-logits": output_logits})
+    model, params = _load(engine, threads, raw, asked)
     variables = {} if thinking is None else {"enable_thinking": thinking}
     if interactive:
         from qwen_run import console
@@ -114,8 +116,8 @@ def main(
     assert text is not None
     if input_file is None:
         request = _request(model, Prompt(1, text), params, system, variables)
-        with _output(output_file) as out:
-            _answer_one(model, request, out, as_json, output_logits)
+        with _logits_file(output_logits) as logits_file, _output(output_file) as out:
+            _answer_one(model, request, out, as_json, logits_file)
     else:
         prompts = list(parse_prompts(text))
         requests = [_request_or_error(model, prompt, params, system, variables) for prompt in prompts]
@@ -123,21 +125,72 @@ def main(
             _answer_all(model, prompts, requests, out)
 
 
-def _load(
-    engine: Path | None, threads: int | None, raw: bool, sampling: dict[str, Any]
-) -> tuple[TextModel, SamplingParams]:
+def _prompt_text(input_text: str | None, input_file: str | None) -> str:
+    """The prompt, or the file of prompts: what the options name, else standard input."""
+    from qwen_run.prompts import decode_utf8
+
+    if input_text is not None:
+        return decode_utf8(os.fsencode(input_text), "--input-text")
+    if input_file is None:
+        return decode_utf8(_read_bytes("-"), "standard input").removesuffix("\n")
+    return decode_utf8(_read_bytes(input_file), "standard input" if input_file == "-" else input_file)
+
+
+def _asked(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The fields of SamplingParams that options set; what is out of range is refused before the engine is opened."""
+    from qwen_run.sampling import SamplingParams
+
+    asked = {}
+    for name, value in sampling.items():
+        if value is not None:
+            field = "max_tokens" if name == "max_new_tokens" else name
+            try:
+                SamplingParams(**{field: value})
+            except RequestError as error:
+                raise RequestError(f"--{name.replace('_', '-')}: {error}") from error
+            asked[field] = value
+    return asked
+
+
+def _check_written(
+    engine: Path, input_text: str | None, input_file: str | None, outputs: dict[str, Path | None]
+) -> None:
+    """Refuse to write over the prompts or a file of the engine, whose weights are mapped while it answers."""
+    source = None if input_text is not None else 0 if input_file in (None, "-") else input_file
+    read = [("the prompts", source), *((f"the engine {engine}", path) for path in _files(engine))]
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(engine)):
+            raise RequestError(f"{path} is inside the engine {engine}; choose another {option}")
+        for name, other in read:
+            if other is not None and _is_same_file(path, other):
+                raise RequestError(f"{path} is a file of {name}; choose another {option}")
+    first, second = outputs.values()
+    if first is not None and second is not None and os.path.realpath(first) == os.path.realpath(second):
+        raise RequestError(f"{' and '.join(outputs)} are both {first}; choose another for one")
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _is_same_file(path: Path, other: Path | str | int) -> bool:
+    """Whether both are one regular file; ``other`` may be a descriptor. Terminals and /dev/null may well be both."""
+    try:
+        mine, others = os.stat(path), os.stat(other)
+    except OSError:
+        return False
+    return stat.S_ISREG(mine.st_mode) and os.path.samestat(mine, others)
+
+
+def _load(engine: Path, threads: int | None, raw: bool, asked: dict[str, Any]) -> tuple[TextModel, SamplingParams]:
     """The model, and its sampling defaults with what the user asked for over them."""
     import dataclasses
 
-    from qwen_run.engine import newest_engine
-    from qwen_run.sampling import SamplingParams
     from qwen_run.text import TextModel
 
-    asked = {name: value for name, value in sampling.items() if value is not None}
-    if "max_new_tokens" in asked:
-        asked["max_tokens"] = asked.pop("max_new_tokens")
-    SamplingParams(**asked)  # refuses what is out of range before the engine is opened
-    model = TextModel.load(engine or newest_engine(ENGINES), threads, raw)
+    model = TextModel.load(engine, threads, raw)
     params = dataclasses.replace(model.defaults, **asked)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "seed") if name in asked]
     if params.greedy and idle:
@@ -173,11 +226,11 @@ def _request_or_error(*arguments: Any) -> Request | RequestError:
         return error
 
 
-def _answer_one(model: TextModel, request: Request, out: TextIO, as_json: bool, output_logits: Path | None) -> None:
+def _answer_one(model: TextModel, request: Request, out: TextIO, as_json: bool, logits_file: BinaryIO | None) -> None:
     from qwen_run.text import Answer
 
     answer, logits = Answer(), []
-    with closing(model.stream([request], keep_logits=output_logits is not None)) as pieces:
+    with closing(model.stream([request], keep_logits=logits_file is not None)) as pieces:
         for piece in pieces:
             answer.add(piece)
             logits.append(piece.token.logits)
@@ -192,8 +245,8 @@ def _answer_one(model: TextModel, request: Request, out: TextIO, as_json: bool, 
         _print_json(out, {**_record(request, answer), "token_ids": answer.token_ids, **figures})
     else:
         print(file=out)
-    if output_logits is not None:
-        _save_logits(output_logits, logits)
+    if logits_file is not None:
+        _save_logits(logits_file, logits)
     speed = "" if answer.tokens_per_s is None else f", then {answer.tokens_per_s:.1f} tokens/s"
     click.echo(
         f"{len(request.prompt)} prompt tokens, {len(answer.token_ids)} output tokens; "
@@ -223,7 +276,7 @@ def _answer_all(model: TextModel, prompts: list[Prompt], requests: list[Request 
         while unprinted:
             prompt, request = unprinted[0]
             if isinstance(request, RequestError):
-                click.echo(f"Line {prompt.line}: {request}", err=True)
+                click.echo(f"Line {prompt.line}: {printable(str(request))}", err=True)
                 _print_json(out, {"line": prompt.line, "error": str(request)})
             elif answers[request].finish_reason:
                 _print_json(out, {"line": prompt.line, **_record(request, answers[request])})
@@ -266,14 +319,33 @@ def _print_json(out: TextIO, record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
 
 
-def _save_logits(path: Path, rows: list[np.ndarray | None]) -> None:
+def _save_logits(file: BinaryIO, rows: list[np.ndarray | None]) -> None:
     import numpy as np
 
     try:
-        with path.open("wb") as file:
-            np.save(file, np.stack([row for row in rows if row is not None]))
+        np.save(file, np.stack([row for row in rows if row is not None]))
+    except OSError as error:  # NumPy's own have no strerror
+        reason = error.strerror or error
+        raise RequestError(f"{file.name} cannot be written: {reason}; choose another --output-logits") from error
+
+
+@contextmanager
+def _logits_file(path: Path | None) -> Iterator[BinaryIO | None]:
+    """The file for logits, open before an answer is waited for; it is removed again where it does not get them."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("wb", buffering=0)  # closing it then fails no second time
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}; choose another --output-logits") from error
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if path.is_file():  # and not a device
+            path.unlink()
+        raise
 
 
 def _read_bytes(name: str) -> bytes:

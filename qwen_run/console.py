@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from qwen_engine.errors import QwenError, RequestError
 from qwen_run.chat import Conversation
+from qwen_run.command import printable
 from qwen_run.request import Request
 from qwen_run.sampling import SamplingParams
 from qwen_run.text import TextModel
@@ -59,7 +60,7 @@ class Console:
             if line.strip():
                 self._answer(line)
         except QwenError as error:
-            self._write(f"Error: {error}\n")
+            self._write(f"Error: {printable(str(error))}\n")
         return True
 
     def _command(self, line: str) -> bool:

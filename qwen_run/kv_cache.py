@@ -118,7 +118,7 @@ def block_bytes(states: Sequence[TensorSpec]) -> int:
 
 
 def _pool_shape(state: TensorSpec, num_blocks: int) -> tuple[int, ...]:
-    first, *inner = state.shape
+    first, *inner = state.shape or (None,)
     fixed = [dimension for dimension in inner if isinstance(dimension, int)]
     if state.kind != "paged_state" or first != "num_blocks" or len(fixed) != len(inner):
         raise EngineError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_engine.errors import EngineError
-from qwen_engine.manifest import Manifest, Part
+from qwen_engine.manifest import TEXT_FILES, Manifest, Part
 
 # One buffer for all reads, small enough for a core's own cache.
 _BUFFER_BYTES = 1 << 20
@@ -28,7 +29,8 @@ def check_parts(directory: Path, manifest: Manifest) -> None:
     """Check that every part is there, has its size and its crc32: cheap enough for every load.
 
     Raises:
-        EngineError: names the parts that are missing, of another size or changed.
+        EngineError: names the parts that are missing, of another size or changed, and files that would be read
+            and are no parts.
     """
     _check_sizes(directory, manifest)
     changed = [name for name, part in manifest.parts.items() if _crc32(directory / name) != part.crc32]
@@ -47,7 +49,11 @@ def verify_parts(directory: Path, manifest: Manifest) -> None:
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
-    complaints = []
+    complaints = [
+        f"{name} is there, and the engine was built without it"
+        for name in TEXT_FILES
+        if name not in manifest.parts and os.path.lexists(directory / name)
+    ]
     for name, part in manifest.parts.items():
         path = directory / name
         if not path.is_file():

@@ -9,6 +9,9 @@ from typing import Any
 
 from qwen_engine.errors import RequestError
 
+# what a line of JSON may have; how it is answered is for the command line to say
+FIELDS = ("prompt", "messages", "tools")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -34,21 +37,37 @@ def decode_utf8(data: bytes, name: str) -> str:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{name}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
+            f"{name}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; convert it to UTF-8"
         ) from error
 
 
 def parse_prompts(text: str) -> Iterator[Prompt]:
     """The prompts of a file, which is JSON Lines if its first line with anything on it begins with ``{``.
 
+    Raises:
+        RequestError: the whole file is one JSON array.
+
     >>> [prompt.text for prompt in parse_prompts('{"prompt": "Hi"}')]
     ['Hi']
     """
+    _refuse_array(text)
     json_lines = text.lstrip().startswith("{")
     # str.splitlines would also split at U+2028, which may stand in a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _parse_json(number, line) if json_lines else Prompt(number, text=line.removesuffix("\r"))
+
+
+def _refuse_array(text: str) -> None:
+    """An array of objects or texts is meant as prompts, though every line of it could be one."""
+    if not text.lstrip().startswith("["):
+        return
+    try:
+        array = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if any(isinstance(item, dict | str) for item in array):
+        raise RequestError("the prompts are a JSON array, expected one prompt a line; convert them with jq -c '.[]'")
 
 
 def _parse_json(number: int, line: str) -> Prompt:
@@ -58,9 +77,14 @@ def _parse_json(number: int, line: str) -> Prompt:
         return Prompt(number, error=f"not JSON: {error}")
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         return Prompt(number, error='expected an object with either "prompt" or "messages"')
+    if unknown := sorted(record.keys() - FIELDS):
+        return Prompt(number, error=f'unknown "{unknown[0]}", expected only {", ".join(FIELDS)}')
     for name, kind, expected in (("prompt", str, "text"), ("messages", list, "a list"), ("tools", list, "a list")):
-        if record.get(name) is not None and not isinstance(record[name], kind):
-            return Prompt(number, error=f'"{name}" is {type(record[name]).__name__}, expected {expected}')
+        value = record.get(name)
+        absent = name not in record or (name == "tools" and value is None)
+        if not absent and not isinstance(value, kind):
+            found = "null" if value is None else type(value).__name__
+            return Prompt(number, error=f'"{name}" is {found}, expected {expected}')
     if not all(isinstance(message, dict) for message in record.get("messages") or ()):
         return Prompt(number, error='"messages" holds something that is no object with role and content')
     return Prompt(number, record.get("prompt"), record.get("messages"), record.get("tools"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -184,7 +185,7 @@ def load_reference(path: Path, identity: Identity) -> SavedReference:
             )
     except FileNotFoundError:
         raise RequestError(f"{path} does not exist; make it with --save-reference") from None
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RequestError(f"{path} is not a saved reference ({reason}); make it with --save-reference") from error
 

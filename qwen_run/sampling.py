@@ -6,7 +6,6 @@ seed and the token's position, so an answer does not change with what else is in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -39,10 +38,22 @@ class SamplingParams:
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, float, "0 (greedy) or at least 1e-6", lambda v: v == 0 or v >= 1e-6)
+        _check(
+            "temperature",
+            self.temperature,
+            float,
+            "0 (greedy) or from 1e-6 to 100",
+            lambda v: v == 0 or 1e-6 <= v <= 100,
+        )
         _check("top_p", self.top_p, float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
         _check("top_k", self.top_k, int, "a whole number, 0 (off) or more", lambda v: v >= 0)
-        _check("repetition_penalty", self.repetition_penalty, float, "a number above 0", lambda v: v > 0)
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            float,
+            "a number from 0.01 to 100",
+            lambda v: 0.01 <= v <= 100,
+        )
         _check("seed", self.seed, int, "a whole number from 0 to 2^64 - 1", lambda v: 0 <= v < 2**64)
         _check("max_new_tokens", self.max_tokens, int, "a whole number, 1 or more", lambda v: v >= 1)
 
@@ -160,5 +171,5 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
 
 def _check(name: str, value: Any, kind: type, expected: str, allowed: Any) -> None:
     numeric = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    if not (numeric and math.isfinite(value) and allowed(value)):
+    if not (numeric and allowed(value)):  # NaN is in no range
         raise RequestError(f"{name} is {value!r}, expected {expected}")

@@ -51,7 +51,9 @@ class Tokenizer:
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise EngineError(f"{path} cannot be read: {error}; build the engine again") from error
+            raise EngineError(
+                f"{path} is no tokenizer: {error}; download it again and build the engine again"
+            ) from error
         return cls(core)
 
     @property

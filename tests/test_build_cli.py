@@ -13,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from click.testing import CliRunner
 from conftest import FAMILIES
+from tokenizers import decoders, models
 
 from qwen_build import export
-from qwen_build.build import COPIED, BuildOptions, end_of_sequence_ids, plan_build, write_engine
+from qwen_build import output as output_module
+from qwen_build.build import BuildOptions, end_of_sequence_ids, plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.cli import main
 from qwen_build.config import ModelConfig
 from qwen_build.locate import resolve_checkpoint
-from qwen_engine.errors import BuildError
-from qwen_engine.manifest import MANIFEST_FILE, Manifest
+from qwen_engine.errors import BuildError, CheckpointError
+from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, Manifest
 from qwen_run.parts import verify_parts
 
 
@@ -44,6 +47,12 @@ def refused(result, message: str, left: Path) -> None:
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert not left.exists() or not list(left.iterdir())
+
+
+def tiny_tokenizer() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def edit_config(checkpoint: Path, **changes: object) -> None:
@@ -135,6 +144,18 @@ def test_weights_are_read_in_slices(checkpoint, tmp_path, monkeypatch):
             lambda c: edit_tensors(c, lambda t: t["lm_head.weight"].__setitem__((130, 79), np.inf)),
             "lm_head.weight",
         ),
+        (lambda c: edit_config(c, num_hidden_layers=10**30), "num_hidden_layers is 1000"),
+        (lambda c: edit_config(c, num_hidden_layers=10**9), "the checkpoint lacks model.layers.3"),
+        (lambda c: edit_config(c, max_position_embeddings=1), "1 is too short a sequence"),
+        (lambda c: (c / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
+        (lambda c: (c / "tokenizer.json").mkdir(), "tokenizer.json is not a file"),
+        (lambda c: (c / "tokenizer.json").symlink_to("absent"), "tokenizer.json is a link to nothing"),
+        (lambda c: (c / "tokenizer_config.json").write_text('{"eos_token": []}'), "or eos_token of tokenizer_config"),
+        (lambda c: (c / "tokenizer_config.json").write_text('{"eos_token": {"content": []}}'), "eos_token of tok"),
+        (
+            lambda c: edit_tensors(c, lambda t: t.update({"a\x1b[2J\nb": np.ones(3, np.float32)})),
+            r"graph has no place for a\x1b[2J\nb",
+        ),
         (
             lambda c: (c / "generation_config.json").write_text('{"eos_token_id": [5, 131]}'),
             "end-of-sequence ids [131] are outside the vocabulary of 131",
@@ -186,6 +207,61 @@ def test_force_does_not_replace_what_is_no_engine(checkpoint, tmp_path):
     assert (output / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("manifest", ["intact", "of another version"])
+def test_force_deletes_nothing_but_the_engine(manifest, checkpoint, tmp_path):
+    output = tmp_path / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    if manifest != "intact":
+        (output / MANIFEST_FILE).write_text('{"format_version": 0}')
+    (output / "notes.txt").write_text("mine")
+    result = build(checkpoint, "--output", output, "--force")
+    assert result.exit_code == 1
+    assert "holds notes.txt, which is no part of the engine" in result.stderr
+    assert (output / "notes.txt").read_text() == "mine"
+    (output / "notes.txt").unlink()
+    assert build(checkpoint, "--output", output, "--force").exit_code == 0
+
+
+def test_an_engine_behind_a_link_is_replaced_and_not_the_link(checkpoint, tmp_path):
+    engine, link, elsewhere = tmp_path / "a" / "engine", tmp_path / "b" / "link", tmp_path / "b" / "new"
+    assert build(checkpoint, "--output", engine).exit_code == 0
+    link.parent.mkdir()
+    link.symlink_to(engine)
+    assert build(checkpoint, "--output", link, "--force", "--quant", "int8").exit_code == 0
+    assert link.is_symlink()
+    assert Manifest.read(engine).linears[1].quantization.bits == 8
+    elsewhere.symlink_to(tmp_path / "c" / "engine")  # leads nowhere yet
+    assert build(checkpoint, "--output", elsewhere).exit_code == 0
+    verify_parts(tmp_path / "c" / "engine", Manifest.read(elsewhere))
+    names = {d: sorted(path.name for path in (tmp_path / d).iterdir()) for d in "abc"}
+    assert names == {"a": ["engine"], "b": ["link", "new"], "c": ["engine"]}
+
+
+@pytest.mark.parametrize("spelled", [".", "../engine", "absent/.."])
+def test_an_output_without_a_name_of_its_own(spelled, checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "out" / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    monkeypatch.chdir(output)
+    assert f"{spelled} exists; use --force" in build(checkpoint, "--output", spelled).stderr
+    result = build(checkpoint, "--output", spelled, "--force", "--quant", "int8")
+    assert result.exit_code == 0, result.output
+    monkeypatch.chdir(tmp_path)
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_names_the_system_does_not_take(checkpoint, tmp_path):
+    refused(build(checkpoint, "--output", tmp_path / "out" / ("x" * 300)), "File name too long", tmp_path / "out")
+
+
+def test_names_that_are_not_utf8(checkpoint, tmp_path):
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    shutil.copytree(checkpoint, strange)
+    result = build(strange, "--output", strange + "-engine")
+    assert result.exit_code == 0, result.output
+    manifest = Manifest.read(Path(strange + "-engine"))
+    assert (manifest.name, manifest.origin.checkpoint) == ("caf\ufffd", f"{tmp_path}/caf\ufffd")
+
+
 def test_a_failed_forced_build_keeps_the_old_engine(checkpoint, tmp_path):
     output = tmp_path / "engine"
     assert build(checkpoint, "--output", output).exit_code == 0
@@ -203,7 +279,7 @@ def test_a_failed_replacement_keeps_the_old_engine(checkpoint, tmp_path, monkeyp
     rename = Path.rename
 
     def fail_for_the_new_one(self: Path, target: Path) -> Path:
-        if self.suffix == ".partial":
+        if self.name == output_module.NEW:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(self, target)
 
@@ -220,7 +296,7 @@ def test_from_python_too_nothing_is_replaced_unasked(checkpoint, tmp_path):
     with Checkpoint.open(checkpoint) as weights:
         plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions())
         for replace in (False, True):
-            with pytest.raises(BuildError, match="exists; use --force|is not an engine"):
+            with pytest.raises(BuildError, match=r"exists; use --force|is not an engine"):
                 write_engine(plan, weights, tmp_path, replace)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -241,8 +317,8 @@ def test_an_output_that_cannot_be_written(checkpoint, tmp_path):
     assert "cannot be written" in result.stderr
 
 
-def test_ctrl_c_leaves_nothing(checkpoint, tmp_path):
-    """A real process, interrupted while it writes weights (which are made slow here)."""
+def slow_build(checkpoint: Path, output: Path) -> subprocess.Popen[str]:
+    """A real process that is in the middle of writing weights, which are made slow here."""
     program = (
         "import os, time\n"
         "from qwen_build import checkpoint, cli\n"
@@ -251,17 +327,54 @@ def test_ctrl_c_leaves_nothing(checkpoint, tmp_path):
         "checkpoint.Checkpoint.read = slow\n"
         "cli.main()\n"
     )
-    output = tmp_path / "out" / "engine"
     command = [sys.executable, "-c", program, str(checkpoint), "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     assert list(output.parent.iterdir())  # something is being written
-    process.send_signal(signal.SIGINT)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_build_leaves_nothing(number, checkpoint, tmp_path):
+    output = tmp_path / "out" / "engine"
+    process = slow_build(checkpoint, output)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert not list(output.parent.iterdir())
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
+    output = tmp_path / "out" / "engine"
+    killed, alive, other = (slow_build(checkpoint, path) for path in (output, output, output.parent / "engine.2"))
+    left = set(output.parent.iterdir())
+    assert len(left) == 3
+    killed.kill()
+    killed.communicate(timeout=60)
+    (output.parent / ".engine.notes.partial").mkdir()  # not a name of ours
+    assert build(checkpoint, "--output", output).exit_code == 0
+    rest = {path.name.rpartition(".")[0].rpartition(".")[0] for path in output.parent.glob(".*")}
+    assert rest == {".engine", ".engine.2"}
+    assert len(left & set(output.parent.iterdir())) == 2  # those of the living
+    assert (output.parent / ".engine.notes.partial").exists()
+    for process in (alive, other):
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_an_engine_lost_between_two_renames_comes_back(checkpoint, tmp_path):
+    output = tmp_path / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    scratch = tmp_path / ".engine.abcdefgh.partial"
+    scratch.mkdir()
+    output.rename(scratch / output_module.OLD)
+    (checkpoint / "config.json").rename(tmp_path / "config.json")  # so that the next build fails ...
+    with output_module.scratch_beside(output):  # ... but not before it looked at what is left
+        pass
+    verify_parts(output, Manifest.read(output))
+    assert not scratch.exists()
 
 
 def test_end_of_sequence_ids_are_the_union(checkpoint):
@@ -273,12 +386,27 @@ def test_end_of_sequence_ids_are_the_union(checkpoint):
     assert end_of_sequence_ids(checkpoint, ModelConfig.from_hf(checkpoint)) == (9, 7, 3, 4)
 
 
-def test_the_tokenizer_travels_with_the_engine(checkpoint, tmp_path):
-    for name in COPIED:
-        (checkpoint / name).write_text("{}")
+@pytest.mark.parametrize("added", [[{"id": "3", "content": "<|im_end|>"}], [{"id": 3, "content": []}], 5, [{}]])
+def test_added_tokens_of_another_form(added, checkpoint):
+    (checkpoint / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    with pytest.raises(CheckpointError, match=r"added_tokens|eos_token_id"):
+        end_of_sequence_ids(checkpoint, ModelConfig.from_hf(checkpoint))
+
+
+def test_a_byte_order_mark_is_no_damage(checkpoint, tmp_path):
+    config = checkpoint / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
     assert build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
-    assert set(COPIED) <= set(Manifest.read(tmp_path / "engine").parts)
-    assert all((tmp_path / "engine" / name).read_text() == "{}" for name in COPIED)
+
+
+def test_the_tokenizer_travels_with_the_engine(checkpoint, tmp_path):
+    for name in TEXT_FILES:
+        (checkpoint / name).write_text("{}")
+    tiny_tokenizer().save(str(checkpoint / "tokenizer.json"))
+    assert build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
+    assert set(TEXT_FILES) <= set(Manifest.read(tmp_path / "engine").parts)
+    for name in TEXT_FILES:
+        assert (tmp_path / "engine" / name).read_bytes() == (checkpoint / name).read_bytes()
 
 
 def test_defaults_follow_the_scheme():

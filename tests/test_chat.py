@@ -129,6 +129,7 @@ def test_an_end_that_is_no_special_token_stops_nothing(text):
         ("{{ messages[7].content.x }}", "no element 7"),
         ("{{ messages.append(1) }}", "'append' .* is unsafe"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
         ("{% for i in range(999999999) %}{% endfor %}", "[Rr]ange"),
     ],
 )
@@ -172,14 +173,25 @@ def test_where_templates_are_found(tmp_path):
         ({"chat_template": [{"name": "rag", "template": "x"}]}, "named rag, expected one named default"),
         ({"chat_template": [{"x": 1}]}, "neither text nor a list"),
         ({"chat_template": 7}, "neither text nor a list"),
+        ({"chat_template": {"default": 5}}, "neither text nor a list"),
+        ({"chat_template": [{"name": [], "template": "x"}]}, "neither text nor a list"),
+        ({"chat_template": "{{ " + "(" * 20_000 + ")" * 20_000 + " }}"}, "is not valid Jinja: "),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, config, says):
     with pytest.raises(EngineError, match=says):
         load(tmp_path, config)
-    (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(EngineError, match="is not JSON"):
-        ChatTemplate.load(tmp_path)
+    for text in ("[", "[" * 200_000, '{"a":' * 200_000):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(EngineError, match="is not JSON"):
+            ChatTemplate.load(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path):
+    load(tmp_path, {"chat_template": "x"})
+    path = tmp_path / "tokenizer_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert ChatTemplate.load(tmp_path).render([user("Hi")]) == "x"
 
 
 def test_conversation():

@@ -51,6 +51,13 @@ def test_old_and_new_spellings_say_the_same():
     assert ModelConfig.from_json(new) == ModelConfig.from_json(old)
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_theta_is_found_wherever_transformers_keeps_it(key):
+    hf = {k: v for k, v in PUBLISHED.items() if k != "rope_theta"}
+    for rope in ({"rope_theta": 5000}, {"type": "default", "rope_theta": 5000.0, "factor": None}):
+        assert ModelConfig.from_json(hf | {key: rope}).rope_theta == 5000.0
+
+
 def test_defaults_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     qwen3 = PUBLISHED | {"model_type": "qwen3", "head_dim": None}
@@ -74,7 +81,13 @@ def test_defaults_are_those_of_transformers():
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling asks for rope type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters asks for rope type 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"\['sliding_attention'\] are not supported"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "only one rotation for all"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "rope_scaling has mrope_section"),
+        ({"model_type": []}, r"model_type \[\] is not one of"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings is 2147483648, expected at most 16777216"),
+        ({"num_hidden_layers": 10**30}, "expected at most 2147483647"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention' are not supported"),
         ({"attention_bias": False}, "attention_bias False is not supported for model_type 'qwen2'"),
         (
             {"model_type": "qwen3", "attention_bias": True},
@@ -96,6 +109,19 @@ def test_what_the_graph_lacks_is_refused_by_name(change, message):
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a positive integer"),
         ({"vocab_size": None}, "vocab_size is None, expected a positive integer"),
         ({"rope_theta": -1}, "rope_theta is -1, expected a positive number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, expected a positive number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rope_theta": True}, "rope_theta is True"),
+        ({"rope_scaling": {"rope_theta": 5000.0}}, "has rope_theta 5000.0 and 1000000.0; keep the right one"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        ({"rope_scaling": 0}, "rope_scaling is 0, expected an object"),
+        ({"rope_parameters": [4]}, r"rope_parameters is \[4\], expected an object"),
+        ({"layer_types": 5}, "layer_types is 5, expected a list"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        ({"max_position_embeddings": 1e30}, r"max_position_embeddings is 1e\+30, expected a positive integer"),
+        ({"eos_token_id": True}, "eos_token_id is True, expected an integer"),
+        ({"eos_token_id": [1, False]}, r"eos_token_id is \[1, False\], expected an integer"),
         ({"num_key_value_heads": 4}, "num_attention_heads 14 is not a multiple of num_key_value_heads 4"),
         ({"eos_token_id": "<|im_end|>"}, "eos_token_id is '<|im_end|>', expected an integer or a list"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ from qwen_run.sampling import SamplingParams
 
 VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN, BLOCK_SIZE = 13, 6, 100, 32
 STATES = cache_inputs(layers=(0, 1), kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")
+MODEL = ModelSizes("qwen2", VOCAB_SIZE, HIDDEN_SIZE, 7, 2, 4, 2, 8, 1e-6, 10000.0, False)
 RNG = np.random.default_rng(5)
 EMBEDDING = RNG.normal(size=(VOCAB_SIZE, HIDDEN_SIZE)).astype(np.float32)
 HEAD = RNG.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)).astype(np.float32)
@@ -77,7 +79,7 @@ def write_manifest(directory: Path, **changes: Any) -> None:
     fields: dict[str, Any] = {
         "format_version": 1,
         "name": "two-matrices",
-        "model": ModelSizes("qwen2", VOCAB_SIZE, HIDDEN_SIZE, 7, 2, 4, 2, 8, 1e-6, 10000.0, False),
+        "model": MODEL,
         "limits": Limits(MAX_SEQ_LEN),
         "cache": CacheLayout(BLOCK_SIZE, "float32", 2 * 2 * 2 * 8 * 4),
         "inputs": (*BATCH_INPUTS, *STATES),
@@ -217,12 +219,14 @@ def ask_for_operators(directory: Path) -> None:
 
 def claim_another_cache(directory: Path) -> None:
     states = cache_inputs(layers=(0, 2), kv_heads=3, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")
-    write_manifest(directory, inputs=(*BATCH_INPUTS, *states))
+    model = dataclasses.replace(MODEL, num_key_value_heads=3)
+    write_manifest(directory, inputs=(*BATCH_INPUTS, *states), model=model)
 
 
 def claim_another_dtype(directory: Path) -> None:
     states = cache_inputs(layers=(0, 1), kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float16")
-    write_manifest(directory, inputs=(*BATCH_INPUTS, *states))
+    cache = CacheLayout(BLOCK_SIZE, "float16", 2 * 2 * 2 * 8 * 2)
+    write_manifest(directory, inputs=(*BATCH_INPUTS, *states), cache=cache)
 
 
 def claim_another_vocabulary(directory: Path) -> None:
@@ -233,9 +237,14 @@ def claim_endless_sequences(directory: Path) -> None:
     write_manifest(directory, limits=Limits(10**12))
 
 
+def add_template(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (add_template, r"chat_template\.jinja is there, and the engine was built without it"),
         (change_byte, r"weights\.bin has changed since it was built \(its crc32 differs\)"),
         (truncate, r"weights\.bin has 100 bytes, expected \d+"),
         (remove_two, r"layers\.onnx is missing; weights\.bin is missing"),
@@ -260,6 +269,66 @@ def test_a_bad_engine_is_one_line(
         Engine.load(engine_directory)
     assert str(engine_directory) in str(caught.value) or damage is claim_endless_sequences
     assert "\n" not in str(caught.value)
+
+
+def set_in_manifest(directory: Path, *path: str | int, value: Any) -> None:
+    data = json.loads((directory / MANIFEST_FILE).read_text())
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (directory / MANIFEST_FILE).write_text(json.dumps(data))
+
+
+PART = {"size_bytes": 1, "crc32": "", "sha256": ""}
+FIRST_STATE = len(BATCH_INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format_version"], "1", "has format version '1', this runtime reads 1"),
+        (["format_version"], True, "has format version True"),
+        (["parts", "/etc/passwd"], PART, "has part '/etc/passwd', expected the plain name of a file"),
+        (["parts", ".."], PART, r"has part '\.\.'"),
+        (["parts", "x" * 5000], PART, "has part 'x{80}', expected the plain name"),
+        (["parts", "a\0b"], PART, r"has part 'a\\x00b'"),
+        (["parts", "\ud800"], PART, r"has part '\\ud800'"),
+        (["parts"], {GRAPH_FILE: PART, LAYERS_GRAPH_FILE: PART}, r"has no part weights\.bin"),
+        (["outputs"], [], "has no output logits"),
+        (["limits", "max_seq_len"], 1, "max_seq_len is 1, expected 2 or more"),
+        (["limits", "max_seq_len"], 10**400, "max_seq_len is 1000"),
+        (["cache", "block_size"], 0, "block_size is 0, expected a power of two from 32"),
+        (["cache", "block_size"], -1, "block_size is -1"),
+        (["cache", "block_size"], 48, "block_size is 48"),
+        (["cache", "block_size"], 16, "block_size is 16"),
+        (["cache", "block_size"], 2**400, "expected a power of two from 32"),
+        (["cache", "block_size"], 64, r"key_cache\.0 is not as expected with block_size 64, 2 heads of 8, float32"),
+        (["cache", "dtype"], "bogus", "cache dtype is 'bogus', expected one of"),
+        (["cache", "dtype"], "float16", r"input key_cache\.0 is not as expected"),
+        (["model", "head_dim"], 0, "head_dim 0, expected 1 or more"),
+        (["model", "num_key_value_heads"], 10**400, "expected 1 or more"),
+        (["inputs", FIRST_STATE, "dtype"], "bogus", r"input key_cache\.0 is not as expected"),
+        (["inputs", FIRST_STATE, "shape"], [], r"input key_cache\.0 is not as expected"),
+        (["inputs", FIRST_STATE, "layer"], None, r"input key_cache\.\d is not as expected"),
+        (["inputs"], [], "input input_ids is not as expected"),
+    ],
+)
+def test_a_manifest_that_no_builder_writes(
+    engine_directory: Path, path: list[str | int], value: Any, message: str
+) -> None:
+    set_in_manifest(engine_directory, *path, value=value)
+    with pytest.raises(EngineError, match=message) as caught:
+        Engine.load(engine_directory)
+    assert str(caught.value).startswith(str(engine_directory / MANIFEST_FILE))
+    assert str(caught.value).endswith(("; build the engine again", "qwen-build of this installation"))
+
+
+def test_a_manifest_without_end(engine_directory: Path) -> None:
+    for text in ("[" * 200_000, '{"a":' * 200_000, '{"format_version": ' + "9" * 5000 + "}"):
+        (engine_directory / MANIFEST_FILE).write_text(text)
+        with pytest.raises(EngineError, match="is not JSON"):
+            Engine.load(engine_directory)
 
 
 def test_a_refused_batch_is_one_line(intact_engine: Path) -> None:

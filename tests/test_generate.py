@@ -117,11 +117,11 @@ def test_greedy_answer() -> None:
 
 def test_the_repetition_penalty_falls_on_prompt_and_answer() -> None:
     """Divided or multiplied by a million, a seen token wins only against worse ones."""
-    request = Request((4, 9), SamplingParams(temperature=0.0, repetition_penalty=1e6, max_tokens=8))
+    request = Request((4, 9), SamplingParams(temperature=0.0, repetition_penalty=100, max_tokens=8))
     context = [4, 9]
     for _ in range(8):
         logits = scripted_logits(np.array(context, np.int32) + 1)
-        logits[context] *= np.where(logits[context] < 0, 1e6, 1e-6)
+        logits[context] *= np.where(logits[context] < 0, 100, 0.01)
         context.append(int(np.argmax(logits)))
     answer(ScriptedEngine(), request)
     assert request.output == context[2:]

@@ -125,7 +125,7 @@ def test_a_pool_below_one_sequence_is_refused() -> None:
         choose_num_blocks(SIZES, None, 2 * BLOCK_BYTES - 1)
 
 
-@pytest.mark.parametrize("shape", [("num_blocks", "heads"), (7, 2), ("T", 2)])
+@pytest.mark.parametrize("shape", [("num_blocks", "heads"), (7, 2), ("T", 2), ()])
 def test_a_state_of_another_form_is_refused(shape: tuple[int | str, ...]) -> None:
     with pytest.raises(EngineError, match="state odd is paged_state"):
         KVCache([TensorSpec("odd", "paged_state", "float32", shape)], block_size=32, num_blocks=2)

@@ -20,9 +20,11 @@ from qwen_run.origin import (
     read_text_facts,
 )
 
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 TOKENIZER: dict[str, Any] = {
-    "added_tokens": [{"content": "<|im_end|>", "id": 120}, {"content": "<|endoftext|>", "id": 121}],
+    "added_tokens": [{"content": "<|im_end|>", "id": 120} | ADDED, {"content": "<|endoftext|>", "id": 121} | ADDED],
     "normalizer": None,
+    "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
     "model": {
         "type": "BPE",
         "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4},
@@ -120,7 +122,7 @@ def test_facts_that_were_kept_find_the_same_without_the_checkpoint(engine, check
     [
         (lambda t: t["model"]["vocab"].update(ab=4), "it lacks 1 of the vocabulary ('ab' = 3); it adds 1"),
         (lambda t: t["model"]["merges"].reverse(), "the merges stand in another order"),
-        (lambda t: t["added_tokens"].pop(), 'it lacks 1 of the added tokens ({"content": "<|endoftext|>", "id": 121})'),
+        (lambda t: t["added_tokens"].pop(), 'it lacks 1 of the added tokens ({"content": "<|endoftext|>", "id": 121'),
         (lambda t: t.update(normalizer={}), "it lacks 1 of the settings (normalizer = null)"),
         (lambda t: t["model"].update(ignore_merges=True), "it adds 1 of the settings (model.ignore_merges = true)"),
         (lambda t: t["model"].update(merges=["a b", "b c"]), "only in how the same content is written"),

@@ -127,8 +127,10 @@ def test_logits_that_are_not_numbers(bad):
     ("name", "value"),
     [
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", 1e-9),
+        ("temperature", 1e300), ("temperature", 10**400),
         ("top_p", 1.1), ("top_p", -0.1), ("top_k", -1), ("top_k", 2.5), ("top_k", True),
-        ("repetition_penalty", 0), ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**64),
+        ("repetition_penalty", 0), ("repetition_penalty", float("inf")),
+        ("repetition_penalty", 1e-46), ("repetition_penalty", 1e300), ("seed", -1), ("seed", 2**64),
         ("max_tokens", 0),
     ],
 )  # fmt: skip

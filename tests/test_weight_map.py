@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_config import PUBLISHED
 
 from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.config import ModelConfig
-from qwen_build.weight_map import FUSED, check_agreement, map_weights, source
+from qwen_build.weight_map import FUSED, check_agreement, check_layers, map_weights, source
 from qwen_engine.errors import CheckpointError, WeightMismatch
 
 CONFIG = ModelConfig.from_json(PUBLISHED | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8})
@@ -36,6 +38,19 @@ def test_a_graph_name_is_the_checkpoints_but_for_the_fused_ones():
     )
     assert source("lm_head.weight", (151936, 896), CONFIG).shapes[0][0] == "model.embed_tokens.weight"  # tied
     assert set(FUSED) == {"self_attn.qkv_proj", "mlp.gate_up_proj"}
+
+
+@pytest.mark.parametrize(("layers", "missing"), [((0, 1, 3), 2), ((1,), 0), ((0, 1, 2), None), (range(9), None)])
+def test_a_layer_that_is_missing_is_named_before_a_graph_is_made(tmp_path, layers, missing):
+    tensors = {f"model.layers.{layer}.mlp.up_proj.weight": np.ones(1, np.float32) for layer in layers}
+    write_safetensors(tmp_path / "model.safetensors", tensors, "float32")
+    config = dataclasses.replace(CONFIG, num_hidden_layers=3)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        if missing is None:
+            check_layers(config, checkpoint)
+        else:
+            with pytest.raises(WeightMismatch, match=rf"lacks model\.layers\.{missing}$"):
+                check_layers(config, checkpoint)
 
 
 def test_all_offenders_are_named_at_once():
