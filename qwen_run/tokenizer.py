@@ -49,7 +49,7 @@ class Tokenizer:
         if not path.is_file():
             raise EngineError(f"{path} does not exist; build the engine from a checkpoint that has {TOKENIZER_FILE}")
         try:
-            core = tokenizers.Tokenizer.from_file(str(path))
+            core = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # a path need not be UTF-8
         except Exception as error:  # tokenizers raises bare Exception
             raise EngineError(
                 f"{path} is no tokenizer: {error}; download it again and build the engine again"

@@ -255,6 +255,7 @@ def test_names_the_system_does_not_take(checkpoint, tmp_path):
 
 def test_names_that_are_not_utf8(checkpoint, tmp_path):
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    tiny_tokenizer().save(str(checkpoint / "tokenizer.json"))
     shutil.copytree(checkpoint, strange)
     result = build(strange, "--output", strange + "-engine")
     assert result.exit_code == 0, result.output
