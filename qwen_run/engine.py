@@ -90,6 +90,8 @@ class Engine:
             EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
                 manifest says, or the pool does not hold one sequence of full length.
         """
+        if not _is_text(str(directory)):  # ONNX Runtime takes no other path
+            raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
         manifest = Manifest.read(directory)
         if graph not in manifest.parts:
             raise EngineError(f"{directory} has no part {graph}; build the engine again")
@@ -146,6 +148,14 @@ class Engine:
             raise EngineError(f"{self.directory} cannot run: {_first_line(error)}") from error
         values = binding.get_outputs()
         return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def newest_engine(root: Path) -> Path:

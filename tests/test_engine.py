@@ -341,6 +341,11 @@ def test_a_refused_batch_is_one_line(intact_engine: Path) -> None:
     np.testing.assert_allclose(engine.run(good), expected_logits(good), rtol=0, atol=1e-5)
 
 
+def test_a_path_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="is not a UTF-8 path; rename it"):
+        Engine.load(tmp_path / "caf\udce9")
+
+
 def test_newest_engine(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no engine in .*qwen-build"):
         newest_engine(tmp_path / "engines")
