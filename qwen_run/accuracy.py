@@ -37,10 +37,9 @@ SEED = 0
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 # An error starts at the sub-block where it is this many times larger than everywhere before, and than the floor: keys
-# that a float16 cache rounds the other way, because sums before it differ in their last bit, cost attention up to 7e-4
-# on the demo and 1e-3 on models of a few dozen features. Scales off by 5 % cost 5e-2.
+# that a float16 cache rounds the other way, because sums before it differ in their last bit, cost attention about 1e-4.
 JUMP_FACTOR = 8.0
-JUMP_FLOOR = 5e-4
+JUMP_FLOOR = 1e-4
 
 _LARGEST_EXPONENT = 700.0
 
@@ -431,7 +430,7 @@ def first_jump(errors: Mapping[str, float]) -> str | None:
             at the first layer.
 
     Returns:
-        The first name whose error is at least 8 times the largest before it and at least 4e-3, or is NaN; None where
+        The first name whose error is at least 8 times the largest before it and at least 8e-4, or is NaN; None where
         there is none, the errors being those of rounding.
     """
     before = JUMP_FLOOR

@@ -398,7 +398,7 @@ def test_the_first_jump_of_an_error():
     assert first_jump(rounding) is None
     assert first_jump({}) is None
     assert first_jump({**rounding, "0.mlp": 0.05, "1.mlp": 0.9}) == "0.mlp"
-    assert first_jump({**rounding, "embed": 4e-3}) == "embed"
+    assert first_jump({**rounding, "embed": 8e-4}) == "embed"
     assert first_jump({**rounding, "1.attn": math.nan}) == "1.attn"
     assert first_jump({"0.attn": 7e-4, "0.mlp": 2e-3, "1.attn": 0.015, "1.mlp": 0.11}) is None  # never 8 times
     assert first_jump({"0.attn": 7e-4, "0.mlp": 2e-3, "1.attn": 0.015, "1.mlp": 0.13}) == "1.mlp"

@@ -250,7 +250,6 @@ def test_an_output_without_a_name_of_its_own(spelled, checkpoint, tmp_path, monk
 
 
 def test_names_the_system_does_not_take(checkpoint, tmp_path):
-    (tmp_path / "out").mkdir()
     refused(build(checkpoint, "--output", tmp_path / "out" / ("x" * 300)), "File name too long", tmp_path / "out")
 
 
@@ -372,7 +371,8 @@ def test_an_engine_lost_between_two_renames_comes_back(checkpoint, tmp_path):
     scratch = tmp_path / ".engine.abcdefgh.partial"
     scratch.mkdir()
     output.rename(scratch / output_module.OLD)
-    with output_module.scratch_beside(output):  # the next build, which may fail
+    (checkpoint / "config.json").rename(tmp_path / "config.json")  # so that the next build fails ...
+    with output_module.scratch_beside(output):  # ... but not before it looked at what is left
         pass
     verify_parts(output, Manifest.read(output))
     assert not scratch.exists()
