@@ -81,7 +81,7 @@ def test_text_that_was_not_utf8():
 def test_files(tmp_path):
     assert Tokenizer.load(write_text_files(tmp_path)).encode("the") == TOKENIZER.encode("the")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(EngineError, match=r"tokenizer\.json is no tokenizer: EOF"):
+    with pytest.raises(EngineError, match=r"tokenizer\.json is no tokenizer: .*EOF while parsing"):
         Tokenizer.load(tmp_path)
     with pytest.raises(EngineError, match=r"tokenizer\.json does not exist"):
         Tokenizer.load(tmp_path / "absent")
