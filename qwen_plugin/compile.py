@@ -29,7 +29,13 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 # Files for one instruction set, by the end of their name. On other processors only `_plain` is compiled.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
-X86_FLAGS = {"_avx2": AVX2, "_avx512": (*AVX2, *AVX512)}
+X86_FLAGS = {
+    "_avx2": AVX2,
+    "_avxvnni": (*AVX2, "-mavxvnni"),
+    "_avx512": (*AVX2, *AVX512),
+    "_avx512vnni": (*AVX2, *AVX512, "-mavx512vnni"),
+    "_amx": (*AVX2, *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+}
 
 
 def find_compiler() -> list[str] | None:

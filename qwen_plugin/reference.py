@@ -18,16 +18,68 @@ Integers = NDArray[np.int32]
 
 
 def pack_keys(keys: Array) -> Array:
-    """Keys (..., block_size, head_dim) as a block of the cache stores them: (..., block_size / 32, head_dim, 32)."""
+    """Keys (..., block_size, head_dim) as a block of the cache stores them: (..., block_size / 32, head_dim, 32).
+
+    In an int8 cache the 32 * head_dim numbers of a tile are (head_dim / 4, 32, 4) instead, in the same shape.
+    """
     *outer, block_size, head_dim = keys.shape
-    tiles = keys.reshape(*outer, block_size // KEY_TILE, KEY_TILE, head_dim)
-    return np.ascontiguousarray(tiles.swapaxes(-1, -2))
+    packed = np.empty((*outer, block_size // KEY_TILE, head_dim, KEY_TILE), keys.dtype)
+    tiles = tokens_of_keys(packed)
+    tiles[:] = keys.reshape(tiles.shape)
+    return packed
 
 
 def unpack_keys(packed: Array) -> Array:
     """The inverse of :func:`pack_keys`."""
     *outer, tiles, head_dim, tile = packed.shape
-    return np.ascontiguousarray(packed.swapaxes(-1, -2)).reshape(*outer, tiles * tile, head_dim)
+    return tokens_of_keys(packed).reshape(*outer, tiles * tile, head_dim)
+
+
+def pack_values(values: Array) -> Array:
+    """Values (..., block_size, head_dim) as a block of the cache stores them: just so, in an int8 cache in fours.
+
+    There every four tokens' numbers are (head_dim, 4), in the same shape.
+    """
+    packed = np.empty_like(values, order="C")
+    tokens = tokens_of_values(packed)
+    tokens[:] = values.reshape(tokens.shape)
+    return packed
+
+
+def unpack_values(packed: Array) -> Array:
+    """The inverse of :func:`pack_values`."""
+    return tokens_of_values(packed).reshape(packed.shape)
+
+
+def tokens_of_keys(packed: Array) -> Array:
+    """A view of packed keys by token: (..., block_size / 32, 32, head_dim / n, n), where n numbers lie together."""
+    *outer, head_dim, tile = packed.shape
+    together = _numbers_together(packed)
+    return packed.reshape(*outer, head_dim // together, tile, together).swapaxes(-2, -3)
+
+
+def tokens_of_values(packed: Array) -> Array:
+    """A view of packed values by token: (..., block_size / n, n, head_dim), where n tokens lie together."""
+    *outer, block_size, head_dim = packed.shape
+    together = _numbers_together(packed)
+    return packed.reshape(*outer, block_size // together, head_dim, together).swapaxes(-1, -2)
+
+
+def _numbers_together(packed: Array) -> int:
+    return 4 if packed.dtype == np.int8 else 1
+
+
+def quantize_tokens(x: Array) -> tuple[Array, Array]:
+    """Round every token's head x (..., head_dim) to int8.
+
+    Returns:
+        int8 (..., head_dim) and the scales, float32 (...), of which these are multiples.
+    """
+    largest = np.abs(x).max(axis=-1).astype(np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(127) / largest
+    inverse[~np.isfinite(inverse)] = 0
+    return np.rint(x.astype(np.float32) * inverse[..., None]).astype(np.int8), largest / np.float32(127)
 
 
 @dataclass(frozen=True)
@@ -57,20 +109,23 @@ def paged_attention(
     sin_cache: Array | None = None,
     q_norm_weight: Array | None = None,
     k_norm_weight: Array | None = None,
+    key_scale: Array | None = None,
+    value_scale: Array | None = None,
 ) -> Array:
     """Causal attention of new tokens over themselves and their past, which lies in blocks of a pool.
 
-    Writes the new keys and values into the pool (rounded to its dtype), then reads everything from there.
+    Writes the new keys and values into the pool (rounded to its dtype), then reads everything from there, in float64.
 
     Args:
         query: float32 (T, (N + 2 K) * D), queries, keys and values of a token one after the other.
         key_cache: (num_blocks, K, block_size / 32, D, 32), see :func:`pack_keys`; changed in place.
-        value_cache: (num_blocks, K, block_size, D); changed in place.
+        value_cache: (num_blocks, K, block_size, D), see :func:`pack_values`; changed in place.
         cumulative_lengths: (S + 1), sequence s owns tokens ``c[s]`` to ``c[s + 1] - 1``.
         past_lengths: (S), tokens of s that the cache already holds.
         block_table: (S, max_blocks), the blocks of s in order.
         cos_cache, sin_cache: (positions, rotary_dim / 2); channel i turns with channel i + rotary_dim / 2.
         q_norm_weight, k_norm_weight: (D), RMS norm of each head before the rotation.
+        key_scale, value_scale: (num_blocks, K, block_size), with int8 caches; changed in place.
 
     Returns:
         float64 (T, N * D).
@@ -93,22 +148,36 @@ def paged_attention(
             queries = _rotate(queries, cos_cache[positions], sin_cache[positions])
             keys = _rotate(keys, cos_cache[positions], sin_cache[positions])
 
-        for position, key, value in zip(positions, keys, values, strict=True):
-            block, slot = block_table[s, position // block_size], position % block_size
-            key_cache[block, :, slot // KEY_TILE, :, slot % KEY_TILE] = key
-            value_cache[block, :, slot] = value
+        blocks, slots = block_table[s, positions // block_size], positions % block_size
+        _store(tokens_of_keys(key_cache), key_scale, keys, blocks, slots)
+        _store(tokens_of_values(value_cache), value_scale, values, blocks, slots)
 
         for i, position in enumerate(positions):
             visible = np.arange(max(0, position - window + 1), position + 1).astype(int)
             blocks, slots = block_table[s, visible // block_size], visible % block_size
-            seen_keys = key_cache[blocks, :, slots // KEY_TILE, :, slots % KEY_TILE].astype(np.float64)  # (V, K, D)
-            seen_values = value_cache[blocks, :, slots].astype(np.float64)
+            seen_keys = _load(tokens_of_keys(key_cache), key_scale, head_dim, blocks, slots)  # (V, K, D)
+            seen_values = _load(tokens_of_values(value_cache), value_scale, head_dim, blocks, slots)
             grouped = queries[i].reshape(kv_heads, -1, head_dim)  # (K, N / K, D)
             scores = scale * np.einsum("kgd,vkd->kgv", grouped, seen_keys)
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
             output[cumulative_lengths[s] + i] = np.einsum("kgv,vkd->kgd", weights, seen_values).reshape(heads, head_dim)
     return output.reshape(len(query), heads * head_dim)
+
+
+def _store(pool: Array, scales: Array | None, x: Array, blocks: Integers, slots: Integers) -> None:
+    """Put x (n, K, D) into slots (n) of blocks (n) of ``pool`` (num_blocks, K, tiles, tile, ...)."""
+    if scales is not None:
+        x, scales[blocks, :, slots] = quantize_tokens(x)
+    tile = pool.shape[3]
+    pool[blocks, :, slots // tile, slots % tile] = x.reshape(*x.shape[:2], *pool.shape[4:])
+
+
+def _load(pool: Array, scales: Array | None, head_dim: int, blocks: Integers, slots: Integers) -> Array:
+    """What :func:`_store` put there, float64 (n, K, D)."""
+    tile = pool.shape[3]
+    x: Array = pool[blocks, :, slots // tile, slots % tile].astype(np.float64).reshape(len(slots), -1, head_dim)
+    return x if scales is None else x * scales[blocks, :, slots].astype(np.float64)[..., None]
 
 
 def _rms_norm(x: Array, weight: Array, epsilon: float) -> Array:

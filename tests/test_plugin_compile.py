@@ -69,7 +69,7 @@ def test_a_library_older_than_a_source_is_not_current(tmp_path: Path) -> None:
     assert not compiling.is_current(library)
 
 
-@pytest.mark.parametrize(("machine", "sets"), [("x86_64", {"avx2", "avx512", "plain"}), ("aarch64", {"plain"})])
+@pytest.mark.parametrize(("machine", "sets"), [("x86_64", {"amx", "avx2", "avx512", "plain"}), ("aarch64", {"plain"})])
 def test_only_this_processors_instruction_sets_are_compiled(
     machine: str, sets: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,12 +87,15 @@ def test_a_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_of_operators_is_the_sources() -> None:
-    source = (compiling.SOURCES / "paged_attention.cc").read_text()
-    name = re.search(r"GetName = .*return \"(\w+)\"", source)
-    version = re.search(r"GetEndVersion = .*return (\d+)", source)
-    assert name is not None
-    assert version is not None
-    assert {("qwen", name[1]): int(version[1])} == qwen_plugin.OPERATORS
+    found = {}
+    for path in compiling.SOURCES.glob("*.cc"):
+        source = path.read_text()
+        name = re.search(r"(?:kName = |GetName = .*return )\"(\w+)\"", source)
+        version = re.search(r"(?:kVersion = |GetEndVersion = .*return )(\d+)", source)
+        assert (name is None) == (version is None)
+        if name is not None and version is not None:
+            found["qwen", name[1]] = int(version[1])
+    assert found == qwen_plugin.OPERATORS
 
 
 def backend() -> ModuleType:

@@ -3,6 +3,12 @@
 
 enum class InstructionSet { kPlain, kAvx2, kAvx512 };
 
-// The best set this machine supports, or the one that QWEN_PLUGIN_ISA (avx512, avx2, plain) asks for.
+// The best set this machine supports, or the one that QWEN_PLUGIN_ISA (amx, avx512, avxvnni, avx2, plain) asks for.
 // Throws Error if that variable names an unknown set or one the machine lacks.
 InstructionSet ChooseInstructionSet();
+
+// Instructions beyond those sets, of which a machine may have any.
+enum class Extension { kAvxVnni, kAvx512Vnni, kAmx };
+
+// Whether this process uses it: the machine has it, and QWEN_PLUGIN_ISA does not ask for less. Throws as above.
+bool UsesExtension(Extension extension);

@@ -12,6 +12,7 @@ struct OrtCustomOpDomain;
 struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtShapeInferContext;
+struct OrtOpAttr;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtValue;
 
@@ -23,7 +24,16 @@ struct OrtApiBase {
 };
 
 enum OrtErrorCode { kOrtFail = 1, kOrtInvalidArgument = 2 };
-enum OrtElementType { kOrtAnyType = 0, kOrtFloat32 = 1, kOrtInt32 = 6, kOrtFloat16 = 10 };
+enum OrtElementType {
+  kOrtAnyType = 0,
+  kOrtFloat32 = 1,
+  kOrtUint8 = 2,
+  kOrtInt8 = 3,
+  kOrtInt32 = 6,
+  kOrtInt64 = 7,
+  kOrtFloat16 = 10
+};
+enum OrtAttributeType { kOrtInteger = 1 };
 enum OrtArity { kOrtRequired = 0, kOrtOptional = 1 };
 
 constexpr uint32_t kOrtApiVersion = 18;  // the first that has every function and field used here (1.18)
@@ -72,6 +82,8 @@ class OrtApi {
   ORT_FUNCTION(28, OrtStatus*, AddCustomOpDomain, (OrtSessionOptions * options, OrtCustomOpDomain* domain),
                (options, domain))
   ORT_FUNCTION(51, OrtStatus*, GetTensorMutableData, (OrtValue * value, void** out), (value, out))
+  ORT_FUNCTION(57, OrtStatus*, CreateTensorTypeAndShapeInfo, (OrtTensorTypeAndShapeInfo * *out), (out))
+  ORT_FUNCTION(58, OrtStatus*, SetTensorElementType, (OrtTensorTypeAndShapeInfo * info, int type), (info, type))
   ORT_FUNCTION(59, OrtStatus*, SetDimensions, (OrtTensorTypeAndShapeInfo * info, const int64_t* dims, size_t count),
                (info, dims, count))
   ORT_FUNCTION(60, OrtStatus*, GetTensorElementType, (const OrtTensorTypeAndShapeInfo* info, int* out), (info, out))
@@ -90,6 +102,8 @@ class OrtApi {
                (const OrtKernelInfo* info, const char* name, char* out, size_t* size), (info, name, out, size))
   ORT_FUNCTION(88, OrtStatus*, KernelContext_GetInputCount, (const OrtKernelContext* context, size_t* out),
                (context, out))
+  ORT_FUNCTION(89, OrtStatus*, KernelContext_GetOutputCount, (const OrtKernelContext* context, size_t* out),
+               (context, out))
   ORT_FUNCTION(90, OrtStatus*, KernelContext_GetInput,
                (const OrtKernelContext* context, size_t index, const OrtValue** out), (context, index, out))
   ORT_FUNCTION(91, OrtStatus*, KernelContext_GetOutput,
@@ -100,9 +114,16 @@ class OrtApi {
   ORT_FUNCTION(268, OrtStatus*, ShapeInferContext_GetInputTypeShape,
                (const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** out),
                (context, index, out))
+  ORT_FUNCTION(269, OrtStatus*, ShapeInferContext_GetAttribute,
+               (const OrtShapeInferContext* context, const char* name, const OrtOpAttr** out), (context, name, out))
   ORT_FUNCTION(270, OrtStatus*, ShapeInferContext_SetOutputTypeShape,
                (const OrtShapeInferContext* context, size_t index, const OrtTensorTypeAndShapeInfo* info),
                (context, index, info))
+  ORT_FUNCTION(271, OrtStatus*, SetSymbolicDimensions,
+               (OrtTensorTypeAndShapeInfo * info, const char** names, size_t count), (info, names, count))
+  ORT_FUNCTION(272, OrtStatus*, ReadOpAttr,
+               (const OrtOpAttr* attribute, int type, void* data, size_t size, size_t* out),
+               (attribute, type, data, size, out))
   ORT_FUNCTION(274, OrtStatus*, KernelContext_ParallelFor,
                (const OrtKernelContext* context, void (*function)(void*, size_t), size_t total, size_t batches,
                 void* data),

@@ -9,7 +9,6 @@
 #include <memory>
 #include <new>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "error.h"
@@ -33,22 +32,23 @@ enum Input {
   kHeadSink,
   kQNormWeight,
   kKNormWeight,
-  kKScale,
-  kVScale,
+  kKeyScale,
+  kValueScale,
   kAttentionMetadata,
   kInputCount
 };
 
 constexpr const char* kInputNames[kInputCount] = {
-    "query",         "key",           "value",     "key_cache", "value_cache",       "cumulative_lengths",
-    "past_lengths",  "block_table",   "cos_cache", "sin_cache", "slot_mapping",      "head_sink",
-    "q_norm_weight", "k_norm_weight", "k_scale",   "v_scale",   "attention_metadata"};
+    "query",         "key",           "value",     "key_cache",   "value_cache",       "cumulative_lengths",
+    "past_lengths",  "block_table",   "cos_cache", "sin_cache",   "slot_mapping",      "head_sink",
+    "q_norm_weight", "k_norm_weight", "key_scale", "value_scale", "attention_metadata"};
 
-constexpr Input kMustBeAbsent[] = {kKey, kValue, kSlotMapping, kHeadSink, kKScale, kVScale, kAttentionMetadata};
+constexpr Input kMustBeAbsent[] = {kKey, kValue, kSlotMapping, kHeadSink, kAttentionMetadata};
 
-// Below this many multiply-adds a parallel region costs more than it brings.
-constexpr int64_t kSerialWork = 100'000;
+// Below this many multiply-adds a parallel region costs more than it brings, and so it does for merging fewer floats.
+constexpr int64_t kSerialWork = 100'000, kSerialMerge = 20'000;
 constexpr int64_t kTokensPerWrite = 16;
+constexpr size_t kWantedItems = 32;  // for ONNX Runtime's threads, whose number it doesn't tell
 // Floats that the states of divided items may take, 64 MiB.
 constexpr int64_t kMaxStateFloats = int64_t(16) << 20;
 
@@ -234,11 +234,17 @@ Problem CheckShapes(const Settings& settings, const std::vector<Tensor>& in) {
     if (settings.rotary && !in[i].given) Fail(std::string(in[i].name) + " is missing, do_rotary needs it");
   if (in[kQNormWeight].given != in[kKNormWeight].given)
     Fail("q_norm_weight and k_norm_weight: one is missing, expected both or none");
+  for (const Input i : {kKeyScale, kValueScale}) {
+    const bool int8 = in[kKeyCache].type == kOrtInt8;
+    if (int8 && !in[i].given) Fail(std::string(in[i].name) + " is missing, an int8 cache needs it");
+    if (!int8 && in[i].given) Fail(std::string(in[i].name) + " is given, expected to be absent: the cache is not int8");
+  }
 
-  for (const Input i : {kQuery, kCosCache, kSinCache, kQNormWeight, kKNormWeight})
+  for (const Input i : {kQuery, kCosCache, kSinCache, kQNormWeight, kKNormWeight, kKeyScale, kValueScale})
     if (in[i].given) ExpectType(in[i], kOrtFloat32, "float32");
   for (const Input i : {kCumulativeLengths, kPastLengths, kBlockTable}) ExpectType(in[i], kOrtInt32, "int32");
-  if (in[kKeyCache].type != kOrtFloat16) ExpectType(in[kKeyCache], kOrtFloat32, "float32 or float16");
+  const int element = in[kKeyCache].type;
+  if (element != kOrtFloat16 && element != kOrtInt8) ExpectType(in[kKeyCache], kOrtFloat32, "float32, float16 or int8");
   if (in[kValueCache].type != in[kKeyCache].type) ExpectType(in[kValueCache], in[kKeyCache].type, "that of key_cache");
 
   Problem p = {};
@@ -255,6 +261,11 @@ Problem CheckShapes(const Settings& settings, const std::vector<Tensor>& in) {
     in[kKeyCache].Refuse("a block_size that is a power of two, at least 32");
   ExpectShape(in[kValueCache], {keys[0], p.kv_heads, p.block_size, p.head_dim},
               "(num_blocks, kv_num_heads, block_size, head_dim) as key_cache has them");
+
+  for (const Input i : {kKeyScale, kValueScale})
+    if (in[i].given)
+      ExpectShape(in[i], {keys[0], p.kv_heads, p.block_size},
+                  "(num_blocks, kv_num_heads, block_size) as key_cache has them");
 
   const std::vector<int64_t>& query = in[kQuery].shape;
   const int64_t width = (p.heads + 2 * p.kv_heads) * p.head_dim;
@@ -284,9 +295,10 @@ Problem CheckShapes(const Settings& settings, const std::vector<Tensor>& in) {
   p.window = settings.window;
   p.scale = settings.scale > 0 ? settings.scale : 1.f / std::sqrt(float(p.head_dim));
   p.epsilon = settings.epsilon;
-  p.half_cache = in[kKeyCache].type == kOrtFloat16;
+  p.element = element == kOrtInt8 ? Element::kInt8 : element == kOrtFloat16 ? Element::kFloat16 : Element::kFloat32;
   p.query = in[kQuery].as<float>();
   p.key_cache = in[kKeyCache].data, p.value_cache = in[kValueCache].data;
+  p.key_scale = static_cast<float*>(in[kKeyScale].data), p.value_scale = static_cast<float*>(in[kValueScale].data);
   p.cumulative = in[kCumulativeLengths].as<int32_t>(), p.past = in[kPastLengths].as<int32_t>();
   p.block_table = in[kBlockTable].as<int32_t>();
   return p;
@@ -345,36 +357,39 @@ void ParallelFor(const OrtApi& api, const OrtKernelContext* context, bool serial
       context, [](void* data, size_t i) { (*static_cast<Function*>(data))(i); }, count, count, &function));
 }
 
-// Cuts the rows of every sequence and kv head into items of at most `item_rows`.
+// Cuts the rows of every sequence and kv head into items of at most `item_rows`, of each sequence the longest first.
 std::vector<Item> CutItems(const Problem& p, int64_t sequences, int64_t item_rows) {
   std::vector<Item> items;
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t rows = (p.cumulative[s + 1] - p.cumulative[s]) * p.group;
-    for (int64_t first = 0; first < rows; first += item_rows)
+    for (int64_t last = rows; last > 0; last -= std::min(last, item_rows))
       for (int64_t head = 0; head < p.kv_heads; ++head)
-        items.push_back({s, head, first, std::min(rows, first + item_rows)});
+        items.push_back({s, head, std::max<int64_t>(0, last - item_rows), last});
   }
   return items;
 }
 
-// How the work is divided changes which thread does it and never a bit of the result.
-void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p,
-         int64_t sequences) {
-  const int64_t tokens = p.cumulative[sequences];
+void WriteTokens(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p,
+                 int64_t sequences) {
   std::vector<TokenRange> ranges;
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t added = p.cumulative[s + 1] - p.cumulative[s];
     for (int64_t first = 0; first < added; first += kTokensPerWrite)
       ranges.push_back({s, first, std::min(added, first + kTokensPerWrite)});
   }
-  const bool few_tokens = tokens * (p.heads + 2 * p.kv_heads) * p.head_dim * 2 < kSerialWork;
-  ParallelFor(api, context, few_tokens, ranges.size(), [&](size_t i) { kernels.write_tokens(p, ranges[i]); });
+  const bool serial = p.cumulative[sequences] * (p.heads + 2 * p.kv_heads) * p.head_dim * 2 < kSerialWork;
+  ParallelFor(api, context, serial, ranges.size(),
+              [&](size_t i) { kernels.write_tokens[int(p.element)](p, ranges[i]); });
+}
 
+// How the work is divided changes which thread does it and never a bit of the result.
+void Attend(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p,
+            int64_t sequences) {
+  const auto attend = kernels.attend[int(p.element)];
   // Large items read the cache less often; there should be enough of them for every thread.
-  static const int64_t kThreads = std::max(1u, std::thread::hardware_concurrency()), kWantedItems = 2 * kThreads;
   int64_t item_rows = std::min<int64_t>(kMaxItemRows, kMaxItemFloats / p.head_dim);
   std::vector<Item> items = CutItems(p, sequences, item_rows);
-  while (int64_t(items.size()) < kWantedItems && item_rows > 16) {
+  while (items.size() < kWantedItems && item_rows > 16) {
     item_rows /= 2;
     items = CutItems(p, sequences, item_rows);
   }
@@ -388,13 +403,11 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
   }
   const bool serial = work < kSerialWork;
   // Too few items for the threads, or one so large that the others would wait for it.
-  const bool uneven = int64_t(items.size()) < kWantedItems || largest * kThreads > work;
-  const bool divide = !serial && uneven && state_floats <= kMaxStateFloats;
-
-  if (!divide) {
+  const bool uneven = items.size() < kWantedItems || largest * int64_t(kWantedItems) > 4 * work;
+  if (serial || !uneven || state_floats > kMaxStateFloats) {
     ParallelFor(api, context, serial, items.size(), [&](size_t i) {
       alignas(64) float state[kMaxItemFloats + 2 * kMaxItemRows];
-      kernels.attend(p, items[i], Partitions(p, items[i]), state);
+      attend(p, items[i], Partitions(p, items[i]), state);
       kernels.finish(p, items[i], state);
     });
     return;
@@ -409,42 +422,45 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
   thread_local std::vector<float> states;
   if (int64_t(states.size()) < state_floats) states.resize(size_t(state_floats));
   std::vector<Unit> units;
+  std::vector<size_t> first_units;  // of each item, and the end
   float* next = states.data();
-  for (const Item& item : items)
+  for (const Item& item : items) {
+    first_units.push_back(units.size());
     for (int64_t i = Partitions(p, item).first; i < Partitions(p, item).last; ++i) {
       units.push_back({&item, i, next});
       next += StateFloats(p, item.last - item.first);
     }
-  ParallelFor(api, context, false, units.size(), [&](size_t i) {
-    kernels.attend(p, *units[i].item, {units[i].partition, units[i].partition + 1}, units[i].state);
-  });
-  for (size_t i = 0; i < units.size();) {
-    const Unit& first = units[i];
-    for (++i; i < units.size() && units[i].item == first.item; ++i)
-      kernels.merge(p, *first.item, first.state, units[i].state);
-    kernels.finish(p, *first.item, first.state);
   }
+  first_units.push_back(units.size());
+  ParallelFor(api, context, false, units.size(), [&](size_t i) {
+    attend(p, *units[i].item, {units[i].partition, units[i].partition + 1}, units[i].state);
+  });
+  ParallelFor(api, context, state_floats < kSerialMerge, items.size(), [&](size_t i) {
+    float* state = units[first_units[i]].state;
+    for (size_t u = first_units[i] + 1; u < first_units[i + 1]; ++u) kernels.merge(p, items[i], state, units[u].state);
+    kernels.finish(p, items[i], state);
+  });
 }
 
 // ---- The operator
 
-const Kernels& ChooseKernels() {
-  switch (ChooseInstructionSet()) {
+Kernels ChooseKernels() {
+  const InstructionSet set = ChooseInstructionSet();
 #if defined(__x86_64__)
-    case InstructionSet::kAvx512:
-      return kAvx512Kernels;
-    case InstructionSet::kAvx2:
-      return kAvx2Kernels;
-#endif
-    default:
-      return kPlainKernels;
+  if (set == InstructionSet::kAvx512 && UsesExtension(Extension::kAvx512Vnni)) {
+    Kernels kernels = kAvx512Kernels;
+    if (UsesExtension(Extension::kAmx)) kernels.attend[int(Element::kInt8)] = AmxAttendInt8;
+    return kernels;
   }
+  if (set >= InstructionSet::kAvx2) return kAvx2Kernels;
+#endif
+  return kPlainKernels;
 }
 
 struct Kernel {
   OrtApi api;
   Settings settings;
-  const Kernels& kernels;
+  const Kernels kernels;
 
   void Compute(OrtKernelContext* context) const {
     const std::vector<Tensor> inputs = ReadInputs(api, context);
@@ -456,7 +472,9 @@ struct Kernel {
     Check(api.KernelContext_GetOutput(context, 0, shape, 2, &output));
     Check(api.GetTensorMutableData(output, &data));
     problem.output = static_cast<float*>(data);
-    Run(api, context, kernels, problem, inputs[kPastLengths].shape[0]);
+    const int64_t sequences = inputs[kPastLengths].shape[0];
+    WriteTokens(api, context, kernels, problem, sequences);
+    Attend(api, context, kernels, problem, sequences);
   }
 };
 

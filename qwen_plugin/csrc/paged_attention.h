@@ -16,17 +16,22 @@ constexpr int kMaxItemRows = 128, kMaxItemFloats = 8192;  // an item's queries: 
 //
 // A "row" is one query head of one new token. The rows of a sequence that share kv head k are numbered
 // token * group + g, where g is the query head k * group + g.
+enum class Element { kFloat32, kFloat16, kInt8 };
+
 struct Problem {
   int64_t heads, kv_heads, group, head_dim, block_size;
   int64_t rotary_half;  // cos and sin are (positions, rotary_half); 0: no rotation
   int64_t window;       // a query at position p sees keys p - window + 1 .. p
   float scale, epsilon;
-  bool half_cache;  // the pools hold float16
+  Element element;  // of the pools
 
   const float* query;  // (T, (heads + 2 * kv_heads) * head_dim)
   float* output;       // (T, heads * head_dim); between the two steps it holds the rotated queries
   void* key_cache;     // (num_blocks, kv_heads, block_size / 32, head_dim, 32)
   void* value_cache;   // (num_blocks, kv_heads, block_size, head_dim)
+  // (num_blocks, kv_heads, block_size), with int8 pools only. What these hold is multiplied by the token's scale, and
+  // lies in fours: keys (block_size / 32, head_dim / 4, 32, 4), values (block_size / 4, head_dim, 4).
+  float *key_scale, *value_scale;
   const float *cos, *sin, *q_norm, *k_norm;
   const int32_t *cumulative, *past, *block_table;
   int64_t max_blocks;  // width of the block table
@@ -62,10 +67,10 @@ static inline PartitionRange Partitions(const Problem& p, const Item& item) {
 static inline int64_t StateFloats(const Problem& p, int64_t rows) { return rows * (p.head_dim + 2); }
 
 struct Kernels {
-  // Step 1: norm and rotation; queries go to the output, keys and values to the pool.
-  void (*write_tokens)(const Problem&, const TokenRange&);
+  // Step 1: norm and rotation; queries go to the output, keys and values to the pool. One for each Element.
+  void (*write_tokens[3])(const Problem&, const TokenRange&);
   // Step 2, once every token of the sequence is written: an item over some partitions, ascending, into `state`.
-  void (*attend)(const Problem&, const Item&, PartitionRange, float* state);
+  void (*attend[3])(const Problem&, const Item&, PartitionRange, float* state);
   // Step 3: `state` becomes that of its own and the `other` keys, which all come later.
   void (*merge)(const Problem&, const Item&, float* state, const float* other);
   // Step 4: normalises a state into the output.
@@ -75,6 +80,8 @@ struct Kernels {
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+// `attend` for int8 pools, to the same bits.
+void AmxAttendInt8(const Problem&, const Item&, PartitionRange, float* state);
 #endif
 
 // The operator. `api` must outlive it.

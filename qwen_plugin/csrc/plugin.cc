@@ -1,6 +1,9 @@
 // Entry point of the library: ONNX Runtime calls it when the library is registered with a session's options.
+#include <initializer_list>
+
 #include "ort_abi.h"
 #include "paged_attention.h"
+#include "quant_operators.h"
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base) {
@@ -11,7 +14,10 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   static OrtCustomOpDomain* domain = nullptr;
   static OrtStatus* const failure = [] {
     OrtStatus* status = api.CreateCustomOpDomain("qwen", &domain);
-    return status ? status : api.CustomOpDomain_Add(domain, paged_attention::Operator(api));
+    for (const OrtCustomOp* op :
+         {paged_attention::Operator(api), QuantLinearOperator(api), QuantEmbeddingOperator(api)})
+      if (status == nullptr) status = api.CustomOpDomain_Add(domain, op);
+    return status;
   }();
   if (failure != nullptr) return api.CreateStatus(kOrtFail, "qwen_plugin: the operators could not be registered");
   return api.AddCustomOpDomain(options, domain);

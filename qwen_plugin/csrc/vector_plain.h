@@ -44,6 +44,8 @@ inline uint16_t FloatToHalf(float value) {  // to nearest, ties to even
 struct Plain {
   typedef float Vector __attribute__((vector_size(16)));
   typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef int16_t Words __attribute__((vector_size(16)));  // two for each lane
+  typedef int32_t Sums __attribute__((vector_size(16)));
   using Narrow = Plain;  // vectors of at most 8 lanes, for what is left of a row
   static constexpr int kLanes = 4, kMaxRows = 4;
 
@@ -61,6 +63,22 @@ struct Plain {
   static void Store(uint16_t* p, Vector v) {
     for (int i = 0; i < kLanes; ++i) p[i] = FloatToHalf(v[i]);
   }
+  static void StoreWords(int16_t* p, Vector v) {  // rounded to whole numbers, that int16 can hold
+    const Bits whole = (Bits)(v + kMagic) - 0x4b400000u;
+    for (int i = 0; i < kLanes; ++i) p[i] = int16_t(whole[i]);
+  }
+  static Words LoadWords(const int8_t* p) { return Words{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+  static Words Repeat4(const int16_t* p) { return Words{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]}; }
+  static Sums ZeroSums() { return Sums{}; }
+  // Each lane's two products are added to its sum.
+  static Sums AddProducts(Sums sum, Words a, Words b) {
+    for (int i = 0; i < kLanes; ++i) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return sum;
+  }
+  // Lanes 0 + 1, 2 + 3 of a, then of b.
+  static Vector AddNeighbours(Sums a, Sums b) {
+    return Vector{float(a[0] + a[1]), float(a[2] + a[3]), float(b[0] + b[1]), float(b[2] + b[3])};
+  }
   static Vector Add(Vector a, Vector b) { return a + b; }
   static Vector Mul(Vector a, Vector b) { return a * b; }
   // a where a > b, else b: also b where a is NaN.
@@ -68,6 +86,14 @@ struct Plain {
     Vector m;
     for (int i = 0; i < kLanes; ++i) m[i] = a[i] > b[i] ? a[i] : b[i];
     return m;
+  }
+  // 0 where a is 0, whatever b is.
+  static Vector MulOrZero(Vector a, Vector b) { return (Vector)((Bits)(a * b) & (Bits)(a != Zero())); }
+  // |a| or b, of which NaN counts as the largest; b is no less than 0.
+  static Vector MaxMagnitude(Vector a, Vector b) {
+    const Sums magnitude = (Sums)((Bits)a & 0x7fffffffu), other = (Sums)b;
+    const Sums larger = magnitude > other;
+    return (Vector)((magnitude & larger) | (other & ~larger));
   }
 #ifdef __FP_FAST_FMAF
   static Vector Fma(Vector a, Vector b, Vector c) {
@@ -90,6 +116,12 @@ struct Plain {
     float m = v[0];
     for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
     return m;
+  }
+  // The largest of lanes that are no less than 0, NaN before all.
+  static float ReduceMaxMagnitude(Vector v) {
+    Vector most = Zero();
+    for (int i = 0; i < kLanes; ++i) most = MaxMagnitude(Set1(v[i]), most);
+    return most[0];
   }
 
  private:

@@ -1,0 +1,101 @@
+"""What the processor can multiply at most: int8 products added in int32, on registers, in its best instructions.
+
+    python -m benchmarks.int8_peak
+
+A few lines of C++, compiled for this very processor: AMX tiles where it has them, else AVX-512 VNNI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from qwen_plugin.compile import find_compiler
+
+SOURCE = r"""
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__AMX_INT8__)
+constexpr double kOperations = 4 * 2.0 * 16 * 16 * 64;  // of one Step: four tiles of 16 x 16, 64 deep
+struct alignas(64) Config { uint8_t palette = 1, row = 0, zero[14] = {}; uint16_t bytes[16]; uint8_t rows[16];
+  Config() { for (int i = 0; i < 16; ++i) bytes[i] = i < 8 ? 64 : 0, rows[i] = i < 8 ? 16 : 0; } };
+static Config config;  // not on the stack: GCC drops stores to all but its first bytes there
+static const char* Prepare() {
+  if (syscall(SYS_arch_prctl, 0x1023, 18)) return "";  // ask the system for tiles
+  return "AMX";
+}
+static void Work(int64_t steps) {
+  asm volatile("ldtilecfg %0\n tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3\n"
+               "tilezero %%tmm4\n tilezero %%tmm5\n tilezero %%tmm6\n tilezero %%tmm7" : : "m"(config));
+  for (int64_t i = 0; i < steps; ++i)
+    asm volatile("tdpbssd %tmm6, %tmm4, %tmm0\n tdpbssd %tmm7, %tmm4, %tmm1\n"
+                 "tdpbssd %tmm6, %tmm5, %tmm2\n tdpbssd %tmm7, %tmm5, %tmm3");
+  asm volatile("tilerelease");
+}
+#elif defined(__AVX512VNNI__)
+constexpr double kOperations = 12 * 2.0 * 64;
+static const char* Prepare() { return "AVX-512 VNNI"; }
+static void Work(int64_t steps) {
+  __m512i sums[12] = {}, a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
+  for (int64_t i = 0; i < steps; ++i)
+    for (__m512i& sum : sums) {
+      sum = _mm512_dpbusd_epi32(sum, a, b);
+      asm volatile("" : "+v"(sum));
+    }
+}
+#else
+constexpr double kOperations = 0;
+static const char* Prepare() { return ""; }
+static void Work(int64_t) {}
+#endif
+
+extern "C" const char* Name() { return Prepare(); }
+extern "C" double OperationsPerSecond(int64_t steps, int count) {
+  std::vector<std::thread> threads;
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < count; ++i) threads.emplace_back(Work, steps);
+  for (auto& thread : threads) thread.join();
+  return steps * kOperations * count /
+         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+"""
+STEPS = 500_000
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        source, library = Path(directory, "peak.cc"), Path(directory, "peak.so")
+        source.write_text(SOURCE)
+        command = [*compiler, "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC", "-pthread"]
+        if subprocess.run([*command, str(source), "-o", str(library)], capture_output=True).returncode:
+            return None  # another processor family
+        loaded = ctypes.CDLL(str(library))
+    loaded.Name.restype = ctypes.c_char_p
+    loaded.OperationsPerSecond.restype = ctypes.c_double
+    return loaded if loaded.Name() else None
+
+
+def int8_peak(threads: int) -> tuple[str, float] | None:
+    """The instructions' name and operations a second (a product and its sum are two); None where none are known."""
+    library = _library()
+    if library is None:
+        return None
+    return library.Name().decode(), float(library.OperationsPerSecond(ctypes.c_int64(STEPS), threads))
+
+
+if __name__ == "__main__":
+    for threads in (1, 2):
+        print(threads, "threads:", int8_peak(threads))

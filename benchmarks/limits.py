@@ -1,0 +1,91 @@
+"""What the machine can do at most, to hold a kernel's figures against: plain reading, and float32 multiply-adds.
+
+A few lines of C++, compiled when first asked for with the compiler that builds the plugin, for this very processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from qwen_engine.errors import EngineError
+from qwen_plugin.compile import find_compiler
+
+SOURCE = """
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+template <class Work>
+static double Seconds(int threads, Work work) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  work(0);
+  for (auto& other : others) other.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+typedef uint64_t Words __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
+
+extern "C" double ReadSeconds(const Words* data, int64_t count, int threads, int repeats) {
+  return Seconds(threads, [=](int thread) {
+    Words sums[8] = {};
+    for (int repeat = 0; repeat < repeats; ++repeat)
+      for (int64_t i = count * thread / threads / 8 * 8; i + 8 <= count * (thread + 1) / threads; i += 8)
+        for (int j = 0; j < 8; ++j) sums[j] ^= data[i + j];
+    for (Words& sum : sums) asm volatile("" : : "m"(sum));
+  });
+}
+
+extern "C" double MultiplySeconds(int64_t count, int threads) {
+  return Seconds(threads, [=](int) {
+    const Floats a = Floats{} + 0.5f;
+    Floats s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a, s8 = a, s9 = a, s10 = a, s11 = a;
+    for (int64_t i = 0; i < count; ++i) {
+      s0 = s0 * a + a, s1 = s1 * a + a, s2 = s2 * a + a, s3 = s3 * a + a, s4 = s4 * a + a, s5 = s5 * a + a;
+      s6 = s6 * a + a, s7 = s7 * a + a, s8 = s8 * a + a, s9 = s9 * a + a, s10 = s10 * a + a, s11 = s11 * a + a;
+    }
+    Floats sum = s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7 + s8 + s9 + s10 + s11;
+    asm volatile("" : : "m"(sum));
+  });
+}
+"""
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-shared", "-fPIC")
+FLOATS_A_STEP = 12 * 16
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    compiler = find_compiler()
+    if compiler is None:
+        raise EngineError("no C++ compiler found; install g++ or clang++")
+    with tempfile.TemporaryDirectory() as directory:
+        source, library = Path(directory, "limits.cc"), Path(directory, "limits.so")
+        source.write_text(SOURCE)
+        subprocess.run([*compiler, *FLAGS, "-pthread", str(source), "-o", str(library)], check=True)
+        loaded = ctypes.CDLL(str(library))
+    loaded.ReadSeconds.restype = loaded.MultiplySeconds.restype = ctypes.c_double
+    return loaded
+
+
+def read_bytes_per_s(data: np.ndarray, threads: int) -> float:
+    """Reading ``data`` (64-byte aligned, at least 1 KiB a thread) from one end to the other, each thread its part."""
+    repeats = max(1, 2**26 // data.nbytes)
+    pointer = ctypes.c_void_p(data.ctypes.data)
+    seconds = _library().ReadSeconds(pointer, ctypes.c_int64(data.nbytes // 64), threads, repeats)
+    return float(data.nbytes * repeats / seconds)
+
+
+def float_operations_per_s(threads: int) -> float:
+    """float32 multiply-adds on registers; each counts as two."""
+    steps = 2_000_000
+    seconds = _library().MultiplySeconds(ctypes.c_int64(steps), threads)
+    return 2 * FLOATS_A_STEP * steps * threads / seconds

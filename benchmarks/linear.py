@@ -1,0 +1,241 @@
+"""qwen::QuantLinear against ONNX Runtime's MatMulNBits and the machine's limits, in the same minutes.
+
+    python -m benchmarks.linear
+    python -m benchmarks.linear --shapes 7B --group-size 128 --precision int8x2 --isa avx512
+
+One graph holds the matrices of as many layers as make --megabytes, each with its own weights: 4 bits, symmetric,
+random. The variants and the two limits take turns; the table gives medians, and shares are medians over the turns.
+GB/s counts the weights' bytes, a plain read goes over the same ones with as many threads; GOPS counts two for each
+product, the peak is vpdpbusd on registers (AVX-512, else AVX-VNNI), not a number where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from benchmarks.limits import read_bytes_per_s
+from qwen_plugin import library_path
+from qwen_plugin.compile import find_compiler
+from qwen_plugin.layout import PANEL, panel_bytes
+
+# name -> (in_features, out_features) of a layer's q/k/v, o, gate/up and down
+SHAPES = {
+    "0.5B": ((896, 1152), (896, 896), (896, 9728), (4864, 896)),
+    "1.5B": ((1536, 2048), (1536, 1536), (1536, 17920), (8960, 1536)),
+    "7B": ((3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)),
+}
+ROWS = (1, 4, 8, 16, 64, 512)
+
+
+# Rounds of ten vpdpbusd on registers, 512 or 256 bits wide.
+PEAK_SOURCE = r"""
+#include <cstdint>
+#define FIVE(op, a, b, c, d, e) op a "\n" op b "\n" op c "\n" op d "\n" op e "\n"
+#define TEN(op, r) FIVE(op, r "0", r "1", r "2", r "3", r "4") FIVE(op, r "5", r "6", r "7", r "8", r "9")
+extern "C" void Multiply512(int64_t rounds) {
+  asm volatile("1:\n" TEN("vpdpbusd %%zmm15, %%zmm14, ", "%%zmm") "dec %0\njnz 1b\n" : "+r"(rounds) : : "cc");
+}
+extern "C" void Multiply256(int64_t rounds) {
+  asm volatile("1:\n" TEN("%{vex%} vpdpbusd %%ymm15, %%ymm14, ", "%%ymm") "dec %0\njnz 1b\n" : "+r"(rounds) : : "cc");
+}
+"""
+
+
+class VnniPeak:
+    """Operations of vpdpbusd a second, two for each product; not a number on a processor without it."""
+
+    def __init__(self, threads: int) -> None:
+        flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+        self._bits = 512 if "avx512_vnni" in flags else 256 if "avx_vnni" in flags else None
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads)
+        if self._bits is None:
+            return
+        compiler = find_compiler()
+        assert compiler is not None
+        with tempfile.TemporaryDirectory() as directory:
+            source, library = Path(directory, "peak.cc"), Path(directory, "peak.so")
+            source.write_text(PEAK_SOURCE)
+            subprocess.run([*compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+            self._multiply = getattr(ctypes.CDLL(str(library)), f"Multiply{self._bits}")
+
+    def measure(self) -> float:
+        """Over some milliseconds."""
+        if self._bits is None:
+            return float("nan")
+        rounds = 1_000_000
+        start = time.perf_counter()
+        list(self._pool.map(self._multiply, [ctypes.c_int64(rounds)] * self._threads))
+        return self._threads * rounds * 10 * self._bits / 4 / (time.perf_counter() - start)
+
+
+@dataclass
+class Variant:
+    """A session's weights, one after the other in memory, and a run of it."""
+
+    weights: np.ndarray
+    run: Callable[[], None]
+
+
+def draw_bytes(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def own(a: argparse.Namespace, layers: int, rows: int) -> Variant:
+    block = 2 * PANEL + 16 * a.group_size
+
+    def sizes(in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (-(-out_features // PANEL), panel_bytes(in_features, 4, a.group_size, symmetric=True))}
+
+    def attributes(in_features: int, out_features: int) -> dict[str, Any]:
+        shape = {"N": out_features, "K": in_features, "bits": 4, "group_size": a.group_size, "symmetric": 1}
+        return {**shape, "precision": a.precision}
+
+    variant = build(a, layers, rows, ("qwen", "QuantLinear"), sizes, attributes)
+    variant.weights.reshape(-1, block)[:, : 2 * PANEL] = np.ones(PANEL, "<f2").view(
+        np.uint8
+    )  # random scales may be NaN
+    return variant
+
+
+def stock(a: argparse.Namespace, layers: int, rows: int) -> Variant:
+    def sizes(in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        groups = -(-in_features // a.group_size)
+        return {"weight": (out_features, groups, a.group_size // 2), "scales": (out_features * groups,)}
+
+    def attributes(in_features: int, out_features: int) -> dict[str, Any]:
+        shape = {"N": out_features, "K": in_features, "bits": 4, "block_size": a.group_size}
+        return {**shape, "accuracy_level": 4}
+
+    return build(a, layers, rows, ("com.microsoft", "MatMulNBits"), sizes, attributes)
+
+
+def build(
+    a: argparse.Namespace,
+    layers: int,
+    rows: int,
+    operator: tuple[str, str],
+    sizes: Callable[[int, int], dict[str, tuple[int, ...]]],
+    attributes: Callable[[int, int], dict[str, Any]],
+) -> Variant:
+    """A graph of ``layers`` times the shapes, all products of one shape with one buffer for their output.
+
+    ``sizes``: the shapes of a matrix's arrays, of which ``weight`` is bytes and ``scales`` float32 ones.
+    """
+    domain, kind = operator
+    matrices = [(layer, i, shape) for layer in range(layers) for i, shape in enumerate(SHAPES[a.shapes])]
+    total = sum(math.prod(sizes(*shape)["weight"]) for _, _, shape in matrices)
+    memory = np.random.default_rng(0).integers(0, 256, total + 63, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 :][:total]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = a.threads
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(library_path()))
+    nodes, initializers, arrays, keep, used = [], [], {}, [], 0
+    for layer, i, shape in matrices:
+        names = [f"x.{shape[0]}"]
+        for name, size in sizes(*shape).items():
+            array = np.ones(size, np.float32)
+            if name == "weight":
+                array = memory[used : used + math.prod(size)].reshape(size)
+                used += array.nbytes
+            names.append(f"{name}.{layer}.{i}")
+            arrays[names[-1]] = ort.OrtValue.ortvalue_from_numpy(array)
+            initializers.append(placeholder(names[-1], array))
+        nodes.append(helper.make_node(kind, names, [f"y.{layer}.{i}"], domain=domain, **attributes(*shape)))
+    widths = sorted({shape[0] for shape in SHAPES[a.shapes]})
+    inputs = [helper.make_tensor_value_info(f"x.{width}", TensorProto.FLOAT, [rows, width]) for width in widths]
+    outputs = [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None) for node in nodes]
+    graph = helper.make_graph(nodes, "linear", inputs, outputs, initializer=initializers)
+    opsets = [helper.make_opsetid(name, version) for name, version in (("", 21), ("com.microsoft", 1), ("qwen", 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    options.add_external_initializers(list(arrays), list(arrays.values()))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    rng = np.random.default_rng(1)
+    for width in widths:
+        x = ort.OrtValue.ortvalue_from_numpy(rng.standard_normal((rows, width), dtype=np.float32))
+        binding.bind_ortvalue_input(f"x.{width}", x)
+        keep.append(x)
+    buffers = [ort.OrtValue.ortvalue_from_numpy(np.empty((rows, n), np.float32)) for _, n in SHAPES[a.shapes]]
+    for (_, i, _), node in zip(matrices, nodes, strict=True):
+        binding.bind_ortvalue_output(node.output[0], buffers[i])
+    return Variant(memory, lambda: (session.run_with_iobinding(binding), keep, arrays, buffers)[0])
+
+
+def placeholder(name: str, array: np.ndarray) -> TensorProto:
+    """An initializer that the session replaces with ``array``."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="replaced")
+    return tensor
+
+
+def seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=SHAPES, default="0.5B")
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
+    parser.add_argument("--precision", choices=("int8", "int8x2", "float32"), default="int8")
+    parser.add_argument("--isa", help="force kernels: amx, avx512, avxvnni, avx2, plain")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=250, help="of weights")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each row of the table")
+    a = parser.parse_args()
+    if a.isa:
+        os.environ["QWEN_PLUGIN_ISA"] = a.isa
+    weights = sum(k * n for k, n in SHAPES[a.shapes])
+    layers = max(1, round(a.megabytes * 2e6 / weights))
+    vnni = VnniPeak(a.threads)
+    print(f"{layers} layers of {a.shapes}, 4 bits, group size {a.group_size}, {a.precision}, "
+          f"{a.isa or 'best'} kernels, {a.threads} threads, onnxruntime {ort.__version__}\n")  # fmt: skip
+    print("| rows | ms | GB/s | of a plain read | GOPS | of the VNNI peak | MatMulNBits ms | over QuantLinear |")
+    print("|---|---|---|---|---|---|---|---|")
+    for rows in ROWS:
+        variants = own(a, layers, rows), stock(a, layers, rows)
+        rounds: list[tuple[float, ...]] = []
+        for variant in variants:
+            variant.run()
+        size = variants[0].weights.nbytes
+        end = time.perf_counter() + a.seconds
+        while time.perf_counter() < end or len(rounds) < 3:
+            read = read_bytes_per_s(variants[0].weights, a.threads)
+            first = seconds(variants[0].run)
+            peak = vnni.measure()
+            rounds.append((first, seconds(variants[1].run), read, peak))
+        own_s, stock_s, read, peak = np.array(rounds).T
+        bandwidth, operations = size / own_s, 2 * rows * layers * weights / own_s
+        cells = [
+            f"{np.median(own_s) * 1e3:.2f}",
+            f"{np.median(bandwidth) / 1e9:.1f}",
+            f"{np.median(bandwidth / read):.0%}",
+            f"{np.median(operations) / 1e9:.0f}",
+            f"{np.median(operations / peak):.0%}",
+            f"{np.median(stock_s) * 1e3:.2f}",
+            f"{np.median(stock_s / own_s):.2f} x",
+        ]
+        print(f"| {rows} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

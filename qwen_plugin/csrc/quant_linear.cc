@@ -1,0 +1,180 @@
+// qwen::QuantLinear version 1: checks every input, divides the work, calls the kernels.
+#include "quant_linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <string>
+
+#include "instruction_set.h"
+#include "operator.h"
+#include "quant_operators.h"
+
+namespace quant_linear {
+namespace {
+
+using operators::Attributes;
+using operators::Check;
+using operators::Tensor;
+
+enum Input { kX, kWeight, kBias, kNormWeight, kResidual, kPermutation, kInputCount };
+constexpr const char* kInputNames[kInputCount] = {"x", "weight", "bias", "norm_weight", "residual", "permutation"};
+
+// A task multiplies about this many bytes of weights, with at least one panel: small enough that the threads end
+// together, large enough that the memory's streams are long.
+constexpr int64_t kTaskBytes = 128 << 10;
+// Rows whose activations stay in the second-level cache while panels pass by.
+constexpr int64_t kBlockBytes = 1 << 20;
+// Below this many multiply-adds (of a task: at least) a parallel region costs more than it brings.
+constexpr int64_t kSerialWork = 100'000;
+
+Problem ReadSettings(const Attributes& attributes) {
+  Problem p = {};
+  static_cast<QuantWeight&>(p) = ReadWeight(attributes);
+  const std::string precision = attributes.String("precision");
+  if (precision == "int8")
+    p.precision = Precision::kInt8;
+  else if (precision == "int8x2")
+    p.precision = Precision::kInt8x2;
+  else if (precision == "float32")
+    p.precision = Precision::kFloat32;
+  else
+    attributes.Refuse("precision", "'" + precision + "'", "int8, int8x2 or float32");
+  p.swiglu = attributes.Int("swiglu", 0, 0, 1) == 1;
+  p.epsilon = attributes.Float("epsilon", 1e-6f);
+  if (!std::isfinite(p.epsilon) || p.epsilon < 0) attributes.Refuse("epsilon", std::to_string(p.epsilon), "0 or more");
+  return p;
+}
+
+// Fills in the inputs, checked, but for the outputs.
+void SetInputs(const OrtApi& api, const OrtKernelContext* context, Problem& p) {
+  const auto input = [&](Input i) { return Tensor(api, context, i, kInputNames[i]); };
+  const Tensor x = input(kX), weight = input(kWeight), bias = input(kBias), norm = input(kNormWeight),
+               residual = input(kResidual), permutation = input(kPermutation);
+  x.Require();
+  x.ExpectType(operators::kFloat32);
+  const int64_t width = p.in_features * (p.swiglu ? 2 : 1);
+  if (x.rank != 2 || x.dims[1] != width)
+    x.RefuseShape("(T, " + std::to_string(width) + ") = " + (p.swiglu ? "(T, 2 * K), as swiglu is 1" : "(T, K)"));
+  p.rows = x.dims[0];
+  SetWeight(p, weight);
+  bias.Expect(operators::kFloat32, {p.out_features}, "(N)");
+  norm.Expect(operators::kFloat32, {p.in_features}, "(K)");
+  residual.Expect(operators::kFloat32, {p.rows, p.out_features}, "(T, N)");
+  permutation.Expect(operators::kInt32, {p.in_features}, "(K)");
+  if (norm.given && p.swiglu) throw Error("norm_weight is given, expected to be absent: swiglu is 1");
+  p.x = x.as<float>(), p.bias = bias.as<float>(), p.norm_weight = norm.as<float>();
+  p.residual = residual.as<float>(), p.permutation = permutation.as<int32_t>();
+  if (!permutation.given) return;
+  for (int64_t k = 0; k < p.in_features; ++k)
+    if (p.permutation[k] < 0 || p.permutation[k] >= p.in_features)
+      throw Error("permutation[" + std::to_string(k) + "] is " + std::to_string(p.permutation[k]) + ", expected 0 to " +
+                  std::to_string(p.in_features - 1));
+}
+
+// Memory of a thread, aligned to 64: it only grows, so that a step does not wait for fresh pages.
+class Scratch {
+ public:
+  void* Get(int64_t bytes) {
+    if (size_ < bytes) {
+      size_ = 0;
+      memory_.reset();
+      memory_.reset(::operator new(size_t(bytes), kAlignment));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment = std::align_val_t(64);
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
+int64_t CeilDiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
+
+// How the work is divided changes which thread does it and never a bit of the result.
+void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p) {
+  const int64_t tiles = CeilDiv(p.rows, kernels.max_tile_rows(p)), tile_bytes = kernels.tile_bytes(p);
+  thread_local Scratch scratch;
+  char* const activations = static_cast<char*>(scratch.Get(tiles * tile_bytes));
+  if (p.rows * p.in_features < kSerialWork) {
+    kernels.prepare(p, tiles, {0, tiles}, activations);
+  } else {
+    operators::ParallelFor(api, context, tiles, [&](int64_t t) { kernels.prepare(p, tiles, {t, t + 1}, activations); });
+  }
+
+  const int64_t blocks = CeilDiv(tiles, std::max<int64_t>(1, kBlockBytes / tile_bytes));
+  const int64_t work = p.rows * p.groups * p.group_size * p.panels * kPanel;
+  const int64_t wanted = std::min(work / kSerialWork, p.panels * p.panel_bytes / kTaskBytes);
+  const int64_t chunks = std::min(p.panels, std::max<int64_t>(1, wanted));
+  operators::ParallelFor(api, context, blocks * chunks, [&](int64_t i) {
+    const int64_t block = i / chunks, chunk = i % chunks;
+    kernels.multiply(p, tiles, {tiles * block / blocks, tiles * (block + 1) / blocks},
+                     {p.panels * chunk / chunks, p.panels * (chunk + 1) / chunks}, activations);
+  });
+}
+
+// Rows times the group size from which tiles of sixteen rows are faster than vectors, measured.
+constexpr int64_t kTileWork = 1024;
+
+const Kernels& ChooseKernels() {
+#if defined(__x86_64__)
+  if (UsesExtension(Extension::kAvx512Vnni)) return kAvx512VnniKernels;
+  if (UsesExtension(Extension::kAvxVnni)) return kAvxVnniKernels;
+  if (ChooseInstructionSet() >= InstructionSet::kAvx2) return kAvx2Kernels;
+#endif
+  return kPlainKernels;
+}
+
+// The kernels for kTileWork and more.
+const Kernels& ChooseTileKernels(const Problem& p) {
+#if defined(__x86_64__)
+  if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx)) return kAmxKernels;
+#endif
+  return ChooseKernels();
+}
+
+struct Kernel {
+  OrtApi api;
+  Problem settings;
+  const Kernels &kernels, &tile_kernels;
+
+  Kernel(const OrtApi& ort, const Attributes& attributes)
+      : api(ort),
+        settings(ReadSettings(attributes)),
+        kernels(ChooseKernels()),
+        tile_kernels(ChooseTileKernels(settings)) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Problem p = settings;
+    SetInputs(api, context, p);
+    p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.out_features});
+    p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
+    if (p.rows > 0) Run(api, context, p.rows * p.group_size < kTileWork ? kernels : tile_kernels, p);
+  }
+};
+
+struct QuantLinear {
+  static constexpr const char* kName = "QuantLinear";
+  static constexpr int kVersion = 1;
+  static constexpr size_t kInputs = kInputCount, kOutputs = 2;
+  static void InferShape(const OrtApi& api, OrtShapeInferContext* context) { operators::InferRows(api, context, "N"); }
+};
+
+}  // namespace
+
+float* RowScratch(int64_t floats) {
+  thread_local Scratch scratch;
+  return static_cast<float*>(scratch.Get(floats * int64_t(sizeof(float))));
+}
+
+}  // namespace quant_linear
+
+const OrtCustomOp* QuantLinearOperator(const OrtApi& api) {
+  static const operators::Declaration<quant_linear::QuantLinear, quant_linear::Kernel> op(api);
+  return &op;
+}

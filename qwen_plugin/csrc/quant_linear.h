@@ -1,0 +1,66 @@
+// qwen::QuantLinear: what the operator (quant_linear.cc) hands to its kernels (one set an instruction set).
+//
+// A panel of the weight is 32 outputs; with G = groups:
+//   [zero points: G x 16 (4 bits) or 32 bytes, padded to 64; only if asymmetric]
+//   G x [32 float16 scales * 2^10][group_size / 4 steps of 64 (4 bits) or 128 bytes]
+// Step j holds columns 4j..4j+3 of the group. Byte 4i+c has, at 4 bits, in its low nibble column 4j+c of output i and
+// in its high one that of output i+16 (zero point byte i alike); at 8 bits, line h has output 16h+i. Columns beyond
+// in_features hold the zero point, outputs beyond out_features have scale 0.
+//
+// Arithmetic, the same bits whatever the kernels, the rows beside and the threads; per row and group:
+//   amax = largest |x|; inverse = limit / amax; a = rint(x * inverse); scale = amax / limit; all 0 where inverse is inf
+//   int8: limit 127, a is one byte. int8x2: limit 127 * 256, a = 256 * high + low, each one byte with a sign.
+//   dot = sum (q - zero_point) * a, exact in int32; y = fma(float(dot) * weight_scale, scale, y), groups ascending
+//   float32: y = fma((q - zero_point) * weight_scale, x, y), columns ascending
+// and at last y + bias + residual, from left to right.
+#pragma once
+#include "quant_weight.h"
+
+namespace quant_linear {
+
+enum class Precision { kInt8, kInt8x2, kFloat32 };
+
+// One call of the operator; everything in it has been checked.
+struct Problem : QuantWeight {
+  int64_t rows;
+  Precision precision;
+  bool swiglu;
+  float epsilon;
+
+  const float* x;  // (rows, in_features), or twice as wide with swiglu
+  // The following may be null.
+  const float *bias, *norm_weight, *residual;  // (out_features), (in_features), (rows, out_features)
+  const int32_t* permutation;                  // (in_features)
+  float* y;                                    // (rows, out_features)
+  float* input;                                // (rows, in_features), or null: the product's input, normalised or gated
+};
+
+struct Range {
+  int64_t first, last;
+};
+
+// The rows are cut evenly into tiles: tile t is rows [RowBegin(p, tiles, t), RowBegin(p, tiles, t + 1)).
+static inline int64_t RowBegin(const Problem& p, int64_t tiles, int64_t tile) { return p.rows * tile / tiles; }
+
+// Kernels keep a call's activations in one buffer, a tile after the other, in a form of their own.
+// `tiles` is the number of all tiles; ranges are of tiles and of panels. Both functions run on several threads at
+// once, on different ranges. They don't throw.
+struct Kernels {
+  int64_t (*max_tile_rows)(const Problem& p);
+  // Bytes of one tile in the buffer, a multiple of 64; the buffer is aligned to 64.
+  int64_t (*tile_bytes)(const Problem& p);
+  // Normalises or gates rows of x (and writes p.input), permutes and quantises them into the buffer.
+  void (*prepare)(const Problem& p, int64_t tiles, Range of_tiles, char* activations);
+  // Multiplies tiles with panels into p.y, bias and residual added.
+  void (*multiply)(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations);
+};
+
+// Memory of the calling thread for that many floats; what it held before is lost.
+float* RowScratch(int64_t floats);
+
+extern const Kernels kPlainKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512VnniKernels, kAmxKernels;
+#endif
+
+}  // namespace quant_linear

@@ -1,0 +1,135 @@
+// The input of qwen::QuantLinear's product, from its rows to quantised groups: the same for all kernels.
+//
+// L is one of the sets of sixteen lanes (lanes_*.h). Sums have one order: sixteen partial sums, lane by lane, then
+// halves of them onto each other.
+#pragma once
+#include <cstring>
+
+#include "quant_linear.h"
+
+namespace quant_linear {
+namespace {
+
+// exp(x) for x from -87 to 88, relative error below 3e-7.
+template <class L>
+typename L::Floats Exp(typename L::Floats x) {
+  const auto n = L::Round(L::Mul(x, L::Set(1.44269504f)));
+  const auto whole = L::ToFloats(n);
+  auto r = L::Fma(whole, L::Set(-0.693145752f), x);  // ln 2 in two parts
+  r = L::Fma(whole, L::Set(-1.42860677e-6f), r);
+  auto series = L::Set(1.3981999e-3f);
+  constexpr float kSeries[] = {8.3334519e-3f, 4.1665796e-2f, 1.6666666e-1f, .5f, 1.f, 1.f};
+  for (const float coefficient : kSeries) series = L::Fma(series, r, L::Set(coefficient));
+  return L::Mul(series, L::PowerOfTwo(n));
+}
+
+// gate / (1 + exp(-gate)) * up; a gate below -88 counts as -88, which gives 5e-37.
+template <class L>
+typename L::Floats Gate(typename L::Floats gate, typename L::Floats up) {
+  gate = L::Max(L::Set(-88.f), gate);
+  const auto power = L::Max(L::Set(-87.f), L::Negate(gate));
+  return L::Mul(L::Div(gate, L::Add(L::Set(1.f), Exp<L>(power))), up);
+}
+
+// Calls function(k, load, store) for every sixteen columns of `count`, where load reads a row's and store writes them.
+template <class L, class Function>
+void ForLanes(int64_t count, Function function) {
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16)
+    function([&](const float* row) { return L::Load(row + k); },
+             [&](float* row, typename L::Floats v) { L::Store(row + k, v); });
+  if (k == count) return;
+  const size_t bytes = size_t(count - k) * sizeof(float);
+  float rest[16] = {};
+  function(
+      [&](const float* row) {
+        std::memcpy(rest, row + k, bytes);
+        return L::Load(rest);
+      },
+      [&](float* row, typename L::Floats v) {
+        L::Store(rest, v);
+        std::memcpy(row + k, rest, bytes);
+      });
+}
+
+template <class L>
+void Normalize(const Problem& p, const float* x, float* out) {
+  auto squares = L::Set(0.f);
+  ForLanes<L>(p.in_features, [&](auto load, auto) {
+    const auto v = load(x);
+    squares = L::Fma(v, v, squares);
+  });
+  const auto factor = L::Set(1.f / __builtin_sqrtf(L::Sum(squares) / float(p.in_features) + p.epsilon));
+  ForLanes<L>(p.in_features, [&](auto load, auto store) {
+    const auto v = L::Mul(load(x), factor);
+    store(out, L::Mul(v, load(p.norm_weight)));
+  });
+}
+
+// Row `row` of what is multiplied, of p.groups * p.group_size columns, permuted and padded with zeros; and p.input.
+// What it returns holds until the thread's next call.
+template <class L>
+const float* InputRow(const Problem& p, int64_t row) {
+  const int64_t K = p.in_features, padded = p.groups * p.group_size;
+  float* const scratch = RowScratch(2 * padded);
+  const float* x = p.x + row * K * (p.swiglu ? 2 : 1);
+  float* const out = p.input == nullptr ? scratch : p.input + row * K;
+  if (p.norm_weight != nullptr) {
+    Normalize<L>(p, x, out);
+  } else if (p.swiglu) {
+    ForLanes<L>(K, [&](auto load, auto store) { store(out, Gate<L>(load(x), load(x + K))); });
+  } else if (p.input != nullptr) {
+    std::memcpy(out, x, size_t(K) * sizeof(float));
+  }
+  if (p.norm_weight != nullptr || p.swiglu) x = out;
+  if (p.permutation == nullptr && padded == K) return x;
+  float* const last = scratch + padded;
+  if (p.permutation == nullptr) {
+    std::memcpy(last, x, size_t(K) * sizeof(float));
+  } else {
+    for (int64_t k = 0; k < K; ++k) last[k] = x[p.permutation[k]];
+  }
+  for (int64_t k = K; k < padded; ++k) last[k] = 0;
+  return last;
+}
+
+struct QuantizedGroup {
+  float scale;
+  int32_t sums[2];  // of the values in each plane
+};
+
+// Quantises `size` columns into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2).
+// Where a column is not finite, the scale is NaN and the bytes are anything.
+template <class L, int kPlanes>
+QuantizedGroup QuantizeGroup(const float* x, int64_t size, int8_t (*planes)[kMaxGroup]) {
+  auto most = L::Zero();
+  for (int64_t k = 0; k < size; k += 16) most = L::MaxInts(most, L::MagnitudeBits(L::Load(x + k)));
+  const int32_t bits = L::MaxOfInts(most);
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  constexpr float kLimit = kPlanes == 1 ? 127.f : 127.f * 256.f;
+  float inverse = kLimit / largest, scale = largest / kLimit;
+  if (!(largest <= __FLT_MAX__)) inverse = 0, scale = __builtin_nanf("");
+  if (!(inverse <= __FLT_MAX__)) inverse = scale = 0;
+
+  auto high_sum = L::Zero(), low_sum = L::Zero();
+  const auto factor = L::Set(inverse);
+  for (int64_t k = 0; k < size; k += 16) {
+    const auto a = L::Round(L::Mul(L::Load(x + k), factor));
+    if constexpr (kPlanes == 1) {
+      L::template StoreBytes<0>(planes[0] + k, a);
+      high_sum = L::AddInts(high_sum, a);
+    } else {
+      const auto high = L::HighPart(a), low = L::SubInts(a, high);
+      L::template StoreBytes<8>(planes[0] + k, high);
+      L::template StoreBytes<0>(planes[1] + k, low);
+      high_sum = L::AddInts(high_sum, high);
+      low_sum = L::AddInts(low_sum, low);
+    }
+  }
+  const int32_t high = L::SumInts(high_sum);
+  return {scale, {kPlanes == 1 ? high : high / 256, L::SumInts(low_sum)}};
+}
+
+}  // namespace
+}  // namespace quant_linear

@@ -1,0 +1,288 @@
+// qwen::QuantLinear's kernels, for any instruction set I (quant_linear_<set>.cc) of kLanes integers a vector
+// and tiles of kMaxRows rows: for int8 and for int8x2.
+//
+// A tile of activations is a stream of its groups, each
+//   [group_size / 4 steps][rows][4 columns] bytes, [2 halves][rows] int32 starts, [rows] float32 scales
+// where int8x2 has two rows of bytes and starts, high and low parts, for each row of x. A tile with the precision
+// float32 is [columns][rows] floats. Sums of a tile and a panel lie in the first-level cache, (rows, 32).
+#pragma once
+#include <cstring>
+
+#include "quant_linear.h"
+#include "quant_linear_input.h"
+
+#define UNROLL_FOR(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); ++i)
+
+namespace quant_linear {
+namespace {
+
+// Integers near this one, read as floats, are 1.5 * 2^23 plus their distance from it: a sum that starts here and stays
+// within 2^22 turns into a float for nothing. 255 * 127 * 128 does.
+constexpr int32_t kFloatStart = 0x4b400000;
+constexpr float kFloatStartValue = 12582912.f;
+
+constexpr int kMaxFloatRows = 4, kMaxTileRows = 8;
+constexpr int64_t kStreamAhead = 8192;  // bytes
+
+// The memory [next, last), which is wanted soon.
+struct Stream {
+  const uint8_t *next, *last;
+
+  template <int kLines>
+  void Fetch() {
+    if (next >= last) return;
+    UNROLL_FOR(i, kLines) __builtin_prefetch(next + 64 * i);
+    next += 64 * kLines;
+  }
+};
+
+inline int64_t GroupBytes(const Problem& p, int64_t rows, int planes) {
+  return 4 * (p.group_size / 4 * rows * planes + 2 * rows * planes + rows);
+}
+
+template <class I>
+int64_t MaxTileRows(const Problem& p) {
+  if (p.precision == Precision::kFloat32) return kMaxFloatRows;
+  return p.precision == Precision::kInt8 ? I::kMaxRows[0] : I::kMaxRows[1];
+}
+
+template <class I>
+int64_t TileBytes(const Problem& p) {
+  const int64_t rows = MaxTileRows<I>(p);
+  const int64_t bytes = p.precision == Precision::kFloat32
+                            ? p.groups * p.group_size * rows * 4
+                            : p.groups * GroupBytes(p, rows, p.precision == Precision::kInt8 ? 1 : 2);
+  return (bytes + 63) / 64 * 64;
+}
+
+// ---- Preparing
+
+template <class I, int kPlanes>
+void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, char* tile) {
+  using L = typename I::Lanes;
+  const int64_t steps = p.group_size / 4, all = rows * kPlanes, first = row * kPlanes;
+  for (int64_t g = 0; g < p.groups; ++g, tile += GroupBytes(p, rows, kPlanes)) {
+    alignas(64) int8_t planes[kPlanes][kMaxGroup];
+    const QuantizedGroup group = QuantizeGroup<L, kPlanes>(x + g * p.group_size, p.group_size, planes);
+    char* const starts = tile + 4 * steps * all;
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      char* const bytes = tile + 4 * (first + plane);
+      for (int64_t j = 0; j < steps; ++j) std::memcpy(bytes + 4 * all * j, planes[plane] + 4 * j, 4);
+      const uint32_t sum = uint32_t(group.sums[plane]), zero_point = uint32_t(SymmetricZeroPoint(p));
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t factor = half == 1 && p.bits == 4 ? I::kHighFactor : 1;
+        const uint32_t start = p.symmetric ? (kPlanes == 1 ? uint32_t(kFloatStart) : 0) - zero_point * factor * sum
+                                           : (0 - sum) & 0xffffu;  // a factor of the zero points
+        std::memcpy(starts + 4 * (half * all + first + plane), &start, 4);
+      }
+    }
+    std::memcpy(starts + 4 * (2 * all + row), &group.scale, 4);
+  }
+}
+
+template <class I>
+void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
+  for (int64_t t = range.first; t < range.last; ++t) {
+    const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
+    char* const tile = activations + t * TileBytes<I>(p);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* const x = InputRow<typename I::Lanes>(p, begin + r);
+      if (p.precision == Precision::kInt8) {
+        PrepareRow<I, 1>(p, x, r, rows, tile);
+      } else if (p.precision == Precision::kInt8x2) {
+        PrepareRow<I, 2>(p, x, r, rows, tile);
+      } else {
+        for (int64_t k = 0; k < p.groups * p.group_size; ++k) reinterpret_cast<float*>(tile)[k * rows + r] = x[k];
+      }
+    }
+  }
+}
+
+// ---- Multiplying
+
+// A tile of kRows rows times a panel: the sums without bias and residual.
+template <class I, int kBits, bool kSymmetric, int kPlanes, int kRows>
+__attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* panel, const char* tile, Stream stream,
+                                            float (*out)[kPanel]) {
+  using Ints = typename I::Ints;
+  using Floats = typename I::Floats;
+  constexpr int kAll = kRows * kPlanes, kPasses = 16 / I::kLanes;
+  constexpr float kHighUnit = kScaleUnit / (kBits == 4 ? I::kHighFactor : 1);
+  const int64_t steps = p.group_size / 4, group_bytes = GroupBytes(p, kRows, kPlanes);
+  Floats totals[kPasses][kRows][2];
+  UNROLL_FOR(pass, kPasses) UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) totals[pass][r][h] = I::Set(0.f);
+  const uint8_t* block = panel + p.zero_point_bytes;
+  for (int64_t g = 0; g < p.groups; ++g, block += p.block_bytes, tile += group_bytes) {
+    const int32_t* const values = reinterpret_cast<const int32_t*>(tile);
+    const int32_t* const starts = values + steps * kAll;
+    const float* const scales = reinterpret_cast<const float*>(starts + 2 * kAll);
+    stream.Fetch<1>();  // for the scales
+    if (!kSymmetric && g % (16 / kBits) == 0) stream.Fetch<1>();
+    UNROLL_FOR(pass, kPasses) {
+      Ints sums[kAll][2];
+      if constexpr (kSymmetric) {
+        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = I::SetInts(starts[h * kAll + r]);
+      } else {
+        Ints zero_points[2];
+        I::template LoadZeroPoints<kBits>(panel + g * (kBits == 4 ? 16 : 32) + pass * I::kLanes, zero_points);
+        UNROLL_FOR(r, kAll)
+        UNROLL_FOR(h, 2)
+        sums[r][h] =
+            I::AddWords(I::SetInts(kPlanes == 1 ? kFloatStart : 0), zero_points[h], I::SetInts(starts[h * kAll + r]));
+      }
+      I::template Dot<kBits, kAll>(block + 2 * kPanel, steps, pass, values, sums, stream);
+
+      Floats units[2], offsets[2];
+      UNROLL_FOR(h, 2) {
+        const Floats stored = I::LoadHalves(block + 32 * h + 2 * pass * I::kLanes);
+        units[h] = I::Mul(stored, I::Set(h == 0 ? kScaleUnit : kHighUnit));
+        offsets[h] = I::Mul(units[h], I::Set(-kFloatStartValue));  // exact
+      }
+      UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
+        Floats product;  // of dot and the weight's scale, rounded once
+        if constexpr (kPlanes == 1) {
+          product = I::Fma(I::BitsToFloats(sums[r][h]), units[h], offsets[h]);
+        } else {
+          const Ints dot = I::AddInts(I::template ShiftLeft<8>(sums[2 * r][h]), sums[2 * r + 1][h]);
+          product = I::Mul(I::ToFloats(dot), units[h]);
+        }
+        totals[pass][r][h] = I::Fma(product, I::Set(scales[r]), totals[pass][r][h]);
+      }
+    }
+  }
+  UNROLL_FOR(pass, kPasses)
+  UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) I::Store(out[r] + 16 * h + pass * I::kLanes, totals[pass][r][h]);
+}
+
+// The same with the precision float32.
+template <class I, int kBits, int kRows>
+void MultiplyFloatTile(const Problem& p, const uint8_t* panel, const char* tile, float (*out)[kPanel]) {
+  using L = typename I::Lanes;
+  const float* x = reinterpret_cast<const float*>(tile);
+  const uint8_t* block = panel + p.zero_point_bytes;
+  typename L::Floats sums[kRows][2];
+  for (auto& row : sums) row[0] = row[1] = L::Set(0.f);
+  for (int64_t g = 0; g < p.groups; ++g, block += p.block_bytes) {
+    float minus_zero_points[kPanel];
+    for (int i = 0; i < kPanel; ++i) {
+      int zero_point = SymmetricZeroPoint(p);
+      if (!p.symmetric && kBits == 4) zero_point = panel[g * 16 + i % 16] >> (i < 16 ? 0 : 4) & 15;
+      if (!p.symmetric && kBits == 8) zero_point = panel[g * 32 + i];
+      minus_zero_points[i] = float(-zero_point);
+    }
+    for (int64_t k = 0; k < p.group_size; ++k, x += kRows) {
+      const uint8_t* const step = block + 2 * kPanel + k / 4 * (16 * kBits);
+      for (int h = 0; h < 2; ++h) {
+        const auto q =
+            kBits == 4 ? L::Column(step, int(k % 4), 4 * h, 15) : L::Column(step + 64 * h, int(k % 4), 0, 255);
+        const auto centred = L::Add(L::ToFloats(q), L::Load(minus_zero_points + 16 * h));
+        const auto unit = L::Mul(L::LoadHalves(block + 32 * h), L::Set(kScaleUnit));
+        const auto weight = L::Mul(centred, unit);
+        for (int r = 0; r < kRows; ++r) sums[r][h] = L::Fma(weight, L::Set(x[r]), sums[r][h]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int h = 0; h < 2; ++h) L::Store(out[r] + 16 * h, sums[r][h]);
+}
+
+// The kernel for `rows` of at most kRows.
+template <class I, int kBits, bool kSymmetric, int kPlanes, int kRows = I::kMaxRows[kPlanes - 1]>
+void MultiplySomeRows(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows, Stream stream,
+                      float (*out)[kPanel]) {
+  if (rows == kRows) return MultiplyTile<I, kBits, kSymmetric, kPlanes, kRows>(p, panel, tile, stream, out);
+  if constexpr (kRows > 1)
+    MultiplySomeRows<I, kBits, kSymmetric, kPlanes, kRows - 1>(p, panel, tile, rows, stream, out);
+}
+
+template <class I, int kBits, int kRows = kMaxFloatRows>
+void MultiplySomeFloatRows(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows,
+                           float (*out)[kPanel]) {
+  if (rows == kRows) return MultiplyFloatTile<I, kBits, kRows>(p, panel, tile, out);
+  if constexpr (kRows > 1) MultiplySomeFloatRows<I, kBits, kRows - 1>(p, panel, tile, rows, out);
+}
+
+template <class I, int kBits>
+void MultiplyAnyTile(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows, Stream stream,
+                     float (*out)[kPanel]) {
+  switch (p.precision) {
+    case Precision::kInt8:
+      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 1>
+                          : MultiplySomeRows<I, kBits, false, 1>)(p, panel, tile, rows, stream, out);
+    case Precision::kInt8x2:
+      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 2>
+                          : MultiplySomeRows<I, kBits, false, 2>)(p, panel, tile, rows, stream, out);
+    case Precision::kFloat32:
+      return MultiplySomeFloatRows<I, kBits>(p, panel, tile, rows, out);
+  }
+}
+
+// y, from the sums of rows [begin, begin + rows) and a panel.
+inline void Finish(const Problem& p, int64_t panel, int64_t begin, int64_t rows, float (*out)[kPanel]) {
+  const int64_t first = panel * kPanel, count = p.out_features - first < kPanel ? p.out_features - first : kPanel;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (begin + r) * p.out_features + first;
+    if (p.bias != nullptr)
+      for (int64_t i = 0; i < count; ++i) out[r][i] += p.bias[first + i];
+    if (p.residual != nullptr)
+      for (int64_t i = 0; i < count; ++i) out[r][i] += p.residual[at + i];
+    std::memcpy(p.y + at, out[r], size_t(count) * sizeof(float));
+  }
+}
+
+template <class I>
+void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
+  const int64_t count = of_tiles.last - of_tiles.first, share = (p.panel_bytes / 64 + count - 1) / count * 64;
+  for (int64_t n = of_panels.first; n < of_panels.last; ++n) {
+    const uint8_t* const panel = PanelOf(p, n);
+    for (int64_t t = of_tiles.first; t < of_tiles.last; ++t) {
+      const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
+      // A single tile fetches a little ahead of itself; several fetch their shares of the next panel.
+      const uint8_t* const fetch =
+          count == 1 ? panel + kStreamAhead : panel + p.panel_bytes + (t - of_tiles.first) * share;
+      const Stream stream = {fetch, fetch + share};
+      alignas(64) float out[kMaxTileRows][kPanel];
+      (p.bits == 4 ? MultiplyAnyTile<I, 4> : MultiplyAnyTile<I, 8>)(p, panel, activations + t * TileBytes<I>(p), rows,
+                                                                    stream, out);
+      Finish(p, n, begin, rows, out);
+    }
+  }
+}
+
+template <class I>
+constexpr Kernels MakeKernels() {
+  return {MaxTileRows<I>, TileBytes<I>, Prepare<I>, Multiply<I>};
+}
+
+// Dot for sets that multiply four bytes with four bytes and add them up in one instruction, I::DotBytes.
+template <class I, int kBits, int kAll>
+inline __attribute__((always_inline)) void DotInOne(const uint8_t* block, int64_t steps, int pass,
+                                                    const int32_t* values, typename I::Ints (&sums)[kAll][2],
+                                                    Stream& stream) {
+  // One or two rows wait for the instruction's latency, unless they have several sums.
+  constexpr int kChains = kAll == 1 ? 4 : kAll == 2 ? 2 : 1, kStepBytes = 16 * kBits;
+  typename I::Ints chains[kChains][kAll][2];
+  UNROLL_FOR(c, kChains) UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) chains[c][r][h] = c == 0 ? sums[r][h] : I::SetInts(0);
+  block += pass * 4 * I::kLanes;
+  for (int64_t j = 0; j < steps; j += 8) {
+    UNROLL_FOR(i, 8) {
+      typename I::Ints q[2];
+      I::template LoadStep<kBits>(block, q);
+      block += kStepBytes;
+      if (pass == 0) stream.Fetch<kStepBytes / 64>();
+      UNROLL_FOR(r, kAll) {
+        const auto four = I::SetInts(*values++);
+        auto& sum = chains[i % kChains][r];
+        sum[0] = I::DotBytes(sum[0], q[0], four);
+        sum[1] = I::DotBytes(sum[1], q[1], four);
+      }
+    }
+  }
+  UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) {
+    sums[r][h] = chains[0][r][h];
+    for (int c = 1; c < kChains; ++c) sums[r][h] = I::AddInts(sums[r][h], chains[c][r][h]);
+  }
+}
+
+}  // namespace
+}  // namespace quant_linear

@@ -1,0 +1,127 @@
+"""How ``qwen::QuantLinear`` and ``qwen::QuantEmbedding`` want their weight: panels of 32 outputs, packed both ways.
+
+With G groups of ``group_size`` input columns, a panel is a run of bytes::
+
+    [zero points: G x 16 (4 bits) or 32 bytes (8 bits), padded to 64; only if asymmetric]
+    G x [32 float16 scales, times 2**10][group_size / 4 steps of 64 (4 bits) or 128 bytes (8 bits)]
+
+Step j holds the columns 4j to 4j+3 of its group. At 4 bits, byte 4i+c has column 4j+c of output i in its low nibble and
+of output i+16 in its high one (byte i of the zero points alike). At 8 bits, byte 64h+4i+c has column 4j+c of output
+16h+i. A weight is (q - zero point) * scale, and the zero point of symmetric weights is 8 or 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+PANEL = 32
+GROUP_SIZES = (32, 64, 128)
+ZERO_POINTS = {4: 8, 8: 128}  # bits -> the zero point of symmetric weights
+# Scales are stored as float16 times this, so that those of small weights are not subnormal.
+SCALE_FACTOR = 2.0**10
+
+_ALIGNMENT = 64
+
+
+def panel_bytes(in_features: int, bits: int, group_size: int, symmetric: bool) -> int:
+    """Bytes of one panel, a multiple of 64."""
+    groups = _ceil_div(in_features, group_size)
+    return _zero_point_bytes(groups, bits, symmetric) + groups * _block_bytes(bits, group_size)
+
+
+def round_scales(scales: Floats) -> Floats:
+    """The nearest scales that the layout can hold, of any shape; infinite where one is 64 or more."""
+    with np.errstate(over="ignore"):
+        stored = (scales * np.float32(SCALE_FACTOR)).astype(np.float16)
+    return stored.astype(np.float32) / np.float32(SCALE_FACTOR)
+
+
+def pack_panels(q: Bytes, scales: Floats, zero_points: Bytes | None, bits: int, group_size: int) -> Bytes:
+    """The weight as the operators read it; columns are padded to whole groups and outputs to whole panels.
+
+    Args:
+        q: (out_features, in_features), below 2**bits.
+        scales: (out_features, G), each one that :func:`round_scales` leaves as it is.
+        zero_points: (out_features, G), below 2**bits; None: symmetric.
+        bits: 4 or 8.
+        group_size: 32, 64 or 128.
+
+    Returns:
+        (panels, panel_bytes).
+    """
+    out_features, in_features = q.shape
+    groups, panels = _ceil_div(in_features, group_size), _ceil_div(out_features, PANEL)
+    symmetric = zero_points is None
+    if zero_points is None:
+        zero_points = np.full(scales.shape, ZERO_POINTS[bits], np.uint8)
+    assert scales.shape == zero_points.shape == (out_features, groups)
+    assert np.array_equal(round_scales(scales), scales)
+    assert max(q.max(initial=0), zero_points.max(initial=0)) < 2**bits
+
+    filling = zero_points[:, -1:].repeat(groups * group_size - in_features, axis=1)
+    padded = _pad_rows(np.concatenate([q, filling], axis=1), panels)
+    steps = padded.reshape(panels, 2, 16, groups, group_size // 4, 4).transpose(0, 3, 4, 1, 2, 5)  # (P, G, J, 2, 16, 4)
+    stored = _pad_rows(scales * np.float32(SCALE_FACTOR), panels).astype("<f2")
+    stored = np.ascontiguousarray(stored.reshape(panels, PANEL, groups).swapaxes(1, 2))  # (P, G, 32)
+
+    packed = np.zeros((panels, panel_bytes(in_features, bits, group_size, symmetric)), np.uint8)
+    prefix = _zero_point_bytes(groups, bits, symmetric)
+    blocks = packed[:, prefix:].reshape(panels, groups, _block_bytes(bits, group_size))
+    blocks[:, :, : 2 * PANEL] = stored.view(np.uint8)
+    blocks[:, :, 2 * PANEL :] = _join(steps, bits).reshape(panels, groups, -1)
+    if not symmetric:
+        lanes = _pad_rows(zero_points, panels).reshape(panels, 2, 16, groups).transpose(0, 3, 1, 2)  # (P, G, 2, 16)
+        joined = _join(lanes[..., None], bits).reshape(panels, -1)
+        packed[:, : joined.shape[1]] = joined
+    return packed
+
+
+def unpack_panels(
+    panels: Bytes, out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool
+) -> tuple[Bytes, Floats, Bytes | None]:
+    """The inverse of :func:`pack_panels`: q, scales and zero points (None if symmetric)."""
+    groups, count = _ceil_div(in_features, group_size), len(panels)
+    assert panels.shape == (_ceil_div(out_features, PANEL), panel_bytes(in_features, bits, group_size, symmetric))
+    prefix = _zero_point_bytes(groups, bits, symmetric)
+    blocks = panels[:, prefix:].reshape(count, groups, -1)
+    stored = np.ascontiguousarray(blocks[:, :, : 2 * PANEL]).view("<f2")  # (P, G, 32)
+    scales = stored.swapaxes(1, 2).reshape(-1, groups)[:out_features].astype(np.float32) / np.float32(SCALE_FACTOR)
+    steps = _split(blocks[:, :, 2 * PANEL :].reshape(count, groups, group_size // 4, -1, 16, 4), bits)
+    q = steps.transpose(0, 3, 4, 1, 2, 5).reshape(count * PANEL, -1)[:out_features, :in_features]
+    if symmetric:
+        return np.ascontiguousarray(q), scales, None
+    lanes = panels[:, : groups * 4 * bits].reshape(count, groups, -1, 16, 1)
+    zero_points = _split(lanes, bits).transpose(0, 2, 3, 1, 4).reshape(count * PANEL, groups)
+    return np.ascontiguousarray(q), scales, zero_points[:out_features]
+
+
+def _join(lanes: Bytes, bits: int) -> Bytes:
+    """Bytes of the halves of a panel, (..., 2, 16, n): the second in the high nibbles of the first at 4 bits."""
+    return np.asarray(lanes[..., 0, :, :] | lanes[..., 1, :, :] << 4, np.uint8) if bits == 4 else lanes
+
+
+def _split(joined: Bytes, bits: int) -> Bytes:
+    """The inverse of :func:`_join`, from (..., 1, 16, n) at 4 bits."""
+    return np.concatenate([joined & 15, joined >> 4], axis=-3) if bits == 4 else joined
+
+
+def _pad_rows(rows: NDArray[Any], panels: int) -> NDArray[Any]:
+    return np.pad(rows, ((0, panels * PANEL - len(rows)), (0, 0)))
+
+
+def _zero_point_bytes(groups: int, bits: int, symmetric: bool) -> int:
+    return 0 if symmetric else _ceil_div(groups * 4 * bits, _ALIGNMENT) * _ALIGNMENT
+
+
+def _block_bytes(bits: int, group_size: int) -> int:
+    return 2 * PANEL + group_size * 4 * bits
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)

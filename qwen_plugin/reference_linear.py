@@ -1,0 +1,98 @@
+"""What ``qwen::QuantLinear`` and ``qwen::QuantEmbedding`` compute, in NumPy: the readable definition for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_plugin.layout import ZERO_POINTS, unpack_panels
+
+Array = NDArray[Any]
+
+# precision -> the integer that the largest column of a group becomes
+LIMITS = {"int8": 127, "int8x2": 127 * 256}
+
+
+@dataclass(frozen=True)
+class QuantLinearAttributes:
+    """Attributes of the operator, by its own names."""
+
+    N: int
+    K: int
+    bits: int
+    group_size: int
+    symmetric: int
+    precision: str = "int8"
+    swiglu: int = 0
+    epsilon: float = 1e-6
+
+
+def dequantize(weight: Array, attributes: QuantLinearAttributes) -> Array:
+    """The weight float32 (N, K) whose panels these are, with its columns in the order they are stored in."""
+    a = attributes
+    q, scales, zero_points = unpack_panels(weight, a.N, a.K, a.bits, a.group_size, bool(a.symmetric))
+    if zero_points is None:
+        zero_points = np.full(scales.shape, ZERO_POINTS[a.bits], np.uint8)
+    columns = np.arange(a.K) // a.group_size
+    return ((q.astype(np.float32) - zero_points[:, columns]) * scales[:, columns]).astype(np.float32)
+
+
+def quantize_rows(x: Array, group_size: int, precision: str) -> Array:
+    """``x`` (T, K) as the product sees it, float64: each group rounded to whole multiples of its scale."""
+    if precision == "float32":
+        return x.astype(np.float64)
+    rows, columns = x.shape
+    groups = np.pad(x.astype(np.float32), ((0, 0), (0, -columns % group_size))).reshape(rows, -1, group_size)
+    limit = np.float32(LIMITS[precision])
+    with np.errstate(divide="ignore", over="ignore"):
+        largest = np.abs(groups).max(axis=-1, keepdims=True)
+        inverse = limit / largest
+    inverse[np.isinf(inverse)] = 0
+    values: Array = np.rint(groups * inverse).astype(np.float64)
+    return np.asarray(values * (largest / limit)).reshape(rows, -1)[:, :columns]
+
+
+def quant_linear(
+    attributes: QuantLinearAttributes,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    norm_weight: Array | None = None,
+    residual: Array | None = None,
+    permutation: Array | None = None,
+) -> tuple[Array, Array]:
+    """The product of rows with a quantised weight, and what was multiplied.
+
+    Args:
+        attributes: its ``swiglu`` and ``norm_weight`` exclude each other.
+        x: float32 (T, K), finite; (T, 2 K) with ``swiglu``: silu(x[:, :K]) * x[:, K:] is multiplied.
+        weight: its panels, see :mod:`qwen_plugin.layout`.
+        bias: (N).
+        norm_weight: (K), RMS norm of x first.
+        residual: (T, N), added last.
+        permutation: int32 (K), stored column k multiplies input column ``permutation[k]``.
+
+    Returns:
+        y float64 (T, N) and the product's input float32 (T, K), before it is permuted and quantised.
+    """
+    a = attributes
+    source = x.astype(np.float64)
+    if norm_weight is not None:
+        source = source / np.sqrt(np.mean(source**2, axis=-1, keepdims=True) + a.epsilon) * norm_weight
+    elif a.swiglu:
+        gate = np.clip(source[:, : a.K], -88, None)
+        source = gate / (1 + np.exp(-gate)) * source[:, a.K :]
+    product_input = source.astype(np.float32)
+    stored_order = product_input if permutation is None else product_input[:, permutation]
+    y = quantize_rows(stored_order, a.group_size, a.precision) @ dequantize(weight, a).T.astype(np.float64)
+    for addend in (bias, residual):
+        y = y if addend is None else y + addend
+    return y, product_input
+
+
+def quant_embedding(attributes: QuantLinearAttributes, token_ids: Array, weight: Array) -> Array:
+    """Rows of the dequantised weight, float32 (T, K), for int64 (T) in 0 to N - 1."""
+    return np.asarray(dequantize(weight, attributes)[token_ids])

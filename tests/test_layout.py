@@ -1,0 +1,95 @@
+"""Weights in panels: each byte where the operators look for it, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_plugin.layout import GROUP_SIZES, PANEL, pack_panels, panel_bytes, round_scales, unpack_panels
+
+
+def draw(out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int = 0):  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(seed)
+    groups = -(-in_features // group_size)
+    q = rng.integers(0, 2**bits, (out_features, in_features)).astype(np.uint8)
+    scales = round_scales(rng.uniform(1e-4, 1e-1, (out_features, groups)).astype(np.float32))
+    zero_points = None if symmetric else rng.integers(0, 2**bits, (out_features, groups)).astype(np.uint8)
+    return q, scales, zero_points
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "expected"),
+    [
+        (4, 32, True, 3 * (64 + 8 * 64)),  # 70 columns are 3 groups
+        (4, 64, True, 2 * (64 + 16 * 64)),
+        (8, 32, True, 3 * (64 + 8 * 128)),
+        (4, 32, False, 64 + 3 * (64 + 8 * 64)),  # 3 x 16 bytes of zero points
+        (8, 32, False, 128 + 3 * (64 + 8 * 128)),  # 3 x 32
+    ],
+)
+def test_the_size_of_a_panel(bits: int, group_size: int, symmetric: bool, expected: int) -> None:
+    assert panel_bytes(70, bits, group_size, symmetric) == expected
+
+
+def test_every_byte_at_four_bits() -> None:
+    q, scales, zero_points = draw(40, 100, 4, 64, symmetric=False)
+    panels = pack_panels(q, scales, zero_points, 4, 64)
+    assert panels.shape == (2, 64 + 2 * (64 + 16 * 64))
+    block = panels[0, 64 + 64 + 16 * 64 :]  # of the second group
+    assert np.array_equal(block[:64].view(np.float16), (scales[:32, 1] * 1024).astype(np.float16))
+    step = block[64 + 5 * 64 :]  # columns 64 + 20 to 64 + 23
+    assert step[4 * 7 + 2] == q[7, 86] | q[16 + 7, 86] << 4
+    assert panels[0, 16 + 7] == zero_points[7, 1] | zero_points[16 + 7, 1] << 4
+    # Padding: columns hold the zero point, outputs have scale 0.
+    assert block[64 + 15 * 64 + 4 * 7 + 3] == zero_points[7, 1] | zero_points[16 + 7, 1] << 4
+    assert not panels[1, 64 : 64 + 64].view(np.float16)[8:].any()
+    assert panels[1, 64 : 64 + 64].view(np.float16)[:8].all()
+
+
+def test_every_byte_at_eight_bits() -> None:
+    q, scales, zero_points = draw(32, 64, 8, 32, symmetric=False)
+    panels = pack_panels(q, scales, zero_points, 8, 32)
+    assert panels.shape == (1, 64 + 2 * (64 + 8 * 128))
+    block = panels[0, 64 + 64 + 8 * 128 :]  # of the second group
+    assert np.array_equal(block[:64].view(np.float16), (scales[:, 1] * 1024).astype(np.float16))
+    step = block[64 + 5 * 128 :]  # columns 32 + 20 to 32 + 23
+    assert step[4 * 7 + 2] == q[7, 54]
+    assert step[64 + 4 * 7 + 2] == q[16 + 7, 54]
+    assert np.array_equal(panels[0, 32:64], zero_points[:, 1])
+
+
+@given(
+    out_features=st.integers(1, 100),
+    in_features=st.integers(1, 300),
+    bits=st.sampled_from((4, 8)),
+    group_size=st.sampled_from(GROUP_SIZES),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_unpacking_is_the_inverse(
+    out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int
+) -> None:
+    q, scales, zero_points = draw(out_features, in_features, bits, group_size, symmetric, seed)
+    panels = pack_panels(q, scales, zero_points, bits, group_size)
+    expected_bytes = panel_bytes(in_features, bits, group_size, symmetric)
+    assert panels.shape == (-(-out_features // PANEL), expected_bytes)
+    assert expected_bytes % 64 == 0
+    assert panels.flags.c_contiguous
+    found = unpack_panels(panels, out_features, in_features, bits, group_size, symmetric)
+    assert np.array_equal(found[0], q)
+    assert np.array_equal(found[1], scales)
+    assert (found[2] is None) == symmetric
+    assert symmetric or np.array_equal(found[2], zero_points)
+
+
+def test_scales_are_rounded_to_float16_of_1024_times_their_value() -> None:
+    scales = np.float32([0.01, 3e-8, 63.9, 64.0, 0, -0.01])
+    rounded = round_scales(scales)
+    assert rounded.dtype == np.float32
+    assert np.allclose(rounded[[0, 2, 5]], scales[[0, 2, 5]], rtol=2**-11, atol=0)
+    assert abs(rounded[1] - scales[1]) <= 2.0**-35  # half a step of float16's subnormals, over 1024
+    assert np.isinf(rounded[3])
+    assert rounded[4] == 0
+    assert np.array_equal(round_scales(rounded), rounded)

@@ -1,0 +1,488 @@
+"""qwen::QuantLinear and qwen::QuantEmbedding: equal to their NumPy reference, and bit for bit the same for a row
+whatever the instruction set, the rows beside it and the threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from qwen_plugin import library_path
+from qwen_plugin.layout import GROUP_SIZES, pack_panels, round_scales
+from qwen_plugin.reference_linear import QuantLinearAttributes, dequantize, quant_embedding, quant_linear
+
+INPUTS = ("x", "weight", "bias", "norm_weight", "residual", "permutation")
+ELEMENT_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float64): TensorProto.DOUBLE,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int64): TensorProto.INT64,
+}
+# tests/sanitize.py puts another library here.
+LIBRARY = os.environ.get("QWEN_PLUGIN_LIBRARY") or str(library_path())
+FLAGS = {"avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "amx": "amx_int8"}
+
+
+def supported() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return ["plain", *(isa for isa, flag in FLAGS.items() if flag in flags)]
+
+
+ISAS = supported()
+PRECISIONS = ("int8", "int8x2", "float32")
+# Of y, relative to the sum of its products' magnitudes: one float32 rounding or two for each group (int8), column
+# (float32); a few hundred of one sign drift.
+TOLERANCE = {"int8": 1e-6, "int8x2": 1e-6, "float32": 5e-6}
+
+
+def new_session(
+    operator: str, attributes: dict[str, Any], types: dict[str, int], outputs: Sequence[str], isa: str, threads: int = 1
+) -> ort.InferenceSession:
+    """A session of one node with the inputs in ``types`` (element types); "" leaves an input or output out."""
+    names = list(INPUTS if operator == "QuantLinear" else types)
+    while names[-1] not in types:
+        names.pop()
+    graph = helper.make_graph(
+        [helper.make_node(operator, [n if n in types else "" for n in names], outputs, domain="qwen", **attributes)],
+        "linear",
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(LIBRARY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_PLUGIN_ISA", isa)
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def cached_session(
+    attributes: QuantLinearAttributes, types: tuple[tuple[str, int], ...], outputs: tuple[str, ...], isa: str, n: int
+) -> ort.InferenceSession:
+    return new_session("QuantLinear", dataclasses.asdict(attributes), dict(types), outputs, isa, n)
+
+
+def run(
+    attributes: QuantLinearAttributes, feeds: dict[str, np.ndarray], isa: str, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """y and the product's input."""
+    types = tuple((name, ELEMENT_TYPES[x.dtype]) for name, x in feeds.items())
+    y, product_input = cached_session(attributes, types, ("y", "input"), isa, threads).run(None, feeds)
+    return y, product_input
+
+
+def draw_weight(a: QuantLinearAttributes, rng: np.random.Generator, scale: float = 1e-2) -> np.ndarray:
+    groups = -(-a.K // a.group_size)
+    q = rng.integers(0, 2**a.bits, (a.N, a.K)).astype(np.uint8)
+    scales = round_scales((scale * rng.uniform(0.5, 1, (a.N, groups))).astype(np.float32))
+    zero_points = None if a.symmetric else rng.integers(0, 2**a.bits, (a.N, groups)).astype(np.uint8)
+    return pack_panels(q, scales, zero_points, a.bits, a.group_size)
+
+
+def draw_feeds(
+    a: QuantLinearAttributes, rows: int, optional: Sequence[str] = (), seed: int = 0, scale: float = 1e-2
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    every = {
+        "x": rng.standard_normal((rows, a.K * (2 if a.swiglu else 1))).astype(np.float32),
+        "weight": draw_weight(a, rng, scale),
+        "bias": rng.standard_normal(a.N).astype(np.float32),
+        "norm_weight": rng.standard_normal(a.K).astype(np.float32),
+        "residual": rng.standard_normal((rows, a.N)).astype(np.float32),
+        "permutation": rng.permutation(a.K).astype(np.int32),
+    }
+    return {name: x for name, x in every.items() if name in ("x", "weight", *optional)}
+
+
+def assert_reference(
+    a: QuantLinearAttributes, feeds: dict[str, np.ndarray], y: np.ndarray, product_input: np.ndarray
+) -> None:
+    _, expected_input = quant_linear(a, **feeds)
+    # A few float32 roundings, and those of exp.
+    largest = np.abs(expected_input).max(axis=-1, keepdims=True)
+    assert np.all(np.abs(product_input - expected_input) <= 3e-6 * largest)
+    # From the operator's own input: where a column falls on half a step, the last bit decides how it is rounded.
+    rest = {name: x for name, x in feeds.items() if name != "norm_weight"}
+    expected, _ = quant_linear(dataclasses.replace(a, swiglu=0), **(rest | {"x": product_input}))
+    magnitude = np.abs(product_input.astype(np.float64)).max(axis=-1, keepdims=True) * np.abs(
+        dequantize(feeds["weight"], a)
+    ).sum(axis=1)
+    for name in ("bias", "residual"):
+        magnitude = magnitude + np.abs(feeds.get(name, np.zeros(1)))
+    assert np.all(np.abs(y - expected) <= TOLERANCE[a.precision] * magnitude)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[QuantLinearAttributes, int, list[str], int]:
+    swiglu = draw(st.booleans())
+    attributes = QuantLinearAttributes(
+        N=draw(st.integers(1, 130)),
+        K=draw(st.integers(1, 400)),
+        bits=draw(st.sampled_from((4, 8))),
+        group_size=draw(st.sampled_from(GROUP_SIZES)),
+        symmetric=int(draw(st.booleans())),
+        precision=draw(st.sampled_from(PRECISIONS)),
+        swiglu=int(swiglu),
+        epsilon=draw(st.sampled_from((1e-6, 0.1))),
+    )
+    optional = draw(st.lists(st.sampled_from(INPUTS[2:]), unique=True))
+    if swiglu and "norm_weight" in optional:
+        optional.remove("norm_weight")
+    rows = draw(st.one_of(st.integers(1, 40), st.integers(41, 600)))
+    return attributes, rows, optional, draw(st.integers(0, 1000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_every_instruction_set_computes_the_reference_with_the_same_bits(
+    case: tuple[QuantLinearAttributes, int, list[str], int],
+) -> None:
+    attributes, rows, optional, seed = case
+    feeds = draw_feeds(attributes, rows, optional, seed)
+    y, product_input = run(attributes, feeds, "plain")
+    assert_reference(attributes, feeds, y, product_input)
+    for isa in ISAS[1:]:
+        other, other_input = run(attributes, feeds, isa)
+        assert np.array_equal(product_input, other_input), isa
+        assert np.array_equal(y, other), isa
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_number_of_rows_in_a_tile(isa: str, bits: int, group_size: int, precision: str) -> None:
+    """And a row's bits do not depend on how many they are."""
+    for symmetric in (0, 1):
+        attributes = QuantLinearAttributes(37, 270, bits, group_size, symmetric, precision)
+        feeds = draw_feeds(attributes, 40, ["norm_weight", "bias"])
+        y, product_input = run(attributes, feeds, isa)
+        assert_reference(attributes, feeds, y, product_input)
+        for rows in (*range(1, 20), 31, 33):
+            alone, _ = run(attributes, feeds | {"x": feeds["x"][:rows]}, isa)
+            assert np.array_equal(alone, y[:rows]), (symmetric, rows)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, precision: str) -> None:
+    attributes = QuantLinearAttributes(96, 160, 4, 32, 1, precision, swiglu=1)
+    feeds = draw_feeds(attributes, 70, ["residual"])
+    y, _ = run(attributes, feeds, isa)
+    rng = np.random.default_rng(1)
+    for rows in (1, 5, 18, 70):
+        chosen = rng.permutation(70)[:rows]
+        other = feeds | {name: feeds[name][chosen] for name in ("x", "residual")}
+        assert np.array_equal(run(attributes, other, isa)[0], y[chosen])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_do_not_change_a_bit(isa: str, precision: str) -> None:
+    attributes = QuantLinearAttributes(900, 1100, 4, 64, 0, precision, swiglu=1)
+    for rows in (1, 7, 100):
+        feeds = draw_feeds(attributes, rows, ["bias", "residual", "permutation"])
+        alone, alone_input = run(attributes, feeds, isa, threads=1)
+        for threads in (2, 4):
+            for _ in range(3):
+                y, product_input = run(attributes, feeds, isa, threads)
+                assert np.array_equal(y, alone)
+                assert np.array_equal(product_input, alone_input)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_wide_input_in_blocks_of_rows(isa: str) -> None:
+    """18,944 columns of 300 rows do not stay in a cache."""
+    attributes = QuantLinearAttributes(64, 18944, 4, 128, 1)
+    feeds = draw_feeds(attributes, 300)
+    y, product_input = run(attributes, feeds, isa, threads=2)
+    assert_reference(attributes, feeds, y, product_input)
+    assert np.array_equal(run(attributes, feeds | {"x": feeds["x"][200:203]}, isa)[0], y[200:203])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_largest_products(isa: str, bits: int, precision: str) -> None:
+    """Every weight at an end of its range, every column at an end of a group's: sums nowhere overflow or saturate."""
+    for symmetric, zero_point in ((1, None), (0, 0), (0, 2**bits - 1)):
+        attributes = QuantLinearAttributes(64, 256, bits, 128, symmetric, precision)
+        signs = np.random.default_rng(0).choice(np.float32([-1, 1]), (9, 256))
+        signs[0], signs[1] = 1, -1
+        zero_points = None if zero_point is None else np.full((64, 2), zero_point, np.uint8)
+        for q in (0, 2**bits - 1):
+            scales = round_scales(np.full((64, 2), 0.01, np.float32))
+            weight = pack_panels(np.full((64, 256), q, np.uint8), scales, zero_points, bits, 128)
+            # 32767 / 32512 of the largest makes int8x2's low parts -128.
+            feeds = {"x": signs * np.float32(3.0), "weight": weight}
+            y, product_input = run(attributes, feeds, isa)
+            assert_reference(attributes, feeds, y, product_input)
+            feeds["x"][:, 1:] *= np.float32(32384 / 32512)
+            y, product_input = run(attributes, feeds, isa)
+            assert_reference(attributes, feeds, y, product_input)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_extreme_inputs(isa: str, precision: str) -> None:
+    attributes = QuantLinearAttributes(40, 192, 4, 64, 1, precision)
+    feeds = draw_feeds(attributes, 8)
+    x = feeds["x"]
+    x[0] = 0
+    x[1, :64] = 0  # a whole group
+    x[2] *= 1e-38  # 127 / x is infinite, x is normal or not
+    x[3] *= 1e-30
+    x[4] *= 1e30
+    x[5, 7] = 1e20  # everything else of its group vanishes
+    y, product_input = run(attributes, feeds, isa)
+    tiny = 2 if precision != "float32" else 0
+    kept = [0, 1, 3, 4, 5, 6, 7]
+    assert_reference(attributes, feeds | {"x": x[kept]}, y[kept], product_input[kept])
+    assert not y[0].any()
+    assert not y[tiny].any()
+    assert np.array_equal(y, run(attributes, feeds, "plain")[0])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 60.0])
+@pytest.mark.parametrize("isa", ISAS)
+def test_tiny_and_huge_scales(isa: str, bits: int, scale: float, precision: str) -> None:
+    attributes = QuantLinearAttributes(40, 100, bits, 32, 0, precision)
+    feeds = draw_feeds(attributes, 5, scale=scale)
+    y, product_input = run(attributes, feeds, isa)
+    assert_reference(attributes, feeds, y, product_input)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_not_finite_stays_in_its_row(isa: str, precision: str, value: float) -> None:
+    attributes = QuantLinearAttributes(40, 150, 4, 64, 1, precision)
+    for rows in (1, 3, 20):
+        feeds = draw_feeds(attributes, rows, ["norm_weight", "residual"])
+        clean, _ = run(attributes, feeds, isa)
+        x = feeds["x"].copy()
+        x[rows // 2, 100] = value
+        y, _ = run(attributes, feeds | {"x": x}, isa)
+        others = np.arange(rows) != rows // 2
+        assert np.array_equal(y[others], clean[others])
+        assert np.isnan(y[rows // 2]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_silu_at_its_ends(isa: str) -> None:
+    gate = np.float32([-1e30, -200, -88, -20, -1e-20, 0, 1e-20, 20, 88, 200, 1e30, -0.5, 0.5, 3, -3, 7])
+    attributes = QuantLinearAttributes(8, len(gate), 8, 32, 1, "float32", swiglu=1)
+    feeds = draw_feeds(attributes, 1)
+    feeds["x"] = np.concatenate([gate, np.ones_like(gate)])[None]
+    _, product_input = run(attributes, feeds, isa)
+    exact = gate.astype(np.float64) / (1 + np.exp(-np.maximum(gate.astype(np.float64), -700)))
+    expected = np.where(gate < -88, 0, exact)
+    assert np.all(np.abs(product_input[0] - expected) <= np.maximum(1e-6 * np.abs(expected), 1e-36))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_rows(isa: str) -> None:
+    attributes = QuantLinearAttributes(40, 100, 4, 32, 1)
+    y, product_input = run(attributes, draw_feeds(attributes, 0), isa)
+    assert y.shape == (0, 40)
+    assert product_input.shape == (0, 100)
+
+
+def test_the_second_output_is_optional() -> None:
+    attributes = QuantLinearAttributes(40, 100, 4, 32, 1, swiglu=1)
+    feeds = draw_feeds(attributes, 3)
+    types = {name: ELEMENT_TYPES[x.dtype] for name, x in feeds.items()}
+    y, _ = run(attributes, feeds, ISAS[-1])
+    for outputs in (["y"], ["y", ""]):
+        session = new_session("QuantLinear", dataclasses.asdict(attributes), types, outputs, ISAS[-1])
+        assert np.array_equal(session.run(None, feeds)[0], y)
+
+
+def test_many_sessions_and_threads_at_once() -> None:
+    attributes = QuantLinearAttributes(300, 500, 4, 32, 1)
+    feeds = [draw_feeds(attributes, rows, ["norm_weight"], seed=rows) for rows in (1, 9, 40, 150)]
+    expected = [run(attributes, f, ISAS[-1])[0] for f in feeds]
+
+    def repeat(i: int) -> bool:
+        return all(
+            np.array_equal(run(attributes, feeds[i], ISAS[-1], threads=1 + i % 2)[0], expected[i]) for _ in range(20)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(repeat, [0, 1, 2, 3] * 4))
+
+
+def test_the_output_has_a_shape_before_anything_runs() -> None:
+    table = {"N": 9, "K": 100, "bits": 4, "group_size": 32, "symmetric": 1}
+    attributes = table | {"N": 40, "precision": "int8"}
+    nodes = [
+        helper.make_node("QuantEmbedding", ["ids", "table"], ["x"], domain="qwen", **table),
+        helper.make_node("QuantLinear", ["x", "weight"], ["y"], domain="qwen", **attributes),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "shapes",
+        [
+            helper.make_tensor_value_info("ids", TensorProto.INT64, ["tokens"]),
+            helper.make_tensor_value_info("table", TensorProto.UINT8, None),
+            helper.make_tensor_value_info("weight", TensorProto.UINT8, None),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen", 1)]
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(LIBRARY)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[0].shape == ["tokens", 40]
+
+
+# ---- The embedding
+
+
+@cache
+def embedding_session(a: QuantLinearAttributes, threads: int = 1) -> ort.InferenceSession:
+    attributes = {name: getattr(a, name) for name in ("N", "K", "bits", "group_size", "symmetric")}
+    types = {"token_ids": TensorProto.INT64, "weight": TensorProto.UINT8}
+    return new_session("QuantEmbedding", attributes, types, ["rows"], "", threads)
+
+
+@pytest.mark.parametrize("symmetric", [0, 1])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embedding_rows_are_those_of_the_dequantised_weight(bits: int, group_size: int, symmetric: int) -> None:
+    attributes = QuantLinearAttributes(75, 301, bits, group_size, symmetric)
+    weight = draw_weight(attributes, np.random.default_rng(0))
+    ids = np.random.default_rng(1).permutation(75)[:50].astype(np.int64)
+    for threads in (1, 2):
+        (rows,) = embedding_session(attributes, threads).run(None, {"token_ids": ids, "weight": weight})
+        assert np.array_equal(rows, quant_embedding(attributes, ids, weight))
+    (none,) = embedding_session(attributes).run(None, {"token_ids": ids[:0], "weight": weight})
+    assert none.shape == (0, 301)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"token_ids\[1\] is 75, expected 0 to 74", {"token_ids": np.int64([3, 75])}),
+        (r"token_ids\[0\] is -1, expected 0 to 74", {"token_ids": np.int64([-1])}),
+        (r"token_ids has shape \(1, 1\), expected \(T\)", {"token_ids": np.int64([[1]])}),
+        (r"weight has shape \(2, 2880\), expected \(3, 2880\)", {"weight": np.zeros((2, 2880), np.uint8)}),
+    ],
+)
+def test_a_bad_input_of_the_embedding_is_an_error(message: str, change: dict[str, np.ndarray]) -> None:
+    attributes = QuantLinearAttributes(75, 150, 4, 32, 1)
+    feeds = {"token_ids": np.int64([1]), "weight": draw_weight(attributes, np.random.default_rng(0))}
+    with pytest.raises(Exception, match="qwen::QuantEmbedding: " + message):
+        embedding_session(attributes).run(None, feeds | change)
+
+
+def test_embedding_inputs_of_another_type_are_errors() -> None:
+    attributes = {"N": 75, "K": 150, "bits": 4, "group_size": 32, "symmetric": 1}
+    weight = np.zeros((3, 2880), np.uint8)
+    for feeds, message in (
+        ({"token_ids": np.int32([1]), "weight": weight}, "token_ids has element type 6"),
+        ({"token_ids": np.int64([1]), "weight": weight.view(np.int8)}, "weight has element type 3"),
+        ({"token_ids": np.int64([1])}, "weight is missing"),
+    ):
+        kinds = {name: ELEMENT_TYPES[x.dtype] for name, x in feeds.items()}
+        session = new_session("QuantEmbedding", attributes, kinds, ["rows"], "")
+        with pytest.raises(Exception, match=f"qwen::QuantEmbedding: {message}"):
+            session.run(None, feeds)
+
+
+# ---- What is refused
+
+GOOD = QuantLinearAttributes(70, 100, 4, 32, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"attribute N is 0, expected 1 to", {"N": 0}),
+        (r"attribute N is 0, expected 1 to", {"N": None}),
+        (r"attribute N is of another type, expected an integer", {"N": 1.0}),
+        (r"attribute K is -3, expected 1 to", {"K": -3}),
+        (r"attribute K is 4611686018427387904, expected 1 to", {"K": 2**62}),
+        (r"attribute bits is 5, expected 4 or 8", {"bits": 5}),
+        (r"attribute bits is 0, expected 4 to 8", {"bits": None}),
+        (r"attribute group_size is 48, expected 32, 64 or 128", {"group_size": 48}),
+        (r"attribute group_size is 256, expected 32 to 128", {"group_size": 256}),
+        (r"attribute symmetric is 2, expected 0 to 1", {"symmetric": 2}),
+        (r"attribute symmetric is -1, expected 0 to 1", {"symmetric": None}),
+        (r"attribute precision is 'int4', expected int8, int8x2 or float32", {"precision": "int4"}),
+        (r"attribute precision is '', expected int8, int8x2 or float32", {"precision": None}),
+        (r"attribute precision is of another type, expected a string", {"precision": 1}),
+        (r"attribute swiglu is 3, expected 0 to 1", {"swiglu": 3}),
+        (r"attribute epsilon is -1.0+, expected 0 or more", {"epsilon": -1.0}),
+        (r"attribute epsilon is nan, expected 0 or more", {"epsilon": float("nan")}),
+        (r"attribute epsilon is of another type, expected a float", {"epsilon": 1}),
+    ],
+)
+def test_a_bad_attribute_is_an_error(message: str, change: dict[str, Any]) -> None:
+    attributes = {name: x for name, x in (dataclasses.asdict(GOOD) | change).items() if x is not None}
+    types = {"x": TensorProto.FLOAT, "weight": TensorProto.UINT8}
+    with pytest.raises(Exception, match="qwen::QuantLinear: " + message):
+        new_session("QuantLinear", attributes, types, ["y"], "")
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_an_input_of_another_type_or_shape_is_an_error(name: str) -> None:
+    feeds = draw_feeds(GOOD, 3, INPUTS)
+    for other in (feeds[name].astype(np.float64), feeds[name][:-1], feeds[name][..., :-1], feeds[name][None]):
+        if name == "x" and other.shape == (2, 100):
+            continue  # another number of rows is residual's mistake
+        other = np.ascontiguousarray(other)
+        expected = f"{name} has " + ("element type" if other.dtype != feeds[name].dtype else "shape")
+        with pytest.raises(Exception, match=f"qwen::QuantLinear: {expected}"):
+            run(GOOD, feeds | {name: other}, "")
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_a_missing_input_is_an_error(name: str) -> None:
+    feeds = draw_feeds(GOOD, 3, ["bias"])
+    del feeds[name]
+    with pytest.raises(Exception, match=f"qwen::QuantLinear: {name} is missing"):
+        run(GOOD, feeds, "")
+
+
+def test_norm_and_swiglu_exclude_each_other() -> None:
+    attributes = dataclasses.replace(GOOD, swiglu=1)
+    with pytest.raises(Exception, match="norm_weight is given, expected to be absent: swiglu is 1"):
+        run(attributes, draw_feeds(attributes, 3, ["norm_weight"]), "")
+
+
+@pytest.mark.parametrize("column", [-1, 100, 2**31 - 1])
+def test_a_permutation_beyond_the_columns_is_an_error(column: int) -> None:
+    feeds = draw_feeds(GOOD, 3, ["permutation"])
+    feeds["permutation"][7] = column
+    with pytest.raises(Exception, match=rf"permutation\[7\] is {column}, expected 0 to 99"):
+        run(GOOD, feeds, "")
+
+
+def test_after_an_error_the_session_still_works() -> None:
+    feeds = draw_feeds(GOOD, 3)
+    y, _ = run(GOOD, feeds, ISAS[-1])
+    with pytest.raises(Exception, match="weight has shape"):
+        run(GOOD, feeds | {"weight": feeds["weight"][:1]}, ISAS[-1])
+    assert np.array_equal(run(GOOD, feeds, ISAS[-1])[0], y)
