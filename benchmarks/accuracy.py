@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,24 +38,34 @@ WINDOW = 1024
 SCHEMES: dict[str, dict[str, Any]] = {
     "none": {"quant": "none"},
     "none, float16 cache": {"quant": "none", "kv_cache_dtype": "float16"},
+    "none, int8 cache": {"quant": "none", "kv_cache_dtype": "int8"},
     "none, int8 embedding": {"quant": "none", "embedding_quant": "int8"},
-    "none, int8 embedding, float32 activations": {
+    "none, int8 embedding, int8x2 activations": {
         "quant": "none",
         "embedding_quant": "int8",
-        "activations": "float32",
+        "activations": "int8x2",
     },
     "none, int4 embedding": {"quant": "none", "embedding_quant": "int4"},
-    "int8 g32 asymmetric": {"quant": "int8", "symmetric": False},
     "int8 g32 symmetric": {"quant": "int8"},
+    "int8 g32 asymmetric": {"quant": "int8", "symmetric": False},
     "int8 g64 symmetric": {"quant": "int8", "group_size": 64},
     "int8 g128 symmetric": {"quant": "int8", "group_size": 128},
+    "int8 g32 symmetric, int8x2 activations": {"quant": "int8", "activations": "int8x2"},
+    "int8 g32 symmetric, float32 activations": {"quant": "int8", "activations": "float32"},
     "int4 g32 asymmetric": {"quant": "int4"},
+    "int4 g32 asymmetric, int8x2 activations": {"quant": "int4", "activations": "int8x2"},
     "int4 g32 asymmetric, float32 activations": {"quant": "int4", "activations": "float32"},
+    "int4 g32 asymmetric, int8 cache": {"quant": "int4", "kv_cache_dtype": "int8"},
     "int4 g32 asymmetric, int4 embedding": {"quant": "int4", "embedding_quant": "int4"},
     "int4 g32 symmetric": {"quant": "int4", "symmetric": True},
     "int4 g64 asymmetric": {"quant": "int4", "group_size": 64},
+    "int4 g64 asymmetric, int8x2 activations": {"quant": "int4", "group_size": 64, "activations": "int8x2"},
     "int4 g64 symmetric": {"quant": "int4", "symmetric": True, "group_size": 64},
     "int4 g128 asymmetric": {"quant": "int4", "group_size": 128},
+    "int4 g128 symmetric": {"quant": "int4", "symmetric": True, "group_size": 128},
+    "int8 g32 symmetric, stock kernels": {"quant": "int8", "kernels": "stock"},
+    "int4 g32 asymmetric, stock kernels": {"quant": "int4", "kernels": "stock"},
+    "int4 g64 asymmetric, stock kernels": {"quant": "int4", "group_size": 64, "kernels": "stock"},
 }
 
 
@@ -92,6 +103,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=SAMPLE)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="of speed, the first of them not counted; 0 or 1: no speeds"
+    )
     arguments = parser.parse_args()
 
     import torch
@@ -117,24 +131,30 @@ def main() -> None:
             directory = Path(scratch) / str(number)
             with Checkpoint.open(located.path) as weights:
                 write_engine(plan_build(weights, located, BuildOptions(**SCHEMES[name])), weights, directory)
-            engine = engines[name] = Engine.load(directory, threads=arguments.threads)
+            engine = Engine.load(directory, threads=arguments.threads)
+            if arguments.rounds:
+                engines[name] = engine
             sums = [compare_window(r, engine, w) for r, w in zip(reference, windows, strict=True)]
             rows[name] = {key: sum(s[key] for s in sums) for key in sums[0]}
             rows[name]["bytes"] = sum(path.stat().st_size for path in directory.iterdir())
+            print(f"{name}: KL {rows[name]['kl'] / arguments.windows / WINDOW:.3e}", file=sys.stderr)
         timings: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-        for _ in range(4):
+        for _ in range(arguments.rounds):
             for name, engine in engines.items():
                 timings[name].append(speeds(engine, token_ids))
     positions, predicted = arguments.windows * WINDOW, arguments.windows * (WINDOW - 1)
     baseline = np.exp(next(iter(rows.values()))["reference_nll"] / predicted)
-    print(f"| scheme | MB | KL | top-1 | ppl (reference {baseline:.4f}) | prefill tok/s | decode tok/s |")
-    print("|---|---|---|---|---|---|---|")
+    timed = arguments.rounds > 1
+    header = ["scheme", "MB", "KL", "top-1", f"ppl (reference {baseline:.4f})"]
+    header += ["prefill tok/s", "decode tok/s"] * timed
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for name, row in rows.items():
-        prefill, decode = (statistics.median(speed) for speed in zip(*timings[name][1:], strict=True))
-        print(
-            f"| {name} | {row['bytes'] / 1e6:.1f} | {row['kl'] / positions:.2e} | {row['top1'] / positions:.2%} "
-            f"| {np.exp(row['nll'] / predicted):.4f} | {prefill:.0f} | {decode:.1f} |"
-        )
+        cells = [name, f"{row['bytes'] / 1e6:.1f}", f"{row['kl'] / positions:.2e}", f"{row['top1'] / positions:.2%}"]
+        cells.append(f"{np.exp(row['nll'] / predicted):.4f}")
+        if timed:
+            prefill, decode = (statistics.median(speed) for speed in zip(*timings[name][1:], strict=True))
+            cells += [f"{prefill:.0f}", f"{decode:.1f}"]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,15 @@ Feed = Callable[[np.ndarray, int], int]  # token ids and how many came before ->
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "default (int4 g32 asymmetric, int8 head)": {},
+    "default, int8x2 activations": {"activations": "int8x2"},
     "equal bits (int4 g32 symmetric, int4 head)": {"symmetric": True, "embedding_quant": "int4"},
     "int8 g32 symmetric": {"quant": "int8"},
+    "default, ONNX Runtime's matrix operators": {"kernels": "stock"},
+    "equal bits, ONNX Runtime's matrix operators": {
+        "symmetric": True,
+        "embedding_quant": "int4",
+        "kernels": "stock",
+    },
 }
 
 

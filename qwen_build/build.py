@@ -7,6 +7,7 @@ nothing that looks like an engine.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -21,14 +22,17 @@ from typing import Any
 from qwen_build.checkpoint import Checkpoint, digest_files, read_json
 from qwen_build.config import ModelConfig, token_ids
 from qwen_build.export import ARRAYS_PER_SLICE, SLICE_ELEMENTS, Layout, plan_layout, write_graph, write_weights
+from qwen_build.layers import Schemes
 from qwen_build.locate import Located
-from qwen_build.model import Graph, Schemes, build_graph
+from qwen_build.model import Graph, build_graph
 from qwen_build.output import engine_directory
+from qwen_build.packed import PackedFormat
+from qwen_build.per_linear import Rule, choose, excluding, packed_choices
 from qwen_build.quantize import Scheme, make_scheme
-from qwen_build.weight_map import Source, check_layers, map_weights
+from qwen_build.weight_map import EMBEDDING, HEAD, AnySource, check_layers, linear_names, map_weights
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError, CheckpointError, EngineError
-from qwen_engine.graph_io import BATCH_INPUTS, PLUGIN_DOMAIN, TensorSpec, cache_inputs, logits_output
+from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, PLUGIN_DOMAIN, TensorSpec, cache_inputs, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -50,10 +54,10 @@ from qwen_run.machine import physical_cores
 from qwen_run.parts import measure_part
 from qwen_run.tokenizer import TOKENIZER_FILE, Tokenizer
 
-BLOCK_SIZE = 32  # tokens a cache block
-
 # ends an answer in the chat templates of all families, whatever generation_config.json says
 END_OF_TURN = "<|im_end|>"
+
+DEFAULT_GROUP_SIZE = 32
 
 # resident memory of the interpreter and its libraries, before any weight
 BASE_MEMORY_BYTES = 200_000_000
@@ -63,22 +67,33 @@ BASE_MEMORY_BYTES = 200_000_000
 class BuildOptions:
     """What a user may choose; None means the default that goes with ``quant``.
 
+    ``quant`` None is int4, or what the checkpoint is stored in. ``exclude`` are patterns of linears to keep float,
+    ``quant_config`` schemes of others, see :mod:`qwen_build.per_linear`.
+
     A float engine keeps embedding and cache in float32, so that it equals Hugging Face; a quantised one
     stores the embedding in int8 and the cache in float16, whose error is far below that of its linears.
+    The default of ``activations`` goes with ``kernels``, see ``quantize.KERNELS``. ``block_size`` is tokens a cache
+    block.
     """
 
-    quant: str = "int4"
-    group_size: int = 32
+    quant: str | None = None
+    group_size: int | None = None
     symmetric: bool | None = None
-    activations: str = "int8"
+    kernels: str = "native"
+    activations: str | None = None
     embedding_quant: str | None = None
     kv_cache_dtype: str | None = None
     max_seq_len: int | None = None
+    block_size: int = 32
+    exclude: tuple[str, ...] = ()
+    quant_config: tuple[Rule, ...] = ()
 
     def resolved(self) -> BuildOptions:
         """The options with every default filled in but ``max_seq_len``, which the checkpoint decides."""
         exact = self.quant == "none"
         fields = vars(self) | {
+            "quant": self.quant or "int4",
+            "group_size": self.group_size or DEFAULT_GROUP_SIZE,
             "embedding_quant": self.embedding_quant or ("none" if exact else "int8"),
             "kv_cache_dtype": self.kv_cache_dtype or ("float32" if exact else "float16"),
         }
@@ -94,7 +109,7 @@ class Plan:
     config: ModelConfig
     schemes: Schemes
     graph: Graph
-    sources: dict[str, Source]
+    sources: dict[str, AnySource]
     layout: Layout
     inputs: tuple[TensorSpec, ...]
     eos_token_ids: tuple[int, ...]
@@ -107,24 +122,30 @@ class Plan:
         return tuple(
             LinearRecord(
                 name.removesuffix(".weight"),
-                module.in_features,
-                module.out_features,
-                module.scheme.record,
-                sum(part.size_bytes for part in module.scheme.parts(module.out_features, module.in_features).values()),
+                in_features=module.shape[1],
+                out_features=module.shape[0],
+                quantization=module.scheme.record,
+                stored_bytes=sum(part.size_bytes for part in module.scheme.parts(module.shape).values()),
             )
             for name, module in self.graph.stored.items()
         )
 
     @property
+    def head_is_shared(self) -> bool:
+        """Whether the head reads the bytes of the embedding."""
+        head, embedding = self.graph.stored[HEAD], self.graph.stored[EMBEDDING]
+        return self.config.tie_word_embeddings and head.scheme == embedding.scheme
+
+    @property
     def cache_bytes_per_token(self) -> int:
         states = [spec for spec in self.inputs if spec.kind == "paged_state"]
         block_bytes = sum(ITEM_BYTES[spec.dtype] * math.prod(map(int, spec.shape[1:])) for spec in states)
-        return block_bytes // BLOCK_SIZE
+        return block_bytes // self.options.block_size
 
     @property
     def build_memory_bytes(self) -> int:
         """Estimate of the build's peak resident memory."""
-        slices = [max(SLICE_ELEMENTS, weight.shape[-1]) for weight in self.layout.weights]
+        slices = [max(SLICE_ELEMENTS, weight.scheme.block_rows * weight.shape[-1]) for weight in self.layout.weights]
         constants = sum(array.nbytes for array, _ in self.layout.constants)
         return BASE_MEMORY_BYTES + 2 * constants + physical_cores() * ARRAYS_PER_SLICE * 4 * max(slices)
 
@@ -136,26 +157,27 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         CheckpointError, UnsupportedModel, WeightMismatch: the checkpoint is not one that can be built.
         BuildError: an option does not fit it.
     """
-    options = options.resolved()
     config = ModelConfig.from_hf(located.path)
+    options = (options if config.packed is None else _as_packed(options, config.packed)).resolved()
+    if options.block_size < KEY_TILE or options.block_size & (options.block_size - 1):
+        raise BuildError(f"block_size is {options.block_size}, expected a power of two from {KEY_TILE}")
     check_layers(config, checkpoint)
     check_text_files(located.path)
     max_seq_len = _max_seq_len(options, config)
-    assert options.embedding_quant is not None
     assert options.kv_cache_dtype is not None
-    schemes = Schemes(_scheme(options, options.quant), _scheme(options, options.embedding_quant))
+    schemes = _schemes(options, config, checkpoint)
     inputs = (
         *BATCH_INPUTS,
         *cache_inputs(
             range(config.num_hidden_layers),
             config.num_key_value_heads,
             config.head_dim,
-            BLOCK_SIZE,
+            options.block_size,
             options.kv_cache_dtype,
         ),
     )
     graph = build_graph(config, schemes, inputs, max_seq_len)
-    shapes = {name: (module.out_features, module.in_features) for name, module in graph.stored.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in graph.stored.items()}
     shapes |= {name: tuple(value.shape) for name, value in graph.plain.items()}
     sources = map_weights(shapes, checkpoint, config)
     return Plan(
@@ -249,8 +271,48 @@ def _max_seq_len(options: BuildOptions, config: ModelConfig) -> int:
     return chosen
 
 
-def _scheme(options: BuildOptions, quant: str) -> Scheme:
-    return make_scheme(quant, options.group_size, options.symmetric, options.activations)
+def _as_packed(options: BuildOptions, packed: PackedFormat) -> BuildOptions:
+    """``options`` for a checkpoint that decided how its linears are stored."""
+    for name in ("quant", "group_size", "symmetric"):
+        if (value := getattr(options, name)) is not None:
+            raise BuildError(
+                f"{name} {value} cannot be chosen, the checkpoint is stored as {packed.method} {packed.quant} already; "
+                "leave it out or build from the float checkpoint"
+            )
+    return dataclasses.replace(options, quant=packed.quant)
+
+
+def _schemes(options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint) -> Schemes:
+    """The scheme of every linear. What a packed checkpoint left float stays so."""
+
+    def scheme(quant: str, **chosen: Any) -> Scheme:
+        fields = {name: getattr(options, name) for name in ("group_size", "symmetric", "activations")}
+        fields |= {name: value for name, value in chosen.items() if value is not None}
+        return make_scheme(quant, kernels=options.kernels, **fields)
+
+    def scheme_of(rule: Rule) -> Scheme:
+        try:
+            return scheme(
+                rule.quant, group_size=rule.group_size, symmetric=rule.symmetric, activations=rule.activations
+            )
+        except BuildError as error:
+            raise BuildError(f"{rule.origin}: {rule.pattern!r}: {error}") from error
+
+    if options.exclude and options.quant == "none":
+        raise BuildError("--exclude keeps linears float, as --quant none keeps all of them; leave one out")
+    assert options.quant is not None
+    assert options.embedding_quant is not None
+    packed = {}
+    if config.packed:
+        grid = config.packed.grid
+        quantised = scheme(config.packed.quant, group_size=grid.group_size, symmetric=grid.symmetric)
+        packed = packed_choices(config, checkpoint, quantised)
+    rules = (*excluding(options.exclude), *options.quant_config)
+    return Schemes(
+        scheme("none" if config.packed else options.quant),
+        scheme(options.embedding_quant),
+        choose(linear_names(config), packed, rules, scheme_of),
+    )
 
 
 def _manifest(plan: Plan, scratch: Path, digests: dict[str, str], command: str) -> Manifest:
@@ -262,7 +324,7 @@ def _manifest(plan: Plan, scratch: Path, digests: dict[str, str], command: str) 
         name=_utf8(plan.located.name),
         model=plan.config.sizes,
         limits=Limits(plan.max_seq_len),
-        cache=CacheLayout(BLOCK_SIZE, plan.options.kv_cache_dtype, plan.cache_bytes_per_token),
+        cache=CacheLayout(plan.options.block_size, plan.options.kv_cache_dtype, plan.cache_bytes_per_token),
         inputs=plan.inputs,
         outputs=(logits_output(plan.config.vocab_size),),
         linears=plan.linears,

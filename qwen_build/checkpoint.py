@@ -65,9 +65,17 @@ STORAGE = {
 }
 
 
+# what the packed linears of ``packed.py`` are made of beside floats: safetensors dtype -> element
+PACKED_STORAGE = {"I32": "<i4"}
+PACKED_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: safetensors dtype (a key of ``STORAGE``), shape, file, first byte in the file."""
+    """Where a tensor lies: safetensors dtype, shape, file, first byte in the file.
+
+    The dtype is a key of ``STORAGE`` or ``PACKED_STORAGE``.
+    """
 
     name: str
     dtype: str
@@ -96,7 +104,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: there are no such weights, a file is truncated or damaged, index and shards
-                disagree, or a dtype is none of float32, float16 and bfloat16.
+                disagree, or a dtype is none of float32, float16 and bfloat16, nor int32 of a packed linear.
         """
         try:
             index = None if (directory / WEIGHTS_FILE).is_file() else _read_index(directory)
@@ -133,7 +141,8 @@ class Checkpoint:
         """The dtype most parameters are stored in: ``float32``, ``float16`` or ``bfloat16``."""
         parameters: Counter[str] = Counter()
         for info in self.tensors.values():
-            parameters[info.dtype] += math.prod(info.shape)
+            if info.dtype in STORAGE:
+                parameters[info.dtype] += math.prod(info.shape)
         return STORAGE[max(parameters, key=parameters.__getitem__)].hf_name
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
@@ -165,6 +174,37 @@ class Checkpoint:
         if not finite:
             raise _not_finite(info, out, start)
         return out
+
+    def read_columns(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Columns ``[start, stop)`` of a matrix, all by default, in a new array: int32 where packed, else float32.
+
+        A vector is read as a matrix of one row.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or the file became shorter since it was opened.
+        """
+        info = self.tensors[name]
+        rows, columns = (1, *info.shape)[-2:]
+        stop = columns if stop is None else stop
+        if not 0 <= start <= stop <= columns:
+            raise IndexError(f"{name} has {columns} columns, asked for [{start}, {stop})")
+
+        element = PACKED_STORAGE.get(info.dtype) or STORAGE[info.dtype].element
+        stored = np.empty((rows, stop - start), element)
+        descriptor = self._descriptors[info.path]
+        if stop - start == columns:  # then the rows follow each other
+            _read_exactly(info.path, descriptor, stored.data, info.offset)
+        else:
+            for row in range(rows):
+                offset = info.offset + (row * columns + start) * stored.itemsize
+                _read_exactly(info.path, descriptor, stored[row].data, offset)
+        if info.dtype in PACKED_STORAGE:
+            return stored
+        values = np.empty(stored.shape, np.float32)
+        STORAGE[info.dtype].decode(stored, values)
+        if not np.isfinite(values).all():
+            raise _not_finite(info, values, 0)
+        return values
 
 
 def _not_finite(info: TensorInfo, values: Float32, start: int) -> CheckpointError:
@@ -301,8 +341,8 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, in
         raise CheckpointError(f"{path}: the header entry of {name} is damaged; download the file again")
     if 0 in shape:
         raise CheckpointError(f"{path}: {name} has shape {shape}, without values; save the checkpoint whole")
-    if dtype in STORAGE:
-        needed = math.prod(shape) * np.dtype(STORAGE[dtype].element).itemsize
+    if element := PACKED_STORAGE.get(dtype) or (dtype in STORAGE and STORAGE[dtype].element):
+        needed = math.prod(shape) * np.dtype(element).itemsize
         if end - begin != needed:
             raise CheckpointError(
                 f"{path}: {name} owns {end - begin} bytes, {dtype} {shape} needs {needed}; download the file again"
@@ -334,11 +374,15 @@ def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, Ten
 def _check_dtypes(directory: Path, tensors: Mapping[str, TensorInfo]) -> None:
     if not tensors:
         raise CheckpointError(f"{directory} has weight files without a tensor; download or save it again")
-    strange = sorted(f"{info.name} ({info.dtype})" for info in tensors.values() if info.dtype not in STORAGE)
+    strange = sorted(
+        f"{info.name} ({info.dtype})"
+        for info in tensors.values()
+        if info.dtype not in STORAGE and not (info.dtype in PACKED_STORAGE and info.name.endswith(PACKED_SUFFIXES))
+    )
     if strange:
         raise CheckpointError(
-            f"{directory} stores {_some(strange)}, expected only {', '.join(STORAGE)}; a checkpoint that is already "
-            "quantised (GPTQ, AWQ, FP8, bitsandbytes) is not supported yet, use the one it was made from"
+            f"{directory} stores {_some(strange)}, expected only {', '.join(STORAGE)}; of checkpoints that "
+            "are already quantised, GPTQ and AWQ are read (not FP8, bitsandbytes), use the one it was made from"
         )
 
 

@@ -18,15 +18,20 @@ from qwen_run.command import Command, peak_memory_bytes, printable
 # The choices of quantize.py and graph_io.py, repeated so that --help need not import onnx; a test compares them.
 QUANTS = ("none", "int8", "int4")
 GROUP_SIZES = ("32", "64", "128")
-ACTIVATIONS = ("int8", "float32")
-CACHE_DTYPES = ("float32", "float16")
+KERNELS = ("native", "stock")
+ACTIVATIONS = ("int8", "int8x2", "float32")
+CACHE_DTYPES = ("float32", "float16", "int8")
 ENGINES = Path("engines")
 
 
 @click.command(cls=Command)
 @click.argument("checkpoint", required=False)
-@click.option("--quant", type=click.Choice(QUANTS), default="int4", help="How the linear layers' weights are stored.")
-@click.option("--group-size", type=click.Choice(GROUP_SIZES), default="32", help="Inputs that share a scale.")
+@click.option(
+    "--quant",
+    type=click.Choice(QUANTS),
+    help="How the linear layers' weights are stored.  [default: int4; as they are in a GPTQ or AWQ checkpoint]",
+)
+@click.option("--group-size", type=click.Choice(GROUP_SIZES), help="Inputs that share a scale.  [default: 32]")
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
@@ -38,10 +43,28 @@ ENGINES = Path("engines")
     help="The same for embedding and head.  [default: int8; none with --quant none]",
 )
 @click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Keep the linear layers float whose names match, such as lm_head or 'model.layers.0.*'; may be repeated.",
+)
+@click.option(
+    "--quant-config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='JSON from patterns to schemes, the first that matches counts: {"*.down_proj": {"quant": "int8", '
+    '"group_size": 64}}. Also symmetric and activations; what is left out is as the other options say.',
+)
+@click.option(
+    "--kernels",
+    type=click.Choice(KERNELS),
+    default="native",
+    help="Whose operators multiply with quantised weights: this project's or ONNX Runtime's.",
+)
+@click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
-    default="int8",
-    help="Precision of what is multiplied with quantised weights.",
+    help="Precision of what is multiplied with quantised weights; int8x2 is native alone.  [default: int8]",
 )
 @click.option(
     "--kv-cache-dtype",
@@ -82,23 +105,30 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
     from qwen_build.checkpoint import Checkpoint
     from qwen_build.locate import resolve_checkpoint
     from qwen_build.output import check_output, resolved
+    from qwen_build.per_linear import read_rules
 
     if output is not None and not dry_run:
         check_output(output, force)  # before anything is downloaded
-    options = BuildOptions(**chosen | {"group_size": int(chosen["group_size"])})
+    group_size, rules = chosen["group_size"], chosen["quant_config"]
+    options = BuildOptions(
+        **chosen
+        | {
+            "group_size": None if group_size is None else int(group_size),
+            "quant_config": () if rules is None else read_rules(rules),
+        }
+    )
     if checkpoint is None:
         click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)
-    if output is None:
-        output = ENGINES / f"{located.name}-{options.quant}"
-        if not dry_run:
-            check_output(output, force)
-    target = resolved(output)
     with Checkpoint.open(located.path) as weights:
         plan = plan_build(weights, located, options)
         if dry_run:
             print_json(describe(plan)) if as_json else print_table(describe(plan))
             return
+        if output is None:
+            output = ENGINES / f"{located.name}-{plan.options.quant}"
+            check_output(output, force)
+        target = resolved(output)
         with click.progressbar(
             length=plan.layout.size_bytes, label=f"Building {output}", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
@@ -132,7 +162,7 @@ def describe(plan: Any) -> dict[str, Any]:
             }
             for linear in plan.linears
         ],
-        "tied": plan.config.tie_word_embeddings,
+        "tied": plan.head_is_shared,
         "weights_bytes": plan.layout.size_bytes,
         "cache_bytes_per_token": plan.cache_bytes_per_token,
         "max_seq_len": plan.max_seq_len,
@@ -143,15 +173,15 @@ def describe(plan: Any) -> dict[str, Any]:
 def print_table(description: dict[str, Any]) -> None:
     """Show a dry run to a person."""
     width = max(len(linear["name"]) for linear in description["linears"])
-    click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':24}  {'MB':>9}")
+    click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':34}  {'MB':>9}")
     for linear in description["linears"]:
         scheme = "float32"
         if linear["group_size"]:
             grid = "symmetric" if linear["symmetric"] else "asymmetric"
-            scheme = f"int{linear['bits']} g{linear['group_size']} {grid} x {linear['activations']}"
+            scheme = f"{linear['scheme']} g{linear['group_size']} {grid} x {linear['activations']}, {linear['kernels']}"
         shape = f"{linear['out_features']}x{linear['in_features']}"
         shared = "  shared with the embedding" if description["tied"] and linear["name"] == "lm_head" else ""
-        click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:24}  {linear['stored_bytes'] / 1e6:9.2f}{shared}")
+        click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:34}  {linear['stored_bytes'] / 1e6:9.2f}{shared}")
     token_bytes, tokens = description["cache_bytes_per_token"], description["max_seq_len"]
     click.echo(
         f"\nweights       {description['weights_bytes'] / 1e6:,.1f} MB\n"

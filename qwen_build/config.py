@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_build.checkpoint import read_json
+from qwen_build.packed import PackedFormat
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 from qwen_engine.manifest import ModelSizes
 
@@ -47,11 +48,15 @@ MOST, MOST_POSITIONS = 2**31 - 1, 2**24
 
 @dataclass(frozen=True)
 class ModelConfig(ModelSizes):
-    """Sizes and features of one checkpoint. ``eos_token_ids`` are the config's own, maybe none."""
+    """Sizes and features of one checkpoint. ``eos_token_ids`` are the config's own, maybe none.
+
+    ``packed`` is how its linears are stored where they are quantised already.
+    """
 
     architecture: Architecture
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...] = ()
+    packed: PackedFormat | None = None
 
     @property
     def sizes(self) -> ModelSizes:
@@ -92,6 +97,7 @@ class ModelConfig(ModelSizes):
             tie_word_embeddings=boolean(hf, "tie_word_embeddings", False),
             max_position_embeddings=integer(hf, "max_position_embeddings", most=MOST_POSITIONS),
             eos_token_ids=token_ids(hf.get("eos_token_id")),
+            packed=PackedFormat.from_json(quantized) if (quantized := hf.get("quantization_config")) else None,
         )
         check_sizes(config)
         return config
@@ -99,11 +105,6 @@ class ModelConfig(ModelSizes):
 
 def check_supported(hf: Mapping[str, Any], architecture: Architecture) -> None:
     """Raise :class:`UnsupportedModel` naming the first thing ``hf`` asks for that the graph lacks."""
-    if quantized := hf.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
-        raise UnsupportedModel(
-            f"the checkpoint is already quantised ({method}), which cannot be read yet; give the float checkpoint"
-        )
     for key, (supported, default) in SUPPORTED.items():
         value = default if hf.get(key) is None else hf[key]
         if value not in supported:

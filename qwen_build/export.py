@@ -7,6 +7,7 @@ A weight that the graph reads twice (a tied embedding and head) has one place.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,10 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_build.checkpoint import Checkpoint
+from qwen_build.grid import Rounded
 from qwen_build.model import Graph
-from qwen_build.quantize import Float32, Scheme, StoredPart
-from qwen_build.weight_map import Source
-from qwen_engine.errors import BuildError
+from qwen_build.quantize import Float32, NativeInt, Scheme, StockInt, StoredPart, Tensors
+from qwen_build.weight_map import AnySource
+from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import WEIGHTS_FILE
 from qwen_run.machine import physical_cores
 
@@ -46,7 +48,7 @@ class Place:
     part: StoredPart
 
     @property
-    def row_bytes(self) -> int:
+    def block_bytes(self) -> int:
         return self.part.size_bytes // self.part.shape[0]
 
 
@@ -54,15 +56,16 @@ class Place:
 class PlannedWeight:
     """A weight of the checkpoint, how it is stored, and where each of its parts lies."""
 
-    source: Source
+    source: AnySource
     shape: tuple[int, ...]
     scheme: Scheme
     places: Mapping[str, Place]
 
     def slices(self) -> Iterator[tuple[int, int]]:
-        """Row ranges of at most ``SLICE_ELEMENTS`` elements, or one row."""
+        """Row ranges of whole blocks: at most ``SLICE_ELEMENTS`` elements, or one block."""
         rows, *rest = self.shape
-        step = max(1, SLICE_ELEMENTS // int(np.prod(rest)) if rest else rows)
+        block = self.scheme.block_rows
+        step = max(1, SLICE_ELEMENTS // math.prod(rest) // block if rest else rows) * block
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -76,11 +79,11 @@ class Layout:
     size_bytes: int
 
 
-def plan_layout(graph: Graph, sources: Mapping[str, Source]) -> Layout:
+def plan_layout(graph: Graph, sources: Mapping[str, AnySource]) -> Layout:
     """Give every tensor of ``graph`` its place. ``sources`` has the source of each graph weight."""
     end = 0
     places: dict[str, Place] = {}
-    planned: dict[tuple[Source, Scheme], PlannedWeight] = {}
+    planned: dict[tuple[AnySource, Scheme], PlannedWeight] = {}
     constants: list[tuple[np.ndarray, Place]] = []
 
     def put(part: StoredPart) -> Place:
@@ -104,10 +107,8 @@ def plan_layout(graph: Graph, sources: Mapping[str, Source]) -> Layout:
     for name, module in graph.stored.items():
         key = sources[name], module.scheme
         if key not in planned:
-            parts = module.scheme.parts(module.out_features, module.in_features)
-            shape = module.out_features, module.in_features
-            places_of = {part: put(stored) for part, stored in parts.items()}
-            planned[key] = PlannedWeight(sources[name], shape, module.scheme, places_of)
+            places_of = {part: put(stored) for part, stored in module.scheme.parts(module.shape).items()}
+            planned[key] = PlannedWeight(sources[name], module.shape, module.scheme, places_of)
         for part, value in module.parts.items():
             places[value.name] = planned[key].places[part]
     return Layout(tuple(planned.values()), tuple(constants), places, end)
@@ -134,7 +135,7 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
 
     Raises:
         BuildError: the disk is full.
-        CheckpointError: a weight cannot be read or is not finite.
+        CheckpointError: a weight cannot be read, is not finite, or too large for its scheme.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -144,10 +145,16 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
             advance(array.nbytes)
 
         def write_slice(weight: PlannedWeight, start: int, stop: int) -> int:
-            tensors = weight.scheme.quantize(weight.source.read(checkpoint, start, stop))
+            try:
+                rows = weight.source.read(checkpoint, start, stop)
+                tensors = _store(weight.scheme, rows) if isinstance(rows, Rounded) else weight.scheme.quantize(rows)
+            except OverflowError as error:
+                name = " or ".join(name for name, _ in weight.source.shapes)
+                raise CheckpointError(f"{name}: {error}; use --kernels stock") from error
             for part, place in weight.places.items():
-                write_exactly(descriptor, tensors[part], place.offset + start * place.row_bytes)
-            return sum(place.row_bytes for place in weight.places.values()) * (stop - start)
+                offset = place.offset + start // weight.scheme.block_rows * place.block_bytes
+                write_exactly(descriptor, tensors[part], offset)
+            return sum(tensor.nbytes for tensor in tensors.values())
 
         jobs = ((weight, *rows) for weight in layout.weights for rows in weight.slices())
         with closing(in_threads(write_slice, jobs)) as results:  # no thread writes once the file is closed
@@ -158,6 +165,11 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
         raise BuildError(f"the weights cannot be written: {error.strerror}; the engine takes {size}") from error
     finally:
         os.close(descriptor)
+
+
+def _store(scheme: Scheme, rows: Rounded) -> Tensors:
+    assert isinstance(scheme, NativeInt | StockInt)
+    return scheme.store(rows)
 
 
 def in_threads(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Generator[Result, None, None]:

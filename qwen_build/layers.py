@@ -7,36 +7,84 @@ intermediate_size, V vocab_size, L tokens that get logits. Weights are (out_feat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from qwen_build.config import ModelConfig
-from qwen_build.quantize import Scheme
+from qwen_build.quantize import Fusion, NativeInt, Norm, Scheme
+from qwen_build.weight_map import EMBEDDING, FUSED, HEAD
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
     CUMULATIVE_LENGTHS,
     PAST_LENGTHS,
     PLUGIN_DOMAIN,
     key_cache_name,
+    key_scale_name,
     value_cache_name,
+    value_scale_name,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """How one linear of the checkpoint is stored.
+
+    Attributes:
+        permutation: int32 (in_features), stored column k multiplies input column permutation[k]; None: in order.
+        packed: whether the checkpoint has it on this grid already, see ``packed.py``.
+    """
+
+    scheme: Scheme
+    permutation: np.ndarray | None = None
+    packed: bool = False
+
+    def agrees(self, other: Choice) -> bool:
+        """Whether both can lie in one weight."""
+        if (self.scheme, self.packed) != (other.scheme, other.packed):
+            return False
+        if self.permutation is None or other.permutation is None:
+            return self.permutation is other.permutation
+        return np.array_equal(self.permutation, other.permutation)
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """How every linear is stored: those of the decoder layers, embedding and head, and exceptions by their name.
+
+    Names are Hugging Face's, such as ``model.layers.0.mlp.up_proj``: never those of fused linears.
+    """
+
+    linear: Scheme
+    embedding: Scheme
+    exceptions: Mapping[str, Choice] = field(default_factory=dict)
+
+    def of(self, name: str) -> Choice:
+        default = self.embedding if f"{name}.weight" in (EMBEDDING, HEAD) else self.linear
+        return self.exceptions.get(name) or Choice(default)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one run share: the graph's inputs, the rotary tables, and the exposed values."""
+    """What all layers of one run share: the graph's inputs, the rotary tables, and the exposed values.
+
+    Attributes:
+        exposing: whether this is the layers graph, so that every sub-block has to have a value of its own.
+    """
 
     inputs: Mapping[str, ir.Value]
     cos: ir.Value  # (max_seq_len, D/2)
     sin: ir.Value
+    exposing: bool
     exposed: dict[str, ir.Value] = field(default_factory=dict)
 
-    def expose(self, name: str, value: ir.Value) -> ir.Value:
+    def expose(self, name: str | None, value: ir.Value) -> ir.Value:
         """Make ``value`` an output of the layers graph, under the Hugging Face name of what computes it."""
-        self.exposed[name] = value
+        if self.exposing and name is not None:
+            self.exposed[name] = value
         return value
 
 
@@ -45,8 +93,8 @@ class Stored(nn.Module):
 
     def __init__(self, out_features: int, in_features: int, scheme: Scheme):
         super().__init__()
-        self.out_features, self.in_features, self.scheme = out_features, in_features, scheme
-        for name, part in scheme.parts(out_features, in_features).items():
+        self.shape, self.scheme = (out_features, in_features), scheme
+        for name, part in scheme.parts(self.shape).items():
             setattr(self, name, nn.Parameter(self.declared_shape(part.shape), part.dtype))
 
     def declared_shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -55,18 +103,91 @@ class Stored(nn.Module):
 
     @property
     def parts(self) -> dict[str, ir.Value]:
-        return {name: getattr(self, name) for name in self.scheme.parts(self.out_features, self.in_features)}
+        return {name: getattr(self, name) for name in self.scheme.parts(self.shape)}
 
 
 class Linear(Stored):
-    """``x @ weight.T + bias``."""
+    """``x @ weight.T + bias``, and what stands right before and after it.
 
-    def __init__(self, in_features: int, out_features: int, scheme: Scheme, bias: bool = False):
-        super().__init__(out_features, in_features, scheme)
+    This is the only place that knows which schemes compute the surroundings in the operator of the product.
+
+    Args:
+        permutation: of the input's columns, see :class:`Choice`.
+        input_name: the name under which the layers graph exposes the product's input; None: not at all.
+        output_name: the same of the product.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        choice: Choice,
+        bias: bool = False,
+        input_name: str | None = None,
+        output_name: str | None = None,
+    ):
+        super().__init__(out_features, in_features, choice.scheme)
+        self.permutation = choice.permutation
         self.bias = nn.Parameter((out_features,)) if bias else None
+        self.input_name, self.output_name = input_name, output_name
 
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return self.scheme.linear(op, x, self.parts, self.bias, self.in_features)
+    def forward(
+        self,
+        op: OpBuilder,
+        x: ir.Value,
+        step: Step,
+        norm: Norm | None = None,
+        swiglu: bool = False,
+        residual: ir.Value | None = None,
+    ) -> ir.Value:
+        """``residual + linear(norm(x))``; with ``swiglu``, x is (T, 2 in_features) and linear reads its gated half."""
+        permutation = None if self.permutation is None else op.initializer(ir.tensor(self.permutation), "permutation")
+        if not isinstance(self.scheme, NativeInt):
+            if norm is not None:
+                x = op.RMSNormalization(x, norm.weight, axis=-1, epsilon=norm.eps)
+            if swiglu:
+                gate, up = op.Split(x, axis=-1, num_outputs=2, _outputs=2)
+                x = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+            step.expose(self.input_name, x)
+            if permutation is not None:
+                x = op.Gather(x, permutation, axis=1)
+            product = step.expose(self.output_name, self.scheme.linear(op, x, self.parts, self.bias, self.shape))
+            return product if residual is None else op.Add(residual, product)
+
+        # A layers graph shows what the operator has inside; only the residual is added outside, to the same bits.
+        changes_input = norm is not None or swiglu
+        fusion = Fusion(norm, swiglu, None if step.exposing else residual, permutation)
+        product, changed = self.scheme.fused_linear(
+            op, x, self.parts, self.bias, self.shape, fusion, with_input=step.exposing and changes_input
+        )
+        step.expose(self.input_name, changed or x)
+        step.expose(self.output_name, product)
+        return op.Add(residual, product) if step.exposing and residual is not None else product
+
+
+def side_by_side(
+    config: ModelConfig, path: str, fused: str, in_features: int, schemes: Schemes, bias: bool, input_name: str
+) -> dict[str, Linear]:
+    """The linears of a row of ``FUSED`` in the layer ``path``, by the names they have in the graph.
+
+    One whose outputs are those of all, where all are stored alike; else one for each.
+    """
+    parts = FUSED[fused](config)
+    parent, _, name = fused.rpartition(".")
+    choices = [schemes.of(f"{path}.{parent}.{part}") for part in parts]
+    if all(choices[0].agrees(choice) for choice in choices):
+        return {name: Linear(in_features, sum(parts.values()), choices[0], bias, input_name)}
+    exposing = [input_name, *(None for _ in choices[1:])]  # they have one input
+    return {
+        part: Linear(in_features, rows, choice, bias, exposed)
+        for (part, rows), choice, exposed in zip(parts.items(), choices, exposing, strict=True)
+    }
+
+
+def concatenated(op: OpBuilder, linears: Iterable[Linear], x: ir.Value, step: Step, norm: Norm) -> ir.Value:
+    """``linear(norm(x))`` of each of ``linears``, their outputs next to each other."""
+    outputs = [linear(op, x, step, norm=norm) for linear in linears]
+    return outputs[0] if len(outputs) == 1 else op.Concat(*outputs, axis=-1)
 
 
 class Embedding(Stored):
@@ -76,73 +197,74 @@ class Embedding(Stored):
         return stored[0], math.prod(stored[1:])
 
     def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
-        return self.scheme.lookup(op, input_ids, self.parts, self.in_features)
+        return self.scheme.lookup(op, input_ids, self.parts, self.shape)
 
 
 class RMSNorm(nn.Module):
-    """Zhang & Sennrich, arXiv 1910.07467, eq. 4."""
+    """Zhang & Sennrich, arXiv 1910.07467, eq. 4: its weight; what reads the result applies it."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter((size,))
         self.eps = eps
 
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.eps)
+    def forward(self, op: OpBuilder) -> Norm:
+        return Norm(self.weight, self.eps)
 
 
 class MLP(nn.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv 2002.05202, eq. 6)."""
 
-    def __init__(self, config: ModelConfig, layer: int, scheme: Scheme):
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.path = f"model.layers.{layer}.mlp"
-        self.gate_up_proj = Linear(hidden, 2 * inner, scheme)
-        self.down_proj = Linear(inner, hidden, scheme)
+        hidden, inner, path = config.hidden_size, config.intermediate_size, f"model.layers.{layer}"
+        self.gate_up = side_by_side(
+            config, path, "mlp.gate_up_proj", hidden, schemes,
+            bias=False, input_name=f"{path}.post_attention_layernorm",
+        )  # fmt: skip
+        for name, linear in self.gate_up.items():
+            setattr(self, name, linear)
+        self.down_proj = Linear(
+            inner, hidden, schemes.of(f"{path}.mlp.down_proj"),
+            input_name=f"{path}.mlp.down_proj.input", output_name=f"{path}.mlp",
+        )  # fmt: skip
 
-    def forward(self, op: OpBuilder, x: ir.Value, step: Step) -> ir.Value:
-        gate, up = op.Split(self.gate_up_proj(op, x), axis=-1, num_outputs=2, _outputs=2)  # (T, I) each
-        product = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
-        step.expose(f"{self.path}.down_proj.input", product)
-        return step.expose(self.path, self.down_proj(op, product))
-
-
-class HeadNorm(nn.Module):
-    """The weight of an RMS norm over each head, applied inside the attention operator."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter((head_dim,))
-
-    def forward(self, op: OpBuilder) -> ir.Value:
-        return self.weight
+    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: Step) -> ir.Value:
+        """``x + mlp(norm(x))``"""
+        gate_up = concatenated(op, self.gate_up.values(), x, step, norm)  # (T, 2I)
+        return self.down_proj(op, gate_up, step, swiglu=True, residual=x)
 
 
 class Attention(nn.Module):
     """Grouped-query attention over the paged cache; rotary embedding and q/k norm inside the operator."""
 
-    def __init__(self, config: ModelConfig, layer: int, scheme: Scheme):
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__()
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.config, self.layer, self.path = config, layer, f"model.layers.{layer}.self_attn"
-        self.qkv_proj = Linear(
-            config.hidden_size, (heads + 2 * kv_heads) * head_dim, scheme, bias=config.architecture.attention_bias
-        )
-        self.o_proj = Linear(heads * head_dim, config.hidden_size, scheme)
-        self.q_norm = HeadNorm(head_dim) if config.architecture.qk_norm else None
-        self.k_norm = HeadNorm(head_dim) if config.architecture.qk_norm else None
+        self.config, self.layer, path = config, layer, f"model.layers.{layer}"
+        self.qkv = side_by_side(
+            config, path, "self_attn.qkv_proj", config.hidden_size, schemes,
+            bias=config.architecture.attention_bias, input_name=f"{path}.input_layernorm",
+        )  # fmt: skip
+        for name, linear in self.qkv.items():
+            setattr(self, name, linear)
+        self.o_proj = Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, schemes.of(f"{path}.self_attn.o_proj"),
+            input_name=f"{path}.self_attn.o_proj.input", output_name=f"{path}.self_attn",
+        )  # fmt: skip
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
 
-    def forward(self, op: OpBuilder, x: ir.Value, step: Step) -> ir.Value:
+    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: Step) -> ir.Value:
+        """``x + attention(norm(x))``"""
         inputs, config = step.inputs, self.config
-        output = op.PagedAttention(
-            self.qkv_proj(op, x), None, None,  # packed: no separate key and value
+        attended = op.PagedAttention(
+            concatenated(op, self.qkv.values(), x, step, norm), None, None,  # packed: no separate key and value
             inputs[key_cache_name(self.layer)], inputs[value_cache_name(self.layer)],
             inputs[CUMULATIVE_LENGTHS], inputs[PAST_LENGTHS], inputs[BLOCK_TABLE], step.cos, step.sin,
             None, None,  # slot_mapping, head_sink
-            self.q_norm(op) if self.q_norm else None, self.k_norm(op) if self.k_norm else None,
+            self.q_norm(op).weight if self.q_norm else None, self.k_norm(op).weight if self.k_norm else None,
+            inputs.get(key_scale_name(self.layer)), inputs.get(value_scale_name(self.layer)),
             num_heads=config.num_attention_heads, kv_num_heads=config.num_key_value_heads,
             do_rotary=1, scale=config.head_dim**-0.5, qk_norm_epsilon=config.rms_norm_eps, _domain=PLUGIN_DOMAIN,
         )  # fmt: skip
-        step.expose(f"{self.path}.o_proj.input", output)
-        return step.expose(self.path, self.o_proj(op, output))
+        return self.o_proj(op, attended, step, residual=x)

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder, nn
 
 from qwen_build.config import ModelConfig
-from qwen_build.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step, Stored
-from qwen_build.quantize import Scheme
+from qwen_build.layers import MLP, Attention, Embedding, Linear, RMSNorm, Schemes, Step, Stored
+from qwen_build.quantize import Norm
 from qwen_build.rope import rope_tables
 from qwen_engine.graph_io import INPUT_IDS, LOGITS, LOGITS_INDICES, PLUGIN_DOMAIN, TensorSpec, logits_output
 
@@ -20,46 +20,38 @@ DTYPES = {
     "int32": ir.DataType.INT32,
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "int8": ir.DataType.INT8,
 }
 
 
-@dataclass(frozen=True)
-class Schemes:
-    """Which scheme stores what: the linears of the decoder layers, and embedding and head."""
-
-    linear: Scheme
-    embedding: Scheme
-
-
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, scheme: Scheme):
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__()
         self.path = f"model.layers.{layer}"
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, scheme)
+        self.self_attn = Attention(config, layer, schemes)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, layer, scheme)
+        self.mlp = MLP(config, layer, schemes)
 
     def forward(self, op: OpBuilder, x: ir.Value, step: Step) -> ir.Value:
-        normed = step.expose(f"{self.path}.input_layernorm", self.input_layernorm(op, x))
-        x = op.Add(x, self.self_attn(op, normed, step))
-        normed = step.expose(f"{self.path}.post_attention_layernorm", self.post_attention_layernorm(op, x))
-        return step.expose(self.path, op.Add(x, self.mlp(op, normed, step)))
+        x = self.self_attn(op, x, self.input_layernorm(op), step)
+        return step.expose(self.path, self.mlp(op, x, self.post_attention_layernorm(op), step))
 
 
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, schemes.embedding)
-        self.layers = nn.ModuleList([DecoderLayer(config, i, schemes.linear) for i in range(config.num_hidden_layers)])
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, schemes.of("model.embed_tokens").scheme)
+        self.layers = nn.ModuleList([DecoderLayer(config, i, schemes) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, op: OpBuilder, step: Step) -> ir.Value:
+    def forward(self, op: OpBuilder, step: Step) -> tuple[ir.Value, Norm]:
+        """What the head multiplies (L, H), and the norm it still has to go through."""
         x = step.expose("model.embed_tokens", self.embed_tokens(op, step.inputs[INPUT_IDS]))  # (T, H)
         for layer in self.layers:
             x = layer(op, x, step)
         x = op.Gather(x, step.inputs[LOGITS_INDICES])  # (L, H): the vocabulary is multiplied only where asked
-        return step.expose("model.norm", self.norm(op, x))
+        return x, self.norm(op)
 
 
 class CausalLM(nn.Module):
@@ -68,10 +60,11 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()
         self.model = Decoder(config, schemes)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, schemes.embedding)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, schemes.of("lm_head"), input_name="model.norm")
 
     def forward(self, op: OpBuilder, step: Step) -> ir.Value:
-        return self.lm_head(op, self.model(op, step))
+        x, norm = self.model(op, step)
+        return self.lm_head(op, x, step, norm=norm)
 
 
 @dataclass(frozen=True)
@@ -104,11 +97,11 @@ def build_graph(
         values,
         builder.op.initializer(ir.tensor(cos), "rope.cos"),
         builder.op.initializer(ir.tensor(sin), "rope.sin"),
+        exposing=expose,
     )
     model = CausalLM(config, schemes)
     logits = model(builder.op, step)
-    outputs = {LOGITS: logits} | (step.exposed if expose else {})
-    for name, value in outputs.items():
+    for name, value in {LOGITS: logits, **step.exposed}.items():
         value.type = ir.TensorType(ir.DataType.FLOAT)
         builder.add_output(value, name)
     logits.shape = ir.Shape(logits_output(config.vocab_size).shape)

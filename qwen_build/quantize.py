@@ -2,8 +2,8 @@
 
 A scheme is one class with everything that has to agree on the stored layout: how a weight is
 written, how it is read back, its shapes, and the operators that read it. Weights are
-(out_features, in_features); every stored part has out_features as its first axis and a row of it
-depends on that row of the weight alone, so a weight can be written a slice of rows at a time.
+(out_features, in_features); every stored part has blocks of ``block_rows`` of their rows, one after the
+other, as its first axis. A block depends on its rows alone, so a weight can be written some blocks at a time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from qwen_build.grid import Grid, Rounded
 from qwen_engine.errors import BuildError
+from qwen_engine.graph_io import PLUGIN_DOMAIN
 from qwen_engine.manifest import Quantization
+from qwen_plugin.layout import PANEL, pack_panels, panel_bytes, round_scales, unpack_panels
 
 MICROSOFT = "com.microsoft"
 
 Tensors = dict[str, np.ndarray]
 Values = Mapping[str, ir.Value]
+Shape = tuple[int, int]  # (out_features, in_features)
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Shape and type of one stored tensor; the first axis is out_features."""
+    """Shape and type of one stored tensor; the first axis counts blocks of rows."""
 
     shape: tuple[int, ...]
     dtype: ir.DataType
@@ -38,22 +42,37 @@ class StoredPart:
         return math.prod(self.shape) * int(self.dtype.bitwidth) // 8
 
 
-class Scheme(Protocol):
-    """What the graph, the weight writer and the manifest need from a way to store weights."""
+# activation precision -> accuracy_level of MatMulNBits. Levels 0 to 3 are the same on CPU.
+ACCURACY_LEVELS = {"int8": 4, "float32": 1}
 
-    def parts(self, out_features: int, in_features: int) -> dict[str, StoredPart]:
+# Names of layouts in the manifest: row after row, or panels of qwen_plugin/layout.py.
+ROWS, PANELS = "rows", "panels32"
+
+
+class Scheme(Protocol):
+    """What the graph, the weight writer and the manifest need from a way to store weights of some ``shape``."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a weight that are stored together; what is written begins at a multiple of it."""
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
         """The stored tensors of a weight, by the name they have behind the module's."""
 
     def quantize(self, weight: np.ndarray) -> Tensors:
-        """``weight`` (out_features, in_features) float32, or some of its rows, as stored."""
+        """``weight`` (out_features, in_features) float32, or some of its blocks of rows, as stored.
 
-    def dequantize(self, tensors: Tensors, in_features: int) -> np.ndarray:
-        """The (out_features, in_features) float32 weight the engine computes with."""
+        Raises:
+            OverflowError: a value is larger than the scheme can store.
+        """
 
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, in_features: int) -> ir.Value:
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+        """The float32 weight the engine computes with."""
+
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
         """``x @ weight.T + bias`` for x (T, in_features)."""
 
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, in_features: int) -> ir.Value:
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
         """Rows ``token_ids`` (T) of the weight, (T, in_features) float32."""
 
     @property
@@ -65,132 +84,206 @@ class Scheme(Protocol):
 class Float32:
     """The weight as it is, in float32: 16-bit checkpoints are represented exactly."""
 
-    def parts(self, out_features: int, in_features: int) -> dict[str, StoredPart]:
-        return {"weight": StoredPart((out_features, in_features), ir.DataType.FLOAT)}
+    block_rows = 1
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+        return {"weight": StoredPart(shape, ir.DataType.FLOAT)}
 
     def quantize(self, weight: np.ndarray) -> Tensors:
         return {"weight": weight}
 
-    def dequantize(self, tensors: Tensors, in_features: int) -> np.ndarray:
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
         return tensors["weight"]
 
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, in_features: int) -> ir.Value:
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
         return op.Gemm(x, weight["weight"], bias, transB=1)
 
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, in_features: int) -> ir.Value:
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
         return op.Gather(weight["weight"], token_ids)
 
     @property
     def record(self) -> Quantization:
-        return Quantization("none", bits=32, group_size=0, symmetric=True, activations="float32")
-
-
-# activation precision -> accuracy_level of MatMulNBits. Levels 0 to 3 are the same on CPU.
-ACCURACY_LEVELS = {"int8": 4, "float32": 1}
+        return Quantization("none", 32, 0, True, "float32", "stock", ROWS)
 
 
 @dataclass(frozen=True)
-class GroupwiseInt:
-    """``weight ~= scale * (q - zero_point)``, one scale and zero point for ``group_size`` inputs of one output.
+class StockInt:
+    """A grid as ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read it.
 
-    Stored as ONNX Runtime's ``MatMulNBits`` reads it: ``packed`` (out_features, groups, group_size *
-    bits / 8) uint8; ``scales`` (out_features, groups) float32; unless symmetric, ``zero_points``
-    (out_features, groups * bits / 8 rounded up) uint8. in_features that are no multiple of group_size
-    are padded with zeros. Symmetric means zero_point = 2**(bits-1), not stored.
+    ``packed`` (out_features, groups, group_size * bits / 8) uint8; ``scales`` (out_features, groups) float32; unless
+    symmetric, ``zero_points`` (out_features, groups * bits / 8 rounded up) uint8.
 
     ``activations`` "int8" rounds each input row to int8, group by group, before it is multiplied.
     """
 
-    bits: int
-    group_size: int
-    symmetric: bool
+    grid: Grid
     activations: str
 
-    def parts(self, out_features: int, in_features: int) -> dict[str, StoredPart]:
-        groups = -(-in_features // self.group_size)
-        packed = (out_features, groups, self.group_size * self.bits // 8)
+    block_rows = 1
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+        out_features, in_features = shape
+        bits, group_size = self.grid.bits, self.grid.group_size
+        groups = -(-in_features // group_size)
         parts = {
-            "packed": StoredPart(packed, ir.DataType.UINT8),
+            "packed": StoredPart((out_features, groups, group_size * bits // 8), ir.DataType.UINT8),
             "scales": StoredPart((out_features, groups), ir.DataType.FLOAT),
         }
-        if not self.symmetric:
-            zero_points = (out_features, -(-groups * self.bits // 8))
-            parts["zero_points"] = StoredPart(zero_points, ir.DataType.UINT8)
+        if not self.grid.symmetric:
+            parts["zero_points"] = StoredPart((out_features, -(-groups * bits // 8)), ir.DataType.UINT8)
         return parts
 
     def quantize(self, weight: np.ndarray) -> Tensors:
-        """Round ``weight`` to the nearest multiple of its group's scale (round to nearest, no calibration)."""
-        groups = self._groups(weight)  # (out_features, groups, group_size)
-        scales, zero_points = self._symmetric_grid(groups) if self.symmetric else self._asymmetric_grid(groups)
-        q = groups / scales[..., None]
-        np.rint(q, out=q)
-        q += zero_points[..., None]
-        np.clip(q, 0, self._levels, out=q)
-        tensors = {"packed": pack(q.astype(np.uint8), self.bits), "scales": scales}
-        if not self.symmetric:
-            tensors["zero_points"] = pack(self._padded(zero_points).astype(np.uint8), self.bits)
+        return self.store(self.grid.round(weight))
+
+    def store(self, rounded: Rounded) -> Tensors:
+        """A weight that is on the grid already, as stored."""
+        tensors = {"packed": pack(rounded.q, self.grid.bits), "scales": rounded.scales}
+        if rounded.zero_points is not None:
+            # a row ends with a whole byte
+            padding = -rounded.zero_points.shape[1] % (8 // self.grid.bits)
+            tensors["zero_points"] = pack(np.pad(rounded.zero_points, ((0, 0), (0, padding))), self.grid.bits)
         return tensors
 
-    def dequantize(self, tensors: Tensors, in_features: int) -> np.ndarray:
-        scales = tensors["scales"]
-        zero_points: np.ndarray | float = float(self._middle)
-        if not self.symmetric:
-            stored = unpack(tensors["zero_points"], self.bits)[:, : scales.shape[1]]
-            zero_points = stored.astype(np.float32)[..., None]
-        weight = unpack(tensors["packed"], self.bits).astype(np.float32) - zero_points
-        return (weight * scales[..., None]).reshape(len(weight), -1)[:, :in_features]
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+        scales, zero_points = tensors["scales"], tensors.get("zero_points")
+        if zero_points is not None:
+            zero_points = unpack(zero_points, self.grid.bits)[:, : scales.shape[1]]
+        return self.grid.values(Rounded(unpack(tensors["packed"], self.grid.bits), scales, zero_points), shape[1])
 
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, in_features: int) -> ir.Value:
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
         return op.MatMulNBits(
             x, weight["packed"], weight["scales"], weight.get("zero_points"), None, bias,
-            N=weight["packed"].shape[0], K=in_features, bits=self.bits, block_size=self.group_size,
+            N=shape[0], K=shape[1], bits=self.grid.bits, block_size=self.grid.group_size,
             accuracy_level=ACCURACY_LEVELS[self.activations], _domain=MICROSOFT,
         )  # fmt: skip
 
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, in_features: int) -> ir.Value:
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
         rows = op.GatherBlockQuantized(
             weight["packed"], token_ids, weight["scales"], weight.get("zero_points"),
-            bits=self.bits, block_size=self.group_size, gather_axis=0, quantize_axis=1, _domain=MICROSOFT,
+            bits=self.grid.bits, block_size=self.grid.group_size, gather_axis=0, quantize_axis=1, _domain=MICROSOFT,
         )  # fmt: skip
-        if in_features % self.group_size == 0:
+        if shape[1] % self.grid.group_size == 0:
             return rows
-        return op.Slice(rows, [0], [in_features], [1])  # the padding of the last group
+        return op.Slice(rows, [0], [shape[1]], [1])  # the padding of the last group
 
     @property
     def record(self) -> Quantization:
-        return Quantization(f"int{self.bits}", self.bits, self.group_size, self.symmetric, self.activations)
+        return int_record(self.grid, self.activations, "stock", ROWS)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The weight of an RMS norm, float32 (features), and its epsilon."""
+
+    weight: ir.Value
+    eps: float
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What the native operator computes along with a product.
+
+    The product's input is ``norm`` of x; or, with ``swiglu``, silu of the first half of x's (T, 2 in_features) times
+    the second. ``residual`` (T, out_features) is added last. With ``permutation`` int32 (in_features), stored column k
+    multiplies column permutation[k] of the input.
+    """
+
+    norm: Norm | None = None
+    swiglu: bool = False
+    residual: ir.Value | None = None
+    permutation: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class NativeInt:
+    """A grid as the plugin's ``QuantLinear`` and ``QuantEmbedding`` read it: panels, see ``qwen_plugin/layout.py``.
+
+    Scales are rounded to what a panel holds before q is computed. ``activations`` "int8" rounds each input row to
+    int8, group by group, before it is multiplied; "int8x2" to about 15 bits.
+    """
+
+    grid: Grid
+    activations: str
+
+    block_rows = PANEL
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+        out_features, in_features = shape
+        bytes_each = panel_bytes(in_features, self.grid.bits, self.grid.group_size, self.grid.symmetric)
+        return {"panels": StoredPart((-(-out_features // PANEL), bytes_each), ir.DataType.UINT8)}
+
+    def quantize(self, weight: np.ndarray) -> Tensors:
+        rounded = self.grid.round(weight, round_scales)
+        if not np.isfinite(rounded.scales).all():
+            largest = float(np.abs(weight).max())
+            raise OverflowError(f"{largest:g} is too large for the native layout's float16 scales")
+        return self.store(rounded)
+
+    def store(self, rounded: Rounded) -> Tensors:
+        """A weight that is on the grid already, as stored.
+
+        Raises:
+            OverflowError: the layout cannot hold a scale exactly.
+        """
+        lost = round_scales(rounded.scales) != rounded.scales
+        if lost.any():
+            raise OverflowError(f"the native layout's float16 scales cannot hold the scale {rounded.scales[lost][0]:g}")
+        q = rounded.q.reshape(len(rounded.q), -1)
+        panels = pack_panels(q, rounded.scales, rounded.zero_points, self.grid.bits, self.grid.group_size)
+        return {"panels": panels}
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+        bits, group_size = self.grid.bits, self.grid.group_size
+        padded = -(-shape[1] // group_size) * group_size
+        q, scales, zero_points = unpack_panels(
+            tensors["panels"], shape[0], padded, bits, group_size, self.grid.symmetric
+        )
+        return self.grid.values(Rounded(q.reshape(*scales.shape, group_size), scales, zero_points), shape[1])
+
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+        return self.fused_linear(op, x, weight, bias, shape, Fusion())[0]
+
+    def fused_linear(
+        self,
+        op: OpBuilder,
+        x: ir.Value,
+        weight: Values,
+        bias: ir.Value | None,
+        shape: Shape,
+        fusion: Fusion,
+        with_input: bool = False,
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """The product with ``fusion`` around it; ``with_input`` also the input of the product (T, in_features)."""
+        norm = fusion.norm
+        outputs = op.QuantLinear(
+            x, weight["panels"], bias, norm.weight if norm else None, fusion.residual,
+            fusion.permutation,
+            **self._attributes(shape), precision=self.activations, swiglu=int(fusion.swiglu),
+            **({"epsilon": norm.eps} if norm else {}), _domain=PLUGIN_DOMAIN, _outputs=1 + with_input,
+        )  # fmt: skip
+        return (outputs[0], outputs[1]) if with_input else (outputs, None)
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+        return op.QuantEmbedding(token_ids, weight["panels"], **self._attributes(shape), _domain=PLUGIN_DOMAIN)
+
+    def _attributes(self, shape: Shape) -> dict[str, int]:
+        grid = self.grid
+        return {
+            "N": shape[0],
+            "K": shape[1],
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "symmetric": int(grid.symmetric),
+        }
 
     @property
-    def _levels(self) -> int:
-        return (1 << self.bits) - 1
-
-    @property
-    def _middle(self) -> int:
-        return 1 << (self.bits - 1)
-
-    def _groups(self, weight: np.ndarray) -> np.ndarray:
-        padding = -weight.shape[1] % self.group_size
-        padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
-        return padded.reshape(len(weight), -1, self.group_size)
-
-    def _padded(self, zero_points: np.ndarray) -> np.ndarray:
-        """With a last column of zeros where a row would end in the middle of a byte."""
-        return np.pad(zero_points, ((0, 0), (0, -zero_points.shape[1] % (8 // self.bits))))
-
-    def _symmetric_grid(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        largest = np.maximum(groups.max(axis=-1), -groups.min(axis=-1))
-        scales = positive(largest / (self._middle - 1))
-        return scales, np.full_like(scales, self._middle)
-
-    def _asymmetric_grid(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        lowest, highest = groups.min(axis=-1).clip(max=0), groups.max(axis=-1).clip(min=0)  # 0 stays exact
-        scales = positive((highest - lowest) / self._levels)
-        return scales, np.rint(-lowest / scales)
+    def record(self) -> Quantization:
+        return int_record(self.grid, self.activations, "native", PANELS)
 
 
-def positive(scales: np.ndarray) -> np.ndarray:
-    """Replace the scale of an all-zero group, or one whose reciprocal would overflow, by 1."""
-    return np.where(scales > 1e-37, scales, np.float32(1))
+def int_record(grid: Grid, activations: str, kernels: str, layout: str) -> Quantization:
+    return Quantization(f"int{grid.bits}", grid.bits, grid.group_size, grid.symmetric, activations, kernels, layout)
 
 
 def pack(q: np.ndarray, bits: int) -> np.ndarray:
@@ -221,30 +314,45 @@ class SchemeRow:
     help: str
 
 
-# name on the command line -> scheme; option choices, help text and tests are made from this table
+@dataclass(frozen=True)
+class KernelsRow:
+    """A choice of ``--kernels``: who stores and multiplies integers, in which precisions; the first is the default."""
+
+    store: type[NativeInt] | type[StockInt]
+    activations: tuple[str, ...]
+
+
+# name on the command line -> scheme; option choices, help text and tests are made from these tables
 SCHEMES = {
     "none": SchemeRow(0, True, "float32, equal to Hugging Face"),
     "int8": SchemeRow(8, True, "8-bit weights, a scale for each group"),
     "int4": SchemeRow(4, False, "4-bit weights, a scale for each group"),
 }
+KERNELS = {
+    "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32")),
+    "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS)),
+}
 
 GROUP_SIZES = (32, 64, 128)
 
 
-def make_scheme(name: str, group_size: int, symmetric: bool | None, activations: str) -> Scheme:
-    """The scheme called ``name`` on the command line; ``symmetric`` None is its row's default.
+def make_scheme(name: str, group_size: int, symmetric: bool | None, activations: str | None, kernels: str) -> Scheme:
+    """The scheme called ``name`` on the command line; None is the default of the tables.
 
     Raises:
-        BuildError: an option is not one of its table.
+        BuildError: an option is not one of its table, or does not go with ``kernels``.
     """
     for option, value, choices in (
         ("quant", name, tuple(SCHEMES)),
         ("group-size", group_size, GROUP_SIZES),
-        ("activations", activations, tuple(ACCURACY_LEVELS)),
+        ("kernels", kernels, tuple(KERNELS)),
     ):
         if value not in choices:
             raise BuildError(f"--{option} {value} is not one of {', '.join(map(str, choices))}")
-    row = SCHEMES[name]
+    row, store, precisions = SCHEMES[name], KERNELS[kernels].store, KERNELS[kernels].activations
+    if activations is not None and activations not in precisions:
+        raise BuildError(f"--kernels {kernels} has no --activations {activations}; choose {' or '.join(precisions)}")
     if not row.bits:
         return Float32()
-    return GroupwiseInt(row.bits, group_size, row.symmetric if symmetric is None else symmetric, activations)
+    grid = Grid(row.bits, group_size, row.symmetric if symmetric is None else symmetric)
+    return store(grid, activations or precisions[0])

@@ -1,7 +1,8 @@
 """From the names in a Hugging Face checkpoint to the weights of the graph.
 
 A graph weight has the name it has in the checkpoint. ``FUSED`` and the tied head are the only
-exceptions: adding an architecture means adding its rows here.
+exceptions: adding an architecture means adding its rows here. Where the parts of a fused weight are not
+stored alike, the graph has the parts, by their own names.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.config import ModelConfig
+from qwen_build.packed import PackedSource, is_packed
 from qwen_engine.errors import CheckpointError, WeightMismatch
 
 Shape = tuple[int, ...]
@@ -27,6 +29,8 @@ FUSED: dict[str, Callable[[ModelConfig], dict[str, int]]] = {
     },
     "mlp.gate_up_proj": lambda c: {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
 }
+# the linears of a decoder layer that are nobody's part
+ALONE = ("self_attn.o_proj", "mlp.down_proj")
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -55,6 +59,16 @@ class Source:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
+AnySource = Source | PackedSource
+
+
+def linear_names(config: ModelConfig) -> list[str]:
+    """Every linear and the embedding, by its name in the checkpoint."""
+    fused = [f"{module.rpartition('.')[0]}.{part}" for module, parts in FUSED.items() for part in parts(config)]
+    layers = [f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in (*fused, *ALONE)]
+    return ["model.embed_tokens", *layers, "lm_head"]
+
+
 def source(name: str, shape: Shape, config: ModelConfig) -> Source:
     """Where the graph weight ``name`` of ``shape`` comes from: ``qkv_proj.bias`` from three biases, and so on."""
     if name == HEAD and config.tie_word_embeddings:
@@ -69,7 +83,7 @@ def source(name: str, shape: Shape, config: ModelConfig) -> Source:
     return Source(((name, shape),))
 
 
-def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
+def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig) -> dict[str, AnySource]:
     """The source of each graph weight, after graph and checkpoint were found to agree both ways.
 
     Args:
@@ -78,14 +92,31 @@ def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: Mod
     Raises:
         WeightMismatch: tensors are missing, unused, or of another shape; all of them in one message.
     """
-    plan = {name: source(name, shape, config) for name, shape in shapes.items()}
+    floats = {name: source(name, shape, config) for name, shape in shapes.items()}
+    plan = {name: packed_source(mapped, checkpoint, config) or mapped for name, mapped in floats.items()}
     needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
     present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if not name.endswith(IGNORED)}
+    for name in [name for name in present.keys() - needed.keys() if is_empty_bias(name, checkpoint)]:
+        del present[name]
     stored_head = present.pop(HEAD, None) if config.tie_word_embeddings else None
     check_agreement(needed, present)
     if stored_head is not None:
         check_tied(checkpoint)
     return plan
+
+
+def packed_source(floats: Source, checkpoint: Checkpoint, config: ModelConfig) -> PackedSource | None:
+    """The packed linears that the checkpoint has in place of all the tensors of ``floats``, if it has."""
+    linears = [(name.removesuffix(".weight"), shape) for name, shape in floats.shapes]
+    if config.packed is None or not all(is_packed(checkpoint, linear) for linear, _ in linears):
+        return None
+    return PackedSource(config.packed, tuple((linear, shape[0]) for linear, shape in linears), linears[0][1][1])
+
+
+def is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether ``name`` is the bias of zeros that AutoGPTQ gives a packed linear which has none."""
+    linear, _, kind = name.rpartition(".")
+    return kind == "bias" and is_packed(checkpoint, linear) and not checkpoint.read(name).any()
 
 
 def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ Symbolic dimensions: ``T`` new tokens, ``S`` sequences, ``L`` tokens that get lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,20 +63,36 @@ def value_cache_name(layer: int) -> str:
     return f"value_cache.{layer}"
 
 
+def key_scale_name(layer: int) -> str:
+    return f"key_scale.{layer}"
+
+
+def value_scale_name(layer: int) -> str:
+    return f"value_scale.{layer}"
+
+
 def cache_inputs(
     layers: Sequence[int], kv_heads: int, head_dim: int, block_size: int, dtype: str
 ) -> tuple[TensorSpec, ...]:
     """The cache pools as the CPU operator reads them, for each of ``layers``.
 
     A key block is (kv_heads, block_size / 32, head_dim, 32): transposed within tiles of 32 tokens, so
-    that scores need no horizontal sums. A value block is (kv_heads, block_size, head_dim).
+    that scores need no horizontal sums. A value block is (kv_heads, block_size, head_dim). An int8 cache has a
+    float32 scale for each key and value, (kv_heads, block_size) a block: the number cached is scale * element.
     """
     key = ("num_blocks", kv_heads, block_size // KEY_TILE, head_dim, KEY_TILE)
     value = ("num_blocks", kv_heads, block_size, head_dim)
+    pools: list[tuple[Callable[[int], str], str, tuple[Dimension, ...]]] = [
+        (key_cache_name, dtype, key),
+        (value_cache_name, dtype, value),
+    ]
+    if dtype == "int8":
+        scale = ("num_blocks", kv_heads, block_size)
+        pools += [(key_scale_name, "float32", scale), (value_scale_name, "float32", scale)]
     return tuple(
-        TensorSpec(name(layer), "paged_state", dtype, shape, layer)
+        TensorSpec(name(layer), "paged_state", pool_dtype, shape, layer)
         for layer in layers
-        for name, shape in ((key_cache_name, key), (value_cache_name, value))
+        for name, pool_dtype, shape in pools
     )
 
 

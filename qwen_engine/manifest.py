@@ -18,7 +18,7 @@ from qwen_engine import strict_json
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, LOGITS, TensorSpec, cache_inputs
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
@@ -65,7 +65,8 @@ class Quantization:
     """How the weight of one linear layer or embedding is stored and multiplied.
 
     ``scheme`` is the name on the command line; ``bits`` 32 means float32 without groups
-    (``group_size`` 0). ``activations`` is the precision in which inputs enter the product.
+    (``group_size`` 0). ``activations`` is the precision in which inputs enter the product. ``kernels``
+    says whose operator multiplies, ``layout`` how the bytes lie that it reads.
     """
 
     scheme: str
@@ -73,17 +74,23 @@ class Quantization:
     group_size: int
     symmetric: bool
     activations: str
+    kernels: str
+    layout: str
 
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """One linear layer or embedding of the graph; ``stored_bytes`` counts everything it reads."""
+    """One linear layer or embedding of the graph; ``stored_bytes`` counts everything it reads.
+
+    ``output_error`` is the relative error (rms) of its output on the calibration text; None: not calibrated.
+    """
 
     name: str
     in_features: int
     out_features: int
     quantization: Quantization
     stored_bytes: int
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.cli import main
 from qwen_build.config import ModelConfig
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.quantize import KERNELS, SCHEMES
 from qwen_engine.errors import BuildError, CheckpointError
-from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, Manifest
+from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest
 from qwen_run.parts import verify_parts
 
 
@@ -100,20 +101,37 @@ def test_a_tied_embedding_is_stored_once(tiny_checkpoint, tmp_path):
     assert abs(sizes["qwen2"] - sizes["qwen2-tied"] - head["stored_bytes"]) < 3 * 4096  # but for alignment
 
 
-def test_dry_run_tells_the_size_and_writes_nothing(checkpoint, tmp_path):
-    description = json.loads(build(checkpoint, "--dry-run", "--json", "--output", tmp_path / "engine").stdout)
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_dry_run_tells_the_size_and_writes_nothing(quant, kernels, checkpoint, tmp_path):
+    options = [checkpoint, "--quant", quant, "--kernels", kernels, "--json", "--output", tmp_path / "engine"]
+    description = json.loads(build(*options, "--dry-run").stdout)
     assert not (tmp_path / "engine").exists()
-    result = build(checkpoint, "--json", "--output", tmp_path / "engine")
-    assert json.loads(result.stdout)["weights_bytes"] == description["weights_bytes"]
+    assert json.loads(build(*options).stdout)["weights_bytes"] == description["weights_bytes"]
+    assert (tmp_path / "engine" / WEIGHTS_FILE).stat().st_size == description["weights_bytes"]
+    assert {linear["kernels"] for linear in description["linears"]} == {kernels if quant != "none" else "stock"}
+
+
+def test_dry_run_shows_a_person_every_linear(checkpoint):
+    description = json.loads(build(checkpoint, "--dry-run", "--json").stdout)
     table = build(checkpoint, "--dry-run").stdout
     assert all(linear["name"] in table for linear in description["linears"])
+    assert "int4 g32 asymmetric x int8, native" in table
     assert "build memory" in table
 
 
-def test_weights_are_read_in_slices(checkpoint, tmp_path, monkeypatch):
-    assert build(checkpoint, "--output", tmp_path / "whole").exit_code == 0
-    monkeypatch.setattr(export, "SLICE_ELEMENTS", 1000)  # 12 rows of 80, 8 of 112
-    assert build(checkpoint, "--output", tmp_path / "sliced").exit_code == 0
+@pytest.mark.parametrize(
+    ("kernels", "elements"),
+    [
+        ("stock", 1000),  # 12 rows of 80, 8 of 112
+        ("native", 1000),  # one panel of 32 rows
+        ("native", 6000),  # two panels of 80 inputs, one of 112
+    ],
+)
+def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, monkeypatch):
+    assert build(checkpoint, "--kernels", kernels, "--output", tmp_path / "whole").exit_code == 0
+    monkeypatch.setattr(export, "SLICE_ELEMENTS", elements)
+    assert build(checkpoint, "--kernels", kernels, "--output", tmp_path / "sliced").exit_code == 0
     assert Manifest.read(tmp_path / "whole").parts == Manifest.read(tmp_path / "sliced").parts
 
 
@@ -126,7 +144,7 @@ def test_weights_are_read_in_slices(checkpoint, tmp_path, monkeypatch):
         (lambda c: edit_config(c, model_type="llama"), "model_type 'llama' is not one of qwen2, qwen3"),
         (lambda c: edit_config(c, rope_scaling={"type": "yarn", "factor": 4}), "asks for rope type 'yarn'"),
         (lambda c: edit_config(c, use_sliding_window=True), "use_sliding_window True is not supported"),
-        (lambda c: edit_config(c, quantization_config={"quant_method": "awq"}), "already quantised (awq)"),
+        (lambda c: edit_config(c, quantization_config={"quant_method": "bitsandbytes"}), "already quantised (bitsandbytes)"),
         (lambda c: (c / "model.safetensors").unlink(), "safetensors"),
         (lambda c: os.truncate(c / "model.safetensors", 100_000), "model.safetensors"),
         (lambda c: (c / "model.safetensors").write_bytes(b"x" * 5000), "model.safetensors"),
@@ -179,8 +197,41 @@ def test_max_seq_len_above_the_trained_length(checkpoint, tmp_path):
     refused(result, "--max-seq-len 641 is more than the 640 tokens", tmp_path / "out")
 
 
+def test_activations_that_the_kernels_lack(checkpoint, tmp_path):
+    options = ["--kernels", "stock", "--activations", "int8x2", "--output", tmp_path / "out" / "engine"]
+    message = "--kernels stock has no --activations int8x2; choose int8 or float32"
+    refused(build(checkpoint, *options), message, tmp_path / "out")
+
+
+def test_a_weight_too_large_for_the_native_layout(checkpoint, tmp_path):
+    edit_tensors(checkpoint, lambda t: t["model.layers.1.self_attn.v_proj.weight"].__setitem__((3, 4), 1e5))
+    result = build(checkpoint, "--output", tmp_path / "out" / "engine")
+    message = "v_proj.weight: 100000 is too large for the native layout's float16 scales; use --kernels stock"
+    refused(result, message, tmp_path / "out")
+    assert build(checkpoint, "--kernels", "stock", "--output", tmp_path / "engine").exit_code == 0
+
+
+def test_an_int8_cache_has_a_scale_for_every_key_and_value(checkpoint, tmp_path):
+    assert build(checkpoint, "--kv-cache-dtype", "int8", "--output", tmp_path / "engine").exit_code == 0
+    manifest = Manifest.read(tmp_path / "engine")
+    pools = {state.name: (state.dtype, state.shape) for state in manifest.states if state.layer == 2}
+    assert pools == {
+        "key_cache.2": ("int8", ("num_blocks", 2, 1, 8, 32)),
+        "value_cache.2": ("int8", ("num_blocks", 2, 32, 8)),
+        "key_scale.2": ("float32", ("num_blocks", 2, 32)),
+        "value_scale.2": ("float32", ("num_blocks", 2, 32)),
+    }
+    assert manifest.cache.bytes_per_token == 3 * 2 * 2 * (8 + 4)  # layers, key and value, heads
+
+
 def test_unknown_options_exit_2(checkpoint):
-    for arguments in (["--quant", "int3"], ["--group-size", "48"], ["--max-seq-len", "0"], ["--what"]):
+    for arguments in (
+        ["--quant", "int3"],
+        ["--group-size", "48"],
+        ["--kernels", "cuda"],
+        ["--max-seq-len", "0"],
+        ["-x"],
+    ):
         assert build(checkpoint, *arguments).exit_code == 2
 
 

@@ -223,7 +223,9 @@ HEADERS = {
     "gap": (raw_file({"a": entry(), "b": entry(begin=12, end=20)}, bytes(20)), "b leaves a gap"),
     "truncated": (raw_file({"a": entry(), "b": entry(begin=8, end=16)}, bytes(11)), "truncated: 5 bytes are missing"),
     "bytes of nobody": (raw_file({"a": entry()}, bytes(11)), "3 bytes that belong to no tensor"),
-    "gptq": (raw_file({"l.qweight": entry("I32")}, bytes(8)), r"l.qweight \(I32\).* already quantised"),
+    "integers": (raw_file({"l.weight": entry("I32")}, bytes(8)), r"l.weight \(I32\).* already quantised"),
+    "bitsandbytes": (raw_file({"l.weight": entry("U8", (8,))}, bytes(8)), r"l.weight \(U8\).* already quantised"),
+    "gptq too large": (raw_file({"l.qweight": entry("I32", (3,))}, bytes(8)), "owns 8 bytes, I32 .* needs 12"),
     "fp8": (raw_file({"l.weight": entry("F8_E4M3", (8,))}, bytes(8)), r"l.weight \(F8_E4M3\).* already quantised"),
 }
 
@@ -365,9 +367,9 @@ def test_a_directory_the_system_refuses_is_an_error(tmp_path):
 
 
 def test_many_offenders_are_counted(tmp_path):
-    header = {f"layers.{i}.qweight": entry("I32", (1,), 4 * i, 4 * i + 4) for i in range(9)}
+    header = {f"layers.{i}.weight": entry("I32", (1,), 4 * i, 4 * i + 4) for i in range(9)}
     (tmp_path / "model.safetensors").write_bytes(raw_file(header, bytes(36)))
-    assert "layers.4.qweight (I32) and 4 more" in open_error(tmp_path)
+    assert "layers.4.weight (I32) and 4 more" in open_error(tmp_path)
 
 
 # json and digests

@@ -93,7 +93,7 @@ def test_defaults_are_those_of_transformers():
             {"model_type": "qwen3", "attention_bias": True},
             "attention_bias True is not supported for model_type 'qwen3'",
         ),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"already quantised \(fp8\)"),
         ({"head_dim": 260}, "head_dim 260 is not a multiple of 8 up to 256"),
     ],
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from conftest import FAMILIES, hf_logits, run_alone, run_chunks
 
-from qwen_build.quantize import GROUP_SIZES, make_scheme
-from qwen_run.engine import Engine
+from qwen_build.quantize import GROUP_SIZES, KERNELS, SCHEMES, make_scheme
+from qwen_engine.manifest import LAYERS_GRAPH_FILE
+from qwen_run.engine import Batch, Engine
 
 RNG = np.random.default_rng(7)
 SEQUENCES = [RNG.integers(0, 131, length).tolist() for length in (45, 1, 300, 33)]
@@ -45,33 +50,73 @@ def test_float_engine_does_not_depend_on_the_schedule(family, schedule, tiny_che
         np.testing.assert_allclose(logits, run_alone(engine, sequence), rtol=1e-4, atol=1e-4)
 
 
+def schemes(kernels: str, activations: Sequence[str]) -> list[dict[str, Any]]:
+    """Build options of every quantised scheme of ``kernels``, embedding and head in it too."""
+    return [
+        {
+            "quant": quant,
+            "embedding_quant": quant,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "activations": precision,
+            "kernels": kernels,
+        }
+        for quant in ("int8", "int4")
+        for group_size in GROUP_SIZES
+        for symmetric in (True, False)
+        for precision in activations
+    ]
+
+
+def words(options: dict[str, Any]) -> str:
+    grid = "sym" if options["symmetric"] else "asym"
+    return f"{options['quant']}-g{options['group_size']}-{grid}-{options['activations']}"
+
+
+every_native_scheme = pytest.mark.parametrize("options", schemes("native", KERNELS["native"].activations), ids=words)
 # The schemes whose stock matrix operator gives a row the same bits whatever other rows there are.
-ROW_INVARIANT = [("int4", 32), ("int8", 32), ("int8", 64)]
+STOCK_INVARIANT = [("int4", 32), ("int8", 32), ("int8", 64)]
 
 
-@every_family
-@pytest.mark.parametrize(("quant", "group_size"), ROW_INVARIANT)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_quantised_engine_gives_the_same_bits_on_any_schedule(
-    family, quant, group_size, schedule, tiny_checkpoint, build_engine
-):
-    directory = build_engine(tiny_checkpoint(family).path, quant=quant, group_size=group_size, embedding_quant="int8")
+def check_any_schedule_gives_the_same_bits(directory: Path) -> None:
     one_thread, two_threads = load(directory), load(directory, threads=2)
-    for sequence, logits in zip(SEQUENCES, run_chunks(two_threads, SEQUENCES, SCHEDULES[schedule]), strict=True):
-        assert np.array_equal(logits, run_alone(one_thread, sequence))
+    alone = [run_alone(one_thread, sequence) for sequence in SEQUENCES]
+    for name, schedule in SCHEDULES.items():
+        for expected, logits in zip(alone, run_chunks(two_threads, SEQUENCES, schedule), strict=True):
+            assert np.array_equal(logits, expected), name
+
+
+@every_native_scheme
+def test_every_native_scheme_gives_the_same_bits_on_any_schedule(options, tiny_checkpoint, build_engine):
+    check_any_schedule_gives_the_same_bits(build_engine(tiny_checkpoint("qwen3-tied").path, **options))
 
 
 @every_family
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_quantised_engine_equals_transformers_with_the_dequantised_weights(
-    family, quant, group_size, symmetric, tiny_checkpoint, build_engine
+@pytest.mark.parametrize("kv_cache_dtype", ["float16", "int8"])
+def test_every_family_gives_the_same_bits_on_any_schedule(family, kv_cache_dtype, tiny_checkpoint, build_engine):
+    directory = build_engine(tiny_checkpoint(family).path, kv_cache_dtype=kv_cache_dtype)
+    check_any_schedule_gives_the_same_bits(directory)
+
+
+@every_family
+@pytest.mark.parametrize(("quant", "group_size"), STOCK_INVARIANT)
+def test_stock_schemes_that_give_the_same_bits_on_any_schedule(
+    family, quant, group_size, tiny_checkpoint, build_engine
 ):
-    checkpoint = tiny_checkpoint(family)
-    options = {"quant": quant, "embedding_quant": quant, "group_size": group_size, "symmetric": symmetric}
-    directory = build_engine(checkpoint.path, activations="float32", kv_cache_dtype="float32", **options)
-    model = dequantised(checkpoint.model, make_scheme(quant, group_size, symmetric, "float32"))
+    options = {"quant": quant, "group_size": group_size, "embedding_quant": "int8", "kernels": "stock"}
+    check_any_schedule_gives_the_same_bits(build_engine(tiny_checkpoint(family).path, **options))
+
+
+@every_family
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("options", schemes("", ["float32"]), ids=words)
+def test_quantised_engine_equals_transformers_with_the_dequantised_weights(
+    family, kernels, options, tiny_checkpoint, build_engine
+):
+    checkpoint, options = tiny_checkpoint(family), options | {"kernels": kernels}
+    directory = build_engine(checkpoint.path, kv_cache_dtype="float32", **options)
+    scheme = make_scheme(options["quant"], options["group_size"], options["symmetric"], "float32", kernels)
+    model = dequantised(checkpoint.model, scheme)
 
     for sequence in SEQUENCES:
         # the same weights on both sides: what is left is float32 rounding, a little more than unquantised
@@ -79,16 +124,41 @@ def test_quantised_engine_equals_transformers_with_the_dequantised_weights(
         np.testing.assert_allclose(logits, hf_logits(model, sequence), rtol=3e-4, atol=3e-4)
 
 
+def relative_distance(logits: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+
+
 @every_family
-def test_int8_activations_and_a_float16_cache_stay_close(family, tiny_checkpoint, build_engine):
-    checkpoint = tiny_checkpoint(family)
-    exact = run_alone(
-        load(build_engine(checkpoint.path, quant="int8", activations="float32", kv_cache_dtype="float32")), SEQUENCES[2]
-    )
-    rounded = run_alone(load(build_engine(checkpoint.path, quant="int8")), SEQUENCES[2])
-    # half a percent a product (8 bits and a sign), a few products deep; not bit-equal, or the option does nothing
-    relative = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
-    assert 1e-5 < relative < 0.05
+@pytest.mark.parametrize(
+    ("options", "at_least", "at_most"),
+    [
+        # half a percent a product (8 bits and a sign), a few products deep
+        ({"activations": "int8"}, 1e-3, 0.05),
+        ({"activations": "int8", "kernels": "stock"}, 1e-3, 0.05),
+        ({"activations": "int8x2"}, 1e-6, 5e-4),  # 256 times finer
+        ({"activations": "float32", "kv_cache_dtype": "float16"}, 1e-5, 1e-3),  # 11 bits of keys and values
+        ({"activations": "float32", "kv_cache_dtype": "int8"}, 1e-4, 0.05),
+    ],
+    ids=str,
+)
+def test_what_is_rounded_stays_close(family, options, at_least, at_most, tiny_checkpoint, build_engine):
+    """Close, but not equal: then the option would do nothing."""
+    path = tiny_checkpoint(family).path
+    exact = {"quant": "int8", "activations": "float32", "kv_cache_dtype": "float32"}
+    kernels = {"kernels": options.get("kernels", "native")}
+    expected = run_alone(load(build_engine(path, **exact | kernels)), SEQUENCES[2])
+    rounded = run_alone(load(build_engine(path, **exact | kernels | options)), SEQUENCES[2])
+    assert at_least < relative_distance(rounded, expected) < at_most
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_the_layers_graph_computes_the_same_bits(family, kernels, quant, tiny_checkpoint, build_engine):
+    directory = build_engine(tiny_checkpoint(family).path, quant=quant, kernels=kernels)
+    layers = Engine.load(directory, threads=1, graph=LAYERS_GRAPH_FILE)
+    for sequence in SEQUENCES:
+        assert np.array_equal(run_alone(layers, sequence), run_alone(load(directory), sequence))
 
 
 def dequantised(model, scheme):
@@ -101,7 +171,7 @@ def dequantised(model, scheme):
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             weight = parameter.detach().numpy()
-            parameter.data = torch.tensor(scheme.dequantize(scheme.quantize(weight), weight.shape[1]))
+            parameter.data = torch.tensor(scheme.dequantize(scheme.quantize(weight), weight.shape))
         else:
             assert parameter.dim() == 1, name
     return model
@@ -110,9 +180,6 @@ def dequantised(model, scheme):
 @every_family
 def test_the_layers_graph_names_what_transformers_computes(family, tiny_checkpoint, build_engine):
     import torch
-
-    from qwen_engine.manifest import LAYERS_GRAPH_FILE
-    from qwen_run.engine import Batch
 
     checkpoint, tokens = tiny_checkpoint(family), SEQUENCES[0]
     engine = Engine.load(build_engine(checkpoint.path, quant="none"), threads=1, graph=LAYERS_GRAPH_FILE)

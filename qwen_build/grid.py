@@ -1,0 +1,89 @@
+"""Rounding a weight to small integers, one scale and zero point for each group of inputs: arithmetic, no storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """``weight ~= scale * (q - zero_point)`` for a weight (out_features, in_features).
+
+    Attributes:
+        q: uint8 (out_features, groups, group_size); in_features are padded with zeros to whole groups.
+        scales: float32 (out_features, groups).
+        zero_points: uint8 (out_features, groups); None if all are 2**(bits-1).
+    """
+
+    q: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers of ``bits`` bits (4 or 8) in groups of ``group_size`` inputs of one output.
+
+    A symmetric grid has its middle, 2**(bits-1), at 0; another one stretches from the smallest to the largest weight
+    of the group, shifted so that 0 lies on it.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def round(
+        self, weight: np.ndarray, storable: Callable[[np.ndarray], np.ndarray] = lambda scales: scales
+    ) -> Rounded:
+        """Round ``weight`` (out_features, in_features) float32 to the nearest values, without calibration.
+
+        Args:
+            storable: the scales (float32, any shape) that the store has for given ones; q belongs to those.
+        """
+        padding = -weight.shape[1] % self.group_size
+        groups = (np.pad(weight, ((0, 0), (0, padding))) if padding else weight).reshape(
+            len(weight), -1, self.group_size
+        )
+        lowest, highest = groups.min(axis=-1), groups.max(axis=-1)
+        zero_points: np.ndarray | None = None
+        if self.symmetric:
+            scales = positive(storable(np.maximum(highest, -lowest) / (self.middle - 1)))
+            zero: np.ndarray | int = self.middle
+        else:
+            lowest, highest = lowest.clip(max=0), highest.clip(min=0)
+            scales = positive(storable((highest - lowest) / self.most))
+            zero_points = np.rint(-lowest / scales).clip(max=self.most)
+            zero = zero_points[..., None]
+        q = groups / scales[..., None]
+        np.rint(q, out=q)
+        q += zero
+        np.clip(q, 0, self.most, out=q)
+        return Rounded(q.astype(np.uint8), scales, None if zero_points is None else zero_points.astype(np.uint8))
+
+    def values(self, rounded: Rounded, in_features: int) -> np.ndarray:
+        """The weight that ``rounded`` stands for, float32 (out_features, in_features)."""
+        zero: np.ndarray | np.float32 = np.float32(self.middle)
+        if rounded.zero_points is not None:
+            zero = rounded.zero_points.astype(np.float32)[..., None]
+        weight = rounded.q.astype(np.float32)
+        weight -= zero
+        weight *= rounded.scales[..., None]
+        return weight.reshape(len(weight), -1)[:, :in_features]
+
+    @property
+    def most(self) -> int:
+        """The largest q."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+
+def positive(scales: np.ndarray) -> np.ndarray:
+    """Replace the scale of an all-zero group, or one whose reciprocal would overflow, by 1."""
+    return np.where(scales > 1e-37, scales, np.float32(1))

@@ -1,0 +1,350 @@
+"""GPTQ and AWQ checkpoints: read bit for bit, and computed with as transformers computes with their weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import hf_logits, run_alone
+from safetensors.numpy import load_file, save_file
+
+from qwen_build.build import BuildOptions, Plan, plan_build
+from qwen_build.checkpoint import Checkpoint
+from qwen_build.locate import resolve_checkpoint
+from qwen_build.packed import FORMATS, PackedFormat, integers
+from qwen_engine.errors import BuildError, CheckpointError, QwenError, UnsupportedModel, WeightMismatch
+from qwen_run.engine import Engine
+
+TOKENS = np.random.default_rng(5).integers(0, 131, 70).tolist()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of packed checkpoint. ``order``: whether the inputs of a group lie anywhere."""
+
+    method: str
+    version: str
+    bits: int
+    group_size: int
+    symmetric: bool = False
+    order: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        if self.method == "awq":
+            return {
+                "quant_method": "awq",
+                "version": self.version,
+                "bits": self.bits,
+                "group_size": self.group_size,
+                "zero_point": True,
+            }
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": self.version,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.symmetric,
+            "desc_act": self.order,
+        }
+
+
+CASES = [
+    *(Case("gptq", "gptq", bits, size) for bits in (4, 8) for size in (32, 64, 128, -1)),
+    Case("gptq", "gptq", 4, 32, symmetric=True),
+    Case("gptq", "gptq", 8, 64, symmetric=True),
+    Case("gptq", "gptq", 4, 32, order=True),
+    Case("gptq", "gptq", 8, 32, symmetric=True, order=True),
+    Case("gptq", "gptq_v2", 4, 64),
+    Case("gptq", "gptq_v2", 8, 32, symmetric=True),
+    *(Case("awq", "gemm", 4, size) for size in (32, 64, 128, -1, 96)),
+]
+
+
+def case_name(case: Case) -> str:
+    return "-".join(map(str, dataclasses.astuple(case)))
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A packed checkpoint and the values it stands for: ``weights`` float32 by linear, ``model`` with them."""
+
+    path: Path
+    weights: dict[str, np.ndarray]
+    model: Any
+
+    def plan(self, **options: Any) -> Plan:
+        with Checkpoint.open(self.path) as checkpoint:
+            return plan_build(checkpoint, resolve_checkpoint(str(self.path)), BuildOptions(**options))
+
+    def edit(self, **changes: np.ndarray | None) -> None:
+        """Replace or remove tensors of the checkpoint, their dots written as double underscores."""
+        tensors = load_file(self.path / "model.safetensors")
+        tensors |= {name.replace("__", "."): value for name, value in changes.items()}
+        save_file(
+            {name: value for name, value in tensors.items() if value is not None}, self.path / "model.safetensors"
+        )
+
+    def configure(self, **changes: Any) -> None:
+        path = self.path / "config.json"
+        config = json.loads(path.read_text())
+        config["quantization_config"] |= changes
+        path.write_text(json.dumps(config))
+
+
+def in_words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Integers (rows, columns, 32 / bits), the first in the lowest bits, as int32 (rows, columns)."""
+    words = np.zeros(values.shape[:2], np.int64)
+    for i in range(values.shape[2]):
+        words |= values[:, :, i].astype(np.int64) << bits * i
+    return words.astype(np.uint32).view(np.int32)
+
+
+def pack_gptq(q: np.ndarray, zeros: np.ndarray, bits: int, stored_less: int) -> tuple[np.ndarray, np.ndarray]:
+    """qweight and qzeros of q (in, out) and zeros (groups, out): int32 hold inputs, and outputs."""
+    per_word = 32 // bits
+    qweight = in_words(q.reshape(-1, per_word, q.shape[1]).transpose(0, 2, 1), bits)
+    return qweight, in_words((zeros - stored_less).reshape(len(zeros), -1, per_word), bits)
+
+
+def pack_awq(q: np.ndarray, zeros: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`pack_gptq`: the lowest four bits hold output 0, the next output 2, and so on."""
+    places = [0, 2, 4, 6, 1, 3, 5, 7]
+    qweight, qzeros = (in_words(part.reshape(len(part), -1, 8)[:, :, places], 4) for part in (q, zeros))
+    return qweight, qzeros
+
+
+def random_packed(case: Case, shape: tuple[int, int], seed: int, order_seed: int) -> tuple[dict[str, Any], np.ndarray]:
+    """The tensors of a linear (out, in) by their suffix, and its weight float32 (out, in)."""
+    rng, (out_features, in_features) = np.random.default_rng(seed), shape
+    size = in_features if case.group_size == -1 else case.group_size
+    groups, most = -(-in_features // size), 2**case.bits - 1
+    scales = (rng.uniform(0.5, 1.5, (groups, out_features)) * 0.6 / most).astype(np.float16)
+    q = rng.integers(0, most + 1, (in_features, out_features))
+    zeros = rng.integers(most // 2 - 1, most // 2 + 4, (groups, out_features))
+    if case.symmetric:
+        zeros[:] = most // 2 + 1
+    group_of = np.arange(in_features) // size
+    if case.order:
+        group_of = np.random.default_rng(order_seed).permutation(group_of)
+    weight = (q - zeros[group_of]).astype(np.float32) * scales.astype(np.float32)[group_of]
+    if case.method == "awq":
+        qweight, qzeros = pack_awq(q, zeros)
+        return {"qweight": qweight, "qzeros": qzeros, "scales": scales}, weight.T
+    qweight, qzeros = pack_gptq(q, zeros, case.bits, stored_less=1 if case.version == "gptq" else 0)
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": group_of.astype(np.int32)}, weight.T
+
+
+@pytest.fixture
+def pack(tiny_checkpoint, tmp_path) -> Callable[..., PackedCheckpoint]:
+    """Makes ``pack(case, family="qwen2", left_float=(), head=False)``.
+
+    With ``order``, the linears of layer 0 with one input have one order, and of other layers each its own.
+    """
+    import torch
+
+    def make(case: Case, family: str = "qwen2", left_float: tuple[str, ...] = (), head: bool = False):
+        tiny = tiny_checkpoint(family, "float16")
+        tensors, model, weights = load_file(tiny.path / "model.safetensors"), copy.deepcopy(tiny.model), {}
+        config = json.loads((tiny.path / "config.json").read_text())
+        if head:  # outputs have to fill whole int32
+            config["vocab_size"] = 128
+            tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:128].copy()
+            model.lm_head.weight.data = model.lm_head.weight.data[:128]
+        for name, module in model.named_modules():
+            if type(module).__name__ != "Linear" or name in left_float or (name == "lm_head" and not head):
+                continue
+            seed, parent = zlib.crc32(name.encode()), name.rpartition(".")[0]
+            order_seed = zlib.crc32(parent.encode()) if ".0." in name else seed
+            packed, weights[name] = random_packed(case, tuple(module.weight.shape), seed, order_seed)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{suffix}": np.ascontiguousarray(tensor) for suffix, tensor in packed.items()}
+            module.weight.data = torch.tensor(weights[name])
+        path = tmp_path / "packed"
+        path.mkdir()
+        save_file(tensors, path / "model.safetensors")
+        config["quantization_config"] = case.config | {"modules_to_not_convert": list(left_float)}
+        (path / "config.json").write_text(json.dumps(config))
+        return PackedCheckpoint(path, weights, model)
+
+    return make
+
+
+def stored_weights(packed: PackedCheckpoint, plan: Plan) -> dict[str, np.ndarray]:
+    """What the engine of ``plan`` computes with, by the names of the checkpoint, inputs in their order there."""
+    found = {}
+    with Checkpoint.open(packed.path) as checkpoint:
+        for name, module in plan.graph.stored.items():
+            source = plan.sources[name]
+            if not hasattr(source, "linears"):
+                continue
+            rows = source.read(checkpoint, 0, module.shape[0])
+            weight = module.scheme.dequantize(module.scheme.store(rows), module.shape)
+            if module.permutation is not None:
+                weight = weight[:, np.argsort(module.permutation)]
+            splits = np.cumsum([rows for _, rows in source.linears])[:-1]
+            found |= dict(zip([linear for linear, _ in source.linears], np.split(weight, splits), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_every_packed_weight_is_stored_bit_for_bit(case, pack):
+    packed = pack(case, "qwen3")
+    stored = stored_weights(packed, packed.plan())
+    assert stored.keys() == packed.weights.keys()
+    for name, weight in packed.weights.items():
+        assert np.array_equal(stored[name], weight), name
+
+
+def test_every_format_has_a_case():
+    assert {(case.method, case.version) for case in CASES} == FORMATS.keys()
+
+
+EXACT = {"activations": "float32", "embedding_quant": "none", "kv_cache_dtype": "float32"}
+
+
+@pytest.mark.parametrize("kernels", ["native", "stock"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3-tied"])
+@pytest.mark.parametrize(
+    "case", [CASES[0], CASES[7], *(case for case in CASES if case.order), CASES[-3], CASES[-2]], ids=case_name
+)
+def test_an_engine_equals_transformers_with_the_dequantised_weights(case, family, kernels, pack, build_engine):
+    packed = pack(case, family)
+    engine = Engine.load(build_engine(packed.path, kernels=kernels, **EXACT), threads=1)
+    # the same weights on both sides: what is left is float32 rounding
+    np.testing.assert_allclose(run_alone(engine, TOKENS), hf_logits(packed.model, TOKENS), rtol=3e-4, atol=3e-4)
+
+
+def test_linears_that_differ_in_order_or_storage_are_separate(pack, build_engine):
+    packed = pack(CASES[10], left_float=("model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"))
+    linears = {linear.name: linear for linear in packed.plan().linears}
+    assert {name.partition(".layers.")[2] for name in linears if ".layers." in name} == {
+        *(f"0.{name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
+        *(f"{i}.self_attn.{part}_proj" for i in (1, 2) for part in "qkvo"),
+        *(f"{i}.mlp.{part}_proj" for i in (1, 2) for part in ("gate", "up", "down")),
+    }
+    assert linears["model.layers.2.mlp.up_proj"].quantization.scheme == "none"
+    assert linears["model.layers.2.mlp.gate_proj"].quantization.scheme == "int4"
+    engine = Engine.load(build_engine(packed.path, **EXACT), threads=1)
+    np.testing.assert_allclose(run_alone(engine, TOKENS), hf_logits(packed.model, TOKENS), rtol=3e-4, atol=3e-4)
+
+
+def test_a_packed_head_is_read(pack, build_engine):
+    packed = pack(CASES[1], head=True)
+    linears = {linear.name: linear for linear in packed.plan().linears}
+    assert linears["lm_head"].quantization.group_size == 64
+    engine, tokens = Engine.load(build_engine(packed.path, **EXACT), threads=1), [token % 128 for token in TOKENS]
+    np.testing.assert_allclose(run_alone(engine, tokens), hf_logits(packed.model, tokens), rtol=3e-4, atol=3e-4)
+
+
+def test_outputs_that_do_not_fill_an_int32_are_refused():
+    with pytest.raises(UnsupportedModel, match="lm_head: 131 outputs and 80 inputs do not fill whole int32 of 8"):
+        PackedFormat.from_json(CASES[0].config).tensors("lm_head", 131, 80)
+
+
+def test_the_bias_of_zeros_that_autogptq_adds_is_no_weight(pack):
+    packed = pack(CASES[0])
+    packed.edit(model__layers__0__mlp__down_proj__bias=np.zeros(80, np.float16))
+    packed.plan()
+    packed.edit(model__layers__0__mlp__down_proj__bias=np.ones(80, np.float16))
+    with pytest.raises(WeightMismatch, match=r"no place for model.layers.0.mlp.down_proj.bias"):
+        packed.plan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quant_method": "aqlm"}, "(aqlm), only gptq and awq can be read"),
+        ({"quant_method": ["gptq"]}, "only gptq and awq can be read"),
+        ({"bits": 3}, "gptq has bits 3, expected 4 or 8"),
+        ({"bits": 4.0}, "gptq has bits 4.0, expected 4 or 8"),
+        ({"group_size": 16}, "has group_size 16, expected multiples of 32 or -1"),
+        ({"group_size": 0}, "has group_size 0,"),
+        ({"group_size": None}, "has group_size None,"),
+        ({"checkpoint_format": "marlin"}, "has version 'marlin', expected gptq or gptq_v2"),
+        ({"is_marlin_format": True}, "has is_marlin_format True, expected False"),
+        ({"pack_dtype": "int16"}, "has pack_dtype 'int16', expected int32"),
+        ({"quant_method": "awq"}, "the graph has no place for model.layers.0.mlp.down_proj.g_idx"),
+        ({"quant_method": "awq", "version": "gemv"}, "has version 'gemv', expected gemm"),
+        ({"quant_method": "awq", "version": "gemm", "backend": "llm-awq"}, "has version 'llm-awq', expected gemm"),
+        ({"quant_method": "awq", "version": "GEMM", "bits": 8}, "awq has bits 8, expected 4"),
+        ({"quant_method": "awq", "version": "gemm", "zero_point": False}, "has zero_point False, expected True"),
+        ({"group_size": 64}, "q_proj.g_idx has not 64 inputs in every group"),
+        ({"sym": True}, "qzeros has zero point"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_refused_by_name(changes, message, pack, build_engine):
+    packed = pack(CASES[0])
+    packed.configure(**changes)
+    with pytest.raises(QwenError) as error:
+        build_engine(packed.path, embedding_quant="none")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_zero_point_that_programs_read_differently_is_refused(pack, build_engine):
+    packed = pack(CASES[0])
+    packed.edit(model__layers__1__mlp__down_proj__qzeros=np.full((4, 10), -1, np.int32))
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp.down_proj.qzeros has 15, .* 16 and some as 0"):
+        build_engine(packed.path)
+
+
+def test_a_scale_the_panels_cannot_hold_is_refused_and_fits_the_stock_kernels(pack, build_engine):
+    packed = pack(CASES[0])
+    packed.edit(model__layers__1__mlp__down_proj__scales=np.full((4, 80), 64, np.float16))
+    with pytest.raises(
+        CheckpointError, match=r"model.layers.1.mlp.down_proj.qweight .* hold the scale 64; use --kernels"
+    ):
+        build_engine(packed.path)
+    build_engine(packed.path, kernels="stock")
+
+
+def test_an_uneven_order_is_refused(pack):
+    packed = pack(CASES[0])
+    packed.edit(model__layers__1__mlp__down_proj__g_idx=np.zeros(112, np.int32))
+    with pytest.raises(UnsupportedModel, match=r"down_proj.g_idx has not 32 inputs in every group"):
+        packed.plan()
+    packed.edit(model__layers__1__mlp__down_proj__g_idx=None)
+    with pytest.raises(CheckpointError, match=r"lacks model.layers.1.mlp.down_proj.g_idx"):
+        packed.plan()
+
+
+@pytest.mark.parametrize("options", [{"quant": "int8"}, {"group_size": 64}, {"symmetric": False}], ids=str)
+def test_what_the_checkpoint_decided_cannot_be_chosen(options, pack):
+    packed = pack(CASES[0])
+    with pytest.raises(BuildError, match="cannot be chosen, the checkpoint is stored as gptq int4 already"):
+        packed.plan(**options)
+
+
+@pytest.mark.parametrize("case", [CASES[4], CASES[8], CASES[-5]], ids=case_name)
+def test_any_slice_of_a_fused_weight_is_its_rows(case, pack):
+    packed = pack(case)
+    source = packed.plan().sources["model.layers.0.self_attn.qkv_proj.weight"]  # of 80, 16 and 16 outputs
+    with Checkpoint.open(packed.path) as checkpoint:
+        whole = source.read(checkpoint, 0, 112)
+        for start, stop in [(0, 32), (32, 96), (64, 112), (80, 96), (3, 21), (79, 81)]:
+            part = source.read(checkpoint, start, stop)
+            assert np.array_equal(part.q, whole.q[start:stop])
+            assert np.array_equal(part.scales, whole.scales[start:stop])
+            if whole.zero_points is not None:
+                assert np.array_equal(part.zero_points, whole.zero_points[start:stop])
+
+
+def test_integers_of_an_int32_come_lowest_first():
+    assert integers(np.array([[-2]], np.int32), 8).tolist() == [[[254, 255, 255, 255]]]
+    assert integers(np.array([[-2]], np.int32), 4)[0, 0, 0] == 14
+
+
+def test_a_group_of_many_is_several_of_ours():
+    config = {"quant_method": "gptq", "bits": 8, "group_size": 96, "sym": False}
+    assert PackedFormat.from_json(config).grid.group_size == 32
+    assert PackedFormat.from_json(config | {"group_size": 1024}).grid.group_size == 128
