@@ -1,0 +1,247 @@
+"""How answers are chosen: every option of a request, its range, and which of them exclude each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, Self
+
+from qwen_engine.errors import RequestError
+
+# what transformers' GenerationConfig uses where generation_config.json is silent
+TRANSFORMERS_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "min_p": 0.0}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is answered. Names are vLLM's, those of beam search transformers'.
+
+    ``logit_bias``, ``stop`` and ``stop_token_ids`` are kept as hashable tuples; None stands for none.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: 1 is off.
+        top_k: 0 is off.
+        repetition_penalty: of tokens in the prompt or the answer; 1 is off (arXiv 1909.05858, section 4.1).
+        seed: what the random numbers of this request are made from.
+        max_tokens: most tokens of an answer.
+        min_p: least probability of a token, as a share of the likeliest token's; 0 is off.
+        presence_penalty: taken from the logits of tokens that are in the answer.
+        frequency_penalty: taken from the logit of a token for each time it is in the answer.
+        logit_bias: token id to what is added to its logit.
+        n: answers to return: samples, or the best of ``num_beams``.
+        stop: texts that end an answer; not part of it unless ``include_stop_str_in_output``.
+        stop_token_ids: tokens that end an answer besides those the checkpoint says.
+        ignore_eos: do not end at the tokens the checkpoint says.
+        min_tokens: tokens an answer has before anything but ``max_tokens`` may end it.
+        logprobs: how many of the likeliest tokens to report with each token of the answer; 0 for its own only.
+        prompt_logprobs: the same for the tokens of the prompt.
+        num_beams: width of the beam search, 1 is off.
+        length_penalty: the exponent of an answer's length by which beam search divides its log probability.
+        early_stopping: end a beam search once it has ``num_beams`` answers (True), when its best beam is not likely
+            to improve on them (False), or when it cannot ("never").
+
+    Raises:
+        RequestError: a value is out of range, or excludes another; the message says which and what it may be.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_tokens: int = 512
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Collection[tuple[int, float]] | None = ()
+    n: int = 1
+    stop: str | Collection[str] | None = ()
+    stop_token_ids: Collection[int] | None = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name)))
+        for excluded, message in CONTRADICTIONS:
+            if excluded(self):
+                raise RequestError(message.format_map(vars(self)))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """``logit_bias`` as it is kept: pairs of token id and bias, ids rising."""
+        return self.logit_bias  # type: ignore[return-value]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as it is kept."""
+        return self.stop  # type: ignore[return-value]
+
+    def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """The tokens that end an answer of a model whose ends of sequence are ``eos_token_ids``."""
+        return frozenset(self.stop_token_ids or ()) | frozenset(() if self.ignore_eos else eos_token_ids)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """
+        Raises:
+            RequestError: ``logit_bias`` or ``stop_token_ids`` names a token that the model does not have.
+        """
+        for name, ids in (("logit_bias", dict(self.biases)), ("stop_token_ids", self.stop_token_ids or ())):
+            if beyond := [token_id for token_id in ids if token_id >= vocab_size]:
+                raise RequestError(f"{name} holds token {beyond[0]}, expected 0 to {vocab_size - 1}")
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> Self:
+        """The defaults a checkpoint asks for in ``generation_config.json``, read as transformers reads them.
+
+        Without ``do_sample`` the temperature is 0; what chooses among tokens is kept for a user who sets one.
+        """
+        given = {name: config[name] for name in TRANSFORMERS_DEFAULTS if config.get(name) is not None}
+        values = {**TRANSFORMERS_DEFAULTS, **given}
+        if not config.get("do_sample"):
+            values["temperature"] = 0.0
+        if config.get("max_new_tokens") is not None:
+            values["max_tokens"] = config["max_new_tokens"]
+        return cls(**values)
+
+
+class Rule(NamedTuple):
+    """What an option may be. ``normal`` makes what users write into what is kept; ``allowed`` sees the latter."""
+
+    expected: str
+    allowed: Callable[[Any], bool]
+    normal: Callable[[Any], Any] = lambda value: value
+
+
+def checked(name: str, value: Any) -> Any:
+    """``value`` of one option as :class:`SamplingParams` keeps it, whatever the other options are.
+
+    Raises:
+        RequestError: it is out of range.
+    """
+    rule = RULES[name]
+    try:
+        kept = rule.normal(value)
+        if rule.allowed(kept):  # NaN is in no range
+            return kept
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        pass
+    label = "max_new_tokens" if name == "max_tokens" else name
+    raise RequestError(f"{label} is {value!r}, expected {rule.expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(expected: str, low: float, high: float) -> Rule:
+    return Rule(expected, lambda value: _is_number(value) and low <= value <= high)
+
+
+def _whole(expected: str, low: int, high: float = float("inf")) -> Rule:
+    return Rule(expected, lambda value: _is_whole(value) and low <= value <= high)
+
+
+def _switch() -> Rule:
+    return Rule("True or False", lambda value: isinstance(value, bool))
+
+
+def _count_or_none() -> Rule:
+    return Rule("None or a whole number, 0 or more", lambda value: value is None or (_is_whole(value) and value >= 0))
+
+
+def _bias_pairs(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = dict(value or ()).items()
+    return tuple(sorted((int(key) if isinstance(key, str) else key, bias) for key, bias in pairs))  # JSON's keys
+
+
+def _is_bias(pair: tuple[Any, Any]) -> bool:
+    token_id, bias = pair
+    return _is_whole(token_id) and token_id >= 0 and _is_number(bias) and -100 <= bias <= 100
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+RULES = {
+    "temperature": Rule(
+        "0 (greedy) or from 1e-6 to 100", lambda value: _is_number(value) and (value == 0 or 1e-6 <= value <= 100)
+    ),
+    "top_p": _number("a number from 0 to 1", 0, 1),
+    "top_k": _whole("a whole number, 0 (off) or more", 0),
+    "repetition_penalty": _number("a number from 0.01 to 100", 0.01, 100),
+    "seed": _whole("a whole number from 0 to 2^64 - 1", 0, 2**64 - 1),
+    "max_tokens": _whole("a whole number, 1 or more", 1),
+    "min_p": _number("a number from 0 to 1", 0, 1),
+    "presence_penalty": _number("a number from -2 to 2", -2, 2),
+    "frequency_penalty": _number("a number from -2 to 2", -2, 2),
+    "logit_bias": Rule(
+        "token ids, each with a number from -100 to 100", lambda pairs: all(map(_is_bias, pairs)), _bias_pairs
+    ),
+    "n": _whole("a whole number from 1 to 1024", 1, 1024),
+    "stop": Rule(
+        "texts that are not empty", lambda texts: all(isinstance(text, str) and text for text in texts), _strings
+    ),
+    "stop_token_ids": Rule(
+        "token ids, 0 or more",
+        lambda ids: all(_is_whole(token_id) and token_id >= 0 for token_id in ids),
+        lambda value: tuple(value or ()),
+    ),
+    "include_stop_str_in_output": _switch(),
+    "ignore_eos": _switch(),
+    "min_tokens": _whole("a whole number, 0 (off) or more", 0),
+    "logprobs": _count_or_none(),
+    "prompt_logprobs": _count_or_none(),
+    "num_beams": _whole("a whole number from 1 (off) to 128", 1, 128),
+    "length_penalty": _number("a number from -5 to 5", -5, 5),
+    "early_stopping": Rule("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
+}
+
+# what of two or more options makes no sense together, and the message about it
+CONTRADICTIONS: tuple[tuple[Callable[[SamplingParams], bool], str], ...] = (
+    (
+        lambda params: params.min_tokens > params.max_tokens,
+        "min_tokens is {min_tokens}, expected at most max_new_tokens, which is {max_tokens}",
+    ),
+    (
+        lambda params: params.num_beams > 1 and not params.greedy,
+        "num_beams is {num_beams} at temperature {temperature}: beam search draws nothing; set temperature to 0",
+    ),
+    (
+        lambda params: params.num_beams > 1 and params.n > params.num_beams,
+        "n is {n}, expected at most num_beams, which is {num_beams}",
+    ),
+    (
+        lambda params: params.num_beams > 1 and params.logprobs is not None,
+        "logprobs is {logprobs} with num_beams {num_beams}: beam search reports scores only; leave one out",
+    ),
+    (
+        lambda params: params.num_beams > 1 and bool(params.stop),
+        "stop is {stop} with num_beams {num_beams}: beam search ends at tokens only; use stop_token_ids",
+    ),
+    (
+        lambda params: params.num_beams == 1 and (params.length_penalty != 1 or params.early_stopping is not False),
+        "length_penalty is {length_penalty} and early_stopping {early_stopping} without beam search; "
+        "set num_beams to 2 or more",
+    ),
+    (
+        lambda params: params.num_beams == 1 and params.greedy and params.n > 1,
+        "n is {n} at temperature 0, where all answers are equal; set a temperature or num_beams",
+    ),
+)
