@@ -71,7 +71,9 @@ def _answerer(job: Job) -> Callable[[Sequence[int], int], object]:
 
     engine = Engine.load(Path(job.directory), job.threads)
     return lambda prompt, count: list(
-        generate(engine, [Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=count))])
+        generate(  # the same prompt twice: what the first has cached would make the second cheap
+            engine, [Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=count))], prefix_caching=False
+        )
     )
 
 

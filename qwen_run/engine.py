@@ -76,6 +76,7 @@ class Engine:
         num_blocks: int | None = None,
         graph: str = GRAPH_FILE,
         float_activations: bool = False,
+        cache_bytes: int | None = None,
     ) -> Engine:
         """Open the engine in ``directory``; everything is checked before memory is taken.
 
@@ -85,6 +86,7 @@ class Engine:
             graph: ``layers.onnx`` to see the output of every sub-block with :meth:`run_layers`.
             float_activations: compute in float32 what the engine rounds to int8 on its way into a product: far
                 slower, for measuring everything else.
+            cache_bytes: memory of the cache pool, where ``num_blocks`` is not given.
 
         Raises:
             EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
@@ -97,7 +99,7 @@ class Engine:
             raise EngineError(f"{directory} has no part {graph}; build the engine again")
         check_parts(directory, manifest)
         _check_operators(directory, manifest)
-        num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes())
+        num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes(), cache_bytes)
         try:
             options = _session_options(manifest, threads or physical_cores())
             source: Path | bytes = directory / graph

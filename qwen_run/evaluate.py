@@ -155,7 +155,7 @@ def greedy(model: TextModel, prompt: Sequence[int], max_new_tokens: int) -> list
     request = Request(tuple(prompt), params, model.eos_token_ids)
     for _ in model.generate([request]):
         pass
-    return request.output
+    return request.sequences[0].output
 
 
 def answer_text(model: TextModel, token_ids: Sequence[int]) -> str:

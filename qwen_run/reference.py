@@ -43,6 +43,9 @@ SUB_BLOCKS = {
     "": "output",
 }
 
+# precision of a product's input -> the largest of the integers it is rounded to: one byte, two bytes
+ROUNDING_STEPS = {"int8": 127, "int8x2": 127 * 256}
+
 # elements of a weight that are quantised at a time: bounds the memory that takes to some tens of megabytes
 _SLICE_ELEMENTS = 1 << 20
 
@@ -93,31 +96,32 @@ class Recipe:
 
 
 class HuggingFace:
-    """A checkpoint in transformers, computing in float32.
+    """A checkpoint in transformers.
 
     Args:
-        checkpoint: the directory; its weights are held in memory once, in float32.
+        checkpoint: the directory; its weights are held in memory once, in ``dtype``.
         threads: threads torch uses, in all of this process.
         recipe: round weights, inputs of linears, keys and values as an engine does; None for the weights as they are.
+        dtype: what it computes in, by torch's name; all but :meth:`stream_batch` is meant for float32.
 
     Raises:
         RequestError: torch or transformers is not installed.
         CheckpointError: transformers cannot load the directory.
     """
 
-    def __init__(self, checkpoint: Path, threads: int, recipe: Recipe | None = None) -> None:
+    def __init__(self, checkpoint: Path, threads: int, recipe: Recipe | None = None, dtype: str = "float32") -> None:
         self._torch, self._transformers = _import_torch_and_transformers()
         self._torch.set_num_threads(threads)
         try:
             self._model = self._transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=self._torch.float32, local_files_only=True
+                checkpoint, dtype=getattr(self._torch, dtype), local_files_only=True
             ).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
-        self._rounds_cache = False
+        self._cache_dtype = "float32"
         if recipe is not None:
-            self._rounds_cache = recipe.cache_dtype == "float16"
+            self._cache_dtype = recipe.cache_dtype
             self._round_as(recipe)
 
     def logits(self, token_ids: Sequence[int]) -> Iterator[FullLogits]:
@@ -139,6 +143,33 @@ class HuggingFace:
             if token_id in stop_token_ids:
                 return
             fed = [token_id]
+
+    def stream_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int]]:
+        """Greedy tokens of all ``prompts`` together, one of each a step, past any end of sequence.
+
+        The batch is static, as in ``transformers.generate``: shorter prompts are padded on the left.
+        """
+        torch = self._torch
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        fed = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        columns = torch.arange(longest + max_new_tokens)
+        padding = longest - lengths[:, None]
+        mask = (columns >= padding).long() if int(padding.max()) else None
+        cache = self._new_cache()
+        stop = longest
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():
+                logits = self._model(
+                    fed,
+                    attention_mask=None if mask is None else mask[:, :stop],
+                    position_ids=(columns[stop - fed.shape[1] : stop] - padding).clamp(min=0),
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                ).logits
+            fed = logits[:, -1].argmax(-1, keepdim=True)
+            yield fed[:, 0].tolist()
+            stop += 1
 
     def hidden_outputs(
         self, token_ids: Sequence[int], given: Mapping[str, np.ndarray] | None = None
@@ -198,12 +229,18 @@ class HuggingFace:
 
     def _new_cache(self) -> Any:
         cache = self._transformers.DynamicCache(config=self._model.config)
-        if self._rounds_cache:
+        if self._cache_dtype != "float32":
             update = cache.update
             cache.update = lambda key, value, *rest, **named: update(
-                key.half().float(), value.half().float(), *rest, **named
+                self._as_cached(key), self._as_cached(value), *rest, **named
             )
         return cache
+
+    def _as_cached(self, x: Any) -> Any:
+        """Keys or values (..., head_dim) rounded as the cache holds them."""
+        if self._cache_dtype == "int8":
+            return round_activations(self._torch, x, x.shape[-1], ROUNDING_STEPS["int8"])
+        return x.half().float()
 
     def _round_as(self, recipe: Recipe) -> None:
         from qwen_build.quantize import make_scheme
@@ -216,39 +253,45 @@ class HuggingFace:
             module = modules[name]
             if not quantization.group_size:
                 continue
-            if quantization.activations == "int8" and isinstance(module, self._torch.nn.Linear):
-                module.register_forward_pre_hook(_rounding_hook(self._torch, quantization.group_size))
+            if quantization.activations in ROUNDING_STEPS and isinstance(module, self._torch.nn.Linear):
+                module.register_forward_pre_hook(_rounding_hook(self._torch, quantization))
             if id(module.weight) in rounded:  # a tied head
                 assert rounded[id(module.weight)] == quantization
                 continue
             rounded[id(module.weight)] = quantization
             scheme = make_scheme(
-                quantization.scheme, quantization.group_size, quantization.symmetric, quantization.activations
+                quantization.scheme,
+                quantization.group_size,
+                quantization.symmetric,
+                quantization.activations,
+                quantization.kernels,
             )
             weight: np.ndarray = module.weight.detach().numpy()  # the parameter's own memory
-            rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
+            rows = max(1, _SLICE_ELEMENTS // weight.shape[1] // scheme.block_rows) * scheme.block_rows
             for start in range(0, len(weight), rows):
                 part = weight[start : start + rows]
-                part[...] = scheme.dequantize(scheme.quantize(part), part.shape[1])
+                part[...] = scheme.dequantize(scheme.quantize(part), part.shape)
 
 
-def _rounding_hook(torch: Any, group_size: int) -> Any:
-    return lambda module, arguments: (round_to_int8(torch, arguments[0], group_size),)
+def _rounding_hook(torch: Any, quantization: Quantization) -> Any:
+    most, group_size = ROUNDING_STEPS[quantization.activations], quantization.group_size
+    return lambda module, arguments: (round_activations(torch, arguments[0], group_size, most),)
 
 
-def round_to_int8(torch: Any, x: Any, group_size: int) -> Any:
-    """``x`` as ``MatMulNBits`` with ``accuracy_level`` 4 reads it: 8 bits and a scale for each group of a row.
+def round_activations(torch: Any, x: Any, group_size: int, most: int) -> Any:
+    """``x`` as ``QuantLinear`` and ``MatMulNBits`` (``accuracy_level`` 4) read it: a scale for each group of a row.
 
-    ``q = round(x * (127 / max|x|))`` with ties to even, in float32; the value is ``q * (max|x| / 127)``. That gives the
-    operator's numbers for every tie; dividing by the scale, or rounding ties away from 0, does not.
+    ``q = round(x * (most / max|x|))`` with ties to even, in float32; the value is ``q * (max|x| / most)``. That gives
+    the operators' numbers for every tie; dividing by the scale, or rounding ties away from 0, does not.
 
     Args:
         x: tensor (..., features) float32; the last group may be shorter.
+        most: the largest q, see ``ROUNDING_STEPS``.
     """
     features = x.shape[-1]
     groups = torch.nn.functional.pad(x, (0, -features % group_size)).unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(-1, keepdim=True)
-    steps = torch.tensor(127.0)  # a tensor: torch would multiply the number with a rounded reciprocal
+    steps = torch.tensor(float(most))  # a tensor: torch would multiply the number with a rounded reciprocal
     inverse = torch.where(largest > 1e-36, steps / largest, 0)  # nothing, or too little for a reciprocal, is 0
     return ((groups * inverse).round() * (largest / steps)).flatten(-2)[..., :features]
 

@@ -19,6 +19,7 @@ import qwen_plugin
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import BATCH_INPUTS, cache_inputs, logits_output
 from qwen_engine.manifest import (
+    FORMAT_VERSION,
     GRAPH_FILE,
     LAYERS_GRAPH_FILE,
     MANIFEST_FILE,
@@ -77,7 +78,7 @@ def write_graph(path: Path, outputs: list[str]) -> None:
 def write_manifest(directory: Path, **changes: Any) -> None:
     """A manifest that fits the directory's files, with fields of it replaced by ``changes``."""
     fields: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "name": "two-matrices",
         "model": MODEL,
         "limits": Limits(MAX_SEQ_LEN),
@@ -165,9 +166,9 @@ def test_generate_over_a_session(intact_engine: Path) -> None:
     for _ in generate(engine, requests, max_batch_tokens=2):
         pass
     for request, count in zip(requests, (4, MAX_SEQ_LEN - 1), strict=True):
-        sequence = [request.prompt[-1], *request.output]
-        assert [int(following[token_id]) for token_id in sequence[:-1]] == request.output
-        assert len(request.output) == count
+        sequence = [request.prompt[-1], *request.sequences[0].output]
+        assert [int(following[token_id]) for token_id in sequence[:-1]] == request.sequences[0].output
+        assert len(request.sequences[0].output) == count
     assert engine.cache.num_free == engine.cache.num_blocks
 
 
@@ -287,7 +288,8 @@ FIRST_STATE = len(BATCH_INPUTS)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], "1", "has format version '1', this runtime reads 1"),
+        (["format_version"], "1", "has format version '1', this runtime reads 2"),
+        (["format_version"], 1, "has format version 1, this runtime reads 2"),
         (["format_version"], True, "has format version True"),
         (["parts", "/etc/passwd"], PART, "has part '/etc/passwd', expected the plain name of a file"),
         (["parts", ".."], PART, r"has part '\.\.'"),

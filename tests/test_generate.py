@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_engine import VOCAB_SIZE, ScriptedEngine, expected_tokens, scripted_logits
 
 from qwen_engine.errors import EngineError, RequestError
-from qwen_engine.graph_io import TensorSpec
-from qwen_run.engine import Batch, Engine
-from qwen_run.generate import Token, build_batch, generate
-from qwen_run.kv_cache import KVCache
+from qwen_run.core import build_batch
+from qwen_run.generate import Token, generate
 from qwen_run.request import Request
 from qwen_run.sampling import SamplingParams
 from qwen_run.scheduler import Chunk
 
-VOCAB_SIZE = 11
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
-
-
-class ScriptedEngine:
-    """Stands where an ``Engine`` does; the logits of a token are a function of the tokens up to it.
-
-    What it knows of earlier runs it reads from the cache: block entries hold token id + 1, as keys and values do for
-    a model.
-    """
-
-    def __init__(self, num_blocks: int = 40, block_size: int = 4, max_seq_len: int = 30) -> None:
-        self.manifest: Any = SimpleNamespace(
-            limits=SimpleNamespace(max_seq_len=max_seq_len), model=SimpleNamespace(vocab_size=VOCAB_SIZE)
-        )
-        pool = TensorSpec("tokens", "paged_state", "int32", ("num_blocks", block_size))
-        self.cache = KVCache([pool], block_size, num_blocks)
-        self.batches: list[Batch] = []
-        self.fails_after = 10**9
-
-    def run(self, batch: Batch) -> np.ndarray:
-        if len(self.batches) == self.fails_after:
-            raise EngineError("scripted failure")
-        self.batches.append(batch)
-        pool, block_size = self.cache.pools["tokens"], self.cache.block_size
-        logits = []
-        for sequence, (start, end) in enumerate(
-            zip(batch.cumulative_lengths[:-1], batch.cumulative_lengths[1:], strict=True)
-        ):
-            table, past = batch.block_table[sequence], batch.past_lengths[sequence]
-            for position, token_id in enumerate(batch.input_ids[start:end], start=past):
-                assert pool[table[position // block_size], position % block_size] == 0, "written twice, or not zeroed"
-                pool[table[position // block_size], position % block_size] = token_id + 1
-            history = pool[table].reshape(-1)
-            logits += [scripted_logits(history[: past + i + 1]) for i in range(end - start)]
-        return np.array(logits, np.float32).reshape(-1, VOCAB_SIZE)[batch.logits_indices]
-
-
-def scripted_logits(history: np.ndarray) -> np.ndarray:
-    """Logits (VOCAB_SIZE,) that change with every entry of ``history`` int32 (n,) and with its length."""
-    return np.random.default_rng(zlib.crc32(history.tobytes())).normal(size=VOCAB_SIZE).astype(np.float32)
-
-
-def expected_tokens(prompt: tuple[int, ...], count: int) -> list[int]:
-    """Greedy answer, straight from the definition of the script."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(int(np.argmax(scripted_logits(np.array(tokens, np.int32) + 1))))
-    return tokens[len(prompt) :]
 
 
 def answer(engine: ScriptedEngine, *requests: Request, **limits: int) -> list[Token]:
@@ -79,22 +26,23 @@ def answer(engine: ScriptedEngine, *requests: Request, **limits: int) -> list[To
     assert engine.cache.num_free == engine.cache.num_blocks
     for index, request in enumerate(requests):
         own = [token for token in tokens if token.request_index == index]
-        assert [token.token_id for token in own] == request.output
+        assert [token.token_id for token in own] == request.sequences[0].output
         assert [token.finish_reason for token in own[:-1]] == [None] * (len(own) - 1)
-        assert own[-1].finish_reason == request.finish_reason is not None
+        assert own[-1].finish_reason == request.sequences[0].finish_reason is not None
     return tokens
 
 
 def test_build_batch() -> None:
-    long, short = Request((5, 6, 7, 8, 9), GREEDY, num_cached=2), Request((1, 2), GREEDY, output=[3], num_cached=2)
-    long.block_ids, short.block_ids = [4, 0], [7]
-    batch = build_batch([Chunk(long, [7, 8], False), Chunk(short, [3], True)])
+    long, short = (Request(prompt, GREEDY).sequences[0] for prompt in ((5, 6, 7, 8, 9), (1, 2, 3)))
+    long.num_cached, long.block_ids = 2, [4, 0]
+    short.num_cached, short.block_ids = 2, [7]
+    batch = build_batch([Chunk(long, [7, 8], 0, 0), Chunk(short, [3, 9, 9], 2, 3)])
     expected = {
-        "input_ids": ([7, 8, 3], np.int64),
-        "cumulative_lengths": ([0, 2, 3], np.int32),
+        "input_ids": ([7, 8, 3, 9, 9], np.int64),
+        "cumulative_lengths": ([0, 2, 5], np.int32),
         "past_lengths": ([2, 2], np.int32),
         "block_table": ([[4, 0], [7, 0]], np.int32),
-        "logits_indices": ([2], np.int64),
+        "logits_indices": ([2, 3, 4], np.int64),
     }
     for name, (values, dtype) in expected.items():
         array = getattr(batch, name)
@@ -111,8 +59,8 @@ def test_no_logits_in_the_middle_of_a_prompt() -> None:
 def test_greedy_answer() -> None:
     request = Request((1, 2, 3), GREEDY)
     answer(ScriptedEngine(), request)
-    assert request.output == expected_tokens((1, 2, 3), 6)
-    assert request.finish_reason == "length"
+    assert request.sequences[0].output == expected_tokens((1, 2, 3), 6)
+    assert request.sequences[0].finish_reason == "length"
 
 
 def test_the_repetition_penalty_falls_on_prompt_and_answer() -> None:
@@ -124,7 +72,7 @@ def test_the_repetition_penalty_falls_on_prompt_and_answer() -> None:
         logits[context] *= np.where(logits[context] < 0, 100, 0.01)
         context.append(int(np.argmax(logits)))
     answer(ScriptedEngine(), request)
-    assert request.output == context[2:]
+    assert request.sequences[0].output == context[2:]
 
 
 def test_stop_token_ends_the_answer_and_is_its_last_token() -> None:
@@ -132,23 +80,23 @@ def test_stop_token_ends_the_answer_and_is_its_last_token() -> None:
     stop = answer_ids[2]
     request = Request((1, 2, 3), GREEDY, stop_token_ids=frozenset({stop, 99}))
     answer(ScriptedEngine(), request)
-    assert request.output == answer_ids[: answer_ids.index(stop) + 1]
-    assert request.finish_reason == "stop"
+    assert request.sequences[0].output == answer_ids[: answer_ids.index(stop) + 1]
+    assert request.sequences[0].finish_reason == "stop"
 
 
 def test_stop_token_as_the_last_allowed_one_is_a_stop() -> None:
     first = expected_tokens((1, 2, 3), 1)[0]
     request = Request((1, 2, 3), replace(GREEDY, max_tokens=1), stop_token_ids=frozenset({first}))
     answer(ScriptedEngine(), request)
-    assert (request.output, request.finish_reason) == ([first], "stop")
+    assert (request.sequences[0].output, request.sequences[0].finish_reason) == ([first], "stop")
 
 
 @pytest.mark.parametrize(("length", "expected"), [(27, 3), (29, 1)])
 def test_the_engine_ends_an_answer_that_fills_it(length: int, expected: int) -> None:
     request = Request((1,) * length, GREEDY)
     answer(ScriptedEngine(num_blocks=8, max_seq_len=30), request)
-    assert len(request.output) == expected
-    assert request.finish_reason == "length"
+    assert len(request.sequences[0].output) == expected
+    assert request.sequences[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +130,7 @@ def test_logits_are_those_the_token_was_sampled_from() -> None:
     request = Request((1, 2), GREEDY)
     tokens = list(generate(engine, [request], keep_logits=True))
     for count, token in enumerate(tokens):
-        history = np.array([1, 2, *request.output[:count]], np.int32) + 1
+        history = np.array([1, 2, *request.sequences[0].output[:count]], np.int32) + 1
         np.testing.assert_array_equal(token.logits, scripted_logits(history))
     assert answer(ScriptedEngine(), Request((1, 2), GREEDY))[0].logits is None
 
@@ -197,7 +145,7 @@ def test_closing_early_frees_every_block(taken: int) -> None:
     assert (engine.cache.num_free < engine.cache.num_blocks) == (taken > 0)
     tokens.close()
     assert engine.cache.num_free == engine.cache.num_blocks
-    assert all(request.block_ids == [] for request in requests)
+    assert all(request.sequences[0].block_ids == [] for request in requests)
 
 
 def test_an_engine_that_fails_leaves_no_block_behind() -> None:
@@ -260,41 +208,16 @@ def test_an_answer_does_not_depend_on_batch_mates_budgets_or_pool(load: Load) ->
         assert 0 < len(batch.input_ids) <= load.max_batch_tokens
     for request, alone in zip(together, load.requests(), strict=True):
         answer(load.engine(30), alone)
-        assert (request.output, request.finish_reason) == (alone.output, alone.finish_reason)
+        assert (request.sequences[0].output, request.sequences[0].finish_reason) == (
+            alone.sequences[0].output,
+            alone.sequences[0].finish_reason,
+        )
 
 
-def test_answers_of_a_real_engine_do_not_depend_on_batch_mates(
-    tiny_checkpoint: Callable[..., Any], build_engine: Callable[..., Path]
-) -> None:
-    """Logits of the same bits alone, batched, chunked, and fed again after a preemption (int4 in groups of 32)."""
-    directory = build_engine(
-        tiny_checkpoint("qwen3-tied").path, quant="int4", group_size=32, embedding_quant="int8", max_seq_len=150
-    )
-    rng = np.random.default_rng(3)
-    prompts = [tuple(rng.integers(0, 131, length).tolist()) for length in (70, 20, 1, 45, 33)]
-
-    def run(engine: Engine, chosen: list[int], **limits: int) -> tuple[list[np.ndarray], int]:
-        """The logits of every chosen request's answer, (40, vocab_size), and the tokens fed for all."""
-        fed = 0
-
-        def count(batch: Batch) -> np.ndarray:
-            nonlocal fed
-            fed += len(batch.input_ids)
-            return Engine.run(engine, batch)
-
-        requests = [Request(prompts[i], SamplingParams(temperature=1.0, seed=i, max_tokens=40)) for i in chosen]
-        logits: list[list[np.ndarray]] = [[] for _ in requests]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "run", count)
-            for token in generate(engine, requests, keep_logits=True, **limits):  # type: ignore[arg-type]
-                assert token.logits is not None
-                logits[token.request_index].append(token.logits)
-        return [np.array(rows) for rows in logits], fed
-
-    one_thread = Engine.load(directory, threads=1)
-    alone = [run(one_thread, [i]) for i in range(len(prompts))]
-    smallest = Engine.load(directory, threads=2, num_blocks=one_thread.cache.blocks_for(150))
-    together, fed = run(smallest, list(range(len(prompts))), max_batch_tokens=19)
-    assert fed > sum(count for _, count in alone), "no request was preempted: the test lost its point"
-    for (expected,), logits in zip((rows for rows, _ in alone), together, strict=True):
-        np.testing.assert_array_equal(logits, expected)
+@pytest.mark.parametrize(("prefix_caching", "fed"), [(True, 1), (False, 5)])
+def test_a_prompt_is_fed_again_where_that_is_asked_for(prefix_caching: bool, fed: int) -> None:
+    engine: Any = ScriptedEngine()
+    for _ in range(2):
+        engine.batches.clear()
+        list(generate(engine, [Request((1, 2, 3, 4, 5), GREEDY)], prefix_caching=prefix_caching))
+    assert len(engine.batches[0].input_ids) == fed

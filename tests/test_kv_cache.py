@@ -14,6 +14,7 @@ from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec, cache_inputs
 from qwen_engine.manifest import CacheLayout, Limits, Part
 from qwen_run.kv_cache import KVCache, block_bytes, choose_num_blocks
+from qwen_run.prefix_cache import extend_keys
 
 STATES = cache_inputs(layers=(0, 1, 2), kv_heads=2, head_dim=8, block_size=64, dtype="float16")
 BLOCK_BYTES = 3 * 2 * (2 * 8 * 64) * 2  # layers, key and value, elements, bytes of a float16
@@ -123,6 +124,113 @@ def test_a_pool_below_one_sequence_is_refused() -> None:
         choose_num_blocks(SIZES, 1, 10**9)
     with pytest.raises(EngineError, match=r"100 tokens takes 0\.00 GiB, 0\.00 GiB are free; .*--max-seq-len"):
         choose_num_blocks(SIZES, None, 2 * BLOCK_BYTES - 1)
+
+
+def test_a_pool_of_given_memory() -> None:
+    assert choose_num_blocks(SIZES, None, 0, 5 * BLOCK_BYTES + 1) == 5
+    with pytest.raises(EngineError, match=r"0\.0 MiB holds 64 tokens, a sequence can have 100; .* least 0\.0 MiB"):
+        choose_num_blocks(SIZES, None, 10**9, 2 * BLOCK_BYTES - 1)
+
+
+def test_a_shared_block_is_free_when_its_last_owner_gives_it_back() -> None:
+    cache = make_cache(2)
+    block_ids = cache.allocate(2)
+    assert block_ids is not None
+    assert not cache.is_shared(block_ids[0])
+    cache.share(block_ids[:1])
+    assert cache.is_shared(block_ids[0])
+    cache.free(block_ids)
+    assert cache.num_free == 1
+    cache.free(block_ids[:1])
+    assert cache.num_free == 2
+
+
+def test_a_copy_is_of_every_pool() -> None:
+    cache = make_cache(3)
+    source, target = cache.allocate(2) or []
+    for number, pool in enumerate(cache.pools.values()):
+        pool[source] = number
+    cache.copy(source, target)
+    for number, pool in enumerate(cache.pools.values()):
+        assert (pool[target] == number).all()
+
+
+def fill_and_free(cache: KVCache, *keys: bytes) -> list[int]:
+    """Publish a sequence of full blocks and give it back."""
+    block_ids = cache.allocate(len(keys))
+    assert block_ids is not None
+    for block, key in zip(block_ids, keys, strict=True):
+        cache.publish(block, key)
+    cache.free(block_ids)
+    return block_ids
+
+
+def test_a_prefix_is_found_until_its_blocks_are_needed() -> None:
+    cache = make_cache(3)
+    block_ids = fill_and_free(cache, b"a", b"ab", b"abc")
+    assert cache.num_free == 3
+    assert cache.take_prefix([b"a", b"ab", b"abd"]) == block_ids[:2]
+    assert cache.num_free == 1
+    cache.free(block_ids[:2])
+    assert cache.allocate(1) == [block_ids[2]]  # used longest ago
+    assert cache.take_prefix([b"a", b"ab", b"abc"]) == block_ids[:2]
+    assert cache.take_prefix([b"ab"]) == block_ids[1:2]  # by two owners
+    assert cache.is_shared(block_ids[1])
+
+
+def test_the_end_of_a_prefix_goes_first() -> None:
+    cache = make_cache(3)
+    block_ids = fill_and_free(cache, b"a", b"ab", b"abc")
+    assert cache.allocate(2) == [block_ids[2], block_ids[1]]
+    assert cache.take_prefix([b"a", b"ab"]) == block_ids[:1]
+
+
+def test_blocks_that_hold_nothing_known_are_given_out_first() -> None:
+    cache = make_cache(4)
+    block_ids = fill_and_free(cache, b"a", b"ab")
+    others = cache.allocate(2)
+    assert others is not None
+    assert not set(others) & set(block_ids)
+
+
+def test_of_two_blocks_with_the_same_tokens_one_is_found() -> None:
+    cache = make_cache(4)
+    first, second = cache.allocate(1), cache.allocate(1)
+    assert first is not None
+    assert second is not None
+    cache.publish(first[0], b"a")
+    cache.publish(second[0], b"a")
+    assert cache.take_prefix([b"a"]) == first
+    cache.free(second)
+    assert cache.take_prefix([b"a"]) == first
+
+
+def test_a_block_found_by_its_tokens_is_zeroed_for_others() -> None:
+    cache = make_cache(1)
+    (block,) = fill_and_free(cache, b"a")
+    for pool in cache.pools.values():
+        pool[block] = np.nan
+    assert cache.take_prefix([b"a"]) == [block]
+    assert all(np.isnan(pool[block]).all() for pool in cache.pools.values())
+    cache.free([block])
+    assert cache.allocate(1) == [block]
+    assert not any(pool[block].any() for pool in cache.pools.values())
+    assert cache.take_prefix([b"a"]) == []
+
+
+def test_keys_depend_on_everything_before() -> None:
+    def keys(*token_ids: int) -> list[bytes]:
+        found: list[bytes] = []
+        extend_keys(found, list(token_ids), 2, len(token_ids) // 2)
+        return found
+
+    whole = keys(1, 2, 3, 4, 5)
+    assert len(whole) == len(set(whole)) == 2
+    assert keys(1, 2, 3, 9)[0] == whole[0] != keys(2, 2, 3, 4)[0]
+    assert len({keys(1, 2, 3, 4)[1], keys(0, 2, 3, 4)[1], keys(1, 2, 4, 3)[1], keys(3, 4, 3, 4)[1]}) == 4
+    grown = whole[:1]
+    extend_keys(grown, [1, 2, 3, 4], 2, 2)
+    assert grown == whole
 
 
 @pytest.mark.parametrize("shape", [("num_blocks", "heads"), (7, 2), ("T", 2), ()])

@@ -9,18 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from conftest import FAMILIES, run_alone
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from onnxscript import GraphBuilder
 
-from qwen_build.quantize import GROUP_SIZES, make_scheme
-from qwen_engine.errors import CheckpointError
+from qwen_build.quantize import GROUP_SIZES, KERNELS, Scheme, make_scheme
+from qwen_engine.errors import CheckpointError, EngineError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE, Manifest
+from qwen_plugin import library_path
 from qwen_run.engine import Batch, Engine
 from qwen_run.float_activations import with_float_activations
-from qwen_run.reference import CHUNK_TOKENS, HuggingFace, Recipe, round_to_int8
+from qwen_run.reference import CHUNK_TOKENS, ROUNDING_STEPS, HuggingFace, Recipe, round_activations
 
 TOKENS = np.random.default_rng(5).integers(0, 131, 2 * CHUNK_TOKENS + 7).tolist()
 
@@ -72,60 +76,68 @@ def test_a_stop_token_is_the_last(tiny_checkpoint):
     assert reference.continuation(TOKENS[:20], 12, {stop}) == free[: free.index(stop) + 1]
 
 
-def matmul_nbits(bits: int, group_size: int, symmetric: bool, weight: np.ndarray):
-    """The stock operator over a quantised weight, and what that weight dequantises to."""
-    scheme = make_scheme(f"int{bits}", group_size, symmetric, "int8")
+def model_of(node: onnx.NodeProto) -> bytes:
+    return helper.make_model(helper.make_graph([node], "one node", [], [])).SerializeToString()
+
+
+def product(scheme: Scheme, weight: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """A graph that multiplies with a quantised weight, and what that weight dequantises to."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1, "qwen": 1}, name="product")
+    builder = GraphBuilder(graph)
     tensors = scheme.quantize(weight)
-    node = helper.make_node(
-        "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft",
-        N=weight.shape[0], K=weight.shape[1], bits=bits, block_size=group_size, accuracy_level=4,
-    )  # fmt: skip
-    graph = helper.make_graph(
-        [node],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, weight.shape[1]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, weight.shape[0]])],
-        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return model, scheme.dequantize(tensors, weight.shape[1])
+    values = {name: builder.op.initializer(ir.tensor(tensor), name) for name, tensor in tensors.items()}
+    x = builder.input("x", ir.DataType.FLOAT, [None, weight.shape[1]])
+    y = scheme.linear(builder.op, x, values, None, weight.shape)
+    y.type = ir.TensorType(ir.DataType.FLOAT)
+    builder.add_output(y, "y")
+    model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
+    return model, scheme.dequantize(tensors, weight.shape)
 
 
 def run_graph(model: bytes, x: np.ndarray) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.register_custom_ops_library(str(library_path()))
     return onnxruntime.InferenceSession(model, options).run(None, {"x": x})[0]
 
 
+ROUNDING = [(kernels, name) for kernels, row in KERNELS.items() for name in row.activations if name in ROUNDING_STEPS]
+
+
+@pytest.mark.parametrize(("kernels", "activations"), ROUNDING)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("rows", [1, 40])
-def test_activations_are_rounded_as_the_operator_rounds_them(bits, group_size, rows):
+def test_activations_are_rounded_as_the_operator_rounds_them(kernels, activations, bits, group_size, rows):
     """Inputs at and beside the middle between two steps, where every other way to round gives other numbers."""
     rng = np.random.default_rng(bits * group_size + rows)
-    features = 2 * group_size + 16  # the last group is shorter
+    features, most = 2 * group_size + 16, ROUNDING_STEPS[activations]  # the last group is shorter
     weight = rng.standard_normal((48, features)).astype(np.float32)
     largest = rng.uniform(0.01, 5, (rows, 1)).astype(np.float32)
-    x = ((rng.integers(-126, 126, (rows, features)) + 0.5) * (largest.astype(np.float64) / 127)).astype(np.float32)
+    steps = rng.integers(1 - most, most - 1, (rows, features)) + 0.5
+    x = (steps * (largest.astype(np.float64) / most)).astype(np.float32)
     x[:, ::group_size] = largest
     x[0, :group_size] = 0
 
-    model, dequantised = matmul_nbits(bits, group_size, False, weight)
-    rounded = round_to_int8(torch, torch.tensor(x), group_size).numpy()
+    model, dequantised = product(make_scheme(f"int{bits}", group_size, False, activations, kernels), weight)
+    rounded = round_activations(torch, torch.tensor(x), group_size, most).numpy()
     exact = rounded.astype(np.float64) @ dequantised.astype(np.float64).T
     error = np.linalg.norm(run_graph(model, x) - exact) / np.linalg.norm(exact)
-    assert error < 1e-6  # float32 sums; without rounding 5e-3, with ties away from 0 or by division 1e-3
+    # float32 sums; without rounding 5e-3 (int8x2: 2e-5), with ties away from 0 or by division a few times less
+    assert error < 1e-6
 
 
+@pytest.mark.parametrize(("kernels", "activations"), ROUNDING)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_graph_can_be_told_not_to_round_activations(bits):
+def test_the_graph_can_be_told_not_to_round_activations(kernels, activations, bits):
     rng = np.random.default_rng(bits)
-    model, dequantised = matmul_nbits(bits, 32, False, rng.standard_normal((16, 64)).astype(np.float32))
+    scheme = make_scheme(f"int{bits}", 32, False, activations, kernels)
+    model, dequantised = product(scheme, rng.standard_normal((16, 64)).astype(np.float32))
     x = rng.standard_normal((5, 64)).astype(np.float32)
     exact = x.astype(np.float64) @ dequantised.astype(np.float64).T
-    assert np.abs(run_graph(model, x) - exact).max() > 1e-3
-    assert np.abs(run_graph(with_float_activations(model), x) - exact).max() < 1e-4
+    exact_size = np.abs(exact).max()
+    assert np.abs(run_graph(model, x) - exact).max() > exact_size / ROUNDING_STEPS[activations] / 10
+    assert np.abs(run_graph(with_float_activations(model), x) - exact).max() < 1e-6 * exact_size
 
 
 @every_family
@@ -141,16 +153,17 @@ def test_as_built_is_the_engine_to_float_precision(family, quant, symmetric, tin
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
-def test_as_built_rounds_keys_and_values_to_float16(quant, tiny_checkpoint, build_engine):
+@pytest.mark.parametrize("kv_cache_dtype", ["float16", "int8"])
+def test_as_built_rounds_keys_and_values(quant, kv_cache_dtype, tiny_checkpoint, build_engine):
     checkpoint = tiny_checkpoint("qwen2")
-    directory = build_engine(checkpoint.path, quant=quant, kv_cache_dtype="float16", activations="float32")
+    directory = build_engine(checkpoint.path, quant=quant, kv_cache_dtype=kv_cache_dtype, activations="float32")
     logits = run_alone(Engine.load(directory, threads=1), TOKENS)
 
     def distance(recipe: Recipe) -> float:
         return float(np.abs(all_logits(HuggingFace(checkpoint.path, 1, recipe), TOKENS) - logits).mean())
 
     recipe = Recipe.of(Manifest.read(directory))
-    # a key on the edge between two float16 still falls on either side; most do not
+    # a key on the edge between two steps still falls on either side; most do not
     assert distance(recipe) < 0.3 * distance(replace(recipe, cache_dtype="float32"))
 
 
@@ -159,9 +172,9 @@ def test_a_tied_head_is_rounded_once_and_the_file_stays_as_it_is(tiny_checkpoint
     weights = checkpoint.path / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).digest()
     model = as_built(checkpoint, build_engine(checkpoint.path, quant="int4", embedding_quant="int4"))._model
-    scheme = make_scheme("int4", 32, False, "int8")
+    scheme = make_scheme("int4", 32, False, None, "native")
     embedding = checkpoint.model.model.embed_tokens.weight.detach().numpy()
-    once = scheme.dequantize(scheme.quantize(embedding), embedding.shape[1])
+    once = scheme.dequantize(scheme.quantize(embedding), embedding.shape)
     assert np.array_equal(model.model.embed_tokens.weight.detach().numpy(), once)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert hashlib.sha256(weights.read_bytes()).digest() == before
@@ -250,8 +263,32 @@ def test_loading_says_nothing_on_stderr(tiny_checkpoint):
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("4", "", 0)
 
 
-def test_only_model_graphs_with_a_known_attribute_are_changed(tiny_checkpoint, build_engine):
-    graph = (build_engine(tiny_checkpoint("qwen2").path, quant="int4") / GRAPH_FILE).read_bytes()
-    changed = with_float_activations(graph)
-    assert len(changed) == len(graph)
-    assert sum(a != b for a, b in zip(graph, changed, strict=True)) == graph.count(b"accuracy_level") == 3 * 4 + 1
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+def test_only_the_precision_of_products_is_changed(kernels, activations, tiny_checkpoint, build_engine):
+    options = {"quant": "int4", "kernels": kernels, "activations": activations}
+    graph = (build_engine(tiny_checkpoint("qwen2").path, **options) / GRAPH_FILE).read_bytes()
+    expected = onnx.load_from_string(graph)
+    changed = 0
+    for node in expected.graph.node:
+        for attribute in node.attribute:
+            if (node.op_type, attribute.name) == ("MatMulNBits", "accuracy_level"):
+                attribute.i, changed = 1, changed + 1
+            if (node.op_type, attribute.name) == ("QuantLinear", "precision"):
+                attribute.s, changed = b"float32", changed + 1
+    assert changed == 3 * 4 + 1
+    assert onnx.load_from_string(with_float_activations(graph)) == expected
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (b"not a graph", "is not ONNX"),
+        (model_of(helper.make_node("QuantLinear", ["x"], ["y"], precision="int3")), "in an unknown way"),
+        (model_of(helper.make_node("MatMulNBits", ["x"], ["y"], accuracy_level=2)), "in an unknown way"),
+        (model_of(helper.make_node("QuantLinear", ["x"], ["y"], precision="int8"))[:-9], "is not ONNX"),
+    ],
+)
+def test_a_graph_whose_precision_cannot_be_changed(graph, message):
+    with pytest.raises(EngineError, match=message):
+        with_float_activations(graph)

@@ -1,0 +1,82 @@
+"""What guessing the next tokens gains when documents are summarised: greedy, with and without.
+
+    qwen-build --output /tmp/engine
+    python -m benchmarks.speculation /tmp/engine --documents 50
+
+The abstracts of the built-in SciTLDR sample through the chat template, 64 new tokens at most. Both ways take turns over
+groups of as many documents as the batch size, so that a noisy minute meets both; seconds are those of the steps after
+the prompts. Refuses to print where one answer differs by one token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import onnxruntime
+
+from qwen_run.core import Core, CoreOptions, Statistics
+from qwen_run.datasets import load_dataset
+from qwen_run.engine import Engine
+from qwen_run.evaluate import make_prompt
+from qwen_run.request import Request
+from qwen_run.sampling import SamplingParams
+from qwen_run.text import TextModel
+
+NEW_TOKENS = 64
+
+
+def answer(
+    engine: Engine, prompts: list[tuple[int, ...]], stop: frozenset[int], max_drafts: int
+) -> tuple[list[list[int]], float, Statistics]:
+    """The answers, seconds of decoding, and what the core did."""
+    core = Core(engine, CoreOptions(len(prompts), max_batch_tokens=8192, prefix_caching=False, max_drafts=max_drafts))
+    requests = [Request(prompt, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS), stop) for prompt in prompts]
+    for request in requests:
+        core.add(request)
+    core.step()
+    started = time.perf_counter()
+    while not core.is_done:
+        core.step()
+    return [request.sequences[0].output for request in requests], time.perf_counter() - started, core.statistics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("--documents", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--max-drafts", type=int, default=8)
+    arguments = parser.parse_args()
+    engine = Engine.load(arguments.engine, threads=arguments.threads)
+    model = TextModel.of(engine)
+    documents = load_dataset("scitldr", max_samples=arguments.documents).documents
+    prompts = [make_prompt(model, document, NEW_TOKENS).token_ids for document in documents]
+    print(
+        f"{arguments.engine.name}, {len(prompts)} documents, {arguments.threads} threads, "
+        f"onnxruntime {onnxruntime.__version__}, at most {arguments.max_drafts} guesses\n"
+    )
+    print("| batch | plain, tok/s | guessing, tok/s | gain | runs | guessed | right |\n|---|---|---|---|---|---|---|")
+    for batch in arguments.batch:
+        num_tokens, seconds, steps, drafts, accepted = 0, [0.0, 0.0], [0, 0], 0, 0
+        for start in range(0, len(prompts), batch):
+            group = prompts[start : start + batch]
+            plain, plain_s, plain_did = answer(engine, group, model.eos_token_ids, 0)
+            guessed, guessed_s, did = answer(engine, group, model.eos_token_ids, arguments.max_drafts)
+            if plain != guessed:
+                raise SystemExit(f"documents {start + 1} to {start + len(group)}: the answers differ")
+            num_tokens += sum(len(output) - 1 for output in plain)
+            seconds = [seconds[0] + plain_s, seconds[1] + guessed_s]
+            steps = [steps[0] + plain_did.num_steps, steps[1] + did.num_steps]
+            drafts, accepted = drafts + did.num_drafts, accepted + did.num_accepted
+        print(
+            f"| {batch} | {num_tokens / seconds[0]:.1f} | {num_tokens / seconds[1]:.1f} | "
+            f"{seconds[0] / seconds[1]:.2f} | {steps[1] / steps[0]:.0%} | {drafts} | {accepted / max(drafts, 1):.0%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
