@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 
 from qwen_engine.errors import RequestError
-from qwen_run.command import Command, peak_memory_bytes, printable
+from qwen_run.command import Command, peak_memory_bytes
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
 if TYPE_CHECKING:
     import numpy as np
 
+    from qwen_run.answers import AnswerFile, AnswerStream
+    from qwen_run.llm import LLM, Answering
     from qwen_run.prompts import Prompt
-    from qwen_run.request import Request
-    from qwen_run.sampling import SamplingParams
-    from qwen_run.text import Answer, TextModel
+    from qwen_run.sampling_params import SamplingParams
+    from qwen_run.text import TextModel
 
 ENGINES = Path("engines")
 MIB = 1 << 20
@@ -32,7 +35,7 @@ Examples:
   qwen-run                                         chat with the newest engine under engines/
   qwen-run --input-text "What is a paged cache?"   one answer, streamed
   qwen-run --temperature 0.7 --seed 1 < essay.txt  the whole of standard input is the prompt
-  qwen-run --input-file questions.jsonl --output-file answers.jsonl
+  qwen-run --input-file questions.jsonl --output-file answers.jsonl      run again, it goes on where it stopped
 """
 
 
@@ -42,10 +45,14 @@ Examples:
 @click.option(
     "--input-file",
     metavar="FILE",
-    help='Answer every line: JSON Lines with "prompt" or "messages" (and "tools"), or text, one prompt a line; '
-    "- is standard input. Answers are JSON Lines in input order.",
+    help='Answer every line: JSON Lines with "prompt" or "messages" (and "tools", "id", sampling options such as '
+    '"max_tokens"), or text, one prompt a line; - is standard input. Answers are JSON Lines in input order. Those '
+    "that --output-file holds already are kept.",
 )
-@click.option("--output-file", type=click.Path(path_type=Path), help="Write answers here, not to standard output.")
+@click.option(
+    "--output-file", "--output", type=click.Path(path_type=Path), help="Write answers here, not to standard output."
+)
+@click.option("--as-finished", is_flag=True, help="Answers to --input-file come as they are known, in any order.")
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--raw", is_flag=True, help="Send prompts as they are, without the chat template.")
 @click.option(
@@ -55,9 +62,29 @@ Examples:
 @click.option("--temperature", type=float, help="0 takes the likeliest token.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens that reach this probability; 1 is off.")
 @click.option("--top-k", type=int, help="Sample among this many likeliest tokens; 0 is off.")
+@click.option("--min-p", type=float, help="Least probability, as a share of the likeliest token's; 0 is off.")
 @click.option("--repetition-penalty", type=float, help="Above 1 makes tokens seen before less likely.")
+@click.option("--presence-penalty", type=float, help="Above 0 makes tokens of the answer less likely.")
+@click.option("--frequency-penalty", type=float, help="The same, for each time a token is there.")
 @click.option("--seed", type=int, help="Same seed, same answer.  [default: 0]")
+@click.option("-n", "--n", "n", type=int, help="Answers to each prompt.  [default: 1]")
+@click.option("--num-beams", type=int, help="Width of a beam search.  [default: 1, off]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text; may be given again.")
+@click.option("--min-tokens", type=int, help="Tokens an answer has before it may end.  [default: 0]")
+@click.option("--ignore-eos", is_flag=True, default=None, help="Answers end at --max-new-tokens or --stop alone.")
+@click.option("--logprobs", type=int, metavar="N", help="Report how likely tokens were, and the N likeliest.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of a run.  [default: physical cores]")
+@click.option(
+    "--kv-cache-memory",
+    type=click.IntRange(1, 1 << 30),
+    metavar="MIB",
+    help="Memory of the cache of keys and values.  [default: from the free memory]",
+)
+@click.option(
+    "--draft-tokens",
+    type=click.IntRange(0, 64),
+    help="Guess up to this many tokens ahead from what the text repeats; answers stay the same.  [default: 0, off]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the answer with counts and timing as one JSON object.")
 @click.option(
     "--output-logits",
@@ -70,13 +97,16 @@ def main(
     input_text: str | None,
     input_file: str | None,
     output_file: Path | None,
+    as_finished: bool,
     system: str | None,
     raw: bool,
     thinking: bool | None,
     threads: int | None,
+    kv_cache_memory: int | None,
+    draft_tokens: int | None,
     as_json: bool,
     output_logits: Path | None,
-    **sampling: float | None,
+    **sampling: Any,
 ) -> None:
     """Answer prompts with an engine that qwen-build made.
 
@@ -84,13 +114,21 @@ def main(
     standard input is one prompt. Sampling defaults come from the checkpoint's generation_config.json. Results go to
     standard output; timing, peak memory and progress to standard error.
     """
+    interactive = input_text is None and input_file is None and sys.stdin.isatty()
     if input_text is not None and input_file is not None:
         raise click.UsageError("--input-text and --input-file exclude each other.")
     if input_file is not None and (as_json or output_logits):
         raise click.UsageError("--json and --output-logits are for one prompt; --input-file always writes JSON Lines.")
+    if as_finished and input_file is None:
+        raise click.UsageError("--as-finished is for --input-file.")
+    if sampling["logprobs"] is not None and input_file is None and not as_json:
+        raise click.UsageError("--logprobs needs --json or --input-file.")
+    if interactive and any(value is not None for value in (sampling["n"], sampling["num_beams"], draft_tokens)):
+        raise click.UsageError("-n, --num-beams and --draft-tokens need --input-text, --input-file or a pipe.")
+    if output_logits and any(sampling[name] is not None for name in ("n", "num_beams")):
+        raise click.UsageError("--output-logits is for one answer; leave out -n and --num-beams.")
     if raw and (system is not None or thinking is not None):
         raise click.UsageError("--system and --thinking need the chat template; leave out --raw.")
-    interactive = input_text is None and input_file is None and sys.stdin.isatty()
     if interactive and (as_json or output_logits or output_file):
         raise click.UsageError("--json, --output-file and --output-logits need --input-text, --input-file or a pipe.")
 
@@ -106,23 +144,29 @@ def main(
 
     engine = engine or newest_engine(ENGINES)
     _check_written(engine, input_text, input_file, {"--output-file": output_file, "--output-logits": output_logits})
-    model, params = _load(engine, threads, raw, asked)
+    model, params = _load(engine, threads, raw, kv_cache_memory, asked)
     variables = {} if thinking is None else {"enable_thinking": thinking}
     if interactive:
         from qwen_run import console
 
         console.run(console.Console(model, params, system, variables))
         return
+    from qwen_run.llm import LLM
+
     assert text is not None
     if input_file is None:
-        request = _request(model, Prompt(1, text), params, system, variables)
+        llm = LLM(model, keep_logits=output_logits is not None, max_drafts=draft_tokens or 0)
+        answering = _prepare(llm, Prompt(1, text, text), params, system, variables)
         with _logits_file(output_logits) as logits_file, _output(output_file) as out:
-            _answer_one(model, request, out, as_json, logits_file)
-    else:
-        prompts = list(parse_prompts(text))
-        requests = [_request_or_error(model, prompt, params, system, variables) for prompt in prompts]
-        with _output(output_file) as out:
-            _answer_all(model, prompts, requests, out)
+            _answer_one(llm, answering, out, as_json, logits_file)
+        return
+    from qwen_run.answers import answer_all
+
+    llm, prompts = LLM(model, max_drafts=draft_tokens or 0), list(parse_prompts(text))
+    parts = {name: part.sha256 for name, part in model.engine.manifest.parts.items()}
+    settings = [parts, dataclasses.asdict(params), system, raw, variables]
+    with _output_of_many(output_file, prompts, settings, not as_finished) as answers:
+        answer_all(llm, prompts, partial(_prepare, llm, params=params, system=system, variables=variables), answers)
 
 
 def _prompt_text(input_text: str | None, input_file: str | None) -> str:
@@ -138,17 +182,16 @@ def _prompt_text(input_text: str | None, input_file: str | None) -> str:
 
 def _asked(sampling: dict[str, Any]) -> dict[str, Any]:
     """The fields of SamplingParams that options set; what is out of range is refused before the engine is opened."""
-    from qwen_run.sampling import SamplingParams
+    from qwen_run.sampling_params import checked
 
     asked = {}
     for name, value in sampling.items():
-        if value is not None:
+        if value is not None and value != ():  # not given, or not once
             field = "max_tokens" if name == "max_new_tokens" else name
             try:
-                SamplingParams(**{field: value})
+                asked[field] = checked(field, value)
             except RequestError as error:
                 raise RequestError(f"--{name.replace('_', '-')}: {error}") from error
-            asked[field] = value
     return asked
 
 
@@ -184,34 +227,40 @@ def _is_same_file(path: Path, other: Path | str | int) -> bool:
     return stat.S_ISREG(mine.st_mode) and os.path.samestat(mine, others)
 
 
-def _load(engine: Path, threads: int | None, raw: bool, asked: dict[str, Any]) -> tuple[TextModel, SamplingParams]:
+def _load(
+    engine: Path, threads: int | None, raw: bool, cache_mib: int | None, asked: dict[str, Any]
+) -> tuple[TextModel, SamplingParams]:
     """The model, and its sampling defaults with what the user asked for over them."""
-    import dataclasses
-
     from qwen_run.text import TextModel
 
-    model = TextModel.load(engine, threads, raw)
+    model = TextModel.load(engine, threads, raw, cache_mib and cache_mib * MIB)
     params = dataclasses.replace(model.defaults, **asked)
-    idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "seed") if name in asked]
+    idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in asked]
     if params.greedy and idle:
         click.echo(f"Note: {' and '.join(idle)} without effect at temperature 0; add --temperature.", err=True)
     return model, params
 
 
-def _request(
-    model: TextModel, prompt: Prompt, params: SamplingParams, system: str | None, variables: dict[str, Any]
-) -> Request:
+def _prepare(
+    llm: LLM, prompt: Prompt, params: SamplingParams, system: str | None, variables: dict[str, Any]
+) -> Answering:
+    """What a line of a file, or the one prompt, asks of the model.
+
+    Raises:
+        RequestError: the model cannot answer that.
+    """
     if prompt.error is not None:
         raise RequestError(prompt.error)
     _check_not_empty(prompt.text)
-    if model.template is None:
-        if prompt.text is None:
-            raise RequestError('"messages" need the chat template; leave out --raw')
-        return model.request(model.encode_raw(prompt.text), params)
-    messages = [{"role": "user", "content": prompt.text}] if prompt.messages is None else list(prompt.messages)
-    if system is not None and messages and messages[0].get("role") != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return model.request(model.encode_chat(messages, prompt.tools, **variables), params)
+    params = dataclasses.replace(params, **prompt.params)
+    if llm.has_template:
+        messages = [{"role": "user", "content": prompt.text}] if prompt.messages is None else list(prompt.messages)
+        if system is not None and messages and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return llm.prepare(llm.chat_prompt(messages, prompt.tools, **variables), params)
+    if prompt.text is None:
+        raise RequestError('"messages" need the chat template; leave out --raw')
+    return llm.prepare(prompt.text, params)
 
 
 def _check_not_empty(text: str | None) -> None:
@@ -219,111 +268,45 @@ def _check_not_empty(text: str | None) -> None:
         raise RequestError("the prompt is empty, expected text")
 
 
-def _request_or_error(*arguments: Any) -> Request | RequestError:
-    try:
-        return _request(*arguments)
-    except RequestError as error:
-        return error
-
-
-def _answer_one(model: TextModel, request: Request, out: TextIO, as_json: bool, logits_file: BinaryIO | None) -> None:
-    from qwen_run.text import Answer
-
-    answer, logits = Answer(), []
-    with closing(model.stream([request], keep_logits=logits_file is not None)) as pieces:
-        for piece in pieces:
-            answer.add(piece)
-            logits.append(piece.token.logits)
-            if not as_json:
-                print(piece.text, end="", flush=True, file=out)
-    if as_json:
-        figures = {
-            "ttft_ms": answer.ttft_ms,
-            "tokens_per_s": answer.tokens_per_s,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        _print_json(out, {**_record(request, answer), "token_ids": answer.token_ids, **figures})
-    else:
-        print(file=out)
-    if logits_file is not None:
-        _save_logits(logits_file, logits)
-    speed = "" if answer.tokens_per_s is None else f", then {answer.tokens_per_s:.1f} tokens/s"
-    click.echo(
-        f"{len(request.prompt)} prompt tokens, {len(answer.token_ids)} output tokens; "
-        f"first after {answer.ttft_ms:.0f} ms{speed}; peak memory {peak_memory_bytes() / MIB:.0f} MiB",
-        err=True,
-    )
-
-
-def _answer_all(model: TextModel, prompts: list[Prompt], requests: list[Request | RequestError], out: TextIO) -> None:
-    """Answer all good requests together and print a line for every prompt, each as soon as those before it are done.
-
-    Raises:
-        RequestError: at the end, if some lines could not be answered.
-    """
+def _answer_one(llm: LLM, answering: Answering, out: TextIO, as_json: bool, logits_file: BinaryIO | None) -> None:
+    """Stream the answer; several, and JSON, are printed when they are there."""
     import time
-    from collections import deque
 
-    import tqdm
+    from qwen_run.answers import record_of, to_json
 
-    from qwen_run.text import Answer
-
-    good = [request for request in requests if not isinstance(request, RequestError)]
-    answers = {request: Answer() for request in good}
-    unprinted = deque(zip(prompts, requests, strict=True))
-
-    def print_finished() -> None:
-        while unprinted:
-            prompt, request = unprinted[0]
-            if isinstance(request, RequestError):
-                click.echo(f"Line {prompt.line}: {printable(str(request))}", err=True)
-                _print_json(out, {"line": prompt.line, "error": str(request)})
-            elif answers[request].finish_reason:
-                _print_json(out, {"line": prompt.line, **_record(request, answers[request])})
-            else:
-                return
-            unprinted.popleft()
-
-    started_s = time.perf_counter()
-    print_finished()
-    # disable=None: no bar where standard error is not a terminal
-    with closing(model.stream(good)) as pieces, tqdm.tqdm(total=len(good), unit="prompt", disable=None) as bar:
-        for piece in pieces:
-            answers[good[piece.request_index]].add(piece)
-            if piece.token.finish_reason:
-                bar.update()
-                print_finished()
-    seconds = time.perf_counter() - started_s
-    output_tokens = sum(len(answer.token_ids) for answer in answers.values())
+    streams = answering.request.width == 1 and not as_json
+    times, shown, output = [time.perf_counter()], 0, None
+    with closing(llm.run([answering])) as outputs:
+        for output in outputs:
+            times.append(time.perf_counter())
+            if streams:
+                text = output.outputs[0].text
+                print(text[shown:], end="", flush=True, file=out)
+                shown = len(text)
+    assert output is not None
+    num_tokens = sum(len(answer.token_ids) for answer in output.outputs)
+    ttft_ms, seconds = (times[1] - times[0]) * 1e3, times[-1] - times[1]
+    tokens_per_s = (num_tokens - 1) / seconds if seconds else None
+    if as_json:
+        figures = {"ttft_ms": ttft_ms, "tokens_per_s": tokens_per_s, "peak_memory_bytes": peak_memory_bytes()}
+        print(to_json({**record_of(output, token_ids=True), **figures}), file=out)
+    else:
+        print(*([] if streams else (answer.text for answer in output.outputs)), sep="\n\n", file=out)
+    if logits_file is not None:
+        _save_logits(logits_file, answering.logits)
+    speed = "" if tokens_per_s is None else f", then {tokens_per_s:.1f} tokens/s"
     click.echo(
-        f"{len(good)} answers, {output_tokens} output tokens in {seconds:.1f} s, "
-        f"{output_tokens / seconds:.1f} tokens/s; peak memory {peak_memory_bytes() / MIB:.0f} MiB",
+        f"{len(output.prompt_token_ids)} prompt tokens, {num_tokens} output tokens; "
+        f"first after {ttft_ms:.0f} ms{speed}; peak memory {peak_memory_bytes() / MIB:.0f} MiB",
         err=True,
     )
-    if len(good) < len(requests):
-        raise RequestError(f"{len(requests) - len(good)} of {len(requests)} prompts could not be answered, see above")
 
 
-def _record(request: Request, answer: Answer) -> dict[str, Any]:
-    return {
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": len(request.prompt),
-        "output_tokens": len(answer.token_ids),
-    }
-
-
-def _print_json(out: TextIO, record: dict[str, Any]) -> None:
-    import json
-
-    print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
-
-
-def _save_logits(file: BinaryIO, rows: list[np.ndarray | None]) -> None:
+def _save_logits(file: BinaryIO, rows: list[np.ndarray]) -> None:
     import numpy as np
 
     try:
-        np.save(file, np.stack([row for row in rows if row is not None]))
+        np.save(file, np.stack(rows))
     except OSError as error:  # NumPy's own have no strerror
         reason = error.strerror or error
         raise RequestError(f"{file.name} cannot be written: {reason}; choose another --output-logits") from error
@@ -370,3 +353,19 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         raise RequestError(f"{path} cannot be written: {error.strerror}; choose another --output-file") from error
     with file:
         yield file
+
+
+@contextmanager
+def _output_of_many(
+    path: Path | None, prompts: list[Prompt], settings: list[Any], in_order: bool
+) -> Iterator[AnswerFile | AnswerStream]:
+    """Where the answers to a file of prompts go: a file that keeps those it has, or what can only be written."""
+    from qwen_run.answers import AnswerFile, AnswerStream, key_of
+
+    if path is not None and (not path.exists() or path.is_file()):
+        answers = AnswerFile(path, {prompt.line: key_of(prompt.source, settings) for prompt in prompts}, in_order)
+        with closing(answers):
+            yield answers
+    else:
+        with _output(path) as out:
+            yield AnswerStream(out, [prompt.line for prompt in prompts] if in_order else None)

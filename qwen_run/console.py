@@ -13,13 +13,26 @@ from qwen_engine.errors import QwenError, RequestError
 from qwen_run.chat import Conversation
 from qwen_run.command import printable
 from qwen_run.request import Request
-from qwen_run.sampling import SamplingParams
+from qwen_run.sampling_params import SamplingParams
 from qwen_run.text import TextModel
 
 PROMPT = "> "
 
-# the fields of SamplingParams by what :conf calls them: the names of the command line
-SETTINGS = {"max_new_tokens" if name == "max_tokens" else name: name for name in SamplingParams.__dataclass_fields__}
+# the fields of SamplingParams that are one number, by what :conf calls them: the names of the command line
+SETTINGS = {
+    name: "max_tokens" if name == "max_new_tokens" else name
+    for name in (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+        "max_new_tokens",
+    )
+}
 
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
 # a model must not drive the terminal: its control characters are shown as symbols, but for tab and line feed
@@ -80,10 +93,10 @@ class Console:
         answer = ""
         self.conversation.ask(question)
         try:
-            with closing(self.model.stream([self._request(question)])) as pieces:
+            with closing(self.model.stream(self._request(question))) as pieces:
                 for piece in pieces:
-                    answer += piece.text
-                    self._write(piece.text.translate(_VISIBLE))
+                    answer += piece
+                    self._write(piece.translate(_VISIBLE))
             self._write("\n")
         except KeyboardInterrupt:
             self._write("\n(stopped)\n")

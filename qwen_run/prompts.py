@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_engine.errors import RequestError
+from qwen_run.sampling_params import SamplingParams
 
-# what a line of JSON may have; how it is answered is for the command line to say
-FIELDS = ("prompt", "messages", "tools")
+# what a line of JSON may have beside the fields of SamplingParams
+FIELDS = ("prompt", "messages", "tools", "id")
+PARAMS = tuple(SamplingParams.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt of a file: ``text``, or a conversation (``messages``, possibly ``tools``).
 
-    ``line`` counts from 1. ``error`` says what is wrong with a line that cannot be used.
+    Attributes:
+        line: its number, counted from 1.
+        source: the line as it stands in the file.
+        id: what the line calls itself, any JSON value; None if it does not.
+        params: the fields of SamplingParams it sets for itself.
+        error: what is wrong with a line that cannot be used.
     """
 
     line: int
+    source: str
     text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    id: Any = None
+    params: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -55,7 +65,7 @@ def parse_prompts(text: str) -> Iterator[Prompt]:
     # str.splitlines would also split at U+2028, which may stand in a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _parse_json(number, line) if json_lines else Prompt(number, text=line.removesuffix("\r"))
+            yield _parse_json(number, line) if json_lines else Prompt(number, line, text=line.removesuffix("\r"))
 
 
 def _refuse_array(text: str) -> None:
@@ -74,17 +84,31 @@ def _parse_json(number: int, line: str) -> Prompt:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Prompt(number, error=f"not JSON: {error}")
-    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-        return Prompt(number, error='expected an object with either "prompt" or "messages"')
-    if unknown := sorted(record.keys() - FIELDS):
-        return Prompt(number, error=f'unknown "{unknown[0]}", expected only {", ".join(FIELDS)}')
+        return Prompt(number, line, error=f"not JSON: {error}")
+    if not isinstance(record, dict):
+        return Prompt(number, line, error=_NEITHER)
+    if fault := _find_fault(record):
+        return Prompt(number, line, id=record.get("id"), error=fault)
+    params = {name: value for name, value in record.items() if name in PARAMS}
+    return Prompt(
+        number, line, record.get("prompt"), record.get("messages"), record.get("tools"), record.get("id"), params
+    )
+
+
+_NEITHER = 'expected an object with either "prompt" or "messages"'
+
+
+def _find_fault(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with the names and kinds of a line's values; SamplingParams judges its own."""
+    if ("prompt" in record) == ("messages" in record):
+        return _NEITHER
+    if unknown := sorted(record.keys() - {*FIELDS, *PARAMS}):
+        return f'unknown "{unknown[0]}", expected {", ".join(FIELDS)} or one of {", ".join(PARAMS)}'
     for name, kind, expected in (("prompt", str, "text"), ("messages", list, "a list"), ("tools", list, "a list")):
         value = record.get(name)
         absent = name not in record or (name == "tools" and value is None)
         if not absent and not isinstance(value, kind):
-            found = "null" if value is None else type(value).__name__
-            return Prompt(number, error=f'"{name}" is {found}, expected {expected}')
+            return f'"{name}" is {"null" if value is None else type(value).__name__}, expected {expected}'
     if not all(isinstance(message, dict) for message in record.get("messages") or ()):
-        return Prompt(number, error='"messages" holds something that is no object with role and content')
-    return Prompt(number, record.get("prompt"), record.get("messages"), record.get("tools"))
+        return '"messages" holds something that is no object with role and content'
+    return None

@@ -6,9 +6,9 @@ those of the engine.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,54 +17,13 @@ from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.chat import ChatTemplate, Conversation, Message, read_json
 from qwen_run.engine import Engine
-from qwen_run.generate import Token, check_request, generate
-from qwen_run.request import FinishReason, Request
-from qwen_run.sampling import SamplingParams
-from qwen_run.tokenizer import StreamDecoder, Tokenizer
+from qwen_run.generate import generate
+from qwen_run.request import Request, Token, check_request
+from qwen_run.sampling_params import SamplingParams
+from qwen_run.stops import Stopper
+from qwen_run.tokenizer import Tokenizer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one new token of request ``request_index`` adds to its answer: whole characters, possibly none.
-
-    The token that ends an answer (``finish_reason`` ``stop``) is no part of its text.
-    """
-
-    request_index: int
-    text: str
-    token: Token
-
-
-@dataclass
-class Answer:
-    """An answer as far as it has come, and when (seconds of ``time.perf_counter``) it began and its tokens came."""
-
-    started_s: float = field(default_factory=time.perf_counter)
-    first_s: float = 0.0
-    last_s: float = 0.0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, piece: Piece) -> None:
-        self.last_s = time.perf_counter()
-        self.first_s = self.first_s or self.last_s
-        self.text += piece.text
-        self.token_ids.append(piece.token.token_id)
-        self.finish_reason = piece.token.finish_reason
-
-    @property
-    def ttft_ms(self) -> float | None:
-        """Milliseconds to the first token."""
-        return (self.first_s - self.started_s) * 1e3 if self.token_ids else None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Output tokens a second after the first."""
-        seconds = self.last_s - self.first_s
-        return (len(self.token_ids) - 1) / seconds if seconds > 0 else None
 
 
 @dataclass(frozen=True)
@@ -72,36 +31,39 @@ class TextModel:
     """An engine that takes and gives text.
 
     Attributes:
-        generate: answers requests token by token, as ``qwen_run.generate.generate`` of one engine does.
-        check: raises a RequestError for a request the engine cannot answer.
         template: None for an engine that is only given raw prompts.
         defaults: sampling as the checkpoint asks for it.
         eos_token_ids: tokens that end every answer.
-        max_seq_len: most tokens of prompt and answer together.
     """
 
-    generate: Callable[..., Generator[Token, None, None]]
-    check: Callable[[Request], None]
+    engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate | None
     defaults: SamplingParams
     eos_token_ids: frozenset[int]
-    max_seq_len: int
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.engine.manifest.limits.max_seq_len
 
     @classmethod
-    def load(cls, engine_directory: Path, threads: int | None = None, raw: bool = False) -> TextModel:
+    def load(
+        cls, engine_directory: Path, threads: int | None = None, raw: bool = False, cache_bytes: int | None = None
+    ) -> TextModel:
         """Open an engine with everything that belongs to it; the small files first.
 
         Args:
             threads: threads of one run; the physical cores if None.
             raw: do without a chat template.
+            cache_bytes: memory of the cache; chosen from the free memory if None.
 
         Raises:
-            EngineError: something is missing or damaged.
+            EngineError: something is missing or damaged, or the cache does not hold a sequence of full length.
         """
         Manifest.read(engine_directory)
         parts = _TextParts.load(engine_directory, raw)
-        return cls._join(Engine.load(engine_directory, threads), parts)
+        return cls._join(Engine.load(engine_directory, threads, cache_bytes=cache_bytes), parts)
 
     @classmethod
     def of(cls, engine: Engine, raw: bool = False) -> TextModel:
@@ -111,13 +73,11 @@ class TextModel:
     @classmethod
     def _join(cls, engine: Engine, parts: _TextParts) -> TextModel:
         return cls(
-            generate=partial(generate, engine),
-            check=partial(check_request, manifest=engine.manifest),
+            engine=engine,
             tokenizer=parts.tokenizer,
             template=parts.template,
             defaults=parts.defaults,
             eos_token_ids=frozenset(engine.manifest.eos_token_ids) | end_of_turn_ids(parts.tokenizer, parts.template),
-            max_seq_len=engine.manifest.limits.max_seq_len,
         )
 
     def encode_raw(self, prompt: str) -> list[int]:
@@ -141,27 +101,36 @@ class TextModel:
         Raises:
             RequestError: the prompt is empty or longer than the engine takes.
         """
-        request = Request(tuple(prompt), params, self.eos_token_ids)
-        self.check(request)
+        request = self.new_request(prompt, params)
+        check_request(request, self.engine.manifest)
         return request
 
-    def stream(self, requests: Sequence[Request], keep_logits: bool = False) -> Generator[Piece, None, None]:
-        """Answer ``requests`` together, one piece a new token as soon as it is known; closing it frees their cache.
+    def new_request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """As :meth:`request`, for a caller that checks it."""
+        new_stopper = partial(
+            Stopper,
+            self.tokenizer,
+            params.stop_strings,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+        return Request(tuple(prompt), params, self.eos_token_ids, new_stopper)
 
-        Args:
-            keep_logits: set ``logits`` of every token.
+    def generate(self, requests: Sequence[Request], keep_logits: bool = False) -> Generator[Token, None, None]:
+        """As :func:`qwen_run.generate.generate` with this engine."""
+        return generate(self.engine, requests, keep_logits=keep_logits)
+
+    def stream(self, request: Request) -> Generator[str, None, None]:
+        """The answer to ``request`` of :meth:`request`, in whole characters as they become certain.
+
+        For one answer, and no beam search. The token or text that ends the answer is no part of it. Closing the
+        iterator frees the cache.
         """
-        decoders = [StreamDecoder(self.tokenizer) for _ in requests]
-        tokens = self.generate(requests, keep_logits=keep_logits)
-        try:
+        stopper = request.sequences[0].stopper
+        assert isinstance(stopper, Stopper), "not a request of this class"
+        with closing(self.generate([request])) as tokens:
             for token in tokens:
-                decoder = decoders[token.request_index]
-                text = "" if token.finish_reason == "stop" else decoder.push(token.token_id)
-                if token.finish_reason:
-                    text += decoder.flush()
-                yield Piece(token.request_index, text, token)
-        finally:
-            tokens.close()
+                yield stopper.release() + (stopper.close() if token.finish_reason else "")
 
     def fit(self, conversation: Conversation, params: SamplingParams, **variables: Any) -> tuple[list[int], int]:
         """Ids of ``conversation`` without as many of its oldest turns as leave room for an answer.

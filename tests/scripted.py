@@ -1,18 +1,19 @@
-"""A text model without a model: a byte-level tokenizer made here, and a generate() that answers from a script."""
+"""A text model without a model: a byte-level tokenizer made here, and an engine that answers from a script."""
 
-import itertools
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from qwen_engine.errors import RequestError
+from qwen_engine.graph_io import TensorSpec
 from qwen_run.chat import ChatTemplate
-from qwen_run.generate import Token
-from qwen_run.sampling import SamplingParams
+from qwen_run.engine import Batch
+from qwen_run.kv_cache import KVCache
+from qwen_run.sampling_params import SamplingParams
 from qwen_run.text import TextModel, end_of_turn_ids
 from qwen_run.tokenizer import BYTES_OF_CHARACTERS, Tokenizer
 
@@ -45,44 +46,59 @@ def write_text_files(directory: Path, template: str = "qwen2_5", **generation_co
 
 
 class Script:
-    """Answers each prompt with what ``reply`` makes of its text; requests take turns, one token each.
+    """An engine that answers each prompt with what ``reply`` makes of its text.
 
-    ``open`` counts the answers under way, ``seen`` lists the requests.
+    Like a model it knows of earlier runs only what they wrote to the cache: token id + 1 for every position.
+    ``seen`` lists the requests that were made, ``num_runs`` counts runs.
     """
 
+    BLOCK_SIZE = 32
+
     def __init__(self, tokenizer: Tokenizer, reply: Callable[[str], str], max_seq_len: int) -> None:
-        self.tokenizer, self.reply, self.max_seq_len = tokenizer, reply, max_seq_len
-        self.open, self.seen, self.generators = 0, [], []
+        self.tokenizer, self.reply = tokenizer, reply
+        self.seen, self.num_runs = [], 0
+        self.directory = Path("scripted")
+        self.manifest = SimpleNamespace(
+            limits=SimpleNamespace(max_seq_len=max_seq_len),
+            model=SimpleNamespace(vocab_size=IM_END + len(ADDED) + 1),
+            parts={},
+        )
+        pool = TensorSpec("tokens", "paged_state", "int32", ("num_blocks", self.BLOCK_SIZE))
+        self.cache = KVCache([pool], self.BLOCK_SIZE, 16 * -(-max_seq_len // self.BLOCK_SIZE))
 
-    def check(self, request):
-        if len(request.prompt) >= self.max_seq_len:
-            raise RequestError(f"the prompt has {len(request.prompt)} tokens, the engine takes {self.max_seq_len - 1}")
+    @property
+    def is_idle(self) -> bool:
+        """No request owns a block."""
+        return self.cache.num_free == self.cache.num_blocks
 
-    def generate(self, requests, keep_logits=False):
-        # kept, so that only close() ends one, not the end of its last reference
-        self.generators.append(self._generate(requests, keep_logits))
-        return self.generators[-1]
+    def run(self, batch: Batch) -> np.ndarray:
+        self.num_runs += 1
+        pool, logits = self.cache.pools["tokens"], []
+        starts, ends = batch.cumulative_lengths[:-1], batch.cumulative_lengths[1:]
+        for start, end, past, table in zip(starts, ends, batch.past_lengths, batch.block_table, strict=True):
+            for position, token_id in enumerate(batch.input_ids[start:end], start=past):
+                pool[table[position // self.BLOCK_SIZE], position % self.BLOCK_SIZE] = token_id + 1
+            written = (pool[table].reshape(-1) - 1).tolist()
+            wanted = [past + index - start + 1 for index in batch.logits_indices if start <= index < end]
+            logits += [self._logits(written[:length]) for length in wanted]
+        return np.array(logits, np.float32).reshape(-1, self.manifest.model.vocab_size)
 
-    def _generate(self, requests, keep_logits):
-        self.open += 1
-        self.seen += requests
-        try:
-            scripts = [partial(self._tokens, request, keep_logits)(i) for i, request in enumerate(requests)]
-            for round_ in itertools.zip_longest(*scripts):
-                yield from (token for token in round_ if token is not None)
-        finally:
-            self.open -= 1
+    def _logits(self, tokens: list[int]) -> np.ndarray:
+        """Logits that leave no choice but the next token of the answer to the prompt that ``tokens`` begin with."""
+        prompt = max((r.prompt for r in self.seen if tuple(tokens[: len(r.prompt)]) == r.prompt), key=len)
+        answer = [*self.tokenizer.encode(self.reply(self.tokenizer.decode(prompt, False))), IM_END]
+        logits = np.zeros(self.manifest.model.vocab_size, np.float32)
+        logits[[*answer, *[0] * len(tokens)][len(tokens) - len(prompt)]] = 1000
+        return logits
 
-    def _tokens(self, request, keep_logits, index):
-        import numpy as np
 
-        ids = [*self.tokenizer.encode(self.reply(self.tokenizer.decode(request.prompt, False))), IM_END]
-        for count, token_id in enumerate(ids, start=1):
-            reason = "stop" if token_id == IM_END else "length" if count == request.params.max_tokens else None
-            row = np.full(5, token_id, np.float32) if keep_logits else None
-            yield Token(index, token_id, reason, row)
-            if reason:
-                return
+class ScriptedModel(TextModel):
+    """A text model that shows its script every request."""
+
+    def new_request(self, prompt, params):
+        request = super().new_request(prompt, params)
+        self.engine.seen.append(request)
+        return request
 
 
 def scripted_model(
@@ -92,13 +108,11 @@ def scripted_model(
     template = None if raw else ChatTemplate.load(directory)
     config = json.loads((directory / "generation_config.json").read_text("utf-8"))
     script = Script(tokenizer, reply, max_seq_len)
-    model = TextModel(
-        generate=script.generate,
-        check=script.check,
+    model = ScriptedModel(
+        engine=script,
         tokenizer=tokenizer,
         template=template,
         defaults=SamplingParams.from_generation_config(config),
-        eos_token_ids=frozenset([ENDOFTEXT]) | end_of_turn_ids(tokenizer, template),
-        max_seq_len=max_seq_len,
+        eos_token_ids=frozenset([ENDOFTEXT]) | (end_of_turn_ids(tokenizer, template) if template else {IM_END}),
     )
     return model, script

@@ -1,6 +1,5 @@
 """Chat templates: the real ones of Qwen render as transformers renders them, and mistakes are one line."""
 
-import dataclasses
 import itertools
 import json
 
@@ -9,8 +8,6 @@ from scripted import ADDED, IM_END, TEMPLATES, core_tokenizer, scripted_model, w
 
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.chat import ChatTemplate, Conversation
-from qwen_run.generate import Token
-from qwen_run.request import Request
 from qwen_run.sampling import SamplingParams
 from qwen_run.text import end_of_turn_ids
 from qwen_run.tokenizer import Tokenizer
@@ -227,21 +224,24 @@ def test_a_long_conversation_loses_its_oldest_turns(tmp_path):
     assert (dropped, "last" in model.tokenizer.decode(ids)) == (10, True)
 
 
-def test_the_text_of_an_answer(tmp_path):
-    """Neither the token that stops it, special or not, nor half a character that ends it is lost or shown wrongly."""
-    model, _ = scripted_model(write_text_files(tmp_path), str)
-    a, b = model.tokenizer.encode("ab")
-    half = model.tokenizer.encode("é")[0]
-    tokens = [Token(0, a, None), Token(1, a, None), Token(0, half, "length"), Token(1, b, "stop")]
-    model = dataclasses.replace(model, generate=lambda requests, keep_logits: (token for token in tokens))
-    pieces = list(model.stream([Request((1,), SamplingParams())] * 2))
-    assert [(piece.request_index, piece.text) for piece in pieces] == [(0, "a"), (1, "a"), (0, "�"), (1, "")]
+@pytest.mark.parametrize(("reply", "length", "text"), [("ab", 9, "ab"), ("aé", 2, "a\ufffd"), ("a<|im_end|>b", 9, "a")])
+def test_the_text_of_an_answer(tmp_path, reply, length, text):
+    """The token that stops it is no part of it, half a character that ends it is not lost."""
+    model, _ = scripted_model(write_text_files(tmp_path), lambda prompt: reply)
+    assert "".join(model.stream(model.request((1, 2), SamplingParams(max_tokens=length)))) == text
 
 
-def test_closing_the_text_closes_the_generator(tmp_path):
+def test_a_stop_string_ends_an_answer(tmp_path):
+    model, script = scripted_model(write_text_files(tmp_path), lambda prompt: "one two three")
+    pieces = list(model.stream(model.request((1, 2), SamplingParams(stop="o t"))))
+    assert ("".join(pieces), pieces[:3]) == ("one tw", ["", "on", "e"])
+    assert script.is_idle
+
+
+def test_closing_the_text_frees_the_cache(tmp_path):
     model, script = scripted_model(write_text_files(tmp_path), str)
-    pieces = model.stream([model.request((1, 2), SamplingParams())])
+    pieces = model.stream(model.request((1, 2), SamplingParams()))
     next(pieces)
-    assert script.open == 1
+    assert not script.is_idle
     pieces.close()
-    assert script.open == 0
+    assert script.is_idle

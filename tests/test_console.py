@@ -20,7 +20,7 @@ from test_run_cli import shout
 
 import qwen_run.console
 from qwen_run.console import Console, changed, completions
-from qwen_run.sampling import SamplingParams
+from qwen_run.sampling_params import SamplingParams
 
 
 class Chat:
@@ -59,7 +59,10 @@ def test_leaving(tmp_path, line):
 
 def test_settings(tmp_path):
     chat = Chat(tmp_path)
-    assert chat.say(":conf") == "temperature=1.0 top_p=1.0 top_k=50 repetition_penalty=1.0 seed=0 max_new_tokens=512\n"
+    assert chat.say(":conf") == (
+        "temperature=1.0 top_p=1.0 top_k=50 min_p=0.0 repetition_penalty=1.0 presence_penalty=0.0 "
+        "frequency_penalty=0.0 seed=0 max_new_tokens=512\n"
+    )
     assert chat.say(":conf temperature=0.5 max_new_tokens=2").startswith("temperature=0.5 top_p=1.0")
     assert chat.say(":seed 9") == chat.say(":seed") == "seed=9\n"
     assert chat.say("x") == "«\n"
@@ -129,7 +132,7 @@ def test_ctrl_c_keeps_what_came(tmp_path):
     chat.console._write = interrupted
     assert chat.say("abcdef") == "«AB\n(stopped)\n"
     assert chat.console.conversation.turns[-1] == {"role": "assistant", "content": "«AB"}
-    assert chat.script.open == 0
+    assert chat.script.is_idle
 
 
 def test_an_answer_cannot_drive_the_terminal(tmp_path):
@@ -141,22 +144,23 @@ TERMINAL = """if True:
     from pathlib import Path
     from scripted import scripted_model, write_text_files
     from qwen_run import cli
-    from qwen_run.sampling import SamplingParams
+    from qwen_run.sampling_params import SamplingParams
     from qwen_run.text import TextModel
 
     def reply(prompt):
         return "answer " * 1000 if "slow" in prompt else "answer"
 
-    def generate(requests, keep_logits):
+    def generate(self, requests, keep_logits=False):
         try:
-            for token in script.generate(requests):
+            for token in original(self, requests):
                 time.sleep(0.002)
                 yield token
         finally:
             print("[closed]", flush=True)
 
+    original, TextModel.generate = TextModel.generate, generate
     model, script = scripted_model(write_text_files(Path(sys.argv.pop())), reply, max_seq_len=20000)
-    model = dataclasses.replace(model, generate=generate, defaults=SamplingParams(0, max_tokens=9000))
+    model = dataclasses.replace(model, defaults=SamplingParams(0, max_tokens=9000))
     TextModel.load = lambda *_: model
     cli.main(["--engine", "tiny"])
 """

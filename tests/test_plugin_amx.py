@@ -20,7 +20,7 @@ ROWS = st.one_of(st.integers(8, 70), st.integers(500, 600))
 
 
 def attributes_with(**changes: Any) -> QuantLinearAttributes:
-    defaults = {"N": 70, "K": 300, "bits": 4, "group_size": 32, "symmetric": 1, "precision": "int8"}
+    defaults: dict[str, Any] = {"N": 70, "K": 300, "bits": 4, "group_size": 32, "symmetric": 1, "precision": "int8"}
     return QuantLinearAttributes(**(defaults | changes))
 
 

@@ -1,6 +1,7 @@
 """qwen-run: where prompts come from and answers go, exit codes, and the interactive chat, with a scripted engine."""
 
 import doctest
+import fcntl
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from scripted import IM_END, scripted_model, write_text_files
+from scripted import IM_END, Script, scripted_model, write_text_files
 
 import qwen_run.command
 import qwen_run.console
@@ -19,8 +20,8 @@ import qwen_run.prompts
 from qwen_engine.errors import EngineError
 from qwen_run import cli
 from qwen_run.command import printable
-from qwen_run.sampling import SamplingParams
-from qwen_run.text import Answer, TextModel
+from qwen_run.sampling_params import SamplingParams
+from qwen_run.text import TextModel
 
 
 def last_question(prompt: str) -> str:
@@ -41,8 +42,8 @@ def script(tmp_path, monkeypatch):
     raw_model, _ = scripted_model(directory, str.upper, raw=True)
     script.loaded = []
 
-    def load(engine, threads=None, raw=False):
-        script.loaded.append((str(engine), threads, raw))
+    def load(engine, threads=None, raw=False, cache_bytes=None):
+        script.loaded.append((str(engine), threads, raw, cache_bytes))
         return raw_model if raw else model
 
     monkeypatch.setattr(TextModel, "load", load)
@@ -60,17 +61,18 @@ def test_one_answer(script):
         r"\d+ prompt tokens, 17 output tokens; first after \d+ ms, then [\d.]+ tokens/s; peak memory \d+ MiB\n",
         result.stderr,
     )
-    assert script.loaded == [("engines/tiny", None, False)]
+    assert script.loaded == [("engines/tiny", None, False, None)]
     assert script.seen[0].params == SamplingParams(0.7, 1.0, 20)
     assert IM_END in script.seen[0].stop_token_ids
-    assert script.open == 0
+    assert script.is_idle
 
 
 def test_options_reach_the_request(script):
     options = "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --seed 4 --threads 2"
+    options += " --kv-cache-memory 64"
     result = run("--input-text", "x", "--engine", "e", "--system", "Be brief.", *options.split())
     assert result.stdout == "«X\n"
-    assert script.loaded == [("e", 2, False)]
+    assert script.loaded == [("e", 2, False, 64 << 20)]
     assert script.seen[0].params == SamplingParams(0.5, 0.9, 5, 1.1, 4, 3)
     assert "system\nBe brief.<|im_end|>" in script.tokenizer.decode(script.seen[0].prompt, False)
 
@@ -95,14 +97,14 @@ def test_output_logits(script):
     result = run("--input-text", "x", "--output-logits", "l.npy", "--output-file", "answer.txt")
     assert (result.exit_code, result.stdout) == (0, "")
     logits = np.load("l.npy")
-    assert (logits.dtype, logits[-1, 0]) == (np.float32, IM_END)
+    assert (logits.dtype, logits[-1].argmax()) == (np.float32, IM_END)
     assert Path("answer.txt").read_text("utf-8") == "«X» 你🤗\n"
 
 
 def test_logits_that_cannot_be_written_are_refused_before_an_answer(script):
     assert run("--input-text", "x", "--output-logits", "absent/l.npy").exit_code == 1
     assert script.loaded
-    assert not script.generators
+    assert script.num_runs == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
@@ -170,14 +172,14 @@ def test_json_lines_in_input_order(script):
         8: "empty",
         9: "empty",
         10: '"prompt" is null, expected text',
-        11: 'unknown "temper\x1bature", expected only prompt, messages, tools',
+        11: 'unknown "temper\x1bature", expected prompt, messages, tools, id or one of temperature, top_p',
         12: "tokens",
     }.items():
         assert says in errors[line]
         assert f"Line {line}: {printable(errors[line])}\n" in result.stderr
     assert "\x1b" not in result.stderr
     assert result.exit_code == 1
-    assert result.stderr.endswith("Error: 9 of 12 prompts could not be answered, see above\n")
+    assert result.stderr.endswith("Error: 9 of 12 prompts could not be answered, see their records\n")
     prompts = [script.tokenizer.decode(request.prompt, False) for request in script.seen]
     assert ["system\nT<" in prompts[0], "system\nS<" in prompts[1], "T<" in prompts[1]] == [True, True, False]
 
@@ -195,6 +197,146 @@ def test_text_lines_run_together(script):
 
 def test_prompts_from_standard_input(script):
     assert json.loads(run("--input-file", "-", stdin="one").stdout)["text"] == "«ONE» 你🤗"
+
+
+QUESTIONS = "".join(f'{{"prompt": "{"long " * 9 if i == 2 else "short"} {i}", "id": "q{i}"}}\n' for i in range(40))
+ASK = ("--input-file", "q.jsonl", "--output-file", "a.jsonl")
+
+
+def records(path="a.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def stop_after(monkeypatch, num_runs, error=KeyboardInterrupt):
+    """Let the engine fail once, after some runs."""
+    original = Script.run
+
+    def run(self, batch):
+        if self.num_runs == num_runs:
+            monkeypatch.setattr(Script, "run", original)
+            raise error
+        return original(self, batch)
+
+    monkeypatch.setattr(Script, "run", run)
+
+
+def test_lines_have_ids_and_options_of_their_own(script):
+    Path("q.jsonl").write_text(
+        '{"prompt": "abcdef", "id": 7, "max_tokens": 3}\n{"prompt": "abcdef", "stop": ["CD"]}\n'
+        '{"prompt": "x", "id": {"a": [1]}, "top_p": 2}\n{"prompt": "x", "logprobs": 1, "n": 2, "temperature": 1}'
+    )
+    result = run(*ASK)
+    assert result.stderr.endswith("Error: 1 of 4 prompts could not be answered, see their records\n")
+    first, second, third, fourth = records()
+    assert (first["id"], first["text"], first["finish_reason"]) == (7, "«A", "length")
+    assert ("id" in second, second["text"], second["finish_reason"]) == (False, "«AB", "stop")
+    assert (third["id"], third["error"]) == ({"a": [1]}, "top_p is 2, expected a number from 0 to 1")
+    assert [answer["text"] for answer in fourth["answers"]] == ["«X» 你🤗"] * 2
+    second_half = fourth["answers"][1]["logprobs"][1]
+    assert (second_half["token"], second_half["logprob"], second_half["rank"]) == ("\ufffd", 0.0, 1)
+    assert [top["token_id"] for top in second_half["top"]] == [second_half["token_id"]]
+
+
+def test_answers_come_as_they_are_known_or_in_order(script):
+    Path("q.jsonl").write_text(QUESTIONS)
+    order = [json.loads(line)["line"] for line in run("--input-file", "q.jsonl", "--as-finished").stdout.splitlines()]
+    assert (sorted(order), order.index(3) > 15) == (list(range(1, 41)), True)
+    order = [json.loads(line)["line"] for line in run("--input-file", "q.jsonl").stdout.splitlines()]
+    assert order == list(range(1, 41))
+    run(*ASK)
+    assert [record["line"] for record in records()] == list(range(1, 41))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(script, monkeypatch):
+    Path("q.jsonl").write_text(QUESTIONS)
+    assert run(*ASK).exit_code == 0
+    expected = Path("a.jsonl").read_bytes()
+    Path("a.jsonl").unlink()
+    stop_after(monkeypatch, script.num_runs + 30)
+    assert run(*ASK).exit_code == 130
+    kept = records()
+    assert 3 not in [record["line"] for record in kept]
+    assert 10 < len(kept) < 40
+    script.seen.clear()
+    result = run(*ASK)
+    assert (result.exit_code, len(script.seen)) == (0, 40 - len(kept))
+    assert result.stderr.startswith(f"{len(kept)} of 40 prompts are answered already\n{40 - len(kept)} answers, ")
+    assert Path("a.jsonl").read_bytes() == expected
+    script.seen.clear()
+    assert (run(*ASK).exit_code, script.seen) == (0, [])
+    assert Path("a.jsonl").read_bytes() == expected
+
+
+def test_a_torn_last_line_is_answered_again(script):
+    Path("q.jsonl").write_text(QUESTIONS)
+    run(*ASK)
+    expected = Path("a.jsonl").read_bytes()
+    end_of_third = [i for i, byte in enumerate(expected) if byte == 10][2] + 1
+    for length in (0, 1, 4, 11, 60, end_of_third - 1, end_of_third, end_of_third + 1, len(expected) - 1):
+        Path("a.jsonl").write_bytes(expected[:length])
+        script.seen.clear()
+        assert run(*ASK).exit_code == 0
+        assert len(script.seen) == 40 - expected[:length].count(b"\n")
+        assert Path("a.jsonl").read_bytes() == expected
+
+
+def test_a_bad_line_is_told_once_more_and_not_tried_again(script):
+    Path("q.jsonl").write_text('{"prompt": "one"}\n{broken\n{"prompt": "two", "id": "\\ud800"}\n')
+    for answered in (0, 3):
+        script.seen.clear()
+        result = run(*ASK)
+        assert (result.exit_code, len(script.seen)) == (1, 2 if answered == 0 else 0)
+        assert result.stderr.endswith("Error: 1 of 3 prompts could not be answered, see their records\n")
+        assert [("error" in record, record.get("id")) for record in records()] == [
+            (False, None), (True, None), (False, "\ud800"),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["option", "prompt", "foreign", "no newline", "twice"])
+def test_a_file_with_other_answers_is_refused_and_left_alone(script, change):
+    Path("q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    run(*ASK)
+    options = ("--seed", "3") if change == "option" else ()
+    if change == "prompt":
+        Path("q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "TWO"}\n')
+    content = {"foreign": "notes\n", "no newline": "notes", "twice": Path("a.jsonl").read_text("utf-8") * 2}
+    Path("a.jsonl").write_text(content.get(change, Path("a.jsonl").read_text("utf-8")), "utf-8")
+    before = Path("a.jsonl").read_bytes()
+    result = run(*ASK, *options)
+    assert (result.exit_code, Path("a.jsonl").read_bytes()) == (1, before)
+    assert re.fullmatch(
+        r"Error: a.jsonl: line \d answers none of these prompts with these options; [^\n]+\n", result.stderr
+    )
+
+
+def test_a_file_that_another_process_writes_is_left_alone(script):
+    Path("q.jsonl").write_text(QUESTIONS)
+    with open("a.jsonl", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result = run(*ASK)
+    assert (result.exit_code, script.seen) == (1, [])
+    assert result.stderr == "Error: a.jsonl is being written by another qwen-run; wait for it to end\n"
+    assert run(*ASK).exit_code == 0
+
+
+def test_several_answers_to_one_prompt(script):
+    result = run("--input-text", "x", "-n", "2", "--temperature", "1")
+    assert result.stdout == "«X» 你🤗\n\n«X» 你🤗\n"
+    result = json.loads(run("--input-text", "x", "--num-beams", "2", "--temperature", "0", "--json").stdout)
+    assert result["text"] == "«X» 你🤗"
+
+
+def test_guessing_ahead_takes_fewer_runs_to_the_same_answer(script):
+    text = "ab" * 30
+    expected = run("--input-text", text).stdout
+    num_runs = script.num_runs
+    assert run("--input-text", text, "--draft-tokens", "8").stdout == expected
+    assert script.num_runs - num_runs < num_runs
+
+
+def test_a_stop_text_ends_the_answer(script):
+    result = run("--input-text", "abcdef", "--stop", "DE", "--stop", "»", "--json")
+    assert json.loads(result.stdout)["text"] == "«ABC"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +384,9 @@ def test_mistakes_are_one_line_and_exit_1(script, arguments, says):
         ["--input-text", "x", "--input-file", "y"],
         ["--input-file", "y", "--json"],
         ["--input-file", "y", "--output-logits", "z"],
+        ["--input-text", "x", "--as-finished"],
+        ["--input-text", "x", "--logprobs", "1"],
+        ["--input-text", "x", "--output-logits", "z", "-n", "2"],
         ["--input-text", "x", "--raw", "--system", "y"],
         ["--temperature", "hot"],
         ["--threads", "0"],
@@ -263,7 +408,7 @@ def test_newest_engine_and_none(script, tmp_path):
     (older / "engine.json").write_text("{}")
     os.utime(older / "engine.json", (1, 1))
     run("--input-text", "x")
-    assert script.loaded == [("engines/tiny", None, False)]
+    assert script.loaded == [("engines/tiny", None, False, None)]
     for path in (tmp_path / "engines").glob("*/engine.json"):
         path.unlink()
     result = run("--input-text", "x")
@@ -295,18 +440,11 @@ def test_options_without_effect_are_told(script, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError("broken")])
 def test_an_answer_cut_short(script, monkeypatch, error):
-    original = Answer.add
-
-    def add(self, piece):
-        original(self, piece)
-        if len(self.token_ids) == 2:
-            raise error
-
-    monkeypatch.setattr(Answer, "add", add)
+    stop_after(monkeypatch, 3, error)
     result = run("--input-text", "x")
     code, message = (130, "") if error is KeyboardInterrupt else (1, "Error: broken\n")
-    assert (result.exit_code, result.stdout, result.stderr) == (code, "", message)
-    assert script.open == 0
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "«X", message)
+    assert script.is_idle
 
 
 # -- what only a fresh interpreter shows

@@ -1,15 +1,14 @@
-"""One prompt, streamed: python answer.py ENGINE PROMPT"""
+"""One question, its answer streamed: python answer.py ENGINE_OR_CHECKPOINT QUESTION"""
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from qwen_run.text import TextModel
+from qwen_run import LLM
 
-engine, prompt = Path(sys.argv[1]), sys.argv[2]
-model = TextModel.load(engine)
-token_ids = model.encode_chat([{"role": "user", "content": prompt}])
-request = model.request(token_ids, replace(model.defaults, max_tokens=200))
-for piece in model.stream([request]):
-    print(piece.text, end="", flush=True)
+llm = LLM(sys.argv[1])
+prompt = llm.chat_prompt([{"role": "user", "content": sys.argv[2]}])
+shown = ""
+for output in llm.stream(prompt, replace(llm.default_params, max_tokens=200)):
+    print(output.outputs[0].text[len(shown) :], end="", flush=True)
+    shown = output.outputs[0].text
 print()

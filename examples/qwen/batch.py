@@ -1,18 +1,15 @@
-"""Several prompts in one batch: python batch.py ENGINE"""
+"""Several questions at once: python batch.py ENGINE_OR_CHECKPOINT"""
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from qwen_run.text import TextModel
+from qwen_run import LLM
 
-PROMPTS = ["Name three colours.", "What is the largest planet?", "Write one sentence about the sea."]
+QUESTIONS = ["Name three colours.", "What is the largest planet?", "Write one sentence about the sea."]
 
-model = TextModel.load(Path(sys.argv[1]))
-params = replace(model.defaults, max_tokens=60)
-requests = [model.request(model.encode_chat([{"role": "user", "content": p}]), params) for p in PROMPTS]
-answers = [""] * len(PROMPTS)
-for piece in model.stream(requests):
-    answers[piece.request_index] += piece.text
-for prompt, answer in zip(PROMPTS, answers, strict=True):
-    print(f"> {prompt}\n{answer}\n")
+llm = LLM(sys.argv[1])
+conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+for question, result in zip(
+    QUESTIONS, llm.chat(conversations, replace(llm.default_params, max_tokens=60)), strict=True
+):
+    print(f"> {question}\n{result.outputs[0].text}\n")

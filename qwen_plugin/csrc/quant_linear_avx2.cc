@@ -9,7 +9,7 @@ namespace quant_linear {
 namespace {
 
 struct Avx2 : Avx2Eight {
-  static constexpr int kMaxRows[] = {4, 2};
+  static constexpr int kMaxRows[] = {4, 2}, kMostRows[] = {4, 2};
   static constexpr uint32_t kHighFactor = 1;
 
   static Ints AddWords(Ints c, Ints a, Ints b) { return AddInts(c, _mm256_madd_epi16(a, b)); }

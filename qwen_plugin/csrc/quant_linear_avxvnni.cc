@@ -6,7 +6,7 @@ namespace quant_linear {
 namespace {
 
 struct AvxVnni : Avx2Eight {
-  static constexpr int kMaxRows[] = {6, 3};
+  static constexpr int kMaxRows[] = {6, 3}, kMostRows[] = {6, 3};
   static constexpr uint32_t kHighFactor = 16;  // high nibbles are used in place
 
   static Ints AddWords(Ints c, Ints a, Ints b) { return _mm256_dpwssd_avx_epi32(c, a, b); }

@@ -1,5 +1,5 @@
 // qwen::QuantLinear's kernels, for any instruction set I (quant_linear_<set>.cc) of kLanes integers a vector
-// and tiles of kMaxRows rows: for int8 and for int8x2.
+// and tiles of kMaxRows rows, one alone of kMostRows: for int8 and for int8x2.
 //
 // A tile of activations is a stream of its groups, each
 //   [group_size / 4 steps][rows][4 columns] bytes, [2 halves][rows] int32 starts, [rows] float32 scales
@@ -24,14 +24,17 @@ constexpr float kFloatStartValue = 12582912.f;
 constexpr int kMaxFloatRows = 4, kMaxTileRows = 8;
 constexpr int64_t kStreamAhead = 8192;  // bytes
 
-// The memory [next, last), which is wanted soon.
+// Memory up to `last`, which is wanted soon: in each group of columns `a_group` bytes of it are fetched.
 struct Stream {
   const uint8_t *next, *last;
+  int64_t a_group;
+  const uint8_t* limit = next;
 
+  void StartGroup() { limit = last - limit < a_group ? last : limit + a_group; }
   template <int kLines>
   void Fetch() {
-    if (next >= last) return;
-    UNROLL_FOR(i, kLines) __builtin_prefetch(next + 64 * i);
+    if (next >= limit) return;
+    UNROLL_FOR(i, kLines) __builtin_prefetch(next + 64 * i, 0, 2);  // to the second level: it waits for more at once
     next += 64 * kLines;
   }
 };
@@ -43,7 +46,8 @@ inline int64_t GroupBytes(const Problem& p, int64_t rows, int planes) {
 template <class I>
 int64_t MaxTileRows(const Problem& p) {
   if (p.precision == Precision::kFloat32) return kMaxFloatRows;
-  return p.precision == Precision::kInt8 ? I::kMaxRows[0] : I::kMaxRows[1];
+  const int plane = p.precision == Precision::kInt8 ? 0 : 1;
+  return p.rows <= I::kMostRows[plane] ? I::kMostRows[plane] : I::kMaxRows[plane];
 }
 
 template <class I>
@@ -116,6 +120,7 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
     const int32_t* const values = reinterpret_cast<const int32_t*>(tile);
     const int32_t* const starts = values + steps * kAll;
     const float* const scales = reinterpret_cast<const float*>(starts + 2 * kAll);
+    stream.StartGroup();
     stream.Fetch<1>();  // for the scales
     if (!kSymmetric && g % (16 / kBits) == 0) stream.Fetch<1>();
     UNROLL_FOR(pass, kPasses) {
@@ -187,7 +192,7 @@ void MultiplyFloatTile(const Problem& p, const uint8_t* panel, const char* tile,
 }
 
 // The kernel for `rows` of at most kRows.
-template <class I, int kBits, bool kSymmetric, int kPlanes, int kRows = I::kMaxRows[kPlanes - 1]>
+template <class I, int kBits, bool kSymmetric, int kPlanes, int kRows = I::kMostRows[kPlanes - 1]>
 void MultiplySomeRows(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows, Stream stream,
                       float (*out)[kPanel]) {
   if (rows == kRows) return MultiplyTile<I, kBits, kSymmetric, kPlanes, kRows>(p, panel, tile, stream, out);
@@ -237,10 +242,13 @@ void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, 
     const uint8_t* const panel = PanelOf(p, n);
     for (int64_t t = of_tiles.first; t < of_tiles.last; ++t) {
       const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
-      // A single tile fetches a little ahead of itself; several fetch their shares of the next panel.
-      const uint8_t* const fetch =
-          count == 1 ? panel + kStreamAhead : panel + p.panel_bytes + (t - of_tiles.first) * share;
-      const Stream stream = {fetch, fetch + share};
+      // A single tile fetches a little ahead of itself; several fetch their shares of the next panel, evenly, as what
+      // they wait for themselves comes from there too.
+      Stream stream = {panel + kStreamAhead, panel + kStreamAhead + share, share};
+      if (count > 1) {
+        const uint8_t* const fetch = panel + p.panel_bytes + (t - of_tiles.first) * share;
+        stream = {fetch, fetch + share, (share / p.groups + 63) / 64 * 64};
+      }
       alignas(64) float out[kMaxTileRows][kPanel];
       (p.bits == 4 ? MultiplyAnyTile<I, 4> : MultiplyAnyTile<I, 8>)(p, panel, activations + t * TileBytes<I>(p), rows,
                                                                     stream, out);

@@ -1,0 +1,360 @@
+"""One program under measurement, in a process of its own: reads commands as JSON lines, answers each with one.
+
+    python -P benchmarks/peer_worker.py llama.cpp '{"model": "model.gguf", "threads": 2}' 151936
+
+Run by ``benchmarks.peers`` in the environment of that program, so this file imports nothing of the project but for
+the engine itself. Every worker has the same commands:
+
+    load                          the model, up to the first token of a prompt of one
+    prefill  length               one prompt, to its first token
+    decode   past, count          after ``past`` tokens, ``count`` more, one by one
+    batch    requests, prompt_length, new    all at once, to their last token
+    answer   ids, count           the greedy answer, to see that all run the same model
+    overhead past, count          the engine alone: share of a decode step that is not spent in its matrices
+    memory                        peak, and what the process held before it loaded the model
+
+Times are seconds of the work alone. Prompts are random and new each time, but for the past of ``decode``.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+FIRST_ID = 10  # of random prompts, and the whole prompt of one
+MATRICES = ("QuantLinear", "MatMulNBits", "MatMul", "Gemm")  # operators that multiply with weights
+BATCH_TOKENS = 512  # most tokens of a step of those that mix prompts with answers
+
+
+def draw(rng, vocab_size, *shape):
+    """Ids of the first nine tenths of the vocabulary: special tokens are mostly its last."""
+    return rng.integers(FIRST_ID, vocab_size * 9 // 10, shape)
+
+
+def timed(work):
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+class Engine:
+    """This project's engine, through its scheduler."""
+
+    package = "onnxruntime"
+
+    def __init__(self, model, threads):
+        from qwen_run import core, engine, request, sampling
+
+        self.engine_module, self.core, self.request, self.sampling = engine, core, request, sampling
+        self.model, self.threads = Path(model), threads
+
+    def load(self, longest):
+        self.engine = self.engine_module.Engine.load(self.model, self.threads)
+        self.generate([[FIRST_ID]], 1)
+
+    def prefill(self, prompt):
+        return timed(partial(self.generate, [prompt], 1))
+
+    def decode(self, past, count):
+        moments = self.generate([past], count + 1)[1]  # from the second time on, all but the last block is cached
+        return moments[-1] - moments[0]
+
+    def batch(self, prompts, new):
+        return timed(partial(self.generate, prompts, new, len(prompts)))
+
+    def answer(self, prompt, count):
+        return self.generate([prompt], count)[0]
+
+    def overhead(self, past, count):
+        step_s = self.decode(past, count) / count
+        unprofiled, make_options = self.engine, self.engine_module._session_options
+        with tempfile.TemporaryDirectory() as scratch:
+
+            def profiled_options(*arguments):
+                options = make_options(*arguments)
+                options.enable_profiling, options.profile_file_prefix = True, f"{scratch}/profile"
+                return options
+
+            self.engine_module._session_options = profiled_options
+            try:
+                self.load(0)
+                self.decode(past, count)
+                events = json.loads(Path(self.engine._session.end_profiling()).read_text("utf-8"))
+            finally:
+                self.engine, self.engine_module._session_options = unprofiled, make_options
+        times = {}  # of every matrix, in order of time
+        for event in events:
+            if event.get("args", {}).get("op_name") in MATRICES and event["name"].endswith("_kernel_time"):
+                times.setdefault(event["name"], []).append(event["dur"] / 1e6)
+        matrices_s = sum(statistics.median(each[-count:]) for each in times.values())
+        return 1 - matrices_s / step_s
+
+    def generate(self, prompts, new, batch=1):
+        """The tokens of the last prompt, and when each step was done."""
+        core = self.core.Core(self.engine, self.core.CoreOptions(max_batch_size=batch, max_batch_tokens=BATCH_TOKENS))
+        params = self.sampling.SamplingParams(temperature=0, max_tokens=new)
+        requests = [self.request.Request(tuple(map(int, prompt)), params) for prompt in prompts]
+        for request in requests:
+            core.add(request)
+        moments = []
+        while not core.is_done:
+            if core.step():
+                moments.append(time.perf_counter())
+        return requests[-1].sequences[0].output, moments
+
+
+class LlamaCpp:
+    """llama.cpp through the C interface of llama-cpp-python, with flash attention."""
+
+    package = "llama_cpp_python"
+
+    def __init__(self, model, threads, cache="f16"):
+        import llama_cpp
+
+        self.c, self.path, self.threads, self.cache = llama_cpp, model, threads, cache
+        self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self.quiet, None)
+        llama_cpp.llama_backend_init()
+        self.context, self.shape, self.past = None, None, None
+
+    def load(self, longest):
+        self.model = self.c.llama_model_load_from_file(self.path.encode(), self.c.llama_model_default_params())
+        self.vocab_size = self.c.llama_vocab_n_tokens(self.c.llama_model_get_vocab(self.model))
+        self.open(longest, 1)
+        self.feed([FIRST_ID])
+
+    def prefill(self, prompt):
+        self.open(len(prompt), 1)
+        return timed(partial(self.feed, prompt))
+
+    def decode(self, past, count):
+        self.open(len(past) + count, 1, keep=self.past == past)
+        if self.past != past:
+            self.feed(past)
+            self.past = past
+        else:  # forget the tokens decoded before, and see the last of the past again
+            memory = self.c.llama_get_memory(self.context)
+            self.c.llama_memory_seq_rm(memory, 0, len(past) - 1, -1)
+            self.feed(past[-1:])
+        return timed(lambda: [self.feed([self.best()]) for _ in range(count)])
+
+    def answer(self, prompt, count):
+        self.open(len(prompt) + count, 1)
+        self.feed(prompt)
+        ids = []
+        for _ in range(count):
+            ids.append(self.best())
+            self.feed(ids[-1:])
+        return ids
+
+    def batch(self, prompts, new):
+        self.open(len(prompts) * (len(prompts[0]) + new), len(prompts))
+        return timed(partial(self.answer_all, prompts, new))
+
+    def answer_all(self, prompts, new):
+        batch = self.c.llama_batch_init(BATCH_TOKENS, 0, 1)
+        last = {}
+        pending = [
+            (s, i, token, i + 1 == len(prompt)) for s, prompt in enumerate(prompts) for i, token in enumerate(prompt)
+        ]
+        for start in range(0, len(pending), BATCH_TOKENS):
+            last |= self.step(batch, pending[start : start + BATCH_TOKENS])
+        for i in range(new - 1):
+            last = self.step(batch, [(s, len(prompts[s]) + i, token, True) for s, token in last.items()])
+        self.c.llama_batch_free(batch)
+
+    def step(self, batch, entries):
+        """Feed (sequence, position, token, whether logits are wanted); the best next token of each that wants them."""
+        batch.n_tokens = len(entries)
+        for i, (sequence, position, token, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = int(token), position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        assert self.c.llama_decode(self.context, batch) == 0
+        return {entry[0]: self.best(i) for i, entry in enumerate(entries) if entry[3]}
+
+    def open(self, tokens, sequences, keep=False):
+        """An empty context (or, with ``keep``, the one there is) for so many tokens of all sequences."""
+        shape = -(-tokens // (256 * sequences)) * 256 * sequences, sequences
+        if shape != self.shape:
+            if self.context:
+                self.c.llama_free(self.context)
+            params = self.c.llama_context_default_params()
+            params.n_ctx, params.n_seq_max = shape
+            params.n_batch = params.n_ubatch = BATCH_TOKENS
+            params.n_threads = params.n_threads_batch = self.threads
+            params.flash_attn_type = self.c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            params.type_k = params.type_v = {"f16": self.c.GGML_TYPE_F16, "q8_0": self.c.GGML_TYPE_Q8_0}[self.cache]
+            self.context, self.shape = self.c.llama_init_from_model(self.model, params), shape
+            assert self.context, "llama.cpp makes no context"
+            keep = False
+        if not keep:
+            self.c.llama_memory_clear(self.c.llama_get_memory(self.context), False)
+            self.past = None
+
+    def feed(self, ids):
+        for start in range(0, len(ids), BATCH_TOKENS):
+            part = ids[start : start + BATCH_TOKENS]
+            tokens = (self.c.llama_token * len(part))(*map(int, part))
+            assert self.c.llama_decode(self.context, self.c.llama_batch_get_one(tokens, len(part))) == 0
+        self.best()
+
+    def best(self, index=-1):
+        """The likeliest next token; reading the logits waits for them."""
+        logits = self.c.llama_get_logits_ith(self.context, index)
+        return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
+
+
+class OpenVino:
+    """OpenVINO GenAI reading GGUF, with its continuous batching."""
+
+    package = "openvino_genai"
+
+    def __init__(self, model, threads, cache=None):
+        import openvino
+        import openvino_genai
+
+        self.openvino, self.genai, self.model = openvino, openvino_genai, model
+        self.properties = {"INFERENCE_NUM_THREADS": threads} | ({"KV_CACHE_PRECISION": cache} if cache else {})
+        self.tokenizer = openvino_genai.Tokenizer(model)
+        self.caching = None
+
+    def load(self, longest):
+        self.open(caching=False)
+        self.generate([[FIRST_ID]], 1)
+
+    def prefill(self, prompt):
+        self.open(caching=False)
+        return timed(partial(self.generate, [prompt], 1))
+
+    def decode(self, past, count):
+        self.open(caching=True)  # the same past each time: read again from the cache of prefixes
+        moments = []
+        self.generate([past], count + 1, lambda _: moments.append(time.perf_counter()))
+        return (moments[-1] - moments[0]) * count / (len(moments) - 1)
+
+    def batch(self, prompts, new):
+        self.open(caching=False)
+        return timed(partial(self.generate, prompts, new))
+
+    def answer(self, prompt, count):
+        self.open(caching=False)
+        return list(self.generate([prompt], count)[0].m_generation_ids[0])
+
+    def open(self, caching):
+        if caching is self.caching:
+            return
+        scheduler = self.genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = caching
+        scheduler.cache_size = 2
+        scheduler.max_num_batched_tokens = 2048
+        self.pipeline = None
+        self.pipeline = self.genai.ContinuousBatchingPipeline(
+            self.model, self.tokenizer, scheduler, "CPU", **self.properties
+        )
+        self.caching = caching
+
+    def generate(self, prompts, new, on_token=None):
+        config = self.genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
+        tensors = [self.openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
+        return self.pipeline.generate(tensors, [config] * len(prompts), *([on_token] if on_token else []))
+
+
+class OnnxRuntimeGenAI:
+    """onnxruntime-genai with the graph of its own builder; it batches statically."""
+
+    package = "onnxruntime_genai"
+
+    def __init__(self, model, threads):
+        import onnxruntime_genai
+
+        self.genai, self.threads, self.directory = onnxruntime_genai, threads, model
+        self.past = None
+
+    def load(self, longest):
+        config = self.genai.Config(self.directory)
+        options = {"intra_op_num_threads": self.threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self.model = self.genai.Model(config)
+        self.start([[FIRST_ID]], 1)
+
+    def prefill(self, prompt):
+        return timed(partial(self.start, [prompt], 1))
+
+    def decode(self, past, count):
+        if self.past != past:
+            self.start([past], count + 1)
+            self.past = past
+        else:
+            self.generator.rewind_to(len(past) - 1)
+            self.generator.append_tokens(np.array([past[-1:]], np.int32))
+            self.generator.generate_next_token()
+        return timed(lambda: [self.generator.generate_next_token() for _ in range(count)])
+
+    def batch(self, prompts, new):
+        def work():
+            self.start(prompts, new)
+            for _ in range(new - 1):
+                self.generator.generate_next_token()
+
+        return timed(work)
+
+    def answer(self, prompt, count):
+        self.start([prompt], count)
+        for _ in range(count - 1):
+            self.generator.generate_next_token()
+        return [int(token) for token in self.generator.get_sequence(0)[len(prompt) :]]
+
+    def start(self, prompts, new):
+        """A new generator, fed with ``prompts``, up to the first token of each."""
+        params = self.genai.GeneratorParams(self.model)
+        params.set_search_options(
+            max_length=len(prompts[0]) + new, min_length=len(prompts[0]) + new, batch_size=len(prompts), do_sample=False
+        )
+        self.generator, self.past = self.genai.Generator(self.model, params), None
+        self.generator.append_tokens(np.array(prompts, np.int32))
+        self.generator.generate_next_token()
+
+
+WORKERS = {"engine": Engine, "llama.cpp": LlamaCpp, "OpenVINO": OpenVino, "onnxruntime-genai": OnnxRuntimeGenAI}
+
+
+def memory_bytes(field):
+    """``VmRSS`` (now) or ``VmHWM`` (at most so far) of this process."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no answer
+    program, options, vocab_size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    worker = WORKERS[program](**options)
+    before = memory_bytes("VmRSS")
+    rng = np.random.default_rng(0)
+    prompt = partial(draw, rng, vocab_size)
+    commands = {
+        "load": lambda longest: timed(partial(worker.load, longest)),
+        "prefill": lambda length: worker.prefill(prompt(length).tolist()),
+        "decode": lambda past, count: worker.decode(
+            draw(np.random.default_rng(past), vocab_size, past).tolist(), count
+        ),
+        "batch": lambda requests, prompt_length, new: worker.batch(prompt(requests, prompt_length).tolist(), new),
+        "answer": lambda ids, count: worker.answer(ids, count),
+        "overhead": lambda past, count: worker.overhead(prompt(past).tolist(), count),
+        "memory": lambda: {"peak": memory_bytes("VmHWM"), "before": before},
+        "version": lambda: metadata.version(worker.package),
+    }
+    for line in sys.stdin:
+        command = json.loads(line)
+        print(json.dumps(commands[command.pop("do")](**command)), file=answers)
+
+
+if __name__ == "__main__":
+    main()

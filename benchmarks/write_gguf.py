@@ -1,0 +1,121 @@
+"""A Qwen2 checkpoint as GGUF, for the peers that read nothing else.
+
+    python -m benchmarks.write_gguf CHECKPOINT FILE.gguf [--linears Q4_0] [--head Q8_0]
+
+Rows stay in Hugging Face's order: a reader of ``qwen2`` rotates the two halves of a head, as Hugging Face does (only
+``llama`` files hold them interleaved). GGUF's Q4_0 and Q8_0 are groups of 32 with a float16 scale and no zero point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
+
+from qwen_build.checkpoint import Checkpoint, read_json
+from qwen_build.demo import LAYER_MODULES, MODULES
+
+STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
+ROWS_AT_A_TIME = 1 << 14
+NORMAL, CONTROL = 1, 3  # gguf.TokenType
+
+
+def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = "Q8_0") -> None:
+    """Write ``checkpoint`` as ``file``, its matrices as the type ``linears``, embedding and head as ``head``."""
+    config = read_json(checkpoint / "config.json")
+    assert config["model_type"] == "qwen2", "the row order of other families is not known here"
+    writer = gguf.GGUFWriter(file, "qwen2")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_quantization_version(2)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{linears}"])
+    _add_tokenizer(writer, checkpoint, config)
+    with Checkpoint.open(checkpoint) as weights:
+        for name, info in weights.tensors.items():
+            if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+                continue
+            kind = "F32" if len(info.shape) == 1 else head if _stem(name) in ("token_embd", "output") else linears
+            writer.add_tensor(gguf_name(name), *_quantized(weights, name, info.shape, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """What GGUF calls a tensor.
+
+    >>> gguf_name("model.layers.3.self_attn.q_proj.bias"), gguf_name("model.norm.weight")
+    ('blk.3.attn_q.bias', 'output_norm.weight')
+    """
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return f"{f'blk.{layer[1]}.' if layer else ''}{_stem(name)}.{name.rpartition('.')[2]}"
+
+
+def _stem(name: str) -> str:
+    return STEMS[re.sub(r"^model\.layers\.\d+\.", "", name).rpartition(".")[0]]
+
+
+def _quantized(weights: Checkpoint, name: str, shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, None, Any]:
+    """Arguments of ``add_tensor`` after the name."""
+    dtype = gguf.GGMLQuantizationType[kind]
+    parts = [
+        gguf.quantize(weights.read(name, start, min(start + ROWS_AT_A_TIME, shape[0])), dtype)
+        for start in range(0, shape[0], ROWS_AT_A_TIME)
+    ]
+    return np.concatenate(parts), None, dtype
+
+
+def _add_tokenizer(writer: Any, checkpoint: Path, config: dict[str, Any]) -> None:
+    """The checkpoint's byte-level tokenizer (not how it splits text first), or one that only has as many tokens."""
+    if (checkpoint / "tokenizer.json").is_file():
+        tokenizer = json.loads((checkpoint / "tokenizer.json").read_text("utf-8"))
+        named = {
+            **tokenizer["model"]["vocab"],
+            **{token["content"]: token["id"] for token in tokenizer["added_tokens"]},
+        }
+        special = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
+    else:
+        named = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
+        special, merges = {config["eos_token_id"]}, ["a b"]
+        named["ab"] = len(named)
+    by_id = {index: token for token, index in named.items()}
+    ids = range(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([by_id.get(index, f"<unused{index}>") for index in ids])
+    writer.add_token_types([CONTROL if index in special or index not in by_id else NORMAL for index in ids])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(_first(config["eos_token_id"]))
+    writer.add_bos_token_id(_first(config["bos_token_id"]))
+
+
+def _first(value: int | list[int]) -> int:
+    return value[0] if isinstance(value, list) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--linears", default="Q4_0")
+    parser.add_argument("--head", default="Q8_0")
+    arguments = parser.parse_args()
+    write_gguf(arguments.checkpoint, arguments.file, arguments.linears, arguments.head)
+
+
+if __name__ == "__main__":
+    main()

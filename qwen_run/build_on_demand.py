@@ -1,0 +1,152 @@
+"""Engines built where one is asked for: the one module of the runtime that reaches the builder, inside its functions.
+
+What is built from a checkpoint is kept in the user's cache directory, under a key of everything it depends on: the
+content of the checkpoint's files, the options, the builder's version. A process that asks while another builds waits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_engine import __version__
+from qwen_engine.errors import BuildError, EngineError
+from qwen_engine.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from qwen_plugin import OPERATORS
+
+if TYPE_CHECKING:
+    from qwen_build.build import BuildOptions
+    from qwen_build.locate import Located
+
+KEY_LENGTH = 16  # hexadecimal digits of a key in a directory's name
+READ_SUFFIXES = (".json", ".safetensors", ".jinja")  # of the files a build reads
+
+
+def is_engine(path: str | Path) -> bool:
+    """Whether ``path`` is an engine directory, as opposed to a checkpoint."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None = None) -> Path:
+    """The engine directory ``source`` stands for: itself, or what is built from it once and then found again.
+
+    Args:
+        source: an engine directory, a checkpoint directory or a Hub id.
+        options: fields of ``qwen_build.build.BuildOptions``; none for an engine.
+        cache: where engines are kept; ``qwen-engine/engines`` in the user's cache directory if None.
+
+    Raises:
+        EngineError: build options were given for an engine.
+        BuildError: an option is unknown, or the engine cannot be built.
+    """
+    if is_engine(source):
+        if options:
+            raise EngineError(
+                f"{source} is an engine, {', '.join(options)} cannot change it any more; give the checkpoint instead"
+            )
+        return Path(source)
+    from qwen_build.locate import resolve_checkpoint, user_cache
+
+    chosen = _build_options(options)
+    located = resolve_checkpoint(str(source))
+    kept = cache or user_cache() / "qwen-engine" / "engines"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        engine = kept / f"{located.name}-{chosen.resolved().quant}-{_key(_digests(located.path, kept), chosen)}"
+        with _locked(kept / f".{engine.name}.lock"):
+            if not _is_whole(engine):
+                _build(located, engine, chosen, replace=is_engine(engine))
+    except OSError as error:
+        raise BuildError(f"{kept} cannot be written: {error.strerror}; set XDG_CACHE_HOME to another place") from error
+    return engine
+
+
+def build_engine(checkpoint: Path, engine: Path, options: Mapping[str, Any]) -> None:
+    """Build ``checkpoint`` into the directory ``engine``, which must not exist and appears whole or not at all.
+
+    Args:
+        options: fields of ``qwen_build.build.BuildOptions``.
+
+    Raises:
+        BuildError: an option is unknown, or the engine cannot be built.
+    """
+    from qwen_build.locate import resolve_checkpoint
+
+    _build(resolve_checkpoint(str(checkpoint)), engine, _build_options(options), replace=False)
+
+
+def _build(located: Located, engine: Path, options: BuildOptions, replace: bool) -> None:
+    from qwen_build.build import plan_build, write_engine
+    from qwen_build.checkpoint import Checkpoint
+
+    with Checkpoint.open(located.path) as weights:
+        write_engine(plan_build(weights, located, options), weights, engine, replace)
+
+
+def _build_options(options: Mapping[str, Any]) -> BuildOptions:
+    from qwen_build.build import BuildOptions
+
+    if unknown := sorted(options.keys() - BuildOptions.__dataclass_fields__.keys()):
+        raise BuildError(f"unknown option {unknown[0]}, expected {', '.join(BuildOptions.__dataclass_fields__)}")
+    return BuildOptions(**options)
+
+
+def _key(digests: Mapping[str, str], options: BuildOptions) -> str:
+    """What an engine depends on, in short."""
+    operators = sorted((domain, name, version) for (domain, name), version in OPERATORS.items())
+    return _hash([digests, vars(options.resolved()), __version__, FORMAT_VERSION, operators])
+
+
+def _digests(checkpoint: Path, kept: Path) -> dict[str, str]:
+    """sha256 of every file of a checkpoint, by name; read again only when one of them has changed.
+
+    What was computed lies in ``kept`` under a hash of the files' names, sizes, inodes and times, where a change of
+    content always shows in the last: no program can set ``st_ctime``.
+    """
+    from qwen_build.checkpoint import digest_files
+
+    files = sorted(path for path in checkpoint.iterdir() if path.suffix in READ_SUFFIXES and path.is_file())
+    known = kept / f".digests-{_hash([_state(path) for path in files])}.json"
+    with suppress(OSError, ValueError):
+        digests = json.loads(known.read_text(encoding="utf-8"))
+        if isinstance(digests, dict) and digests.keys() == {path.name for path in files}:
+            return digests
+    digests = digest_files(files)
+    known.write_text(json.dumps(digests), encoding="utf-8")
+    return digests
+
+
+def _state(file: Path) -> tuple[str | int, ...]:
+    stat = file.stat()
+    return str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _is_whole(engine: Path) -> bool:
+    """Whether every part of ``engine`` is there in its size; loading it checks what they hold."""
+    try:
+        parts = Manifest.read(engine).parts
+        return all((engine / name).stat().st_size == part.size_bytes for name, part in parts.items())
+    except (EngineError, OSError):
+        return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file ``path`` against other processes; without effect where there are no locks."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,152 @@
+"""The operators of an ONNX file and the tensors they read, without onnx: a reader of the few protobuf fields needed.
+
+Numbers of fields are those of onnx.proto. ONNX Runtime has no way to ask a session for its operators.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_engine.errors import EngineError
+
+# TensorProto.DataType
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
+
+Attribute = int | float | str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An initializer: its type and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator. An input or output that is not given has an empty name."""
+
+    name: str
+    domain: str
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Attribute]
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """The operators of a graph in the order they run, and its initializers by name."""
+
+    nodes: tuple[Node, ...]
+    initializers: dict[str, Tensor]
+
+
+def read_graph(path: Path) -> OnnxGraph:
+    """Read the ONNX file ``path``.
+
+    Raises:
+        EngineError: it cannot be read, or is not ONNX.
+    """
+    try:
+        (graph,) = (value for number, value in _fields(path.read_bytes()) if number == 7 and isinstance(value, bytes))
+        parts = [(number, value) for number, value in _fields(graph) if isinstance(value, bytes)]
+        initializers = [_tensor(value) for number, value in parts if number == 5]
+        nodes = tuple(_node(value) for number, value in parts if number == 1)
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}; build the engine again") from error
+    except (IndexError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise EngineError(f"{path} is not ONNX; build the engine again") from error
+    return OnnxGraph(nodes, {tensor.name: tensor for tensor in initializers})
+
+
+def _node(message: bytes) -> Node:
+    fields: dict[int, list[bytes]] = {}
+    for number, value in _fields(message):
+        if isinstance(value, bytes):
+            fields.setdefault(number, []).append(value)
+
+    def texts(number: int) -> tuple[str, ...]:
+        return tuple(value.decode() for value in fields.get(number, []))
+
+    return Node(
+        name="".join(texts(3)),
+        domain="".join(texts(7)),
+        op_type="".join(texts(4)),
+        inputs=texts(1),
+        outputs=texts(2),
+        attributes=dict(_attribute(value) for value in fields.get(5, [])),
+    )
+
+
+def _attribute(message: bytes) -> tuple[str, Attribute]:
+    """Name and value; one that is no number and no text reads as an empty text."""
+    name, result = "", ""  # type: str, Attribute
+    for number, value in _fields(message):
+        if number == 1 and isinstance(value, bytes):
+            name = value.decode()
+        elif number == 2 and isinstance(value, bytes):
+            (result,) = struct.unpack("<f", value)
+        elif number == 3 and isinstance(value, int):
+            result = value - (value >> 63 << 64)  # negative ones are written as 64 bits
+        elif number == 4 and isinstance(value, bytes):
+            result = value.decode()
+    return name, result
+
+
+def _tensor(message: bytes) -> Tensor:
+    name, dtype, shape = "", "", list[int]()
+    for number, value in _fields(message):
+        if number == 1:
+            shape += [value] if isinstance(value, int) else _varints(value)
+        elif number == 2 and isinstance(value, int):
+            dtype = _DTYPES.get(value, f"type {value}")
+        elif number == 8 and isinstance(value, bytes):
+            name = value.decode()
+    return Tensor(name, dtype, tuple(shape))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of every field: an int, or the bytes of anything else.
+
+    Raises:
+        IndexError: the message ends in the middle of a field, or has one of an unknown kind.
+    """
+    end = 0
+    while end < len(message):
+        tag, end = _varint(message, end)
+        kind = tag & 7
+        if kind == 0:
+            value, end = _varint(message, end)
+            yield tag >> 3, value
+            continue
+        length = {1: 8, 5: 4}.get(kind, len(message) + 1)
+        if kind == 2:
+            length, end = _varint(message, end)
+        if end + length > len(message):
+            raise IndexError
+        yield tag >> 3, message[end : end + length]
+        end += length
+
+
+def _varints(message: bytes) -> list[int]:
+    values, end = [], 0
+    while end < len(message):
+        value, end = _varint(message, end)
+        values.append(value)
+    return values
+
+
+def _varint(message: bytes, start: int) -> tuple[int, int]:
+    """The number at ``start``, seven bits a byte from the lowest, and where it ends."""
+    value = 0
+    for end in range(start, start + 10):
+        value |= (message[end] & 0x7F) << 7 * (end - start)
+        if message[end] < 0x80:
+            return value, end + 1
+    raise IndexError
