@@ -6,7 +6,8 @@
     python -m benchmarks.peers --venv A --checkpoint demo --rows decode-512,prefill-512 --rounds 3
 
 A checkpoint is a shape of ``benchmarks.random_checkpoint``, ``demo``, or a directory. What the programs read is made
-of it once and kept in --work: our engines, GGUF for llama.cpp and OpenVINO, the graph of onnxruntime-genai's builder.
+of it in --work: our engines, anew each time; GGUF for llama.cpp and OpenVINO and the graph of onnxruntime-genai's
+builder, once.
 A peer that no environment has is left out. Each program is a process of its own (``peer_worker.py``) that is told
 over a pipe what to do; within a row they take turns, after one round that is not counted. Figures are medians.
 The table and a plot go to --output, with the machine, the date and all versions.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,8 +61,8 @@ PACKAGES = {
     "OpenVINO": "openvino-genai",
     "onnxruntime-genai": "onnxruntime-genai",
 }
-# _tile_loadconfig of GCC 12 names only the first of the bytes it reads, and the compiler drops the stores to the others:
-# llama.cpp then ends with a fault at its first prompt on a processor with AMX.
+# _tile_loadconfig of GCC 12 names only the first of the bytes it reads, and the compiler drops the stores to the
+# others: llama.cpp then ends with a fault at its first prompt on a processor with AMX.
 LLAMA_CPP_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CXXFLAGS": "-fno-tree-dse -fno-dse"}
 BUILDER_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")  # what onnxruntime-genai's model builder needs
 
@@ -144,10 +146,14 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Models:
-    """What the programs read, made of one checkpoint when it is first asked for and kept in a directory."""
+    """What the programs read, made of one checkpoint when it is first asked for.
+
+    What peers read is kept in the directory; our engines are built anew by every run, with the builder as it is now.
+    """
 
     def __init__(self, checkpoint: Path, directory: Path, activations: str, genai: Path | None) -> None:
         self._checkpoint, self._directory, self._activations, self._genai = checkpoint, directory, activations, genai
+        self._built: set[Path] = set()
         directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, model: str) -> Path:
@@ -156,6 +162,9 @@ class Models:
             target = self._directory / f"{model}-{self._activations}"
         else:
             target = self._directory / (f"{model}.gguf" if model.startswith("gguf") else model)
+        if model in ENGINE_OPTIONS and target not in self._built:
+            shutil.rmtree(target, ignore_errors=True)
+            self._built.add(target)
         if not target.exists():
             _say(f"making {target}")
             if model in ENGINE_OPTIONS:

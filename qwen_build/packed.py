@@ -99,7 +99,7 @@ class PackedFormat:
         for key, value in (("is_marlin_format", False), ("zero_point", True), ("pack_dtype", "int32")):
             if config.get(key, value) != value:
                 raise _unsupported(method, key, config[key], (value,))
-        return cls(method, version, bits, group_size, symmetric=method == "gptq" and bool(config.get("sym", True)))
+        return cls(method, version, bits, group_size, symmetric=method == "gptq" and config.get("sym") is True)
 
     @property
     def quant(self) -> str:

@@ -50,7 +50,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
         BuildError: the file cannot be read, or something else is in it.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: pairs)
+        entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
     except OSError as error:
         raise BuildError(f"{path} cannot be read: {error.strerror}; choose another --quant-config") from error
     except (ValueError, RecursionError) as error:
@@ -73,9 +73,9 @@ def _rule(origin: str, pattern: str, options: Any) -> Rule:
     return Rule(origin, pattern, **given)
 
 
-def _pairs(entries: Any, where: str) -> list[tuple[str, Any]]:
-    """The members of an object read as pairs; an array of two-element arrays looks the same but for its lists."""
-    if not isinstance(entries, list) or not all(isinstance(entry, tuple) for entry in entries):
+def _pairs(entries: Any, where: str) -> tuple[tuple[str, Any], ...]:
+    """The members of an object, which :func:`read_rules` reads as a tuple of pairs."""
+    if not isinstance(entries, tuple):
         raise BuildError(f"{where} is not a JSON object, expected one such as " + '{"*.down_proj": {"quant": "int8"}}')
     names = [name for name, _ in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -15,8 +15,9 @@ from qwen_run.onnx_file import Attribute, Node, OnnxGraph, Tensor
 Widths = Sequence[int]
 
 # Operator -> the features of its first output; every other one gives what it takes. QuantEmbedding's rows are K wide,
-# PagedAttention takes the heads of queries, keys and values and gives those of the queries.
-WIDTHS: dict[str, Callable[[dict[str, Any], Widths, Sequence[Tensor]], int]] = {
+# PagedAttention takes the heads of queries, keys and values and gives those of the queries; how much Slice leaves is a
+# value that is not read.
+WIDTHS: dict[str, Callable[[dict[str, Any], Widths, Sequence[Tensor]], int | None]] = {
     "QuantLinear": lambda a, w, t: a["N"],
     "MatMulNBits": lambda a, w, t: a["N"],
     "Gemm": lambda a, w, t: t[0].shape[0],
@@ -25,6 +26,8 @@ WIDTHS: dict[str, Callable[[dict[str, Any], Widths, Sequence[Tensor]], int]] = {
     "Gather": lambda a, w, t: w[0] if w else t[0].shape[-1],
     "PagedAttention": lambda a, w, t: w[0] // (a["num_heads"] + 2 * a["kv_num_heads"]) * a["num_heads"],
     "Split": lambda a, w, t: w[0] // a["num_outputs"],
+    "RMSNormalization": lambda a, w, t: t[0].shape[0],
+    "Slice": lambda a, w, t: None,
     "Concat": lambda a, w, t: sum(w),
 }
 

@@ -80,7 +80,9 @@ def totals(manifest: Manifest, rows: Sequence[LinearRow]) -> Totals:
 def draw_bits(title: str, rows: Sequence[LinearRow]) -> str:
     """The bits of a weight as an SVG file: a column for each layer; what belongs to no layer is as wide as all."""
     placed = [(row, LAYER.fullmatch(row.name)) for row in rows]
-    kinds = list(dict.fromkeys(match[2] if match else row.name for row, match in placed))
+    names = list(dict.fromkeys(match[2] if match else row.name for row, match in placed))
+    blocks = [name.partition(".")[0] for name in names]
+    kinds = sorted(names, key=lambda name: blocks.index(name.partition(".")[0]))  # what is in one block stays together
     layers = 1 + max((int(match[1]) for _, match in placed if match), default=0)
     width, height = NAMES + CELL * layers + MARGIN, MARGIN + 24 + CELL * (len(kinds) + 1) + MARGIN
     top = MARGIN + 24

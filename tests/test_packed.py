@@ -20,6 +20,7 @@ from qwen_build.build import BuildOptions, Plan, plan_build
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.locate import resolve_checkpoint
 from qwen_build.packed import FORMATS, PackedFormat, integers
+from qwen_build.per_linear import Rule
 from qwen_engine.errors import BuildError, CheckpointError, QwenError, UnsupportedModel, WeightMismatch
 from qwen_run.engine import Engine
 
@@ -235,6 +236,18 @@ def test_linears_that_differ_in_order_or_storage_are_separate(pack, build_engine
     assert linears["model.layers.2.mlp.gate_proj"].quantization.scheme == "int4"
     engine = Engine.load(build_engine(packed.path, **EXACT), threads=1)
     np.testing.assert_allclose(run_alone(engine, TOKENS), hf_logits(packed.model, TOKENS), rtol=3e-4, atol=3e-4)
+
+
+def test_what_is_left_float_may_be_chosen_and_is_not_fused_with_what_is_packed(pack, build_engine):
+    packed = pack(CASES[0], left_float=("model.layers.0.self_attn.k_proj",))
+    rules = (Rule("rules.json", "*.0.*.k_proj", "int4", group_size=32, symmetric=False),)
+    linears = {linear.name: linear.quantization for linear in packed.plan(quant_config=rules).linears}
+    assert linears["model.layers.0.self_attn.k_proj"] == linears["model.layers.0.self_attn.q_proj"]  # and yet apart
+    build_engine(packed.path, quant_config=rules)
+    with pytest.raises(
+        BuildError, match=r"'\*.0.\*' matches model.layers.0.self_attn.q_proj, which the checkpoint has"
+    ):
+        packed.plan(exclude=("*.0.*",))
 
 
 def test_a_packed_head_is_read(pack, build_engine):

@@ -146,6 +146,15 @@ def test_the_engine_alone(match: Match, monkeypatch: pytest.MonkeyPatch) -> None
     assert peers.shares_of_limit(rows, found, match.models)["decode"] > 0
 
 
+def test_an_engine_of_an_earlier_run_is_built_again(match: Match) -> None:
+    built = match.models.path("engine") / "engine.json"
+    before = built.stat().st_mtime_ns
+    match.models.path("engine")
+    assert built.stat().st_mtime_ns == before
+    again = Models(match.models._checkpoint, match.models._directory, "int8", None)
+    assert (again.path("engine") / "engine.json").stat().st_mtime_ns > before
+
+
 def test_a_program_that_fails_is_left_out(match: Match, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     assert match.manifest
     monkeypatch.setattr(match.models, "path", lambda model: Path("nowhere"))

@@ -6,16 +6,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
-#include "error.h"
 #include "instruction_set.h"
+#include "operator.h"
 
 namespace paged_attention {
 namespace {
+
+using operators::Attributes, operators::Check, operators::Tensor;
 
 enum Input {
   kQuery,
@@ -52,74 +52,7 @@ constexpr size_t kWantedItems = 32;  // for ONNX Runtime's threads, whose number
 // Floats that the states of divided items may take, 64 MiB.
 constexpr int64_t kMaxStateFloats = int64_t(16) << 20;
 
-[[noreturn]] void Fail(const std::string& message) { throw Error("qwen::PagedAttention: " + message); }
-
-// A failed call into ONNX Runtime, on its way to the C ABI.
-struct StatusError {
-  OrtStatus* status;
-};
-
-void Check(OrtStatus* status) {
-  if (status != nullptr) throw StatusError{status};
-}
-
-// Runs `body`, which may throw; no exception passes the C ABI.
-template <class Body>
-OrtStatus* Guard(const OrtApi& api, const Body& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const StatusError& error) {
-    return error.status;
-  } catch (const Error& error) {
-    return api.CreateStatus(kOrtInvalidArgument, error.what());
-  } catch (const std::bad_alloc&) {
-    return api.CreateStatus(kOrtFail, "qwen::PagedAttention: out of memory");
-  } catch (const std::exception& error) {
-    return api.CreateStatus(kOrtFail, error.what());
-  } catch (...) {
-    return api.CreateStatus(kOrtFail, "qwen::PagedAttention: unknown failure");
-  }
-}
-
-// ---- Attributes
-
-class Attributes {
- public:
-  Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
-
-  int64_t Int(const char* name, int64_t absent) const {
-    int64_t value;
-    if (Ok(api_.KernelInfoGetAttribute_int64(info_, name, &value))) return value;
-    RefuseIfPresent(name, "an integer");
-    return absent;
-  }
-  float Float(const char* name, float absent) const {
-    float value;
-    if (Ok(api_.KernelInfoGetAttribute_float(info_, name, &value))) return value;
-    RefuseIfPresent(name, "a float");
-    return absent;
-  }
-
- private:
-  bool Ok(OrtStatus* status) const {
-    if (status != nullptr) api_.ReleaseStatus(status);
-    return status == nullptr;
-  }
-  // ONNX Runtime fails alike for an attribute that is absent and one of another type.
-  void RefuseIfPresent(const char* name, const char* expected) const {
-    int64_t integer;
-    float number;
-    size_t size = 0;
-    if (Ok(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
-        Ok(api_.KernelInfoGetAttribute_float(info_, name, &number)) ||
-        Ok(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size)))
-      Fail(std::string("attribute ") + name + " is of another type, expected " + expected);
-  }
-
-  const OrtApi& api_;
-  const OrtKernelInfo* info_;
-};
+[[noreturn]] void Fail(const std::string& message) { throw Error(message); }
 
 struct Settings {
   int64_t heads, kv_heads, window;
@@ -127,97 +60,41 @@ struct Settings {
   bool rotary;
 };
 
-void ExpectAttribute(bool ok, const char* name, const std::string& value, const char* expected) {
-  if (!ok) Fail(std::string("attribute ") + name + " is " + value + ", expected " + expected);
-}
-
 Settings ReadSettings(const Attributes& attributes) {
-  Settings s;
-  s.heads = attributes.Int("num_heads", 0);
-  s.kv_heads = attributes.Int("kv_num_heads", 0);
-  s.scale = attributes.Float("scale", 0.f);
-  s.epsilon = attributes.Float("qk_norm_epsilon", 1e-6f);
-  const int64_t window = attributes.Int("local_window_size", -1), rotary = attributes.Int("do_rotary", 0);
   const auto text = [](auto value) { return std::to_string(value); };
-  constexpr int64_t kMost = 1 << 16;
-  ExpectAttribute(s.heads >= 1 && s.heads <= kMost, "num_heads", text(s.heads), "1 to 65536");
-  ExpectAttribute(s.kv_heads >= 1 && s.heads % s.kv_heads == 0, "kv_num_heads", text(s.kv_heads),
-                  "a divisor of num_heads");
-  ExpectAttribute(std::isfinite(s.scale) && s.scale >= 0, "scale", text(s.scale), "a positive number");
-  ExpectAttribute(std::isfinite(s.epsilon) && s.epsilon >= 0, "qk_norm_epsilon", text(s.epsilon), "0 or more");
-  ExpectAttribute(window == -1 || window >= 1, "local_window_size", text(window), "-1 (none) or at least 1");
-  ExpectAttribute(rotary == 0 || rotary == 1, "do_rotary", text(rotary), "0 or 1");
-  s.window = window == -1 ? INT64_MAX : window;
-  s.rotary = rotary == 1;
+  Settings s;
+  s.heads = attributes.Int("num_heads", 0, 1, 1 << 16);
+  s.kv_heads = attributes.Int("kv_num_heads", 0, 1, s.heads);
+  if (s.heads % s.kv_heads != 0) attributes.Refuse("kv_num_heads", text(s.kv_heads), "a divisor of num_heads");
+  s.scale = attributes.Float("scale", 0.f);
+  if (!std::isfinite(s.scale) || s.scale < 0) attributes.Refuse("scale", text(s.scale), "a positive number");
+  s.epsilon = attributes.Float("qk_norm_epsilon", 1e-6f);
+  if (!std::isfinite(s.epsilon) || s.epsilon < 0) attributes.Refuse("qk_norm_epsilon", text(s.epsilon), "0 or more");
+  s.window = attributes.Int("local_window_size", -1, -1, INT64_MAX);
+  if (s.window == 0) attributes.Refuse("local_window_size", "0", "-1 (none) or at least 1");
+  if (s.window == -1) s.window = INT64_MAX;
+  s.rotary = attributes.Int("do_rotary", 0, 0, 1) == 1;
   // What the stock operator offers and this one does not.
-  const auto only = [&](const char* name, int64_t value, const char* expected) {
-    const int64_t found = attributes.Int(name, value);
-    ExpectAttribute(found == value, name, text(found), expected);
+  const auto only = [&](const char* name, int64_t value) {
+    const int64_t found = attributes.Int(name, value, INT64_MIN, INT64_MAX);
+    if (found != value) attributes.Refuse(name, text(found), text(value));
   };
-  only("rotary_interleaved", 0, "0");
-  only("rotary_offset", 0, "0");
-  only("v_head_size", 0, "0");
-  only("is_causal", 1, "1");
+  only("rotary_interleaved", 0);
+  only("rotary_offset", 0);
+  only("v_head_size", 0);
+  only("is_causal", 1);
   const float softcap = attributes.Float("softcap", 0.f);
-  ExpectAttribute(softcap == 0, "softcap", text(softcap), "0");
+  if (softcap != 0) attributes.Refuse("softcap", text(softcap), "0");
   return s;
 }
 
 // ---- Inputs
 
-struct Tensor {
-  const char* name = "";
-  bool given = false;
-  int type = 0;
-  std::vector<int64_t> shape;
-  void* data = nullptr;
-
-  template <class T>
-  const T* as() const {
-    return static_cast<const T*>(data);
-  }
-  [[noreturn]] void Refuse(const std::string& expected) const {
-    std::string found;
-    for (const int64_t dim : shape) found += (found.empty() ? "" : ", ") + std::to_string(dim);
-    Fail(std::string(name) + " has shape (" + found + "), expected " + expected);
-  }
-};
-
 std::vector<Tensor> ReadInputs(const OrtApi& api, const OrtKernelContext* context) {
-  size_t count;
-  Check(api.KernelContext_GetInputCount(context, &count));
-  std::vector<Tensor> inputs(kInputCount);
-  for (size_t i = 0; i < kInputCount; ++i) {
-    Tensor& tensor = inputs[i];
-    tensor.name = kInputNames[i];
-    const OrtValue* value = nullptr;
-    if (i < count) Check(api.KernelContext_GetInput(context, i, &value));
-    if (value == nullptr) continue;
-    tensor.given = true;
-    OrtTensorTypeAndShapeInfo* raw;
-    Check(api.GetTensorTypeAndShape(value, &raw));
-    const auto release = [&api](OrtTensorTypeAndShapeInfo* info) { api.ReleaseTensorTypeAndShapeInfo(info); };
-    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> info(raw, release);
-    size_t rank;
-    Check(api.GetTensorElementType(raw, &tensor.type));
-    Check(api.GetDimensionsCount(raw, &rank));
-    tensor.shape.resize(rank);
-    Check(api.GetDimensions(raw, tensor.shape.data(), rank));
-    Check(api.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data));
-  }
+  std::vector<Tensor> inputs;
+  inputs.reserve(kInputCount);
+  for (size_t i = 0; i < kInputCount; ++i) inputs.emplace_back(api, context, i, kInputNames[i]);
   return inputs;
-}
-
-void ExpectType(const Tensor& tensor, int type, const char* name) {
-  if (tensor.type != type)
-    Fail(std::string(tensor.name) + " has element type " + std::to_string(tensor.type) + " of ONNX, expected " + name);
-}
-
-void ExpectShape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* meaning) {
-  if (tensor.shape == shape) return;
-  std::string expected;
-  for (const int64_t dim : shape) expected += (expected.empty() ? "(" : ", ") + std::to_string(dim);
-  tensor.Refuse(expected + ") = " + meaning);
 }
 
 std::string Element(const Tensor& tensor, int64_t index, int64_t value) {
@@ -226,70 +103,67 @@ std::string Element(const Tensor& tensor, int64_t index, int64_t value) {
 
 // Types and shapes. Leaves the output null.
 Problem CheckShapes(const Settings& settings, const std::vector<Tensor>& in) {
+  using operators::kFloat32, operators::kInt32;
   for (const Input i : kMustBeAbsent)
     if (in[i].given) Fail(std::string(in[i].name) + " is given, expected to be absent: not supported");
-  for (const Input i : {kQuery, kKeyCache, kValueCache, kCumulativeLengths, kPastLengths, kBlockTable})
-    if (!in[i].given) Fail(std::string(in[i].name) + " is missing");
+  for (const Input i : {kQuery, kKeyCache, kValueCache, kCumulativeLengths, kPastLengths, kBlockTable}) in[i].Require();
   for (const Input i : {kCosCache, kSinCache})
     if (settings.rotary && !in[i].given) Fail(std::string(in[i].name) + " is missing, do_rotary needs it");
   if (in[kQNormWeight].given != in[kKNormWeight].given)
     Fail("q_norm_weight and k_norm_weight: one is missing, expected both or none");
-  for (const Input i : {kKeyScale, kValueScale}) {
-    const bool int8 = in[kKeyCache].type == kOrtInt8;
-    if (int8 && !in[i].given) Fail(std::string(in[i].name) + " is missing, an int8 cache needs it");
-    if (!int8 && in[i].given) Fail(std::string(in[i].name) + " is given, expected to be absent: the cache is not int8");
-  }
-
-  for (const Input i : {kQuery, kCosCache, kSinCache, kQNormWeight, kKNormWeight, kKeyScale, kValueScale})
-    if (in[i].given) ExpectType(in[i], kOrtFloat32, "float32");
-  for (const Input i : {kCumulativeLengths, kPastLengths, kBlockTable}) ExpectType(in[i], kOrtInt32, "int32");
   const int element = in[kKeyCache].type;
-  if (element != kOrtFloat16 && element != kOrtInt8) ExpectType(in[kKeyCache], kOrtFloat32, "float32, float16 or int8");
-  if (in[kValueCache].type != in[kKeyCache].type) ExpectType(in[kValueCache], in[kKeyCache].type, "that of key_cache");
+  for (const Input i : {kKeyScale, kValueScale}) {
+    if (element == kOrtInt8 && !in[i].given) Fail(std::string(in[i].name) + " is missing, an int8 cache needs it");
+    if (element != kOrtInt8 && in[i].given)
+      Fail(std::string(in[i].name) + " is given, expected to be absent: the cache is not int8");
+  }
+  in[kQuery].ExpectType(kFloat32);
+  if (element != kOrtFloat16 && element != kOrtInt8)
+    in[kKeyCache].ExpectType({kOrtFloat32, "float32, float16 or int8"});
+  in[kValueCache].ExpectType({element, "that of key_cache"});
 
   Problem p = {};
   p.heads = settings.heads, p.kv_heads = settings.kv_heads, p.group = settings.heads / settings.kv_heads;
-  const std::vector<int64_t>& keys = in[kKeyCache].shape;
-  if (keys.size() != 5 || keys[1] != p.kv_heads || keys[4] != kTile)
-    in[kKeyCache].Refuse("(num_blocks, kv_num_heads = " + std::to_string(p.kv_heads) +
-                         ", block_size / 32, head_dim, 32)");
+  const int64_t* keys = in[kKeyCache].dims;
+  if (in[kKeyCache].rank != 5 || keys[1] != p.kv_heads || keys[4] != kTile)
+    in[kKeyCache].RefuseShape("(num_blocks, kv_num_heads = " + std::to_string(p.kv_heads) +
+                              ", block_size / 32, head_dim, 32)");
   p.head_dim = keys[3];
   p.block_size = keys[2] * kTile;
   if (p.head_dim < 8 || p.head_dim > kMaxHeadDim || p.head_dim % 8 != 0)
-    in[kKeyCache].Refuse("a head_dim that is a multiple of 8, at most 256");
+    in[kKeyCache].RefuseShape("a head_dim that is a multiple of 8, at most 256");
   if (keys[2] < 1 || keys[2] > (1 << 20) || (keys[2] & (keys[2] - 1)) != 0)
-    in[kKeyCache].Refuse("a block_size that is a power of two, at least 32");
-  ExpectShape(in[kValueCache], {keys[0], p.kv_heads, p.block_size, p.head_dim},
-              "(num_blocks, kv_num_heads, block_size, head_dim) as key_cache has them");
-
+    in[kKeyCache].RefuseShape("a block_size that is a power of two, at least 32");
+  in[kValueCache].Expect({element, "that of key_cache"}, {keys[0], p.kv_heads, p.block_size, p.head_dim},
+                         "(num_blocks, kv_num_heads, block_size, head_dim) as key_cache has them");
   for (const Input i : {kKeyScale, kValueScale})
-    if (in[i].given)
-      ExpectShape(in[i], {keys[0], p.kv_heads, p.block_size},
-                  "(num_blocks, kv_num_heads, block_size) as key_cache has them");
+    in[i].Expect(kFloat32, {keys[0], p.kv_heads, p.block_size},
+                 "(num_blocks, kv_num_heads, block_size) as key_cache has them");
 
-  const std::vector<int64_t>& query = in[kQuery].shape;
   const int64_t width = (p.heads + 2 * p.kv_heads) * p.head_dim;
-  if (query.size() != 2 || query[1] != width)
-    in[kQuery].Refuse("(T, " + std::to_string(width) + ") = (T, (num_heads + 2 * kv_num_heads) * head_dim)");
-  if (in[kPastLengths].shape.size() != 1) in[kPastLengths].Refuse("(S)");
-  const int64_t sequences = in[kPastLengths].shape[0];
-  ExpectShape(in[kCumulativeLengths], {sequences + 1}, "(S + 1), where past_lengths is (S)");
-  const std::vector<int64_t>& table = in[kBlockTable].shape;
-  if (table.size() != 2 || table[0] != sequences)
-    in[kBlockTable].Refuse("(" + std::to_string(sequences) + ", max_blocks), where past_lengths is (S)");
-  p.max_blocks = table[1];
+  if (in[kQuery].rank != 2 || in[kQuery].dims[1] != width)
+    in[kQuery].RefuseShape("(T, " + std::to_string(width) + ") = (T, (num_heads + 2 * kv_num_heads) * head_dim)");
+  in[kPastLengths].ExpectType(kInt32);
+  if (in[kPastLengths].rank != 1) in[kPastLengths].RefuseShape("(S)");
+  const int64_t sequences = in[kPastLengths].dims[0];
+  in[kCumulativeLengths].Expect(kInt32, {sequences + 1}, "(S + 1), where past_lengths is (S)");
+  in[kBlockTable].ExpectType(kInt32);
+  if (in[kBlockTable].rank != 2 || in[kBlockTable].dims[0] != sequences)
+    in[kBlockTable].RefuseShape("(" + std::to_string(sequences) + ", max_blocks), where past_lengths is (S)");
+  p.max_blocks = in[kBlockTable].dims[1];
 
+  for (const Input i : {kCosCache, kSinCache})
+    if (in[i].given) in[i].ExpectType(kFloat32);
   if (settings.rotary) {
-    const std::vector<int64_t>& cos = in[kCosCache].shape;
-    if (cos.size() != 2 || cos[1] < 1 || 2 * cos[1] > p.head_dim)
-      in[kCosCache].Refuse("(positions, rotary_dim / 2), at most head_dim / 2 = " + std::to_string(p.head_dim / 2) +
-                           " wide");
-    ExpectShape(in[kSinCache], cos, "that of cos_cache");
+    const int64_t* cos = in[kCosCache].dims;
+    if (in[kCosCache].rank != 2 || cos[1] < 1 || 2 * cos[1] > p.head_dim)
+      in[kCosCache].RefuseShape(
+          "(positions, rotary_dim / 2), at most head_dim / 2 = " + std::to_string(p.head_dim / 2) + " wide");
+    in[kSinCache].Expect(kFloat32, {cos[0], cos[1]}, "that of cos_cache");
     p.rotary_half = cos[1];
     p.cos = in[kCosCache].as<float>(), p.sin = in[kSinCache].as<float>();
   }
-  for (const Input i : {kQNormWeight, kKNormWeight})
-    if (in[i].given) ExpectShape(in[i], {p.head_dim}, "(head_dim)");
+  for (const Input i : {kQNormWeight, kKNormWeight}) in[i].Expect(kFloat32, {p.head_dim}, "(head_dim)");
   p.q_norm = in[kQNormWeight].as<float>(), p.k_norm = in[kKNormWeight].as<float>();
 
   p.window = settings.window;
@@ -307,7 +181,7 @@ Problem CheckShapes(const Settings& settings, const std::vector<Tensor>& in) {
 // Lengths and block ids. Blocks that no new token writes or sees are not looked at.
 void CheckValues(const Problem& p, const std::vector<Tensor>& in) {
   const Tensor &cumulative = in[kCumulativeLengths], &table = in[kBlockTable];
-  const int64_t tokens = in[kQuery].shape[0], sequences = in[kPastLengths].shape[0], blocks = in[kKeyCache].shape[0];
+  const int64_t tokens = in[kQuery].dims[0], sequences = in[kPastLengths].dims[0], blocks = in[kKeyCache].dims[0];
   if (p.cumulative[0] != 0) Fail(Element(cumulative, 0, p.cumulative[0]) + ", expected 0");
   for (int64_t s = 0; s < sequences; ++s) {
     if (p.cumulative[s + 1] < p.cumulative[s])
@@ -323,8 +197,8 @@ void CheckValues(const Problem& p, const std::vector<Tensor>& in) {
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t added = p.cumulative[s + 1] - p.cumulative[s], length = p.past[s] + added;
     if (added == 0) continue;
-    if (p.rotary_half > 0 && length > in[kCosCache].shape[0])
-      Fail("cos_cache has " + std::to_string(in[kCosCache].shape[0]) + " positions, sequence " + std::to_string(s) +
+    if (p.rotary_half > 0 && length > in[kCosCache].dims[0])
+      Fail("cos_cache has " + std::to_string(in[kCosCache].dims[0]) + " positions, sequence " + std::to_string(s) +
            " needs " + std::to_string(length) + " (past_lengths + new tokens)");
     if (length > p.max_blocks * p.block_size)
       Fail("block_table has room for " + std::to_string(p.max_blocks * p.block_size) + " tokens a sequence, sequence " +
@@ -346,15 +220,10 @@ void CheckValues(const Problem& p, const std::vector<Tensor>& in) {
 
 // ---- Work
 
-// Calls function(i) for i in [0, count), on ONNX Runtime's threads unless `serial`. It must not throw.
 template <class Function>
 void ParallelFor(const OrtApi& api, const OrtKernelContext* context, bool serial, size_t count, Function function) {
-  if (serial || count < 2) {
-    for (size_t i = 0; i < count; ++i) function(i);
-    return;
-  }
-  Check(api.KernelContext_ParallelFor(
-      context, [](void* data, size_t i) { (*static_cast<Function*>(data))(i); }, count, count, &function));
+  for (size_t i = 0; serial && i < count; ++i) function(i);
+  if (!serial) operators::ParallelFor(api, context, int64_t(count), function);
 }
 
 // Cuts the rows of every sequence and kv head into items of at most `item_rows`, of each sequence the longest first.
@@ -462,59 +331,29 @@ struct Kernel {
   Settings settings;
   const Kernels kernels;
 
+  Kernel(const OrtApi& ort, const Attributes& attributes)
+      : api(ort), settings(ReadSettings(attributes)), kernels(ChooseKernels()) {}
+
   void Compute(OrtKernelContext* context) const {
     const std::vector<Tensor> inputs = ReadInputs(api, context);
     Problem problem = CheckShapes(settings, inputs);
     CheckValues(problem, inputs);
-    const int64_t shape[] = {inputs[kQuery].shape[0], problem.heads * problem.head_dim};
-    OrtValue* output;
-    void* data;
-    Check(api.KernelContext_GetOutput(context, 0, shape, 2, &output));
-    Check(api.GetTensorMutableData(output, &data));
-    problem.output = static_cast<float*>(data);
-    const int64_t sequences = inputs[kPastLengths].shape[0];
+    problem.output =
+        operators::NewOutput<float>(api, context, 0, {inputs[kQuery].dims[0], problem.heads * problem.head_dim});
+    const int64_t sequences = inputs[kPastLengths].dims[0];
     WriteTokens(api, context, kernels, problem, sequences);
     Attend(api, context, kernels, problem, sequences);
   }
 };
 
-struct PagedAttention : OrtCustomOp {
-  OrtApi api;
-
-  explicit PagedAttention(const OrtApi& ort) : OrtCustomOp{}, api(ort) {
-    version = kOrtApiVersion;
-    GetName = [](const OrtCustomOp*) { return "PagedAttention"; };
-    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
-    // Any type and any input missing: Compute says what is wrong, by the input's name.
-    GetInputType = [](const OrtCustomOp*, size_t) { return int(kOrtAnyType); };
-    GetInputTypeCount = [](const OrtCustomOp*) { return size_t(kInputCount); };
-    GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return int(kOrtOptional); };
-    GetOutputType = [](const OrtCustomOp*, size_t) { return int(kOrtFloat32); };
-    GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
-    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return int(kOrtRequired); };
-    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };  // the default
-    GetStartVersion = [](const OrtCustomOp*) { return 1; };
-    GetEndVersion = [](const OrtCustomOp*) { return 1; };
-    CreateKernelV2 = [](const OrtCustomOp* self, const OrtFunction* table, const OrtKernelInfo* info, void** out) {
-      return Guard(static_cast<const PagedAttention*>(self)->api, [&] {
-        const OrtApi ort(table);
-        *out = new Kernel{ort, ReadSettings(Attributes(ort, info)), ChooseKernels()};
-      });
-    };
-    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-      const Kernel& self = *static_cast<Kernel*>(kernel);
-      return Guard(self.api, [&] { self.Compute(context); });
-    };
-    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-    InferOutputShapeFn = [](const OrtCustomOp* self, OrtShapeInferContext* context) {
-      const OrtApi& ort = static_cast<const PagedAttention*>(self)->api;
-      return Guard(ort, [&] { InferShape(ort, context); });
-    };
-  }
+struct PagedAttention {
+  static constexpr const char* kName = "PagedAttention";
+  static constexpr int kVersion = 1;
+  static constexpr size_t kInputs = kInputCount, kOutputs = 1;
 
   // (T, query's width - keys and values), where query and key_cache say so; nothing otherwise.
   static void InferShape(const OrtApi& api, OrtShapeInferContext* context) {
-    OrtTensorTypeAndShapeInfo *query, *keys;
+    OrtTensorTypeAndShapeInfo *query, *keys, *output;
     Check(api.ShapeInferContext_GetInputTypeShape(context, kQuery, &query));
     Check(api.ShapeInferContext_GetInputTypeShape(context, kKeyCache, &keys));
     const auto dims = [&](OrtTensorTypeAndShapeInfo* info, size_t rank, int64_t* out) {
@@ -531,15 +370,20 @@ struct PagedAttention : OrtCustomOp {
     if (!tokens_known || shape[1] <= 0 || cache[1] <= 0 || cache[3] <= 0) return;
     shape[1] -= 2 * cache[1] * cache[3];
     if (shape[1] <= 0) return;  // Compute will say what is wrong
-    Check(api.SetDimensions(query, shape, 2));
-    Check(api.ShapeInferContext_SetOutputTypeShape(context, 0, query));
+    names[1] = "";
+    Check(api.CreateTensorTypeAndShapeInfo(&output));
+    const operators::ShapeInfo release = {api, output};
+    Check(api.SetTensorElementType(output, kOrtFloat32));
+    Check(api.SetDimensions(output, shape, 2));
+    Check(api.SetSymbolicDimensions(output, names, 2));
+    Check(api.ShapeInferContext_SetOutputTypeShape(context, 0, output));
   }
 };
 
 }  // namespace
 
 const OrtCustomOp* Operator(const OrtApi& api) {
-  static const PagedAttention op(api);
+  static const operators::Declaration<PagedAttention, Kernel> op(api);
   return &op;
 }
 

@@ -23,7 +23,7 @@ constexpr int kColumns = 64;        // of a tile of activations
 constexpr int kChunkColumns = 512;  // a chunk of a panel, 16 KiB unpacked, stays in the first-level cache
 constexpr int kMaxTiles = 32;       // whose y, 64 KiB, stays in the second-level cache
 constexpr int kTileBytes = kRows * kColumns;
-constexpr int kMaxUnit = 4;  // groups
+constexpr int kMaxUnit = 4;  // groups whose sums are in memory
 
 // ---- Tile registers. The intrinsics take their numbers from literals only.
 
@@ -342,11 +342,17 @@ void MultiplyAmx(const Problem& p, int64_t tiles, Range of_tiles, Range of_panel
         const int64_t count = p.groups - g < chunk_groups ? p.groups - g : chunk_groups;
         Chunk chunk;
         Unpack(p, PanelOf(p, n), g, count, chunk);
+        const uint8_t* const next = PanelOf(p, n) + p.zero_point_bytes + (g + count) * p.block_bytes;
+        for (int64_t i = 0; i < chunk_groups * p.block_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
         multiply(p, chunk, g, count, activations + first * TileBytesAmx(p), last - first, y);
       }
       for (int64_t t = first; t < last; ++t) {
-        const int64_t begin = RowBegin(p, tiles, t);
-        Finish(p, n, begin, RowBegin(p, tiles, t + 1) - begin, y[t - first]);
+        const int64_t begin = RowBegin(p, tiles, t), end = RowBegin(p, tiles, t + 1);
+        for (int64_t row = end; row < end + kRows; ++row) {  // the next tile's y, far apart in memory
+          __builtin_prefetch(p.y + row * p.out_features + n * kPanel, 1);
+          __builtin_prefetch(p.y + row * p.out_features + n * kPanel + kLanes, 1);
+        }
+        Finish(p, n, begin, end - begin, y[t - first]);
       }
     }
   }
