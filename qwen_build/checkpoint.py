@@ -184,7 +184,7 @@ class Checkpoint:
             CheckpointError: a value is NaN or infinite, or the file became shorter since it was opened.
         """
         info = self.tensors[name]
-        rows, columns = (1, *info.shape)[-2:]
+        rows, columns = (1, 1, *info.shape)[-2:]
         stop = columns if stop is None else stop
         if not 0 <= start <= stop <= columns:
             raise IndexError(f"{name} has {columns} columns, asked for [{start}, {stop})")
@@ -377,7 +377,7 @@ def _check_dtypes(directory: Path, tensors: Mapping[str, TensorInfo]) -> None:
     strange = sorted(
         f"{info.name} ({info.dtype})"
         for info in tensors.values()
-        if info.dtype not in STORAGE and not (info.dtype in PACKED_STORAGE and info.name.endswith(PACKED_SUFFIXES))
+        if info.dtype not in (PACKED_STORAGE if info.name.endswith(PACKED_SUFFIXES) else STORAGE)
     )
     if strange:
         raise CheckpointError(

@@ -144,7 +144,10 @@ def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, mon
         (lambda c: edit_config(c, model_type="llama"), "model_type 'llama' is not one of qwen2, qwen3"),
         (lambda c: edit_config(c, rope_scaling={"type": "yarn", "factor": 4}), "asks for rope type 'yarn'"),
         (lambda c: edit_config(c, use_sliding_window=True), "use_sliding_window True is not supported"),
-        (lambda c: edit_config(c, quantization_config={"quant_method": "bitsandbytes"}), "already quantised (bitsandbytes)"),
+        (
+            lambda c: edit_config(c, quantization_config={"quant_method": "bitsandbytes"}),
+            "already quantised (bitsandbytes)",
+        ),
         (lambda c: (c / "model.safetensors").unlink(), "safetensors"),
         (lambda c: os.truncate(c / "model.safetensors", 100_000), "model.safetensors"),
         (lambda c: (c / "model.safetensors").write_bytes(b"x" * 5000), "model.safetensors"),

@@ -225,6 +225,7 @@ HEADERS = {
     "bytes of nobody": (raw_file({"a": entry()}, bytes(11)), "3 bytes that belong to no tensor"),
     "integers": (raw_file({"l.weight": entry("I32")}, bytes(8)), r"l.weight \(I32\).* already quantised"),
     "bitsandbytes": (raw_file({"l.weight": entry("U8", (8,))}, bytes(8)), r"l.weight \(U8\).* already quantised"),
+    "gptq of floats": (raw_file({"l.qweight": entry("F16", (4,))}, bytes(8)), r"l.qweight \(F16\).* already quantised"),
     "gptq too large": (raw_file({"l.qweight": entry("I32", (3,))}, bytes(8)), "owns 8 bytes, I32 .* needs 12"),
     "fp8": (raw_file({"l.weight": entry("F8_E4M3", (8,))}, bytes(8)), r"l.weight \(F8_E4M3\).* already quantised"),
 }

@@ -84,10 +84,11 @@ def test_greedy_answers_are_those_of_transformers(checkpoint, reference, build_e
 
     assert len(prompts) == 10
     for prompt, request in zip(encoded, requests, strict=True):
+        answer = request.sequences[0].output
         with torch.no_grad():  # teacher-forced: transformers' choice after each of our tokens
-            logits = reference(torch.tensor([[*prompt, *request.output]])).logits[0, len(prompt) - 1 : -1].numpy()
-        assert len(request.output) == ANSWER_TOKENS
-        for row, token_id in zip(logits, request.output, strict=True):
+            logits = reference(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].numpy()
+        assert len(answer) == ANSWER_TOKENS
+        for row, token_id in zip(logits, answer, strict=True):
             first, second = np.sort(row)[:-3:-1]
             if first - second < 1e-4:
                 break  # from a tie on, the two may go different ways
@@ -120,6 +121,6 @@ def test_the_int4_demo_knows_the_capital_of_france(checkpoint, build_engine):
     text = TextModel.load(build_engine(checkpoint, quant="int4"))
     question = [{"role": "user", "content": "What is the capital of France?"}]
     request = text.request(text.encode_chat(question), SamplingParams(temperature=0, max_tokens=32))
-    answer = "".join(piece.text for piece in text.stream([request]))
+    answer = "".join(text.stream(request))
     assert "Paris" in answer
-    assert request.finish_reason == "stop"
+    assert request.sequences[0].finish_reason == "stop"

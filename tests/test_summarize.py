@@ -19,6 +19,7 @@ from scripted import write_text_files
 
 from qwen_build.rope import rope_tables
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from qwen_plugin.layout import pack_panels, round_scales, unpack_panels
 from qwen_run.parts import measure_part
 from qwen_run.report import Report
 from qwen_run.summarize import main
@@ -116,13 +117,31 @@ def swap_gate_and_up(engine: Path) -> None:
             weights[name][:] = np.roll(weights[name], len(weights[name]) // 2, axis=0)
 
 
+def change_panels(engine: Path, linear: str, change: Callable[[np.ndarray, np.ndarray], None]) -> None:
+    """Let ``change`` alter q (out_features, padded in_features) and scales (out_features, groups) in place."""
+    record = next(record for record in Manifest.read(engine).linears if record.name == linear)
+    grid = record.quantization
+    padded = -(-record.in_features // grid.group_size) * grid.group_size
+    panels = Weights(engine)[f"{linear}.panels"]
+    q, scales, zero_points = unpack_panels(
+        panels, record.out_features, padded, grid.bits, grid.group_size, grid.symmetric
+    )
+    change(q, scales)
+    panels[:] = pack_panels(q, round_scales(scales), zero_points, grid.bits, grid.group_size)
+
+
 def swap_halves_of_bytes(engine: Path) -> None:
-    packed = Weights(engine)[f"model.layers.{LAYER}.mlp.down_proj.packed"]
-    packed[:] = packed << 4 | packed >> 4
+    def swap(q: np.ndarray, scales: np.ndarray) -> None:
+        q[:, 0::2], q[:, 1::2] = q[:, 1::2].copy(), q[:, 0::2].copy()
+
+    change_panels(engine, f"model.layers.{LAYER}.mlp.down_proj", swap)
 
 
 def scale_by_five_percent(engine: Path) -> None:
-    Weights(engine)[f"model.layers.{LAYER}.self_attn.o_proj.scales"][:] *= 1.05
+    def scale(q: np.ndarray, scales: np.ndarray) -> None:
+        scales *= 1.05
+
+    change_panels(engine, f"model.layers.{LAYER}.self_attn.o_proj", scale)
 
 
 def wrong_rotary_base(engine: Path) -> None:
