@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_engine import __version__
-from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest
+from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest, Quantization
 from qwen_run.accuracy import (
     Positions,
     continuation_agreement,
@@ -239,7 +240,7 @@ def assess(engine_directory: Path, report_directory: Path, options: Options) -> 
     identity = Identity(
         checkpoint=dict(manifest.origin.sha256),
         dataset=dataset.sha256,
-        recipe=Recipe.of(manifest).with_float_activations().digest,
+        recipe=Recipe.read(engine_directory).with_float_activations().digest,
         options={"max_new_tokens": options.max_new_tokens, "max_seq_len": manifest.limits.max_seq_len},
     )
     sources: LiveSources | SavedSources
@@ -247,7 +248,7 @@ def assess(engine_directory: Path, report_directory: Path, options: Options) -> 
         sources = SavedSources.load(options.reference, identity, Path(manifest.origin.checkpoint).name)
     else:
         path = find_checkpoint(manifest, options.checkpoint)
-        sources = LiveSources(manifest, path, threads, record=options.save_reference is not None)
+        sources = LiveSources(manifest, engine_directory, path, threads, record=options.save_reference is not None)
     checks = sources.checks(engine_directory)
 
     model = TextModel.of(Engine.load(engine_directory, threads))
@@ -333,16 +334,26 @@ def coarsest_scheme(manifest: Manifest) -> str:
 
 def engine_info(directory: Path, manifest: Manifest) -> EngineInfo:
     """The engine as the report names it."""
-    linear = next(linear for linear in manifest.linears if linear.name.startswith("model.layers.")).quantization
-    words = "float32"
-    if linear.group_size:
-        grid = "symmetric" if linear.symmetric else "asymmetric"
-        words = f"{linear.scheme}, groups of {linear.group_size}, {grid}, {linear.activations} activations"
+    weights: Counter[str] = Counter()
+    for linear in manifest.linears:
+        if linear.name.startswith("model.layers."):
+            weights[_scheme_words(linear.quantization)] += linear.in_features * linear.out_features
+    words = "; ".join(
+        kind if len(weights) == 1 else f"{count / weights.total():.0%} of the layers' weights {kind}"
+        for kind, count in weights.most_common()
+    )
     head = next(record for record in manifest.linears if record.name == "lm_head").quantization
     words += f"; head {head.scheme if head.group_size else 'float32'}; {manifest.cache.dtype} cache"
     parts = manifest.parts
     size_bytes = sum(part.size_bytes for part in parts.values())
     return EngineInfo(directory.resolve().name, words, size_bytes, {name: part.sha256 for name, part in parts.items()})
+
+
+def _scheme_words(stored: Quantization) -> str:
+    if not stored.group_size:
+        return "float32"
+    grid = "symmetric" if stored.symmetric else "asymmetric"
+    return f"{stored.scheme}, groups of {stored.group_size}, {grid}, {stored.activations} activations"
 
 
 def sample_results(

@@ -110,6 +110,7 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Give up what is unfinished, free the cache and end the thread."""
+        self._end()  # in the event loop: add_request finds it closed, or its order is still taken
         await asyncio.to_thread(self._stop)
 
     async def __aenter__(self) -> Self:
@@ -140,10 +141,13 @@ class AsyncLLM:
 
     def _stop(self) -> None:
         atexit.unregister(self._stop)
+        self._end()
+        self._thread.join()
+
+    def _end(self) -> None:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
 
     # -- in the background thread
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_run.beam import BeamSearch, beam_logprobs
 from qwen_run.engine import Batch, Engine
 from qwen_run.logprobs import TokenLogprobs, token_logprobs
@@ -26,10 +26,13 @@ class CoreOptions:
 
     Attributes:
         max_batch_size: most sequences in one step.
-        max_batch_tokens: most tokens in one step; longer prompts are fed in chunks.
+        max_batch_tokens: most tokens in one step, at least ``max_batch_size``; longer prompts are fed in chunks.
         prefix_caching: prompts that begin like an earlier one are not fed again.
         max_drafts: most tokens to guess for a sequence in one step; 0 turns speculation off.
         keep_logits: set ``logits`` of every token.
+
+    Raises:
+        EngineError: a value is out of range.
     """
 
     max_batch_size: int = 16
@@ -37,6 +40,17 @@ class CoreOptions:
     prefix_caching: bool = True
     max_drafts: int = 0
     keep_logits: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch_size", 1), ("max_batch_tokens", 1), ("max_drafts", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise EngineError(f"{name} is {value!r}, expected a whole number, {least} or more")
+        if self.max_batch_tokens < self.max_batch_size:  # those that answer would leave nothing to those that begin
+            raise EngineError(
+                f"max_batch_tokens is {self.max_batch_tokens}, expected at least the max_batch_size of "
+                f"{self.max_batch_size}: a token for every sequence; change one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,9 @@ class Core:
         self._scheduler = Scheduler(
             engine.cache, options.max_batch_size, options.max_batch_tokens, options.prefix_caching
         )
-        self._speculator = Speculator(options.max_drafts) if options.max_drafts else None
+        self._speculator = (
+            Speculator(options.max_drafts, engine.manifest.limits.max_seq_len) if options.max_drafts else None
+        )
         self._num_added = self._num_steps = self._num_drafts = self._num_accepted = 0
         self._run_s = 0.0
 

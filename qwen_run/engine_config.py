@@ -90,15 +90,17 @@ class EngineConfig:
             ValueError: a rule is violated; the message names it.
         """
         longest, block_size = manifest.limits.max_seq_len, manifest.cache.block_size
-        scheme = next(linear.quantization.scheme for linear in manifest.linears if ".layers." in linear.name)
+        schemes = list(dict.fromkeys(row.quantization.scheme for row in manifest.linears if ".layers." in row.name))
         if self.max_seq_len is not None and self.max_seq_len > longest:
             raise ValueError(f"max_seq_len is {self.max_seq_len}, expected {longest} or less as the engine was built")
         if self.kvcache_block_size not in (None, block_size):
             raise ValueError(
                 f"kvcache_block_size is {self.kvcache_block_size}, expected {block_size} as the engine was built"
             )
-        if self.quantization not in (None, scheme):
-            raise ValueError(f"quantization is {self.quantization!r}, expected {scheme!r} as the engine was built")
+        if self.quantization is not None and [self.quantization] != schemes:
+            mixed = f"None as the engine mixes {' and '.join(schemes)}"
+            expected = f"{schemes[0]!r} as the engine was built" if len(schemes) == 1 else mixed
+            raise ValueError(f"quantization is {self.quantization!r}, expected {expected}")
         if self.kvcache_num_blocks is None:
             return
         row, alone = math.ceil((self.max_seq_len or longest) / block_size), math.ceil(longest / block_size)

@@ -27,13 +27,14 @@ def generate(
 
     Args:
         keep_logits: set ``logits`` of every token.
-        max_batch_size: most sequences in one step.
+        max_batch_size: most sequences in one step; ``max_batch_tokens`` where that is less.
         max_batch_tokens: most tokens in one step; longer prompts are fed in chunks.
         prefix_caching: prompts that begin like an earlier one are not fed again.
 
     Raises:
         RequestError: at once, for a prompt that is empty, too long, or holds ids the model does not have.
     """
+    max_batch_size = min(max_batch_size, max_batch_tokens)
     core = Core(engine, CoreOptions(max_batch_size, max_batch_tokens, prefix_caching, keep_logits=keep_logits))
     for index, request in enumerate(requests):
         core.add(request, f"prompt {index + 1}" if len(requests) > 1 else "the prompt")

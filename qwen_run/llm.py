@@ -210,6 +210,7 @@ class LLM:
         """Give a submitted request up and free its cache; nothing when it is finished, or was not submitted."""
         if self._answering.pop(answering.request.number, None):
             self.core.abort(answering.request)
+            answering.is_new = True  # a stream that is still read ends with it
 
     def step(self) -> list[Answering]:
         """Run the model once; the requests whose answers have grown, none when nothing is left to do.
@@ -292,7 +293,7 @@ class Answering:
     """A request on its way, and the text of its answers.
 
     Attributes:
-        is_new: an answer has grown since :meth:`output` was last called.
+        is_new: an answer has grown or was given up since :meth:`output` was last called.
         is_told: :meth:`output` has told the end.
         logits: what each token was chosen from, (vocab_size,) float32, where the core has ``keep_logits``.
     """

@@ -20,11 +20,13 @@ Attribute = int | float | str
 
 @dataclass(frozen=True)
 class Tensor:
-    """An initializer: its type and shape."""
+    """An initializer: its type and shape, and its values: ``raw`` here, or at ``offset`` bytes of the weights file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    raw: bytes = b""
+    offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _attribute(message: bytes) -> tuple[str, Attribute]:
 
 
 def _tensor(message: bytes) -> Tensor:
-    name, dtype, shape = "", "", list[int]()
+    name, dtype, shape, raw, offset = "", "", list[int](), b"", None
     for number, value in _fields(message):
         if number == 1:
             shape += [value] if isinstance(value, int) else _varints(value)
@@ -108,7 +110,13 @@ def _tensor(message: bytes) -> Tensor:
             dtype = _DTYPES.get(value, f"type {value}")
         elif number == 8 and isinstance(value, bytes):
             name = value.decode()
-    return Tensor(name, dtype, tuple(shape))
+        elif number == 9 and isinstance(value, bytes):
+            raw = value
+        elif number == 13 and isinstance(value, bytes):  # external_data: a key and its value, both text
+            entry = dict(_fields(value))
+            if entry[1] == b"offset":
+                offset = int(entry[2])
+    return Tensor(name, dtype, tuple(shape), raw, offset)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -1,18 +1,17 @@
 """What Hugging Face transformers says: the reference that an engine's accuracy is measured against.
 
-Two references answer two questions. The checkpoint's own weights (``recipe`` None) say what rounding costs. The same
-weights rounded as the manifest says (a :class:`Recipe`) say whether the engine computes what was meant: they are
-quantised again from the checkpoint, never read back from the engine, so that a wrong byte there shows.
+Two references answer two questions. The checkpoint's own weights (``recipe`` None) say what rounding costs. The weights
+that the engine holds (a :class:`Recipe`) say whether it computes with them what was meant; whether they are the right
+ones is seen without computing, see ``stored_weights.py``.
 
-This is the only module that imports torch and transformers, and the only one of the runtime that reaches the builder;
-both inside functions.
+This is the only module that imports torch and transformers, inside functions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,15 +21,13 @@ import numpy as np
 
 from qwen_engine.errors import CheckpointError, RequestError
 from qwen_engine.graph_io import LOGITS
-from qwen_engine.manifest import Manifest, Quantization
+from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_run.accuracy import FullLogits, ReferenceLogits
+from qwen_run.dequantize import HEAD, EngineWeights, parts, slices
+from qwen_run.stored_weights import CheckpointWeights
 
 # Positions whose logits are in memory at a time.
 CHUNK_TOKENS = 128
-
-# linear of the engine -> the modules of transformers whose rows follow each other in it. Every row is quantised by
-# itself, so the modules can be too.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 # what layers.onnx exposes of every decoder layer: module -> whether its input or its output
 SUB_BLOCKS = {
@@ -46,8 +43,8 @@ SUB_BLOCKS = {
 # precision of a product's input -> the largest of the integers it is rounded to: one byte, two bytes
 ROUNDING_STEPS = {"int8": 127, "int8x2": 127 * 256}
 
-# elements of a weight that are quantised at a time: bounds the memory that takes to some tens of megabytes
-_SLICE_ELEMENTS = 1 << 20
+# name of a parameter, some of its rows, their values
+Pieces = Iterable[tuple[str, slice, np.ndarray]]
 
 
 class Reference(Protocol):
@@ -62,20 +59,36 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an engine rounds: the scheme of every linear and embedding by transformers' name, and the cache's dtype."""
+    """How an engine computes, and with what.
 
+    Attributes:
+        engine: its directory.
+        quantizations: of every linear and the embedding, by transformers' name.
+        cache_dtype: what keys and values are rounded to.
+        calibrated: sha256 of the weights where they were calibrated; else they follow from checkpoint and schemes.
+    """
+
+    engine: Path
     quantizations: Mapping[str, Quantization]
     cache_dtype: str
+    calibrated: str | None
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Recipe:
-        """The recipe ``manifest`` records."""
-        quantizations = {}
-        for linear in manifest.linears:
-            parent, dot, name = linear.name.rpartition(".")
-            for part in FUSED.get(name, (name,)):
-                quantizations[parent + dot + part] = linear.quantization
-        return cls(quantizations, manifest.cache.dtype)
+    def read(cls, engine: Path) -> Recipe:
+        """The recipe that the manifest in the directory ``engine`` records.
+
+        Raises:
+            EngineError: it cannot be read.
+        """
+        manifest = Manifest.read(engine)
+        quantizations = {
+            part.name: linear.quantization
+            for linear in manifest.linears
+            for part in parts(linear.name, linear.out_features, manifest.model)
+        }
+        calibrated = any(linear.output_error is not None for linear in manifest.linears)
+        digest = manifest.parts[WEIGHTS_FILE].sha256 if calibrated else None
+        return cls(engine, quantizations, manifest.cache.dtype, digest)
 
     def with_float_activations(self) -> Recipe:
         """The same without the rounding of what goes into a linear.
@@ -86,13 +99,13 @@ class Recipe:
         sub-block at a time, see :meth:`HuggingFace.hidden_outputs`.
         """
         unrounded = {name: replace(row, activations="float32") for name, row in self.quantizations.items()}
-        return Recipe(unrounded, self.cache_dtype)
+        return replace(self, quantizations=unrounded)
 
     @property
     def digest(self) -> str:
-        """sha256 of everything in the recipe."""
+        """sha256 of everything that the answers depend on besides the checkpoint."""
         rows = sorted((name, *astuple(quantization)) for name, quantization in self.quantizations.items())
-        return hashlib.sha256(json.dumps([rows, self.cache_dtype]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([rows, self.cache_dtype, self.calibrated]).encode()).hexdigest()
 
 
 class HuggingFace:
@@ -101,28 +114,28 @@ class HuggingFace:
     Args:
         checkpoint: the directory; its weights are held in memory once, in ``dtype``.
         threads: threads torch uses, in all of this process.
-        recipe: round weights, inputs of linears, keys and values as an engine does; None for the weights as they are.
+        recipe: take an engine's weights, and round inputs of linears, keys and values as it does; None for the
+            checkpoint's own weights.
         dtype: what it computes in, by torch's name; all but :meth:`stream_batch` is meant for float32.
 
     Raises:
         RequestError: torch or transformers is not installed.
         CheckpointError: transformers cannot load the directory.
+        EngineError: the weights of the engine cannot be read.
     """
 
     def __init__(self, checkpoint: Path, threads: int, recipe: Recipe | None = None, dtype: str = "float32") -> None:
         self._torch, self._transformers = _import_torch_and_transformers()
         self._torch.set_num_threads(threads)
         try:
-            self._model = self._transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=getattr(self._torch, dtype), local_files_only=True
-            ).eval()
+            self._model = self._load(checkpoint, getattr(self._torch, dtype)).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
         self._cache_dtype = "float32"
         if recipe is not None:
             self._cache_dtype = recipe.cache_dtype
-            self._round_as(recipe)
+            self._compute_as(recipe)
 
     def logits(self, token_ids: Sequence[int]) -> Iterator[FullLogits]:
         """See :meth:`Reference.logits`: chunks of (up to ``CHUNK_TOKENS``, vocab_size) float32."""
@@ -242,40 +255,64 @@ class HuggingFace:
             return round_activations(self._torch, x, x.shape[-1], ROUNDING_STEPS["int8"])
         return x.half().float()
 
-    def _round_as(self, recipe: Recipe) -> None:
-        from qwen_build.quantize import make_scheme
+    def _load(self, checkpoint: Path, dtype: Any) -> Any:
+        """The model of ``checkpoint``; transformers itself reads packed weights only with other packages."""
+        auto = self._transformers.AutoModelForCausalLM
+        config = self._transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        if getattr(config, "quantization_config", None) is None:
+            return auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+        del config.quantization_config
+        model = auto.from_config(config, dtype=dtype)
+        with CheckpointWeights(checkpoint) as weights:
+            self._fill(model, _checkpoint_pieces(model, weights))
+        return model
 
-        kinds = (self._torch.nn.Linear, self._torch.nn.Embedding)
-        modules = {name: module for name, module in self._model.named_modules() if isinstance(module, kinds)}
-        assert modules.keys() == recipe.quantizations.keys(), modules.keys() ^ recipe.quantizations.keys()
-        rounded: dict[int, Quantization] = {}
+    def _compute_as(self, recipe: Recipe) -> None:
+        """Give the model the weights of an engine, and have its linears round their inputs as the engine's do."""
+        weights = EngineWeights(recipe.engine)
+        if self._model.config.tie_word_embeddings and not weights.head_is_shared:
+            self._model.lm_head.weight = self._torch.nn.Parameter(self._model.lm_head.weight.detach().clone())
+        self._fill(self._model, _engine_pieces(weights))
         for name, quantization in recipe.quantizations.items():
-            module = modules[name]
-            if not quantization.group_size:
-                continue
+            module = self._model.get_submodule(name)
             if quantization.activations in ROUNDING_STEPS and isinstance(module, self._torch.nn.Linear):
-                module.register_forward_pre_hook(_rounding_hook(self._torch, quantization))
-            if id(module.weight) in rounded:  # a tied head
-                assert rounded[id(module.weight)] == quantization
-                continue
-            rounded[id(module.weight)] = quantization
-            scheme = make_scheme(
-                quantization.scheme,
-                quantization.group_size,
-                quantization.symmetric,
-                quantization.activations,
-                quantization.kernels,
-            )
-            weight: np.ndarray = module.weight.detach().numpy()  # the parameter's own memory
-            rows = max(1, _SLICE_ELEMENTS // weight.shape[1] // scheme.block_rows) * scheme.block_rows
-            for start in range(0, len(weight), rows):
-                part = weight[start : start + rows]
-                part[...] = scheme.dequantize(scheme.quantize(part), part.shape)
+                hook = _rounding_hook(self._torch, quantization, weights.permutation(name))
+                module.register_forward_pre_hook(hook)
+
+    def _fill(self, model: Any, pieces: Pieces) -> None:
+        """Set all parameters of ``model``, each piece of which comes once."""
+        unset = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        for name, rows, values in pieces:
+            model.get_parameter(name).data[rows] = self._torch.tensor(values)
+            unset[name] -= values.size
+        assert not any(unset.values()), [name for name, elements in unset.items() if elements]
 
 
-def _rounding_hook(torch: Any, quantization: Quantization) -> Any:
+def _checkpoint_pieces(model: Any, weights: CheckpointWeights) -> Pieces:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            yield name, slice(None), weights.vector(name)
+            continue
+        for rows in slices(*parameter.shape):
+            yield name, rows, weights.rows(name.removesuffix(".weight"), tuple(parameter.shape), rows)
+
+
+def _engine_pieces(weights: EngineWeights) -> Pieces:
+    for name, vector in weights.vectors.items():
+        yield name, slice(None), vector
+    for name in weights.parts:
+        if name != HEAD or not weights.head_is_shared:
+            yield from ((f"{name}.weight", rows, values) for rows, values in weights.pieces(name))
+
+
+def _rounding_hook(torch: Any, quantization: Quantization, permutation: np.ndarray | None) -> Any:
     most, group_size = ROUNDING_STEPS[quantization.activations], quantization.group_size
-    return lambda module, arguments: (round_activations(torch, arguments[0], group_size, most),)
+    if permutation is None:
+        return lambda module, arguments: (round_activations(torch, arguments[0], group_size, most),)
+    stored, restored = (torch.tensor(order) for order in (permutation, np.argsort(permutation)))
+    return lambda module, arguments: (
+        round_activations(torch, arguments[0][..., stored], group_size, most)[..., restored],
+    )
 
 
 def round_activations(torch: Any, x: Any, group_size: int, most: int) -> Any:

@@ -20,6 +20,7 @@ from qwen_run.origin import check_checkpoint, compare_text_facts, compare_text_f
 from qwen_run.reference import HuggingFace, Recipe, Reference
 from qwen_run.reference_file import Answers, Identity, Recording, SavedReference, load_reference, save_reference
 from qwen_run.report import Check, CheckpointInfo, Cost
+from qwen_run.stored_weights import compare_weights
 
 Phase = Literal["original", "as_built"]
 Open = Callable[[], Reference]
@@ -70,6 +71,7 @@ class LiveSources:
     """A checkpoint in transformers; what it says is recorded if it is to be saved."""
 
     manifest: Manifest
+    engine: Path
     path: Path
     threads: int
     record: bool
@@ -81,7 +83,7 @@ class LiveSources:
 
     @contextmanager
     def open(self, phase: Phase) -> Iterator[tuple[Open, Layers]]:
-        recipe = None if phase == "original" else Recipe.of(self.manifest).with_float_activations()
+        recipe = None if phase == "original" else Recipe.read(self.engine).with_float_activations()
         answers = self.recorded.setdefault(phase, Answers())
 
         @cache
@@ -101,7 +103,7 @@ class LiveSources:
         return None
 
     def checks(self, engine: Path) -> list[Check]:
-        return compare_text_files(engine, self.path)
+        return [*compare_text_files(engine, self.path), compare_weights(engine, self.path)]
 
     def cost(self, prompts: Sequence[Sequence[int]], threads: int) -> Cost:
         size_bytes = sum(path.stat().st_size for path in self.path.glob("*.safetensors"))

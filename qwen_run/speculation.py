@@ -30,12 +30,14 @@ _RUN_DECAY, _GUESS_DECAY = 0.98, 0.95
 class Speculator:
     """Decides how many tokens to guess: as many as are likely to save more time than they cost."""
 
-    def __init__(self, max_drafts: int) -> None:
+    def __init__(self, max_drafts: int, max_seq_len: int) -> None:
         """
         Args:
             max_drafts: most guesses for one sequence in one step.
+            max_seq_len: most tokens of a sequence; nothing is guessed beyond.
         """
         self._max_drafts = max_drafts
+        self._max_seq_len = max_seq_len
         self._lookups: dict[Sequence, PromptLookup] = {}
         self.cost = RunCost()
 
@@ -53,6 +55,7 @@ class Speculator:
                 if lookup is None:
                     lookup = self._lookups[sequence] = PromptLookup(self._max_drafts)
                 left = sequence.request.params.max_tokens - sequence.num_output - 1
+                left = min(left, self._max_seq_len - len(sequence.token_ids) - 1)
                 guess = lookup.propose(sequence.token_ids)[: max(0, min(lookup.worthwhile(price), left, limit))]
                 limit -= len(guess)
                 drafts[sequence] = guess

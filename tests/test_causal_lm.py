@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qwen_engine.errors import EngineError
+from qwen_engine.manifest import Manifest
 from qwen_run import EngineConfig, QwenForCausalLM, causal_lm
 from qwen_run.engine_config import QUANTIZATIONS
 
@@ -248,6 +249,13 @@ def test_more_blocks_than_memory_holds_warn(engine, monkeypatch):
         warnings.simplefilter("error")
         model = QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 30})
     assert model.engine.cache.num_blocks == 30
+
+
+def test_a_mixed_engine_has_no_quantization_to_agree_with(checkpoint, build_engine):
+    manifest = Manifest.read(build_engine(checkpoint.path, quant="int8", exclude=("*.up_proj",)))
+    EngineConfig().check(manifest)
+    with pytest.raises(ValueError, match="quantization is 'int8', expected None as the engine mixes int8 and none"):
+        EngineConfig(quantization="int8").check(manifest)
 
 
 def test_quantizations_are_the_builders():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_engine import VOCAB_SIZE, ScriptedEngine
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_run.core import Core, CoreOptions
 from qwen_run.engine import Engine
 from qwen_run.request import Request, Sequence, Token
@@ -146,8 +146,8 @@ def traffic(draw: st.DrawFn) -> Traffic:
         num_blocks,
         block_size,
         CoreOptions(
-            max_batch_size=draw(st.integers(3, 6)),
-            max_batch_tokens=draw(st.integers(1, 40)),
+            max_batch_size=(max_batch_size := draw(st.integers(3, 6))),
+            max_batch_tokens=draw(st.integers(max_batch_size, 40)),
             prefix_caching=draw(st.sampled_from([True, True, False])),
             max_drafts=draw(st.sampled_from([0, 1, 5])),
         ),
@@ -264,6 +264,31 @@ def test_guesses_save_runs_and_change_nothing() -> None:
     assert statistics.num_drafts >= statistics.num_accepted == 14 - len(engine.batches)
 
 
+def test_nothing_is_guessed_beyond_the_longest_sequence() -> None:
+    """The rotary table ends there: an engine refuses the whole batch."""
+    for max_seq_len in range(20, 40):
+        engine = ScriptedEngine(max_seq_len=max_seq_len)
+        engine.leaves_drafts = True
+        core = run(engine, request := Request((0, 1, 2) * 4, replace(GREEDY, max_tokens=100)), max_drafts=6)
+        assert max(int(batch.past_lengths[0]) + len(batch.input_ids) for batch in engine.batches) < max_seq_len
+        assert core.statistics.num_drafts
+        assert len(request.sequences[0].token_ids) == max_seq_len
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size is 0, expected a whole number, 1 or more"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens is 0, expected"),
+        ({"max_drafts": -1}, "max_drafts is -1, expected a whole number, 0 or more"),
+        ({"max_batch_size": 600}, "max_batch_tokens is 512, expected at least the max_batch_size of 600"),
+    ],
+)
+def test_options_that_would_starve_prompts_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        CoreOptions(**options)  # type: ignore[arg-type]
+
+
 def test_a_stop_among_accepted_guesses_ends_the_answer() -> None:
     request = Request((0, 1, 2) * 4, replace(GREEDY, max_tokens=14), stop_token_ids=frozenset({1}))
     engine = ScriptedEngine()
@@ -277,7 +302,7 @@ def test_prompt_logprobs_do_not_depend_on_chunks_or_hits() -> None:
     engine = ScriptedEngine()
     whole, chunked = (Request((1, 2, 3, 4, 5, 6, 7, 8, 9), replace(GREEDY, prompt_logprobs=2)) for _ in range(2))
     run(engine, whole)
-    run(engine, chunked, max_batch_tokens=2)
+    run(engine, chunked, max_batch_size=1, max_batch_tokens=2)
     assert whole.prompt_logprobs == chunked.prompt_logprobs
     assert [found and found.logprob for found in whole.prompt_logprobs][:1] == [None]
     assert len(whole.prompt_logprobs) == 9

@@ -111,6 +111,15 @@ def test_streams_read_in_turn_and_closed_early(model):
     assert (model.engine.is_idle, llm.core.is_done) == (True, True)
 
 
+def test_a_stream_whose_request_is_given_up_ends(model):
+    llm = LLM(model)
+    stream = llm.stream(LONG, GREEDY)
+    next(stream)
+    llm.close()
+    assert [output.outputs[0].finish_reason for output in stream] == ["abort"]
+    assert model.engine.is_idle
+
+
 def test_a_stop_token_is_the_reason(model):
     llm = LLM(model)
     (token_id,) = llm.tokenizer.encode("B")

@@ -14,7 +14,6 @@ import pytest
 from conftest import run_alone
 
 from qwen_engine.errors import RequestError
-from qwen_engine.manifest import Manifest
 from qwen_run.accuracy import Positions, compare
 from qwen_run.engine import Engine
 from qwen_run.origin import TextFacts
@@ -37,7 +36,7 @@ def engine_directory(tiny_checkpoint, build_engine) -> Path:
 @pytest.fixture(scope="module")
 def live(tiny_checkpoint, engine_directory) -> dict[str, HuggingFace]:
     path = tiny_checkpoint("qwen3").path
-    recipe = Recipe.of(Manifest.read(engine_directory))
+    recipe = Recipe.read(engine_directory)
     return {"original": HuggingFace(path, 1), "as_built": HuggingFace(path, 1, recipe)}
 
 

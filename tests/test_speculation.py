@@ -82,7 +82,7 @@ def test_price_where_runs_are_bound_by_arithmetic_or_by_noise() -> None:
 
 
 def test_what_a_speculator_leaves_alone() -> None:
-    speculator = Speculator(8)
+    speculator = Speculator(8, 1000)
     loop = [1, 2, 3] * 9
 
     def sequence(num_output: int, num_pending: int = 1, **params: int) -> Sequence:

@@ -1,0 +1,107 @@
+"""The weights a checkpoint stands for, and whether an engine holds them: the reading of the builder's own modules.
+
+An engine whose weights are wrong computes with them without a fault, so that the reference which has the same weights
+agrees with it. What catches it is this comparison, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from qwen_run.dequantize import EMBEDDING, HEAD, EngineWeights, StoredLinear
+from qwen_run.report import Check
+
+# differing weights that a message names
+_SHOWN = 4
+
+
+class CheckpointWeights:
+    """Weights of a checkpoint, float32 and by Hugging Face's names, whether they are stored packed or not.
+
+    Args:
+        directory: of the checkpoint.
+
+    Raises:
+        CheckpointError, UnsupportedModel: it cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from qwen_build.checkpoint import Checkpoint
+        from qwen_build.config import ModelConfig
+
+        self.checkpoint, self.config = Checkpoint.open(directory), ModelConfig.from_hf(directory)
+
+    def __enter__(self) -> CheckpointWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+
+    def is_packed(self, linear: str) -> bool:
+        """Whether the checkpoint stores ``linear`` as small integers."""
+        from qwen_build.packed import is_packed
+
+        return is_packed(self.checkpoint, linear)
+
+    def vector(self, name: str) -> np.ndarray:
+        """A norm's weight or a bias."""
+        return self.checkpoint.read(name)
+
+    def rows(self, linear: str, shape: tuple[int, int], rows: slice) -> np.ndarray:
+        """Some rows of the weight of ``linear``, which has ``shape`` (out_features, in_features)."""
+        from qwen_build.packed import PackedSource, column_order
+
+        if linear == HEAD and self.config.tie_word_embeddings:
+            linear = EMBEDDING
+        if not self.is_packed(linear):
+            return self.checkpoint.read(f"{linear}.weight", rows.start, rows.stop)
+        assert self.config.packed is not None
+        source = PackedSource(self.config.packed, ((linear, shape[0]),), shape[1])
+        rounded = source.read(self.checkpoint, rows.start, rows.stop)
+        weight = self.config.packed.grid.values(rounded, shape[1])
+        if (order := column_order(self.config.packed, self.checkpoint, linear)) is not None:
+            weight = weight[:, np.argsort(order)]
+        return weight
+
+
+def compare_weights(engine: Path, checkpoint: Path) -> Check:
+    """Whether the engine has the weights of the checkpoint, rounded as the manifest says, to the last bit.
+
+    Calibrated linears are not rounded to the nearest; they are left out, and the message says how many.
+
+    Raises:
+        EngineError, CheckpointError: one of them cannot be read.
+    """
+    found = EngineWeights(engine)
+    records = [linear.record for linear in found.linears.values()]
+    calibrated = {record.name for record in records if record.output_error is not None}
+    with CheckpointWeights(checkpoint) as expected:
+        vectors = [] if calibrated else list(found.vectors)  # calibration may scale norms
+        differing = [name for name in vectors if not np.array_equal(found.vectors[name], expected.vector(name))]
+        linears = [name for name, part in found.parts.items() if part.owner not in calibrated]
+        differing += [name for name in linears if not all(_equal(name, found, expected))]
+    if differing:
+        shown = ", ".join(differing[:_SHOWN]) + (f" and {len(differing) - _SHOWN} more" if differing[_SHOWN:] else "")
+        return Check("weights", False, f"the engine's differ from the checkpoint's, rounded as it is built: {shown}")
+    besides = f"; {len(calibrated)} calibrated linears were not compared" if calibrated else ""
+    return Check("weights", True, f"{len(linears)} linears equal the checkpoint's, rounded as it is built{besides}")
+
+
+def _equal(name: str, found: EngineWeights, expected: CheckpointWeights) -> Iterator[bool]:
+    part = found.parts[name]
+    linear = found.linears[part.owner]
+    shape = (part.stop - part.start, linear.record.in_features)
+    for rows, values in found.pieces(name):
+        weight = expected.rows(name, shape, rows)
+        yield np.array_equal(values, weight if expected.is_packed(name) else _rounded(weight, linear))
+
+
+def _rounded(weight: np.ndarray, linear: StoredLinear) -> np.ndarray:
+    from qwen_build.quantize import make_scheme
+
+    stored, shape = linear.record.quantization, (weight.shape[0], weight.shape[1])
+    scheme = make_scheme(stored.scheme, stored.group_size or 32, stored.symmetric, stored.activations, stored.kernels)
+    return scheme.dequantize(scheme.quantize(weight), shape)

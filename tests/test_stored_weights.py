@@ -1,0 +1,75 @@
+"""Whether an engine holds the weights of its checkpoint: of every kind of engine, and of one that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_packed import CASES, case_name, pack  # noqa: F401
+from test_reference import MIXED
+
+from qwen_build.export import SLICE_ELEMENTS
+from qwen_engine.errors import EngineError
+from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from qwen_run import dequantize
+from qwen_run.dequantize import EngineWeights
+from qwen_run.stored_weights import CheckpointWeights, compare_weights
+
+KINDS = {"none": {"quant": "none"}, "int4": {"quant": "int4"}, "int8": {"quant": "int8", "symmetric": False}, **MIXED}
+
+
+@pytest.mark.parametrize("elements", [SLICE_ELEMENTS, 4000], ids=["whole", "sliced"])
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_has_the_weights_of_its_checkpoint(
+    kind, family, elements, tiny_checkpoint, build_engine, monkeypatch
+):
+    monkeypatch.setattr(dequantize, "SLICE_ELEMENTS", elements)
+    path = tiny_checkpoint(family).path
+    check = compare_weights(build_engine(path, **KINDS[kind]), path)
+    assert (check.passed, check.message) == (True, "23 linears equal the checkpoint's, rounded as it is built")
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_packed_linears_are_those_of_the_checkpoint(case, pack, build_engine):  # noqa: F811
+    packed = pack(case, left_float=("model.layers.2.mlp.up_proj",))
+    engine = build_engine(packed.path)
+    assert compare_weights(engine, packed.path).passed
+    weights = EngineWeights(engine)
+    for name, expected in packed.weights.items():
+        assert np.array_equal(np.concatenate([rows for _, rows in weights.pieces(name)]), expected)
+        with CheckpointWeights(packed.path) as checkpoint:
+            assert np.array_equal(checkpoint.rows(name, expected.shape, slice(3, 9)), expected[3:9])
+
+
+def test_only_some_of_many_differing_weights_are_named(tiny_checkpoint, build_engine):
+    engine = build_engine(tiny_checkpoint("qwen2").path, quant="int8")
+    check = compare_weights(engine, tiny_checkpoint("qwen2", "bfloat16").path)
+    assert not check.passed
+    assert check.message.endswith("model.layers.1.self_attn.q_proj.bias and 35 more")  # of 16 vectors and 23 linears
+
+
+def test_calibrated_linears_are_not_compared(tiny_checkpoint, build_engine, tmp_path):
+    path = tiny_checkpoint("qwen2").path
+    engine = Path(shutil.copytree(build_engine(path, quant="int8"), tmp_path / "engine"))
+    manifest = Manifest.read(engine)
+    linears = tuple(
+        dataclasses.replace(linear, output_error=0.01) if linear.name.endswith("down_proj") else linear
+        for linear in manifest.linears
+    )
+    (engine / MANIFEST_FILE).write_text(dataclasses.replace(manifest, linears=linears).to_json())
+    check = compare_weights(engine, path)
+    assert check.passed
+    assert check.message.startswith("20 linears equal")
+    assert check.message.endswith("; 3 calibrated linears were not compared")
+
+
+def test_weights_that_are_cut_off_are_refused(tiny_checkpoint, build_engine, tmp_path):
+    engine = Path(shutil.copytree(build_engine(tiny_checkpoint("qwen2").path, quant="int8"), tmp_path / "engine"))
+    with (engine / WEIGHTS_FILE).open("r+b") as file:
+        file.truncate(70000)
+    with pytest.raises(EngineError, match=r"lies beyond the end of weights\.bin; build the engine again"):
+        EngineWeights(engine)
