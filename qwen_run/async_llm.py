@@ -84,7 +84,8 @@ class AsyncLLM:
         self._check_open()
         await self._slots.acquire()
         try:
-            request_id = next(self._names) if request_id is None else request_id
+            if request_id is None:
+                request_id = next(name for name in self._names if name not in self._streams)
             # a long prompt takes a while to tokenize, and other tasks are waiting
             answering = await asyncio.to_thread(self._llm.prepare, prompt, sampling_params, request_id)
             self._check_open()

@@ -31,6 +31,7 @@ class ChatPrompt(str):
 
 
 Prompt = str | List[int]
+_CORE_OPTIONS = ", ".join(CoreOptions.__dataclass_fields__)
 Params = SamplingParams | List[SamplingParams] | None
 
 
@@ -68,6 +69,8 @@ class LLM:
         core_options = {name: options.pop(name) for name in CoreOptions.__dataclass_fields__ if name in options}
         if isinstance(model, str | Path):
             model = Engine.load(engine_of(model, options), threads, num_blocks, cache_bytes=cache_bytes)
+        elif options:
+            raise EngineError(f"the engine is open, {', '.join(options)} cannot change it; expected {_CORE_OPTIONS}")
         text = model if isinstance(model, TextModel) else _text_model(model)
         self.core = Core(model.engine if isinstance(model, TextModel) else model, CoreOptions(**core_options))
         self.default_params = text.defaults if text else SamplingParams()

@@ -116,8 +116,8 @@ def process(logits: NDArray[np.float32], params: SamplingParams, context: Sampli
             penalized -= np.float32(params.presence_penalty) * (context.counts > 0)
         scores[ids] = penalized
     if context.suppresses_stop:
-        stop_token_ids = context.stop_token_ids  # a checkpoint may name one that its vocabulary does not reach
-        scores[stop_token_ids[stop_token_ids < len(scores)]] = -np.inf
+        ids = context.stop_token_ids  # a checkpoint may name one that its vocabulary does not reach, or -1 for none
+        scores[ids[(ids >= 0) & (ids < len(scores))]] = -np.inf
     return scores
 
 

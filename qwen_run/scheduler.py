@@ -134,7 +134,7 @@ class Scheduler:
         if sequence in self._running:
             self._running.remove(sequence)
             self._release(sequence)
-        else:
+        elif sequence in self._waiting:  # else closed before
             self._waiting.remove(sequence)
 
     def close(self) -> None:

@@ -264,6 +264,16 @@ def test_guesses_save_runs_and_change_nothing() -> None:
     assert statistics.num_drafts >= statistics.num_accepted == 14 - len(engine.batches)
 
 
+def test_abort_after_close_does_nothing() -> None:
+    core = make_core(engine := ScriptedEngine())
+    core.add(request := Request((1, 2, 3), GREEDY))
+    core.step()
+    core.close()
+    core.abort(request)
+    assert request.sequences[0].finish_reason == "abort"
+    assert_nothing_is_owned(engine)
+
+
 def test_nothing_is_guessed_beyond_the_longest_sequence() -> None:
     """The rotary table ends there: an engine refuses the whole batch."""
     for max_seq_len in range(20, 40):

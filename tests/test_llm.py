@@ -120,6 +120,11 @@ def test_a_stream_whose_request_is_given_up_ends(model):
     assert model.engine.is_idle
 
 
+def test_an_open_engine_takes_no_options_of_a_build(model):
+    with pytest.raises(EngineError, match="quant, max_batch_sise cannot change it; expected max_batch_size"):
+        LLM(model, quant="int8", max_batch_sise=3)
+
+
 def test_a_stop_token_is_the_reason(model):
     llm = LLM(model)
     (token_id,) = llm.tokenizer.encode("B")
@@ -332,6 +337,16 @@ def test_a_failure_reaches_every_reader_and_who_comes_later(model, monkeypatch):
             await llm.add_request("a", GREEDY)
 
     run_async(main, model)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_request_without_a_name_gets_one_that_is_free(model):
+    async def main():
+        async with AsyncLLM(model) as llm:
+            named = await llm.add_request(LONG, GREEDY, request_id="0")
+            return named.request_id, (await llm.add_request("a", GREEDY)).request_id
+
+    assert asyncio.run(main()) == ("0", "1")
 
 
 @pytest.mark.usefixtures("slow")

@@ -237,3 +237,9 @@ def test_selection_among_values_that_are_minus_infinity():
     assert largest(values, 2).tolist() == [4000, 7]
     assert at_least_kth(values, 2).tolist() == [7, 4000]
     assert largest(values, 4).tolist() == [4000, 7, 0, 1]
+
+
+def test_a_stop_token_of_minus_one_forbids_nothing() -> None:
+    params = SamplingParams(min_tokens=2)
+    logits = np.arange(5, dtype=np.float32)
+    assert process(logits, params, SamplingContext(params, (1,), {-1})).tolist() == logits.tolist()
