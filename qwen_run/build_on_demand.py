@@ -90,11 +90,18 @@ def _build(located: Located, engine: Path, options: BuildOptions, replace: bool)
 
 
 def _build_options(options: Mapping[str, Any]) -> BuildOptions:
+    """``exclude`` may be one pattern, and ``quant_config`` a file, as on the command line."""
     from qwen_build.build import BuildOptions
+    from qwen_build.per_linear import read_rules
 
     if unknown := sorted(options.keys() - BuildOptions.__dataclass_fields__.keys()):
         raise BuildError(f"unknown option {unknown[0]}, expected {', '.join(BuildOptions.__dataclass_fields__)}")
-    return BuildOptions(**options)
+    given = dict(options)
+    if isinstance(given.get("exclude"), str):
+        given["exclude"] = (given["exclude"],)
+    if isinstance(given.get("quant_config"), (str, Path)):
+        given["quant_config"] = read_rules(Path(given["quant_config"]))
+    return BuildOptions(**given)
 
 
 def _key(digests: Mapping[str, str], options: BuildOptions) -> str:

@@ -19,6 +19,13 @@ from qwen_engine.errors import QwenError
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 ENDING_SIGNALS = ("SIGTERM", "SIGHUP")  # where the system has them
 
+# What a write that finds no room says, in our words.
+_FULL = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "your quota is used up",
+    errno.EFBIG: "a file may not become larger",
+}
+
 
 class Command(click.Command):
     """A click command with ``-h``, and with ``Error: ...`` and exit 1 for a :class:`QwenError`.
@@ -36,11 +43,11 @@ class Command(click.Command):
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in _FULL:
                 raise
             # Python flushes stdout once more on its way out; let what is still buffered go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            click.echo("Error: no space is left where the output goes; free some and run again", err=True)
+            click.echo(f"Error: {_FULL[error.errno]} where the output goes; make room and run again", err=True)
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:

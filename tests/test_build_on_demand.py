@@ -127,3 +127,11 @@ def test_every_file_of_the_build_is_in_the_key(checkpoint, tmp_path):
     digests = json.loads(known.read_text())
     assert Manifest.read(engine).origin.sha256.items() <= digests.items()
     assert digests == digest_files(checkpoint / name for name in digests)
+
+
+def test_options_are_taken_as_the_command_line_takes_them(checkpoint, tmp_path):
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"*.v_proj": {"quant": "int8"}}')
+    engine = engine_of(checkpoint, {"exclude": "*.down_proj", "quant_config": str(rules)}, tmp_path / "cache")
+    schemes = {record.name.split(".")[-1]: record.quantization.scheme for record in Manifest.read(engine).linears}
+    assert (schemes["down_proj"], schemes["v_proj"], schemes["o_proj"]) == ("none", "int8", "int4")

@@ -51,6 +51,16 @@ def test_a_full_disk_is_one_line():
     assert re.fullmatch("Error: no space is left[^\n]*\n", result.stderr)
 
 
+def test_a_file_that_may_not_grow_is_one_line(tmp_path):
+    limited = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n{PRINTS}"
+    with open(tmp_path / "output", "w") as output:
+        result = subprocess.run(
+            [sys.executable, "-c", limited], stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+        )
+    assert result.returncode == 1
+    assert re.fullmatch("Error: a file may not become larger[^\n]*\n", result.stderr)
+
+
 COMMAND = """if True:
     import os, sys, time
     import click
