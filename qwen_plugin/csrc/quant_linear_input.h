@@ -99,7 +99,7 @@ struct QuantizedGroup {
 };
 
 // Quantises `size` columns into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2).
-// Where a column is not finite, the scale is NaN and the bytes are anything.
+// Where a column is not finite, the scale is NaN and the bytes are 0.
 template <class L, int kPlanes>
 QuantizedGroup QuantizeGroup(const float* x, int64_t size, int8_t (*planes)[kMaxGroup]) {
   auto most = L::Zero();
@@ -109,7 +109,10 @@ QuantizedGroup QuantizeGroup(const float* x, int64_t size, int8_t (*planes)[kMax
   std::memcpy(&largest, &bits, 4);
   constexpr float kLimit = kPlanes == 1 ? 127.f : 127.f * 256.f;
   float inverse = kLimit / largest, scale = largest / kLimit;
-  if (!(largest <= __FLT_MAX__)) inverse = 0, scale = __builtin_nanf("");
+  if (!(largest <= __FLT_MAX__)) {
+    std::memset(planes, 0, sizeof(*planes) * kPlanes);
+    return {__builtin_nanf(""), {0, 0}};
+  }
   if (!(inverse <= __FLT_MAX__)) inverse = scale = 0;
 
   auto high_sum = L::Zero(), low_sum = L::Zero();
