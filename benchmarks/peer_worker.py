@@ -236,8 +236,9 @@ class OpenVino:
     def decode(self, past, count):
         self.open(caching=True)  # the same past each time: read again from the cache of prefixes
         moments = []
-        self.generate([past], count + 1, lambda _: moments.append(time.perf_counter()))
-        return (moments[-1] - moments[0]) * count / (len(moments) - 1)
+        self.generate([past], count + 1, self.clock(moments))
+        assert len(moments) > 1, "no token was streamed"
+        return (moments[-1] - moments[0]) * count / sum(self.written[1:])
 
     def batch(self, prompts, new):
         self.open(caching=False)
@@ -260,10 +261,26 @@ class OpenVino:
         )
         self.caching = caching
 
-    def generate(self, prompts, new, on_token=None):
+    def clock(self, moments):
+        """A streamer that notes when tokens come. (One of texts is not called while random tokens make no text.)"""
+        written = self.written = []
+        status = self.genai.StreamingStatus.RUNNING
+
+        class Clock(self.genai.StreamerBase):
+            def write(self, tokens):
+                moments.append(time.perf_counter())
+                written.append(len(tokens) if isinstance(tokens, list) else 1)
+                return status
+
+            def end(self):
+                pass
+
+        return Clock()
+
+    def generate(self, prompts, new, streamer=None):
         config = self.genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
         tensors = [self.openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
-        return self.pipeline.generate(tensors, [config] * len(prompts), *([on_token] if on_token else []))
+        return self.pipeline.generate(tensors, [config] * len(prompts), *([streamer] if streamer else []))
 
 
 class OnnxRuntimeGenAI:
