@@ -1,7 +1,7 @@
 """What a step costs outside the ONNX Runtime run: scheduling, the batch's arrays, sampling.
 
-    qwen-build DEMO --output /tmp/engine
-    python -m benchmarks.overhead /tmp/engine
+    qwen-build DEMO --output build/engine
+    python -m benchmarks.overhead build/engine
 
 As many greedy sequences as the batch size decode together, each after a prompt of 64 random tokens. "run" is the time
 in ``Engine.run``, "outside" the rest of ``Core.step``; both are medians over the steps in which all decode. The share

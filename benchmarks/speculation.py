@@ -1,7 +1,7 @@
 """What guessing the next tokens gains when documents are summarised: greedy, with and without.
 
-    qwen-build --output /tmp/engine
-    python -m benchmarks.speculation /tmp/engine --documents 50
+    qwen-build --output build/engine
+    python -m benchmarks.speculation build/engine --documents 50
 
 The abstracts of the built-in SciTLDR sample through the chat template, 64 new tokens at most. Both ways take turns over
 groups of as many documents as the batch size, so that a noisy minute meets both; seconds are those of the steps after
