@@ -202,7 +202,7 @@ def slow(monkeypatch):
 def run_async(main, model, **options):
     async def with_llm():
         async with AsyncLLM(model, **options) as llm:
-            await asyncio.wait_for(main(llm), 20)
+            await main(llm)
         assert model.engine.is_idle
         assert not llm._thread.is_alive()
         assert not llm._streams
@@ -293,7 +293,7 @@ def test_requests_wait_for_a_place(model):
         await last(first)
 
     async def crowded(llm):
-        streams = [await llm.add_request("ab", GREEDY) for _ in range(2)]
+        streams = [await llm.add_request(LONG, GREEDY) for _ in range(2)]
         waiting = asyncio.create_task(llm.add_request("c", GREEDY))
         await asyncio.sleep(0)
         assert not waiting.done()
