@@ -36,6 +36,8 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path | Engine, *, max_requests: int = 1024, **options: Any) -> None:
+        if not isinstance(max_requests, int) or max_requests < 1:
+            raise EngineError(f"max_requests is {max_requests!r}, expected a whole number, 1 or more")
         self._llm = LLM(model, **options)
         self.default_params = self._llm.default_params
         self._slots = asyncio.Semaphore(max_requests)

@@ -63,7 +63,7 @@ def common_options(function: F) -> F:
             ),
             click.option("--threads", type=click.IntRange(1, 1024), help="Of every side.  [default: physical cores]"),
             click.option(
-                "--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Most tokens of the engine's step."
+                "--max-batch-tokens", type=click.IntRange(min=1), default=256, help="Most tokens of the engine's step."
             ),
             click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the random prompts."),
             click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object."),

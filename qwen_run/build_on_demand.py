@@ -58,12 +58,13 @@ def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None
     kept = cache or user_cache() / "qwen-engine" / "engines"
     try:
         kept.mkdir(parents=True, exist_ok=True)
-        engine = kept / f"{located.name}-{chosen.resolved().quant}-{_key(_digests(located.path, kept), chosen)}"
+        engine = kept / f"{located.name}-{_quant(located, chosen)}-{_key(_digests(located.path, kept), chosen)}"
         with _locked(kept / f".{engine.name}.lock"):
             if not _is_whole(engine):
                 _build(located, engine, chosen, replace=is_engine(engine))
     except OSError as error:
-        raise BuildError(f"{kept} cannot be written: {error.strerror}; set XDG_CACHE_HOME to another place") from error
+        reason = error.strerror or error
+        raise BuildError(f"{kept} cannot be written: {reason}; set XDG_CACHE_HOME to another place") from error
     return engine
 
 
@@ -90,7 +91,7 @@ def _build(located: Located, engine: Path, options: BuildOptions, replace: bool)
 
 
 def _build_options(options: Mapping[str, Any]) -> BuildOptions:
-    """``exclude`` may be one pattern, and ``quant_config`` a file, as on the command line."""
+    """``exclude`` may be one pattern, ``quant_config`` and ``calibration`` paths, as on the command line."""
     from qwen_build.build import BuildOptions
     from qwen_build.per_linear import read_rules
 
@@ -101,13 +102,28 @@ def _build_options(options: Mapping[str, Any]) -> BuildOptions:
         given["exclude"] = (given["exclude"],)
     if isinstance(given.get("quant_config"), (str, Path)):
         given["quant_config"] = read_rules(Path(given["quant_config"]))
+    if isinstance(given.get("calibration"), str):
+        given["calibration"] = Path(given["calibration"])
     return BuildOptions(**given)
+
+
+def _quant(located: Located, options: BuildOptions) -> str | None:
+    """The scheme of most linears: of a packed checkpoint that is its own."""
+    from qwen_build.config import ModelConfig
+
+    packed = ModelConfig.from_hf(located.path).packed
+    return packed.quant if packed else options.resolved().quant
 
 
 def _key(digests: Mapping[str, str], options: BuildOptions) -> str:
     """What an engine depends on, in short."""
+    from qwen_build.checkpoint import digest_files
+
+    fields = vars(options.resolved())
+    if options.calibration is not None:
+        fields |= {"calibration": digest_files([options.calibration])}
     operators = sorted((domain, name, version) for (domain, name), version in OPERATORS.items())
-    return _hash([digests, vars(options.resolved()), __version__, FORMAT_VERSION, operators])
+    return _hash([digests, fields, __version__, FORMAT_VERSION, operators])
 
 
 def _digests(checkpoint: Path, kept: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import tempfile
@@ -65,6 +66,8 @@ class QwenForCausalLM:
             BuildError: the checkpoint cannot be built.
         """
         config = EngineConfig.of(engine_config)
+        if not isinstance(path, str | Path):
+            raise ValueError(f"path is {path!r}, expected the path of an engine or a checkpoint")
         if export and is_engine(path):
             raise ValueError(f"export is True and {path} is an engine already; leave out export")
         if not export and (Path(path) / "config.json").is_file() and not is_engine(path):
@@ -80,10 +83,15 @@ class QwenForCausalLM:
             BuildError: the model cannot be built.
         """
         config = EngineConfig.of(engine_config)
-        scratch = tempfile.TemporaryDirectory(prefix="qwen-engine-")
+        if not hasattr(model, "save_pretrained"):
+            raise ValueError(f"model is {model!r}, expected a transformers model")
+        try:
+            scratch = tempfile.TemporaryDirectory(prefix="qwen-engine-")
+        except OSError as error:
+            raise EngineError(f"no directory for temporary files: {error.strerror}; set TMPDIR to one") from error
         checkpoint, engine = Path(scratch.name) / "checkpoint", Path(scratch.name) / "engine"
         try:
-            model.save_pretrained(checkpoint)
+            _save(model, checkpoint)
             build_engine(checkpoint, engine, config.build_options)
             shutil.rmtree(checkpoint)
             made = cls(engine, config)
@@ -162,10 +170,15 @@ class QwenForCausalLM:
             ValueError: an argument is missing, out of range or not as described.
         """
         if inputs_embeds is not None:
-            raise ValueError("inputs_embeds is given, engines take token ids only; pass input_ids")
+            raise ValueError("inputs_embeds is given, engines look embeddings up; give the token ids as input_ids")
+        for name, number in (("max_length", max_length), ("max_new_tokens", max_new_tokens), ("seed", seed)):
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+                raise ValueError(f"{name} is {number!r}, expected a whole number")
+        if not isinstance(do_sample, bool | None):
+            raise ValueError(f"do_sample is {do_sample!r}, expected True or False")
         ids = _to_array("input_ids", input_ids)
-        eos = _as_ids(self._default("eos_token_id", eos_token_id, self.engine.manifest.eos_token_ids))
-        pad = _first(_as_ids(self._default("pad_token_id", pad_token_id, eos[:1])))
+        eos = _as_ids("eos_token_id", self._default("eos_token_id", eos_token_id, self.engine.manifest.eos_token_ids))
+        pad = _first(_as_ids("pad_token_id", self._default("pad_token_id", pad_token_id, eos[:1])))
         mask = _mask(ids, attention_mask, pad, eos)
         length = ids.shape[1]
         room = self._num_new(length, max_length, max_new_tokens)
@@ -248,6 +261,16 @@ class QwenForCausalLM:
         return {name: getattr(defaults, name) for name in given}
 
 
+def _save(model: Any, checkpoint: Path) -> None:
+    try:
+        model.save_pretrained(checkpoint)
+    except Exception as error:  # a full disk is an error of safetensors' own, not an OSError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EngineError(
+            f"the model cannot be saved to {checkpoint}: {reason}; set TMPDIR to another place"
+        ) from error
+
+
 def _is_tensor(value: Any) -> bool:
     """Whether ``value`` is torch's, seen without importing torch."""
     return type(value).__module__.partition(".")[0] == "torch"
@@ -255,7 +278,10 @@ def _is_tensor(value: Any) -> bool:
 
 def _to_array(name: str, value: Any) -> Ids:
     """(rows, length) int64 of an argument of ``generate``."""
-    array = np.asarray(value.detach().cpu() if _is_tensor(value) else value)
+    try:
+        array = np.asarray(value.detach().cpu() if _is_tensor(value) else value)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"{name} has rows of different lengths, expected integers (rows, length)") from None
     is_whole = array.dtype.kind in "iub"
     if array.ndim != 2 or 0 in array.shape or not is_whole:
         found = "None" if value is None else f"{array.dtype} {array.shape}"
@@ -279,10 +305,13 @@ def _mask(ids: Ids, attention_mask: Any, pad: int | None, eos: list[int]) -> NDA
     return mask
 
 
-def _as_ids(value: Any) -> list[int]:
+def _as_ids(name: str, value: Any) -> list[int]:
     if value is None:
         return []
-    return [int(token_id) for token_id in value] if isinstance(value, list | tuple) else [int(value)]
+    try:
+        return [operator.index(token_id) for token_id in (value if isinstance(value, list | tuple) else [value])]
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, expected a token id or a list of them") from None
 
 
 def _first(ids: list[int]) -> int | None:

@@ -83,7 +83,7 @@ Examples:
 @click.option(
     "--draft-tokens",
     type=click.IntRange(0, 64),
-    help="Guess up to this many tokens ahead from what the text repeats; answers stay the same.  [default: 0, off]",
+    help="Most tokens to guess ahead from what the text repeats, 0 for none; answers stay the same.  [default: 8]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the answer with counts and timing as one JSON object.")
 @click.option(
@@ -154,15 +154,16 @@ def main(
     from qwen_run.llm import LLM
 
     assert text is not None
+    guessing = {} if draft_tokens is None else {"max_drafts": draft_tokens}
     if input_file is None:
-        llm = LLM(model, keep_logits=output_logits is not None, max_drafts=draft_tokens or 0)
+        llm = LLM(model, keep_logits=output_logits is not None, **guessing)
         answering = _prepare(llm, Prompt(1, text, text), params, system, variables)
         with _logits_file(output_logits) as logits_file, _output(output_file) as out:
             _answer_one(llm, answering, out, as_json, logits_file)
         return
     from qwen_run.answers import answer_all
 
-    llm, prompts = LLM(model, max_drafts=draft_tokens or 0), list(parse_prompts(text))
+    llm, prompts = LLM(model, **guessing), list(parse_prompts(text))
     parts = {name: part.sha256 for name, part in model.engine.manifest.parts.items()}
     settings = [parts, dataclasses.asdict(params), system, raw, variables]
     with _output_of_many(output_file, prompts, settings, not as_finished) as answers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -26,7 +27,9 @@ class CoreOptions:
 
     Attributes:
         max_batch_size: most sequences in one step.
-        max_batch_tokens: most tokens in one step, at least ``max_batch_size``; longer prompts are fed in chunks.
+        max_batch_tokens: most tokens in one step, at least ``max_batch_size``; longer prompts are fed in chunks. More
+            of them make a prompt no faster from 128 on (two cores), but whoever answers waits for them:
+            ``benchmarks/stall.py``.
         prefix_caching: prompts that begin like an earlier one are not fed again.
         max_drafts: most tokens to guess for a sequence in one step; 0 turns speculation off.
         keep_logits: set ``logits`` of every token.
@@ -36,7 +39,7 @@ class CoreOptions:
     """
 
     max_batch_size: int = 16
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 256
     prefix_caching: bool = True
     max_drafts: int = 0
     keep_logits: bool = False
@@ -46,6 +49,9 @@ class CoreOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise EngineError(f"{name} is {value!r}, expected a whole number, {least} or more")
+        for name in ("prefix_caching", "keep_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise EngineError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.max_batch_tokens < self.max_batch_size:  # those that answer would leave nothing to those that begin
             raise EngineError(
                 f"max_batch_tokens is {self.max_batch_tokens}, expected at least the max_batch_size of "
@@ -304,19 +310,14 @@ class Core:
 
 def build_batch(chunks: list[Chunk]) -> Batch:
     """The inputs of one engine run. Unused entries of the block table are 0."""
-    lengths = [len(chunk.token_ids) for chunk in chunks]
-    ends = np.cumsum(lengths)
+    ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
     width = max(len(chunk.sequence.block_ids) for chunk in chunks)
-    block_table = np.zeros((len(chunks), width), np.int32)
-    for row, chunk in zip(block_table, chunks, strict=True):
-        row[: len(chunk.sequence.block_ids)] = chunk.sequence.block_ids
+    tables = [chunk.sequence.block_ids + [0] * (width - len(chunk.sequence.block_ids)) for chunk in chunks]
+    wanted = [range(end - chunk.num_logits, end) for end, chunk in zip(ends, chunks, strict=True)]
     return Batch(
         input_ids=np.array([token_id for chunk in chunks for token_id in chunk.token_ids], np.int64),
-        cumulative_lengths=np.concatenate([[0], ends]).astype(np.int32),
+        cumulative_lengths=np.array([0, *ends], np.int32),
         past_lengths=np.array([chunk.sequence.num_cached for chunk in chunks], np.int32),
-        block_table=block_table,
-        logits_indices=np.array(
-            [index for end, chunk in zip(ends, chunks, strict=True) for index in range(end - chunk.num_logits, end)],
-            np.int64,
-        ),
+        block_table=np.array(tables, np.int32),
+        logits_indices=np.array([index for indexes in wanted for index in indexes], np.int64),
     )

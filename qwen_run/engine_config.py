@@ -59,7 +59,10 @@ class EngineConfig:
         if not isinstance(self.use_inputs_embeds, bool):
             raise ValueError(f"use_inputs_embeds is {self.use_inputs_embeds!r}, expected True or False")
         if self.use_inputs_embeds:
-            raise ValueError("use_inputs_embeds is True, engines take token ids only; pass input_ids to generate")
+            raise ValueError(
+                "use_inputs_embeds is True, engines look embeddings up; leave it out and give generate the token ids "
+                "as input_ids"
+            )
 
     @classmethod
     def of(cls, config: EngineConfig | Mapping[str, Any] | None) -> Self:
@@ -68,6 +71,8 @@ class EngineConfig:
         Raises:
             ValueError: a field is unknown, or a rule is violated.
         """
+        if not isinstance(config, EngineConfig | Mapping | None):
+            raise ValueError(f"engine_config is {config!r}, expected an EngineConfig, a mapping of its fields or None")
         fields = vars(config) if isinstance(config, EngineConfig) else dict(config or {})
         if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
             raise ValueError(f"engine_config has {unknown[0]!r}, expected {', '.join(cls.__dataclass_fields__)}")

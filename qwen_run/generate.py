@@ -17,7 +17,7 @@ def generate(
     *,
     keep_logits: bool = False,
     max_batch_size: int = 16,
-    max_batch_tokens: int = 512,
+    max_batch_tokens: int = CoreOptions.max_batch_tokens,
     prefix_caching: bool = True,
 ) -> Generator[Token, None, None]:
     """Answer ``requests`` together; yield each token as soon as it is known.

@@ -52,6 +52,9 @@ class CompletionOutput:
 class RequestOutput:
     """A prompt and its answers, as far as they have come.
 
+    What later outputs of the same request bring is in new lists; ``prompt_token_ids`` and the entries of
+    ``prompt_logprobs`` and ``logprobs`` are the same objects in all of them and not to be changed.
+
     Attributes:
         prompt: None where token ids were given.
         prompt_logprobs: one entry a token of the prompt, None for the first, if asked for.

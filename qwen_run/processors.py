@@ -19,7 +19,7 @@ from qwen_run.sampling_params import SamplingParams
 # values of which the largest stands for all when the k-th largest of many is looked for: three times as quick
 GROUP_SIZE = 32
 
-# without top-k, top-p first looks for its mass among this many of the best tokens
+# top-p first looks for its mass among this many of the best tokens
 FIRST_CANDIDATES = 1024
 
 
@@ -144,18 +144,24 @@ def distribution(scores: NDArray[np.float32], params: SamplingParams) -> tuple[N
         ids (n,) rising, probabilities (n,) that sum to 1.
     """
     ids = _candidates(scores, params)
-    scaled = (scores if len(ids) == len(scores) else scores[ids]) / np.float32(params.temperature)
-    weights = scaled.astype(np.float64)
-    weights -= weights.max()
-    np.exp(weights, out=weights)
+    few = scores if len(ids) == len(scores) else scores[ids]
     if params.top_p < 1:
-        kept = _nucleus(weights, params.top_p)
-        ids, weights = ids[kept], weights[kept]
+        kept = _nucleus(few, params)
+        ids, few = ids[kept], few[kept]
+    weights = _weights(few, params.temperature)
     if params.min_p > 0:
         kept = np.flatnonzero(weights.astype(np.float32) >= np.float32(params.min_p))  # the likeliest weighs 1
         ids, weights = ids[kept], weights[kept]
     weights /= weights.sum()
     return ids, weights
+
+
+def _weights(scores: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """What the tokens of ``scores`` (n,) weigh after temperature, as a share of the likeliest's weight."""
+    weights = (scores / np.float32(temperature)).astype(np.float64)
+    weights -= weights.max()
+    np.exp(weights, out=weights)
+    return weights
 
 
 def _candidates(scores: NDArray[np.float32], params: SamplingParams) -> NDArray[np.int64]:
@@ -187,19 +193,21 @@ def largest(values: NDArray[Any], k: int) -> NDArray[np.int64]:
     return candidates[np.argsort(-values[candidates], kind="stable")[:k]]
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indexes, rising, of the fewest largest weights (n,) whose share of the sum reaches ``top_p``.
+def _nucleus(scores: NDArray[np.float32], params: SamplingParams) -> NDArray[np.int64]:
+    """Indexes, rising, of the fewest largest of ``scores`` (n,) whose share of all weights reaches ``params.top_p``.
 
-    As in transformers the test is ``share of this and all smaller ones > 1 - top_p`` in float32; of equal weights the
+    As in transformers the test is ``share of this and all smaller ones > 1 - top_p`` in float32; of equal scores the
     later ones stay; at least one stays.
     """
-    total, threshold, count = weights.sum(), np.float32(1 - top_p), FIRST_CANDIDATES
+    total = _weights(scores, params.temperature).sum()
+    threshold, count = np.float32(1 - params.top_p), FIRST_CANDIDATES
     while True:
-        candidates = at_least_kth(weights, count)
-        falling = candidates[np.argsort(weights[candidates], kind="stable")[::-1]]
-        larger = np.cumsum(weights[falling]) - weights[falling]  # the sum of those before each
+        candidates = at_least_kth(scores, count)
+        falling = candidates[np.argsort(scores[candidates], kind="stable")[::-1]]
+        weights = _weights(scores[falling], params.temperature)
+        larger = np.cumsum(weights) - weights  # the sum of those before each
         kept = (1 - larger / total).astype(np.float32) > threshold
         kept[0] = True
-        if not kept[-1] or len(candidates) == len(weights):
+        if not kept[-1] or len(candidates) == len(scores):
             return np.sort(falling[kept])
         count *= 8

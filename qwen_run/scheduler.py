@@ -36,6 +36,9 @@ class Chunk:
     num_logits: int
 
 
+# A prompt whose log probabilities are asked for has logits of every token: 64 rows of Qwen's vocabulary are 39 MB.
+MAX_JUDGED = 64
+
 Propose = Callable[[dict[Sequence, int], int], dict[Sequence, list[int]]]
 
 
@@ -90,7 +93,11 @@ class Scheduler:
         self._admit()
         prompts = [sequence for sequence in self._running if sequence.num_pending and sequence not in plan]
         shares = fair_shares(self._max_batch_tokens - len(plan), [sequence.num_pending for sequence in prompts])
+        num_judged = 0
         for sequence, count in zip(prompts, shares, strict=True):
+            if sequence.request.params.prompt_logprobs is not None:
+                count = min(count, _num_unjudged(sequence) + MAX_JUDGED - num_judged)
+                num_judged += max(0, count - _num_unjudged(sequence))
             if count:
                 self._plan(plan, sequence, count)
         left = self._max_batch_tokens - sum(plan.values())
@@ -196,6 +203,8 @@ class Scheduler:
         missing = max(0, self._cache.blocks_for(sequence.num_cached + count) - len(owned))
         first = sequence.num_cached // self._cache.block_size  # the block the first of them is written to
         copied = first < len(owned) and self._cache.is_shared(owned[first])
+        if not missing and not copied:
+            return True
         block_ids = self._cache.allocate(missing + copied)
         if block_ids is None:
             return False
@@ -208,10 +217,10 @@ class Scheduler:
         return True
 
     def _chunk(self, sequence: Sequence, count: int, drafts: list[int]) -> Chunk:
-        drafts = drafts[: self._room(sequence, len(drafts))]
-        start, end = sequence.num_cached, sequence.num_cached + count
-        num_logits = max(0, end - max(start, _first_logits(sequence)))
-        return Chunk(sequence, [*sequence.token_ids[start:end], *drafts], len(drafts), num_logits + len(drafts))
+        drafts = drafts and drafts[: self._room(sequence, len(drafts))]
+        start, num_logits = sequence.num_cached, max(0, count - _num_unjudged(sequence))
+        tokens = [*sequence.token_ids[start : start + count], *drafts]
+        return Chunk(sequence, tokens, len(drafts), num_logits + len(drafts))
 
     def _room(self, sequence: Sequence, wanted: int) -> int:
         """How many of ``wanted`` drafts fit behind the pending token, in blocks that nobody will soon need."""
@@ -253,6 +262,11 @@ def fair_shares(budget: int, wanted: list[int]) -> list[int]:
 def _num_slots(sequence: Sequence) -> int:
     """Places in the batch to keep for ``sequence``: also for those that will be forked from it."""
     return sequence.request.width if len(sequence.request.sequences) == 1 else 1
+
+
+def _num_unjudged(sequence: Sequence) -> int:
+    """How many tokens ``sequence`` feeds before the first whose logits are needed."""
+    return max(0, _first_logits(sequence) - sequence.num_cached)
 
 
 def _first_logits(sequence: Sequence) -> int:

@@ -21,10 +21,19 @@ _NGRAMS = (3, 2)
 _LARGEST_RUN = 64
 
 # What one more token adds to a run, as a share of a run for one, until it is measured.
-_FIRST_PRICE = 0.25
+_FIRST_SHARE = 0.25
+
+# Until the squares of the tokens' deviations sum up to this, what runs took tells more of noise than of tokens.
+_LEAST_SPREAD = 30
+
+# A guess has to promise so much more than it costs: all others of the batch wait for it, and may have more to come.
+_MARGIN = 1.5
 
 # Runs and guesses count this much less with every one that follows.
 _RUN_DECAY, _GUESS_DECAY = 0.98, 0.95
+
+# What a sequence that ends adds to what is thought of the guesses of those that begin.
+_SEQUENCE_SHARE = 0.2
 
 
 class Speculator:
@@ -39,6 +48,7 @@ class Speculator:
         self._max_drafts = max_drafts
         self._max_seq_len = max_seq_len
         self._lookups: dict[Sequence, PromptLookup] = {}
+        self._probability = 0.5  # of a guess to be right, before anything is known of its sequence
         self.cost = RunCost()
 
     def propose(self, plan: Mapping[Sequence, int], limit: int) -> dict[Sequence, list[int]]:
@@ -47,13 +57,15 @@ class Speculator:
         Args:
             plan: how many tokens each sequence feeds in this step.
         """
-        price = self.cost.price(len(plan), sum(plan.values()))
-        drafts = {}
+        price = _MARGIN * self.cost.price(len(plan), sum(plan.values()))
+        drafts: dict[Sequence, list[int]] = {}
+        if price >= 1:  # no guess pays: nor is one looked for
+            return drafts
         for sequence in plan:
             if sequence.num_pending == 1 and sequence.num_output and not sequence.request.beam_search:
                 lookup = self._lookups.get(sequence)
                 if lookup is None:
-                    lookup = self._lookups[sequence] = PromptLookup(self._max_drafts)
+                    lookup = self._lookups[sequence] = PromptLookup(self._max_drafts, self._probability)
                 left = sequence.request.params.max_tokens - sequence.num_output - 1
                 left = min(left, self._max_seq_len - len(sequence.token_ids) - 1)
                 guess = lookup.propose(sequence.token_ids)[: max(0, min(lookup.worthwhile(price), left, limit))]
@@ -63,20 +75,30 @@ class Speculator:
 
     def forget(self, sequence: Sequence) -> None:
         """``sequence`` is finished."""
-        self._lookups.pop(sequence, None)
+        if lookup := self._lookups.pop(sequence, None):
+            self._probability += _SEQUENCE_SHARE * (lookup.probability - self._probability)
 
 
 class PromptLookup:
     """Where each run of tokens of one sequence was last followed by others, and how often that was a good guess."""
 
-    def __init__(self, max_drafts: int) -> None:
+    def __init__(self, max_drafts: int, probability: float = 0.5) -> None:
+        """
+        Args:
+            probability: of a guess to be right, as two guesses would have shown it.
+        """
         self._max_drafts = max_drafts
         self._after: dict[tuple[int, ...], int] = {}  # run of tokens -> index of the token after its last occurrence
         self._num_indexed = 0
         self._guess: list[int] = []
         self._guessed_from = 0
-        # Beta prior: as if one of two guesses had been right.
-        self._num_right, self._num_judged = 1.0, 2.0
+        self._prior = 2 * probability, 2.0  # of a Beta distribution
+        self._num_right, self._num_judged = self._prior
+
+    @property
+    def probability(self) -> float:
+        """Of the next guess to be right."""
+        return self._num_right / self._num_judged
 
     def propose(self, token_ids: list[int]) -> list[int]:
         """What may follow ``token_ids``, which begin with those of the last call; possibly nothing."""
@@ -97,16 +119,16 @@ class PromptLookup:
 
     def worthwhile(self, price: float) -> int:
         """How many guesses to verify at ``price``: the last is right with a probability above it."""
-        probability = self._num_right / self._num_judged
-        if probability <= price:
+        if self.probability <= price:
             return 0
-        return min(self._max_drafts, int(math.log(price) / math.log(probability)))
+        return min(self._max_drafts, int(math.log(price) / math.log(self.probability)))
 
     def _judge(self, token_ids: list[int]) -> None:
         """Compare the last guess, verified by the engine or not, with what came."""
         for guess, token_id in zip(self._guess, token_ids[self._guessed_from :], strict=False):
-            self._num_right = 1 + (self._num_right - 1) * _GUESS_DECAY + (guess == token_id)
-            self._num_judged = 2 + (self._num_judged - 2) * _GUESS_DECAY + 1
+            right, judged = self._prior
+            self._num_right = right + (self._num_right - right) * _GUESS_DECAY + (guess == token_id)
+            self._num_judged = judged + (self._num_judged - judged) * _GUESS_DECAY + 1
             if guess != token_id:
                 break
 
@@ -138,8 +160,9 @@ class RunCost:
         """
         count, tokens, total_s, squares, product = self._sums
         spread = squares - tokens**2 / max(count, 1)
-        if spread < 1:  # all runs had as many tokens: a line through one point
-            return _FIRST_PRICE
-        slope = (product - tokens * total_s / count) / spread
-        run_s = (total_s - slope * tokens) / count + slope * num_tokens
+        if spread < _LEAST_SPREAD:
+            slope, run_s = _FIRST_SHARE, 1 + _FIRST_SHARE * (num_tokens - 1)
+        else:
+            slope = (product - tokens * total_s / count) / spread
+            run_s = (total_s - slope * tokens) / count + slope * num_tokens
         return min(1.0, max(0.05, slope * num_sequences / run_s)) if run_s > 0 else 1.0

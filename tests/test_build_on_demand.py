@@ -120,6 +120,38 @@ def test_mistakes(checkpoint, tmp_path):
         engine_of(checkpoint, {}, tmp_path / "file")
 
 
+def test_a_packed_checkpoint_names_its_own_scheme(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_on_demand, "_build", lambda *_, **__: None)
+    path = checkpoint / "config.json"
+    packed = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True, "desc_act": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
+    assert engine_of(checkpoint, {}, tmp_path / "cache").name.startswith("checkpoint-int8-")
+
+
+def test_a_full_disk_is_one_line(checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qwen_build.build.write_graph", full)
+    with pytest.raises(BuildError, match=r"^[^\n]* cannot be written: No space left on device"):
+        engine_of(checkpoint, {}, tmp_path / "cache")
+    monkeypatch.setattr(build_on_demand, "_digests", full)
+    with pytest.raises(BuildError, match="cannot be written: No space left on device; set XDG_CACHE_HOME"):
+        engine_of(checkpoint, {}, tmp_path / "cache")
+
+
+def test_the_calibration_text_is_in_the_key(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_on_demand, "_build", lambda *_, **__: None)
+    text = tmp_path / "text.txt"
+    found = []
+    for content in ("one", "two"):
+        text.write_text(content)
+        found += [engine_of(checkpoint, {"calibration": each}, tmp_path / "cache") for each in (text, str(text))]
+    assert found[0] == found[1] != found[2] == found[3]
+    with pytest.raises(CheckpointError, match="absent cannot be read"):
+        engine_of(checkpoint, {"calibration": tmp_path / "absent"}, tmp_path / "cache")
+
+
 def test_every_file_of_the_build_is_in_the_key(checkpoint, tmp_path):
     """The key is made of all files that the manifest says the engine is made of."""
     engine = engine_of(checkpoint, {}, tmp_path / "cache")

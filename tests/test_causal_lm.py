@@ -127,13 +127,21 @@ def test_defaults_of_the_checkpoint(model, monkeypatch):
         ({"attention_mask": np.array([[1, 1]])}, "attention_mask is"),
         ({"attention_mask": np.array([[1, 2, 1]])}, "expected 0 and 1"),
         ({"attention_mask": np.array([[0, 0, 0]])}, "row 0 of input_ids is all padding"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids has rows of different lengths"),
+        ({"max_length": "3"}, "max_length is '3', expected a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0, expected a whole number"),
+        ({"seed": None, "max_new_tokens": "x"}, "max_new_tokens is 'x', expected a whole number"),
+        ({"do_sample": "yes"}, "do_sample is 'yes', expected True or False"),
+        ({"temperature": "hot", "do_sample": True}, "temperature is 'hot', expected 0"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x', expected a token id or a list of them"),
+        ({"pad_token_id": [None]}, r"pad_token_id is \[None\], expected a token id"),
         ({"max_length": 3}, "max_length is 3, expected more than the 3 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
         ({"input_ids": np.ones((1, 640), int)}, "input_ids has 640 columns, expected less than max_seq_len"),
         ({"do_sample": True, "temperature": -1}, "temperature is -1"),
         ({"num_return_sequences": 2}, "n is 2 at temperature 0"),
         ({"num_beams": 200}, "num_beams is 200"),
-        ({"inputs_embeds": np.zeros((1, 2, 3))}, "engines take token ids only"),
+        ({"inputs_embeds": np.zeros((1, 2, 3))}, "inputs_embeds is given, .*; give the token ids as input_ids"),
     ],
 )
 def test_wrong_arguments_are_value_errors(model, options, says):
@@ -144,16 +152,36 @@ def test_wrong_arguments_are_value_errors(model, options, says):
 # -- where models come from
 
 
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="path is 3, expected the path of an engine or a checkpoint"):
+        QwenForCausalLM.from_pretrained(3)
+    with pytest.raises(ValueError, match="engine_config is 3, expected an EngineConfig"):
+        QwenForCausalLM.from_pretrained(tmp_path, engine_config=3)
+    with pytest.raises(ValueError, match="model is 3, expected a transformers model"):
+        QwenForCausalLM.from_model(3)
+
+
+def test_a_disk_that_is_full_for_a_model(checkpoint, monkeypatch, tmp_path):
+    def save_pretrained(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.model, "save_pretrained", save_pretrained)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(EngineError, match=r"cannot be saved to .*: .*No space left on device; set TMPDIR"):
+        QwenForCausalLM.from_model(checkpoint.model)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_is_exported_once(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = {"quantization": "none", "max_seq_len": 64, "kvcache_block_size": 64, "kvcache_num_blocks": 1}
+    config = {"quantization": "none", "max_seq_len": 64, "kvcache_block_size": 32, "kvcache_num_blocks": 2}
     model = QwenForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
     ids, mask = padded(ROWS)
     assert (
         model.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist()
         == hf_generate(checkpoint, ids, mask).tolist()
     )
-    assert model.engine.manifest.cache.block_size == 64
+    assert model.engine.manifest.cache.block_size == 32
     (engine,) = (tmp_path / "qwen-engine" / "engines").glob("[!.]*")
     before = engine.stat().st_ino
     QwenForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
@@ -204,7 +232,7 @@ def test_export_says_what_the_path_is(checkpoint, engine, tmp_path):
         ("prefill_chunk_size", -64, "a positive multiple of 64"),
         ("quantization", "int3", "one of none, int8, int4"),
         ("use_inputs_embeds", 1, "True or False"),
-        ("use_inputs_embeds", True, "engines take token ids only"),
+        ("use_inputs_embeds", True, "leave it out and give generate the token ids as input_ids"),
     ],
 )
 def test_a_violated_rule_is_named(field, value, rule):
@@ -230,10 +258,10 @@ def test_fields_and_defaults():
     ("config", "rule"),
     [
         ({"max_seq_len": 641}, "max_seq_len is 641, expected 640 or less"),
-        ({"kvcache_block_size": 64}, "kvcache_block_size is 64, expected 32 as the engine was built"),
+        ({"kvcache_block_size": 32}, "kvcache_block_size is 32, expected 64 as the engine was built"),
         ({"quantization": "int4"}, "quantization is 'int4', expected 'none' as the engine was built"),
-        ({"kvcache_num_blocks": 59, "batch_size": 3}, "expected 60 or more: batch_size 3 times the 20 blocks"),
-        ({"kvcache_num_blocks": 3, "max_seq_len": 64}, "expected 20 or more"),
+        ({"kvcache_num_blocks": 29, "batch_size": 3}, "expected 30 or more: batch_size 3 times the 10 blocks"),
+        ({"kvcache_num_blocks": 3, "max_seq_len": 64}, "expected 10 or more"),
     ],
 )
 def test_an_engine_and_its_config_agree(engine, config, rule):

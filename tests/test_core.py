@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_engine import VOCAB_SIZE, ScriptedEngine
+from traffic import Asked, answers, assert_answered_as_alone, assert_nothing_is_owned, make_guesses_cheap, play
 
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.core import Core, CoreOptions
 from qwen_run.engine import Engine
-from qwen_run.request import Request, Sequence, Token
+from qwen_run.request import Request, Token
 from qwen_run.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
-PLAIN = CoreOptions(max_batch_tokens=40, prefix_caching=False)
 MAX_SEQ_LEN = 30
 
 
@@ -33,55 +33,6 @@ def finish(core: Core) -> list[Token]:
     while not core.is_done:
         tokens += core.step()
     return tokens
-
-
-def make_guesses_cheap(core: Core) -> None:
-    """Let speculation guess whatever it can; in a scripted engine no guess ever pays."""
-    if core._speculator:
-        core._speculator.cost.price = lambda *_: 0.05  # type: ignore[method-assign]
-
-
-def answers(request: Request) -> list[Any]:
-    """Everything a request is told, floats to the last bit."""
-    told = [(s.output, s.finish_reason, s.logprobs, s.score) for s in request.sequences]
-    return [*told, request.prompt_logprobs]
-
-
-def assert_nothing_is_owned(engine: ScriptedEngine) -> None:
-    assert engine.cache.num_free == engine.cache.num_blocks
-    assert not any(engine.cache._num_owners)
-
-
-class StopAtSum:
-    """Ends an answer by what no single token shows."""
-
-    def __init__(self) -> None:
-        self.sum = 0
-
-    def push(self, token_id: int) -> bool:
-        self.sum += token_id
-        return self.sum % 13 == 12
-
-
-@dataclass(frozen=True)
-class Asked:
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    stop_token_ids: frozenset[int]
-    has_stopper: bool
-    arrives: int  # the step before which it is added
-    aborted_after: int | None  # steps after its arrival
-
-    def request(self) -> Request:
-        stopper = StopAtSum if self.has_stopper and self.params.num_beams == 1 else None
-        return Request(self.prompt, self.params, self.stop_token_ids, stopper)
-
-    def alone(self, engine: ScriptedEngine) -> Request:
-        request = self.request()
-        core = Core(engine, PLAIN)  # type: ignore[arg-type]
-        core.add(request)
-        finish(core)
-        return request
 
 
 @dataclass(frozen=True)
@@ -154,29 +105,6 @@ def traffic(draw: st.DrawFn) -> Traffic:
     )
 
 
-def play(core: Core, asked: list[Asked]) -> list[tuple[Request, list[Token]]]:
-    """Let ``asked`` come and go; each request and its tokens."""
-    played: list[tuple[Request, list[Token]]] = []
-    waiting = sorted(asked, key=lambda one: one.arrives)
-    aborts: list[tuple[int, Request]] = []
-    step = 0
-    while waiting or not core.is_done:
-        for step_due, request in aborts:
-            if step_due == step:
-                core.abort(request)
-        while waiting and waiting[0].arrives <= step:
-            one = waiting.pop(0)
-            request = one.request()
-            assert core.add(request) == len(played)
-            played.append((request, []))
-            if one.aborted_after is not None:
-                aborts.append((step + 1 + one.aborted_after, request))
-        for token in core.step():
-            played[token.request_index][1].append(token)
-        step += 1
-    return played
-
-
 @settings(max_examples=1000, deadline=None)
 @given(traffic())
 def test_any_mixture_answers_as_each_request_alone(load: Traffic) -> None:
@@ -190,29 +118,7 @@ def test_any_mixture_answers_as_each_request_alone(load: Traffic) -> None:
         assert 0 < len(batch.input_ids) <= load.options.max_batch_tokens
     statistics = core.statistics
     assert (statistics.num_running, statistics.num_waiting, statistics.num_steps) == (0, 0, len(engine.batches))
-    in_order = sorted(load.asked, key=lambda one: one.arrives)
-    for one, (request, tokens) in zip(in_order, played, strict=True):
-        alone = one.alone(load.engine(200))
-        for sequence in request.sequences:
-            streamed = [token for token in tokens if token.sequence_index == sequence.index]
-            assert_streamed(sequence, streamed)
-        if any(sequence.finish_reason == "abort" for sequence in request.sequences):
-            assert one.aborted_after is not None
-            for cut, whole in zip(request.sequences, alone.sequences, strict=False):
-                assert one.params.num_beams > 1 or cut.output == whole.output[: cut.num_output]
-        else:
-            assert answers(request) == answers(alone)
-
-
-def assert_streamed(sequence: Sequence, tokens: list[Token]) -> None:
-    if sequence.request.beam_search and sequence.finish_reason == "abort":
-        assert not tokens
-        return
-    assert [token.token_id for token in tokens] == sequence.output
-    assert [token.logprobs for token in tokens if token.logprobs] == sequence.logprobs
-    reasons = [token.finish_reason for token in tokens]
-    assert reasons[:-1] == [None] * len(reasons[:-1])
-    assert not tokens or (reasons[-1] or "abort") == sequence.finish_reason
+    assert_answered_as_alone(load.asked, played, lambda: load.engine(200))
 
 
 def run(engine: ScriptedEngine, request: Request, **options: Any) -> Core:
@@ -291,7 +197,7 @@ def test_nothing_is_guessed_beyond_the_longest_sequence() -> None:
         ({"max_batch_size": 0}, "max_batch_size is 0, expected a whole number, 1 or more"),
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0, expected"),
         ({"max_drafts": -1}, "max_drafts is -1, expected a whole number, 0 or more"),
-        ({"max_batch_size": 600}, "max_batch_tokens is 512, expected at least the max_batch_size of 600"),
+        ({"max_batch_size": 600}, "max_batch_tokens is 256, expected at least the max_batch_size of 600"),
     ],
 )
 def test_options_that_would_starve_prompts_are_refused(options: dict[str, int], message: str) -> None:
@@ -317,6 +223,26 @@ def test_prompt_logprobs_do_not_depend_on_chunks_or_hits() -> None:
     assert [found and found.logprob for found in whole.prompt_logprobs][:1] == [None]
     assert len(whole.prompt_logprobs) == 9
     assert all(found and len(found.top_logprobs) == 2 for found in whole.prompt_logprobs[1:])
+
+
+def test_few_logits_at_a_time_for_prompts_that_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged(most: int, num_others: int) -> tuple[list[Any], int]:
+        monkeypatch.setattr("qwen_run.scheduler.MAX_JUDGED", most)
+        engine = ScriptedEngine(num_blocks=400, max_seq_len=300)
+        core = make_core(engine, max_batch_tokens=500)
+        asked = [Request((1, 2, 3, *[i] * 120), replace(GREEDY, prompt_logprobs=1)) for i in range(3)]
+        for request in asked:
+            core.add(request)
+        for _ in range(num_others):
+            core.add(Request((5,) * 20, GREEDY))
+        finish(core)
+        assert_nothing_is_owned(engine)
+        return [answers(request) for request in asked], max(len(batch.logits_indices) for batch in engine.batches)
+
+    whole, all_at_once = judged(10**6, 0)
+    assert all_at_once == 3 * 123
+    assert judged(64, 4) == (whole, 64 + 4 + 2)  # while the others, and two of these, answer
+    assert judged(1, 0) == (whole, 1 + 2)
 
 
 def test_abort_anywhere() -> None:

@@ -125,6 +125,62 @@ def test_an_open_engine_takes_no_options_of_a_build(model):
         LLM(model, quant="int8", max_batch_sise=3)
 
 
+def test_an_open_engine_takes_no_options_of_a_load(model, engine):
+    for name, value in (("threads", 2), ("num_blocks", 20), ("cache_bytes", 10**6)):
+        for opened in (model, engine):
+            with pytest.raises(EngineError, match=f"the engine is open, {name} cannot change it"):
+                LLM(opened, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((3,), "prompts is 3, expected a text, token ids, or a list of them"),
+        ((None,), "prompts is None, expected"),
+        ((b"abc",), "prompts is b'abc', expected"),
+        (([None],), r"the prompt is \[None\], expected a text or token ids"),
+        ((["a", ["b"]],), r"prompt 2 is \['b'\], expected a text or token ids"),
+        (([1.5, 2],), r"the prompt is \[1.5, 2\], expected a text or token ids"),
+        (("a", {"temperature": 0}), r"sampling_params is \{'temperature': 0\}, expected SamplingParams"),
+        ((["a", "b"], [GREEDY, 3]), "sampling_params is 3, expected SamplingParams"),
+        (("a", 0), "sampling_params is 0, expected SamplingParams"),
+    ],
+)
+def test_arguments_of_another_type(model, arguments, says):
+    llm = LLM(model)
+    for method in (llm.generate, llm.stream):
+        with pytest.raises(RequestError, match=f"^{says}"):
+            method(*arguments)
+    assert (model.engine.num_runs, llm.core.is_done) == (0, True)
+
+
+def test_messages_and_models_of_another_type(model):
+    for messages in (3, "hi", None):
+        with pytest.raises(RequestError, match=f"messages is {messages!r}, expected a list of messages"):
+            LLM(model).chat(messages)
+    with pytest.raises(RequestError, match="message 0 is 'hi', expected an object"):
+        LLM(model).chat([["hi"]])
+    with pytest.raises(EngineError, match="model is 3, expected an engine or a checkpoint"):
+        LLM(3)
+    with pytest.raises(EngineError, match="prefix_caching is 'no', expected True or False"):
+        LLM(model, prefix_caching="no")
+    with pytest.raises(EngineError, match="max_requests is '9', expected a whole number"):
+        AsyncLLM(model, max_requests="9")
+    with pytest.raises(RequestError, match="request_id is 7, expected str"):
+        LLM(model).prepare("a", GREEDY, 7)
+
+
+def test_earlier_outputs_of_a_stream_keep_what_they_had(engine):
+    seen = list(
+        LLM(engine, max_batch_size=1, max_batch_tokens=2).stream(
+            [[3, 1, 4]], replace(GREEDY, max_tokens=4, logprobs=0, prompt_logprobs=0)
+        )
+    )
+    assert [len(output.outputs[0].token_ids) for output in seen] == [1, 2, 3, 4]
+    assert [len(output.outputs[0].logprobs) for output in seen] == [1, 2, 3, 4]
+    assert len({id(output.prompt_logprobs) for output in seen}) == 4
+
+
 def test_a_stop_token_is_the_reason(model):
     llm = LLM(model)
     (token_id,) = llm.tokenizer.encode("B")

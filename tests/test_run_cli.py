@@ -328,9 +328,9 @@ def test_several_answers_to_one_prompt(script):
 
 def test_guessing_ahead_takes_fewer_runs_to_the_same_answer(script):
     text = "ab" * 30
-    expected = run("--input-text", text).stdout
+    expected = run("--input-text", text, "--draft-tokens", "0").stdout
     num_runs = script.num_runs
-    assert run("--input-text", text, "--draft-tokens", "8").stdout == expected
+    assert run("--input-text", text).stdout == expected
     assert script.num_runs - num_runs < num_runs
 
 

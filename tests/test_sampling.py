@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import qwen_run.sampling
 from qwen_engine.errors import EngineError
 from qwen_run.logprobs import log_softmax, token_logprobs
+from qwen_run.processors import distribution
 from qwen_run.sampling import Sampled, SamplingContext, SamplingParams, sample, uniform
 
 GREEDY = SamplingParams(temperature=0)
@@ -44,6 +45,27 @@ def test_impossible_tokens_are_never_drawn(monkeypatch, number, drawn):
     assert draw(logits, SamplingParams()).token_id == drawn
 
 
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.sampled_from([1, 7, 511, 512, 513, 2000]),
+    spread=st.sampled_from([0.0, 3.0, 60.0]),
+    temperature=st.sampled_from([1e-6, 0.3, 1.0, 100.0]),
+    number=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])),
+)
+def test_a_draw_among_all_tokens_is_where_the_number_falls(seed, vocab_size, spread, temperature, number):
+    """As the inverse of the distribution that is computed in float64, where float32 sums tell tokens apart."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, spread, vocab_size).astype(np.float32)
+    logits[generator.random(vocab_size) < 0.2] = -np.inf
+    logits[generator.integers(vocab_size)] = 1
+    params = SamplingParams(temperature=temperature)
+    token_id = qwen_run.sampling._draw(logits, logits.max(), params, number)
+    _, probabilities = distribution(logits, params)
+    assert probabilities[token_id] > 0
+    assert probabilities[:token_id].sum() - 1e-6 <= number <= probabilities[: token_id + 1].sum() + 1e-6
+
+
 def test_random_numbers_are_a_function_of_seed_sample_and_position():
     numbers = {
         (seed, position, index): uniform(seed, position, index)
@@ -52,6 +74,9 @@ def test_random_numbers_are_a_function_of_seed_sample_and_position():
     assert len(set(numbers.values())) == 900
     assert all(0 <= number < 1 for number in numbers.values())
     assert uniform(1, 50) == numbers[1, 50, 0]
+    for position in (0, 63, 64, 1000):
+        bits = np.random.Philox(key=5 + (2 << 64), counter=position).random_raw()
+        assert uniform(5, position, 2) == (int(bits) >> 11) / 2**53
     # an answer must not change with the next release: the first 53 bits NumPy's Philox4x64-10 gives for zeros
     assert uniform(0, 0) == (0x02F4BA6408E4D89B >> 11) / 2**53
 

@@ -63,7 +63,8 @@ def test_a_guess_must_be_right_more_often_than_it_costs() -> None:
 def test_price_of_a_token() -> None:
     cost = RunCost()
     assert cost.price(1, 1) == 0.25
-    for num_tokens in (1, 3, 2, 5, 1):
+    assert cost.price(8, 8) == 8 * 0.25 / 2.75
+    for num_tokens in (1, 9, 2, 5, 1):
         cost.observe(num_tokens, 0.010 + 0.002 * num_tokens)
     cost.observe(512, 7.0)  # a prompt tells nothing
     assert cost.price(1, 1) == pytest.approx(2 / 12)
@@ -73,10 +74,10 @@ def test_price_of_a_token() -> None:
 
 def test_price_where_runs_are_bound_by_arithmetic_or_by_noise() -> None:
     cost = RunCost()
-    for num_tokens in (4, 8, 4, 6):
+    for num_tokens in (4, 12, 4, 6):
         cost.observe(num_tokens, 0.003 * num_tokens)
     assert cost.price(4, 4) == pytest.approx(1)
-    for num_tokens in range(1, 200):
+    for num_tokens in range(1, 400):
         cost.observe(1 + num_tokens % 3, 0.03 - 0.001 * (num_tokens % 3))
     assert cost.price(1, 1) == 0.05
 
@@ -93,8 +94,36 @@ def test_what_a_speculator_leaves_alone() -> None:
 
     answering, prompt, last = sequence(6), sequence(0), sequence(6, max_tokens=7)
     preempted = sequence(6, num_pending=2)
-    speculator.cost.price = lambda *_: 0.1  # type: ignore[method-assign]
+    speculator.cost.price = lambda *_: 0.06  # type: ignore[method-assign]
     plan = dict.fromkeys((answering, prompt, last, preempted), 1)
     drafts = speculator.propose(plan, limit=10)
     assert drafts == {answering: [1, 2, 3], last: []}
     assert speculator.propose(plan, limit=2)[answering] == [1, 2]
+    speculator.cost.price = lambda *_: 0.34  # type: ignore[method-assign]
+    assert speculator.propose(plan, limit=9)[answering] == []  # half of the guesses are right: not half as much again
+    speculator.cost.price = lambda *_: 0.7  # type: ignore[method-assign]
+    assert speculator.propose(plan, limit=9) == {}
+
+
+def test_what_is_learned_of_one_sequence_is_thought_of_the_next() -> None:
+    speculator = Speculator(8, 1000)
+    speculator.cost.price = lambda *_: 0.3  # type: ignore[method-assign]
+
+    def answer(token_ids: list[int]) -> int:
+        """How many tokens were guessed."""
+        sequence = Request((1, 2), SamplingParams(temperature=0, max_tokens=100)).sequences[0]
+        num_guessed = 0
+        for token_id in token_ids:
+            sequence.token_ids.append(token_id)
+            sequence.num_cached = len(sequence.token_ids) - 1
+            num_guessed += len(speculator.propose({sequence: 1}, limit=99)[sequence])
+        speculator.forget(sequence)
+        return num_guessed
+
+    misleading = [token for number in range(20) for token in (1, 2, 10 + number)]
+    first = answer(misleading)
+    assert first > 0
+    for _ in range(5):
+        last = answer(misleading)
+    assert last == 0
+    assert answer([3, 4, 5] * 20) > 20  # one that quotes itself is still found out
