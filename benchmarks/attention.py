@@ -9,7 +9,7 @@ divided by the number of layers. The variants and the limits take turns; the tab
 
 For one new token the limit is a plain read of as many bytes as the caches of all layers have: GB/s of keys, values
 and scales, and its share of that. For more, float32 multiply-adds on registers: GFLOP/s of queries with the keys they
-see and of weights with the values, 2 for each product, and its share of that.
+see and of weights with the values, 2 for each product, and its share of that. Cells are us, GB/s or GFLOP/s, share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from onnx import TensorProto, helper
 from benchmarks.limits import float_operations_per_s, read_bytes_per_s
 from qwen_plugin import library_path
 
-BLOCK_SIZE = 64
 KINDS = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
@@ -46,6 +45,7 @@ class Shape:
     head_dim: int
     past: int
     new: int
+    block_size: int
 
     @property
     def tokens(self) -> int:
@@ -93,7 +93,7 @@ def session(nodes: list, inputs: Feeds, threads: int, in_out: dict[str, str]) ->
 
 def paged(shape: Shape, layers: int, threads: int, dtype: str) -> Callable[[], None]:
     rng = np.random.default_rng(0)
-    blocks = -(-shape.tokens // BLOCK_SIZE)
+    blocks = -(-shape.tokens // shape.block_size)
     inputs = common(shape) | {
         "cumulative_lengths": np.array([0, shape.new], np.int32),
         "past_lengths": np.array([shape.past], np.int32),
@@ -104,12 +104,12 @@ def paged(shape: Shape, layers: int, threads: int, dtype: str) -> Callable[[], N
         names = ["query", "", "", f"key.{i}", f"value.{i}", "cumulative_lengths", "past_lengths", "block_table"]
         names += ["cos", "sin"]
         pools = {
-            f"key.{i}": (blocks, shape.kv_heads, BLOCK_SIZE // 32, shape.head_dim, 32),
-            f"value.{i}": (blocks, shape.kv_heads, BLOCK_SIZE, shape.head_dim),
+            f"key.{i}": (blocks, shape.kv_heads, shape.block_size // 32, shape.head_dim, 32),
+            f"value.{i}": (blocks, shape.kv_heads, shape.block_size, shape.head_dim),
         }
         if dtype == "int8":
             inputs |= {name: rng.integers(-127, 128, pool, np.int8) for name, pool in pools.items()}
-            scales = {f"{kind}_scale.{i}": (blocks, shape.kv_heads, BLOCK_SIZE) for kind in ("key", "value")}
+            scales = {f"{kind}_scale.{i}": (blocks, shape.kv_heads, shape.block_size) for kind in ("key", "value")}
             inputs |= {name: np.full(pool, 3 / 127, np.float32) for name, pool in scales.items()}
             names += ["", "", "", "", *scales]
         else:
@@ -189,16 +189,17 @@ def main() -> None:
     parser.add_argument("--shapes", default="14/2x64,12/2x128,28/4x128", help="heads/kv_heads x head_dim")
     parser.add_argument("--rows", default="0+1,512+1,4096+1,16384+1,32768+1,0+512,3584+512", help="past + new tokens")
     parser.add_argument("--layers", type=int, default=24, help="at most; fewer where a float16 cache takes over 256 MB")
+    parser.add_argument("--block-size", type=int, default=64, help="tokens of a cache block of qwen::PagedAttention")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, for each row of the table")
     a = parser.parse_args()
-    print(f"{a.threads} threads, onnxruntime {ort.__version__}; medians: us for one layer, GB/s or GFLOP/s, share\n")
+    print(f"{a.threads} threads, blocks of {a.block_size}, onnxruntime {ort.__version__}; medians for one layer\n")
     for name in a.shapes.split(","):
         heads, kv_heads, head_dim = map(int, re.split("[/x]", name))
         print(f"{heads} heads, {kv_heads} kv heads of {head_dim}\n")
         print("| past + new | limit | " + " | ".join(VARIANTS) + " |\n" + "|---" * (2 + len(VARIANTS)) + "|")
         for tokens in a.rows.split(","):
-            shape = Shape(heads, kv_heads, head_dim, *map(int, tokens.split("+")))
+            shape = Shape(heads, kv_heads, head_dim, *map(int, tokens.split("+")), a.block_size)
             layers = max(1, min(a.layers, 256_000_000 // shape.cache_bytes("float16")))
             print("| " + " | ".join(row(shape, layers, a.threads, a.seconds)) + " |", flush=True)
         print()

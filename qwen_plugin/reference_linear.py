@@ -26,6 +26,7 @@ class QuantLinearAttributes:
     group_size: int
     symmetric: int
     precision: str = "int8"
+    activation_scales: str = "group"
     swiglu: int = 0
     epsilon: float = 1e-6
 
@@ -40,19 +41,27 @@ def dequantize(weight: Array, attributes: QuantLinearAttributes) -> Array:
     return ((q.astype(np.float32) - zero_points[:, columns]) * scales[:, columns]).astype(np.float32)
 
 
-def quantize_rows(x: Array, group_size: int, precision: str) -> Array:
-    """``x`` (T, K) as the product sees it, float64: each group rounded to whole multiples of its scale."""
-    if precision == "float32":
+def quantize_rows(attributes: QuantLinearAttributes, x: Array, input_scale: Array | None = None) -> Array:
+    """``x`` (T, K) as the product sees it, float64: each group rounded to whole multiples of its scale.
+
+    ``activation_scales``: "group" and "token" make the largest column of a group or of a row the largest integer;
+    "static" takes ``input_scale`` (1) for all, whatever lies beyond 127 of it is clipped.
+    """
+    a = attributes
+    if a.precision == "float32":
         return x.astype(np.float64)
     rows, columns = x.shape
-    groups = np.pad(x.astype(np.float32), ((0, 0), (0, -columns % group_size))).reshape(rows, -1, group_size)
-    limit = np.float32(LIMITS[precision])
+    groups = np.pad(x.astype(np.float32), ((0, 0), (0, -columns % a.group_size))).reshape(rows, -1, a.group_size)
+    limit = np.float32(LIMITS[a.precision])
     with np.errstate(divide="ignore", over="ignore"):
-        largest = np.abs(groups).max(axis=-1, keepdims=True)
-        inverse = limit / largest
-    inverse[np.isinf(inverse)] = 0
-    values: Array = np.rint(groups * inverse).astype(np.float64)
-    return np.asarray(values * (largest / limit)).reshape(rows, -1)[:, :columns]
+        if a.activation_scales == "static":
+            assert input_scale is not None
+            scale, inverse = input_scale * (127 / limit), limit / 127 / input_scale
+        else:
+            largest = np.abs(groups).max(axis=-1 if a.activation_scales == "group" else (-2, -1), keepdims=True)
+            scale, inverse = largest / limit, limit / largest
+    steps = (groups * np.where(np.isinf(inverse), 0, inverse)).clip(-limit, limit)
+    return np.asarray(np.rint(steps).astype(np.float64) * scale).reshape(rows, -1)[:, :columns]
 
 
 def quant_linear(
@@ -63,6 +72,7 @@ def quant_linear(
     norm_weight: Array | None = None,
     residual: Array | None = None,
     permutation: Array | None = None,
+    input_scale: Array | None = None,
 ) -> tuple[Array, Array]:
     """The product of rows with a quantised weight, and what was multiplied.
 
@@ -74,6 +84,7 @@ def quant_linear(
         norm_weight: (K), RMS norm of x first.
         residual: (T, N), added last.
         permutation: int32 (K), stored column k multiplies input column ``permutation[k]``.
+        input_scale: (1), with ``activation_scales`` "static" alone, see :func:`quantize_rows`.
 
     Returns:
         y float64 (T, N) and the product's input float32 (T, K), before it is permuted and quantised.
@@ -87,7 +98,7 @@ def quant_linear(
         source = gate / (1 + np.exp(-gate)) * source[:, a.K :]
     product_input = source.astype(np.float32)
     stored_order = product_input if permutation is None else product_input[:, permutation]
-    y = quantize_rows(stored_order, a.group_size, a.precision) @ dequantize(weight, a).T.astype(np.float64)
+    y = quantize_rows(a, stored_order, input_scale) @ dequantize(weight, a).T.astype(np.float64)
     for addend in (bias, residual):
         y = y if addend is None else y + addend
     return y, product_input

@@ -92,6 +92,9 @@ class Engine:
             EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
                 manifest says, or the pool does not hold one sequence of full length.
         """
+        for name, value in (("threads", threads), ("num_blocks", num_blocks), ("cache_bytes", cache_bytes)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise EngineError(f"{name} is {value!r}, expected a whole number, 1 or more")
         if not _is_text(str(directory)):  # ONNX Runtime takes no other path
             raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
         manifest = Manifest.read(directory)
@@ -194,6 +197,8 @@ def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpt
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal: an error is raised with the same text
     options.enable_mem_pattern = False  # it keeps a plan for every combination of shapes ever seen
+    # The arena keeps 27 MB more of a prompt of 512 tokens (0.5B) than malloc, and makes nothing faster.
+    options.enable_cpu_mem_arena = False
     # Threads that wait for the next node spin, but briefly. A token of the demo engine (int4, 2 threads) takes 6.3 ms
     # with the default of about 1 ms, 6.7 with 20 us, 9.3 without; on busy cores 24, 16 and 14.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")

@@ -243,6 +243,8 @@ CASES = [
     Case(past=(1500,), new=(1,), heads=14, head_dim=64, rotary_dim=64),
     Case(dtype="int8"),
     Case(head_dim=64, rotary_dim=64, heads=14, dtype="int8", block_size=64, past=(0, 700), new=(70, 1)),
+    Case(head_dim=64, rotary_dim=64, heads=14, dtype="int8", past=(5, 300, 900), new=(1, 2, 20)),
+    Case(head_dim=128, rotary_dim=64, heads=9, kv_heads=1, dtype="int8", window=70, past=(300,), new=(1,)),
     Case(head_dim=8, rotary_dim=8, kv_heads=4, dtype="int8", norm=False),
     Case(head_dim=256, rotary_dim=64, heads=2, kv_heads=1, dtype="int8", block_size=128),
     Case(head_dim=128, rotary_dim=128, heads=12, window=90, dtype="int8", block_size=64),
@@ -255,6 +257,17 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_equals_reference(case: Case, isa: str) -> None:
     check_against_reference(case, isa, threads=2)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX tiles")
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("heads", [1, 7, 8, 9, 16])  # rows of a token: their two bytes fit one tile up to 8
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_tiles_have_the_bits_of_vectors(head_dim: int, heads: int, block_size: int) -> None:
+    past, new = (0, 40, 255, 600), (1, 1, 3, 30)
+    case = Case(heads, 1, head_dim, block_size, "int8", past, new, rotary_dim=head_dim, window=500)
+    vectors = run(make_feeds(case), case.node_attributes, "avx512")
+    np.testing.assert_array_equal(run(make_feeds(case), case.node_attributes, "amx"), vectors)
 
 
 @st.composite

@@ -22,7 +22,8 @@ from qwen_plugin import library_path
 from qwen_plugin.layout import GROUP_SIZES, pack_panels, round_scales
 from qwen_plugin.reference_linear import QuantLinearAttributes, dequantize, quant_embedding, quant_linear
 
-INPUTS = ("x", "weight", "bias", "norm_weight", "residual", "permutation")
+OPTIONAL = ("bias", "norm_weight", "residual", "permutation")
+INPUTS = ("x", "weight", *OPTIONAL, "input_scale")
 ELEMENT_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float64): TensorProto.DOUBLE,
@@ -44,6 +45,7 @@ def supported() -> list[str]:
 
 ISAS = supported()
 PRECISIONS = ("int8", "int8x2", "float32")
+ACTIVATION_SCALES = ("group", "token", "static")
 # Of y, relative to the sum of its products' magnitudes: one float32 rounding or two for each group (int8), column
 # (float32); a few hundred of one sign drift.
 TOLERANCE = {"int8": 1e-6, "int8x2": 1e-6, "float32": 5e-6}
@@ -108,8 +110,10 @@ def draw_feeds(
         "norm_weight": rng.standard_normal(a.K).astype(np.float32),
         "residual": rng.standard_normal((rows, a.N)).astype(np.float32),
         "permutation": rng.permutation(a.K).astype(np.int32),
+        "input_scale": np.float32([2 / 127]),  # columns beyond 2 are clipped
     }
-    return {name: x for name, x in every.items() if name in ("x", "weight", *optional)}
+    always = ("x", "weight", "input_scale") if a.activation_scales == "static" else ("x", "weight")
+    return {name: x for name, x in every.items() if name in (*always, *optional)}
 
 
 def assert_reference(
@@ -140,10 +144,11 @@ def cases(draw: st.DrawFn) -> tuple[QuantLinearAttributes, int, list[str], int]:
         group_size=draw(st.sampled_from(GROUP_SIZES)),
         symmetric=int(draw(st.booleans())),
         precision=draw(st.sampled_from(PRECISIONS)),
+        activation_scales=draw(st.sampled_from(ACTIVATION_SCALES)),
         swiglu=int(swiglu),
         epsilon=draw(st.sampled_from((1e-6, 0.1))),
     )
-    optional = draw(st.lists(st.sampled_from(INPUTS[2:]), unique=True))
+    optional = draw(st.lists(st.sampled_from(OPTIONAL), unique=True))
     if swiglu and "norm_weight" in optional:
         optional.remove("norm_weight")
     rows = draw(st.one_of(st.integers(1, 40), st.integers(41, 600)))
@@ -238,6 +243,55 @@ def test_the_largest_products(isa: str, bits: int, precision: str) -> None:
             feeds["x"][:, 1:] *= np.float32(32384 / 32512)
             y, product_input = run(attributes, feeds, isa)
             assert_reference(attributes, feeds, y, product_input)
+
+
+@pytest.mark.parametrize("rows", [2, 20])  # 20 are multiplied with tiles, where there are any
+@pytest.mark.parametrize("precision", ["int8", "int8x2"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_where_the_scale_of_an_input_comes_from(isa: str, precision: str, rows: int) -> None:
+    """By hand, through an identity as the weight: the integers that the columns of one row become, and their scale."""
+    q = np.full((64, 64), 128, np.uint8)
+    np.fill_diagonal(q, 129)
+    feeds = {"weight": pack_panels(q, np.ones((64, 2), np.float32), None, 8, 32)}
+    x = np.zeros((rows, 64), np.float32)
+    x[0, [0, 1, 2, 32, 33]] = [10, 5, -1000, 1, 0.3]
+    x[1:] = 1000  # another row changes nothing
+    fine = 256 if precision == "int8x2" else 1
+    limit = 127 * fine
+    for scales, largest in (("group", [1000, 1]), ("token", [1000, 1000]), ("static", [127 * 0.25, 127 * 0.25])):
+        attributes = QuantLinearAttributes(64, 64, 8, 32, 1, precision, scales)
+        feeds |= {"x": x} | ({"input_scale": np.float32([0.25])} if scales == "static" else {})
+        y, _ = run(attributes, feeds, isa)
+        step = np.repeat(largest, 32) / limit
+        expected = np.rint(x[0] / step).clip(-limit, limit) * step
+        assert np.allclose(y[0], expected, rtol=1e-6, atol=0), scales
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("scales", ACTIVATION_SCALES)
+@pytest.mark.parametrize("precision", ["int8", "int8x2"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_scale_hides_what_is_not_finite(isa: str, precision: str, scales: str, value: float) -> None:
+    attributes = QuantLinearAttributes(40, 150, 4, 32, 0, precision, scales)
+    for rows in (3, 40):
+        feeds = draw_feeds(attributes, rows)
+        clean, _ = run(attributes, feeds, isa)
+        feeds["x"][1, 100] = value
+        y, _ = run(attributes, feeds, isa)
+        assert np.isnan(y[1]).all()
+        assert np.array_equal(np.delete(y, 1, axis=0), np.delete(clean, 1, axis=0))
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e30])
+@pytest.mark.parametrize("precision", ["int8", "int8x2"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_extreme_static_scales(isa: str, precision: str, scale: float) -> None:
+    """One whose reciprocal is infinite stands for 0; far too small ones clip everything, far too large ones lose it."""
+    attributes = QuantLinearAttributes(40, 100, 8, 32, 1, precision, "static")
+    feeds = draw_feeds(attributes, 5) | {"input_scale": np.float32([scale])}
+    y, product_input = run(attributes, feeds, isa)
+    assert_reference(attributes, feeds, y, product_input)
+    assert (scale == 1e-30) == bool(y.any())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -433,6 +487,8 @@ GOOD = QuantLinearAttributes(70, 100, 4, 32, 0)
         (r"attribute precision is 'int4', expected int8, int8x2 or float32", {"precision": "int4"}),
         (r"attribute precision is '', expected int8, int8x2 or float32", {"precision": None}),
         (r"attribute precision is of another type, expected a string", {"precision": 1}),
+        (r"attribute activation_scales is 'row', expected group, token or static", {"activation_scales": "row"}),
+        (r"attribute activation_scales is of another type, expected a string", {"activation_scales": 1}),
         (r"attribute swiglu is 3, expected 0 to 1", {"swiglu": 3}),
         (r"attribute epsilon is -1.0+, expected 0 or more", {"epsilon": -1.0}),
         (r"attribute epsilon is nan, expected 0 or more", {"epsilon": float("nan")}),
@@ -448,14 +504,33 @@ def test_a_bad_attribute_is_an_error(message: str, change: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_an_input_of_another_type_or_shape_is_an_error(name: str) -> None:
-    feeds = draw_feeds(GOOD, 3, INPUTS)
+    attributes = dataclasses.replace(GOOD, activation_scales="static")
+    feeds = draw_feeds(attributes, 3, OPTIONAL)
     for other in (feeds[name].astype(np.float64), feeds[name][:-1], feeds[name][..., :-1], feeds[name][None]):
         if name == "x" and other.shape == (2, 100):
             continue  # another number of rows is residual's mistake
         other = np.ascontiguousarray(other)
         expected = f"{name} has " + ("element type" if other.dtype != feeds[name].dtype else "shape")
         with pytest.raises(Exception, match=f"qwen::QuantLinear: {expected}"):
-            run(GOOD, feeds | {name: other}, "")
+            run(attributes, feeds | {name: other}, "")
+
+
+@pytest.mark.parametrize("scale", [0, -1, np.nan, np.inf])
+def test_a_static_scale_that_is_not_positive_is_an_error(scale: float) -> None:
+    attributes = dataclasses.replace(GOOD, activation_scales="static")
+    feeds = draw_feeds(attributes, 3) | {"input_scale": np.float32([scale])}
+    with pytest.raises(Exception, match=r"input_scale is -?(0\.0|1\.0|nan|inf)\w*, expected a positive number"):
+        run(attributes, feeds, "")
+
+
+def test_an_input_scale_is_given_if_and_only_if_it_is_static() -> None:
+    static = dataclasses.replace(GOOD, activation_scales="static")
+    feeds = draw_feeds(static, 3)
+    with pytest.raises(Exception, match="input_scale is given, expected to be absent: activation_scales is not static"):
+        run(GOOD, feeds, "")
+    del feeds["input_scale"]
+    with pytest.raises(Exception, match="input_scale is missing, activation_scales static needs it"):
+        run(static, feeds, "")
 
 
 @pytest.mark.parametrize("name", ["x", "weight"])

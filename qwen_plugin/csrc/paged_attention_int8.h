@@ -6,8 +6,9 @@
 namespace paged_attention {
 namespace {
 
-// Largest magnitude of a rounded query or weight. A sum of 256 products with int8 stays below 2^30.
-constexpr float kLevels = 32767;
+// Largest magnitude of a rounded query or weight: 256 * 127 + 127, two bytes with a sign. A sum of 256 products with
+// int8 stays below 2^30.
+constexpr float kLevels = 32639;
 
 constexpr int kMostRows = 16;  // of a group, whatever the instruction set
 

@@ -115,7 +115,7 @@ void Attend(const Problem& p, const Item& item, PartitionRange partitions, float
         tiles.fetch = group == 0;
         alignas(64) float floats_of_part[Rows::kMaxRows * (kMaxHeadDim + 2)];
         const State part(p, floats_of_part, count);
-        Rows::Attend(count, {tiles, begin, end, group_queries, D, part.max, part.sum, part.out});
+        Rows::Attend(count, {tiles, begin, end, group_queries, D, p.block_size, part.max, part.sum, part.out});
         for (int r = 0; r < count; ++r) MergeRow<I>(state, start + r, part, r, D);
       }
       group_queries += Rows::QueryFloats(count, D);

@@ -68,7 +68,7 @@ inline void Prefetch(const float* scales) {
 }
 
 inline void Prefetch(const char* address, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(address + i, 0, 3);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(address + i, 0, 2);  // as quant_linear_kernels.h's Stream
 }
 
 // A few rows over one partition, of which row r sees keys [begin[r], end[r]).
@@ -77,6 +77,7 @@ struct Group {
   const int *begin, *end;
   const float* queries;    // as Load of its kind of rows lays them out
   int D;                   // head_dim
+  int64_t block_size;      // tokens
   float *max, *sum, *out;  // the result: (rows), (rows), (rows, head_dim)
 
   bool Sees(int row) const { return begin[row] < end[row]; }

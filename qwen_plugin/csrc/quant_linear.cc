@@ -17,8 +17,9 @@ using operators::Attributes;
 using operators::Check;
 using operators::Tensor;
 
-enum Input { kX, kWeight, kBias, kNormWeight, kResidual, kPermutation, kInputCount };
-constexpr const char* kInputNames[kInputCount] = {"x", "weight", "bias", "norm_weight", "residual", "permutation"};
+enum Input { kX, kWeight, kBias, kNormWeight, kResidual, kPermutation, kInputScale, kInputCount };
+constexpr const char* kInputNames[kInputCount] = {"x",        "weight",      "bias",       "norm_weight",
+                                                  "residual", "permutation", "input_scale"};
 
 // A task multiplies about this many bytes of weights, with at least one panel: small enough that the threads end
 // together, large enough that the memory's streams are long.
@@ -40,6 +41,13 @@ Problem ReadSettings(const Attributes& attributes) {
     p.precision = Precision::kFloat32;
   else
     attributes.Refuse("precision", "'" + precision + "'", "int8, int8x2 or float32");
+  const std::string scales = attributes.String("activation_scales");
+  if (scales == "token")
+    p.activation_scales = ActivationScales::kToken;
+  else if (scales == "static")
+    p.activation_scales = ActivationScales::kStatic;
+  else if (!scales.empty() && scales != "group")
+    attributes.Refuse("activation_scales", "'" + scales + "'", "group, token or static");
   p.swiglu = attributes.Int("swiglu", 0, 0, 1) == 1;
   p.epsilon = attributes.Float("epsilon", 1e-6f);
   if (!std::isfinite(p.epsilon) || p.epsilon < 0) attributes.Refuse("epsilon", std::to_string(p.epsilon), "0 or more");
@@ -50,7 +58,7 @@ Problem ReadSettings(const Attributes& attributes) {
 void SetInputs(const OrtApi& api, const OrtKernelContext* context, Problem& p) {
   const auto input = [&](Input i) { return Tensor(api, context, i, kInputNames[i]); };
   const Tensor x = input(kX), weight = input(kWeight), bias = input(kBias), norm = input(kNormWeight),
-               residual = input(kResidual), permutation = input(kPermutation);
+               residual = input(kResidual), permutation = input(kPermutation), input_scale = input(kInputScale);
   x.Require();
   x.ExpectType(operators::kFloat32);
   const int64_t width = p.in_features * (p.swiglu ? 2 : 1);
@@ -62,7 +70,15 @@ void SetInputs(const OrtApi& api, const OrtKernelContext* context, Problem& p) {
   norm.Expect(operators::kFloat32, {p.in_features}, "(K)");
   residual.Expect(operators::kFloat32, {p.rows, p.out_features}, "(T, N)");
   permutation.Expect(operators::kInt32, {p.in_features}, "(K)");
+  input_scale.Expect(operators::kFloat32, {1}, "(1)");
   if (norm.given && p.swiglu) throw Error("norm_weight is given, expected to be absent: swiglu is 1");
+  const bool is_static = p.activation_scales == ActivationScales::kStatic;
+  if (input_scale.given != is_static)
+    throw Error(is_static ? "input_scale is missing, activation_scales static needs it"
+                          : "input_scale is given, expected to be absent: activation_scales is not static");
+  if (is_static) p.input_scale = *input_scale.as<float>();
+  if (is_static && !(p.input_scale > 0 && p.input_scale <= __FLT_MAX__))
+    throw Error("input_scale is " + std::to_string(p.input_scale) + ", expected a positive number");
   p.x = x.as<float>(), p.bias = bias.as<float>(), p.norm_weight = norm.as<float>();
   p.residual = residual.as<float>(), p.permutation = permutation.as<int32_t>();
   if (!permutation.given) return;
@@ -118,8 +134,8 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
   });
 }
 
-// Rows times the group size (int8x2: twice that) from which tiles of sixteen rows are faster than vectors, measured.
-constexpr int64_t kTileWork = 2048;
+// Rows from which AMX tiles are faster than vectors, measured: with int8 and with int8x2.
+constexpr int64_t kTileRows[] = {12, 8};
 
 const Kernels& ChooseKernels() {
 #if defined(__x86_64__)
@@ -130,7 +146,7 @@ const Kernels& ChooseKernels() {
   return kPlainKernels;
 }
 
-// The kernels for kTileWork and more.
+// The kernels for kTileRows and more.
 const Kernels& ChooseTileKernels(const Problem& p) {
 #if defined(__x86_64__)
   if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx)) return kAmxKernels;
@@ -154,8 +170,8 @@ struct Kernel {
     SetInputs(api, context, p);
     p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.out_features});
     p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
-    const int64_t work = p.rows * p.group_size * (p.precision == Precision::kInt8x2 ? 2 : 1);
-    if (p.rows > 0) Run(api, context, work < kTileWork ? kernels : tile_kernels, p);
+    const bool few_rows = p.rows < kTileRows[p.precision == Precision::kInt8x2];
+    if (p.rows > 0) Run(api, context, few_rows ? kernels : tile_kernels, p);
   }
 };
 

@@ -10,6 +10,8 @@
 // Arithmetic, the same bits whatever the kernels, the rows beside and the threads; per row and group:
 //   amax = largest |x|; inverse = limit / amax; a = rint(x * inverse); scale = amax / limit; all 0 where inverse is inf
 //   int8: limit 127, a is one byte. int8x2: limit 127 * 256, a = 256 * high + low, each one byte with a sign.
+//   amax is that of the group; with activation_scales "token" that of the row. With "static", where s is limit / 127:
+//   inverse = s / input_scale; a = rint(x * inverse clipped to +-limit); scale = input_scale / s
 //   dot = sum (q - zero_point) * a, exact in int32; y = fma(float(dot) * weight_scale, scale, y), groups ascending
 //   float32: y = fma((q - zero_point) * weight_scale, x, y), columns ascending
 // and at last y + bias + residual, from left to right.
@@ -19,11 +21,14 @@
 namespace quant_linear {
 
 enum class Precision { kInt8, kInt8x2, kFloat32 };
+enum class ActivationScales { kGroup, kToken, kStatic };
 
 // One call of the operator; everything in it has been checked.
 struct Problem : QuantWeight {
   int64_t rows;
   Precision precision;
+  ActivationScales activation_scales;
+  float input_scale;  // of the static ones
   bool swiglu;
   float epsilon;
 

@@ -1,11 +1,11 @@
 // qwen::QuantLinear with AMX tiles, for int8 and int8x2.
 //
-// A tile of activations is 16 rows, those that are missing zero:
-//   [columns / 64][planes][16 rows][64 columns] bytes, [groups][16 rows] float32 scales,
-//   [groups][16 rows] factors of the zero points (only if asymmetric with 8 bits)
+// A tile of activations is 8 or 12 rows, those that are missing zero; with columns = min(group_size, 64):
+//   [in_features / columns][planes][rows][columns] bytes, [groups][rows] float32 scales,
+//   [groups][rows] factors of the zero points (only if asymmetric with 8 bits)
 // Weights are unpacked, a chunk of columns of a panel at a time, into bytes with a sign: q - zero point with 4 bits,
-// q - 128 with 8. A tile product leaves sums of 16 rows and 16 outputs over one group in memory, from where vectors
-// take them into y.
+// q - 128 with 8. A tile product leaves sums of the rows and 16 outputs over one group in memory, from where vectors
+// take them into y, which stays in registers for a chunk.
 #include <immintrin.h>
 
 #include "lanes_avx512.h"
@@ -18,12 +18,12 @@ namespace {
 
 using Lanes = Avx512Lanes;
 
-constexpr int kRows = 16, kLanes = 16, kHalves = kPanel / kLanes;
-constexpr int kColumns = 64;        // of a tile of activations
-constexpr int kChunkColumns = 512;  // a chunk of a panel, 16 KiB unpacked, stays in the first-level cache
-constexpr int kMaxTiles = 32;       // whose y, 64 KiB, stays in the second-level cache
-constexpr int kTileBytes = kRows * kColumns;
-constexpr int kMaxUnit = 4;  // groups whose sums are in memory
+constexpr int kLanes = 16, kHalves = kPanel / kLanes;
+constexpr int kFewRows = 8, kManyRows = 12;  // of a tile: y of more would not leave registers for anything else
+constexpr int kMaxColumns = 64;              // of a tile of activations
+constexpr int kChunkColumns = 512;           // a chunk of a panel, 16 KiB unpacked, stays in the first-level cache
+constexpr int kMaxTiles = 64;                // whose totals, 96 KiB, stay in the second-level cache
+constexpr int64_t kStreamBytes = 8 << 20;    // of y, from which it is written past the caches, measured
 
 // ---- Tile registers. The intrinsics take their numbers from literals only.
 
@@ -35,10 +35,10 @@ struct alignas(64) TileConfig {
 
 enum Register { kSums = 0, kActivations = 4, kWeights = 6 };  // the first of each kind
 
-void ConfigureTiles(int columns) {
+void ConfigureTiles(int rows, int columns) {
   TileConfig config;
-  for (int i = kSums; i < kActivations; ++i) config.rows[i] = kRows, config.row_bytes[i] = 4 * kLanes;
-  for (int i = kActivations; i < kWeights; ++i) config.rows[i] = kRows, config.row_bytes[i] = uint16_t(columns);
+  for (int i = kSums; i < kActivations; ++i) config.rows[i] = uint8_t(rows), config.row_bytes[i] = 4 * kLanes;
+  for (int i = kActivations; i < kWeights; ++i) config.rows[i] = uint8_t(rows), config.row_bytes[i] = uint16_t(columns);
   for (int i = kWeights; i < 8; ++i) config.rows[i] = uint8_t(columns / 4), config.row_bytes[i] = 4 * kLanes;
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
@@ -47,13 +47,14 @@ template <int kTile>
 INLINE void ZeroTile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
 }
-template <int kTile, int kOffset>
+// kStride: bytes from row to row.
+template <int kTile, int kStride>
 INLINE void LoadTile(const void* p) {
-  asm volatile("tileloadd %c3(%0,%1,1), %%tmm%c2" : : "r"(p), "r"(int64_t{64}), "i"(kTile), "i"(kOffset) : "memory");
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(int64_t{kStride}), "i"(kTile) : "memory");
 }
-template <int kTile, int kOffset>
+template <int kTile>
 INLINE void StoreTile(void* p) {
-  asm volatile("tilestored %%tmm%c2, %c3(%0,%1,1)" : : "r"(p), "r"(int64_t{64}), "i"(kTile), "i"(kOffset) : "memory");
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(int64_t{4 * kLanes}), "i"(kTile) : "memory");
 }
 template <int kSum, int kA, int kB>
 INLINE void AddProduct() {
@@ -65,35 +66,37 @@ INLINE void AddProduct() {
 int Planes(const Problem& p) { return p.precision == Precision::kInt8 ? 1 : 2; }
 bool HasCorrection(const Problem& p) { return p.bits == 8 && !p.symmetric; }
 
-// With columns up to a whole unit, which are multiplied but don't count.
-int64_t ValueBytes(const Problem& p) {
-  const int64_t unit = kMaxUnit * p.group_size;
-  return (p.groups * p.group_size + unit - 1) / unit * unit * kRows * Planes(p);
+int64_t CeilDiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
+
+int64_t TileRows(const Problem& p) {
+  const bool as_few_tiles = CeilDiv(p.rows, kFewRows) == CeilDiv(p.rows, kManyRows);
+  return as_few_tiles ? kFewRows : kManyRows;
 }
 
-int64_t MaxTileRowsAmx(const Problem&) { return kRows; }
+int64_t ValueBytes(const Problem& p) { return CeilDiv(p.groups * p.group_size * TileRows(p) * Planes(p), 64) * 64; }
 
 int64_t TileBytesAmx(const Problem& p) {
-  return ValueBytes(p) + p.groups * kRows * int64_t(sizeof(float)) * (HasCorrection(p) ? 2 : 1);
+  const int64_t factors = p.groups * TileRows(p) * int64_t(sizeof(float)) * (HasCorrection(p) ? 2 : 1);
+  return ValueBytes(p) + CeilDiv(factors, 64) * 64;
 }
 
 template <int kPlanes>
 void PrepareRowAmx(const Problem& p, const float* x, int64_t row, char* tile) {
+  const int64_t rows = TileRows(p), columns = p.group_size < kMaxColumns ? p.group_size : kMaxColumns;
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
-  int32_t* const factors = reinterpret_cast<int32_t*>(scales + p.groups * kRows);
+  int32_t* const factors = reinterpret_cast<int32_t*>(scales + p.groups * rows);
+  const RowQuantizer<Lanes, kPlanes> quantizer(p, x);
+  char* values = tile + row * columns;
   for (int64_t g = 0; g < p.groups; ++g) {
-    int8_t planes[kPlanes][kMaxGroup];
-    const QuantizedGroup group = QuantizeGroup<Lanes, kPlanes>(x + g * p.group_size, p.group_size, planes);
-    for (int64_t k = 0; k < p.group_size; k += 32) {
-      const int64_t column = g * p.group_size + k;
-      for (int plane = 0; plane < kPlanes; ++plane)
-        std::memcpy(tile + (column / kColumns * kPlanes + plane) * kTileBytes + row * kColumns + column % kColumns,
-                    planes[plane] + k, 32);
-    }
-    scales[g * kRows] = group.scale;
+    alignas(64) int8_t planes[kPlanes][kMaxGroup];
+    const QuantizedGroup group = quantizer.Quantize(g, planes);
+    for (int64_t k = 0; k < p.group_size; k += columns)
+      for (int plane = 0; plane < kPlanes; ++plane, values += rows * columns)
+        for (int64_t i = 0; i < columns; i += 32) std::memcpy(values + i, planes[plane] + k + i, 32);
+    scales[g * rows] = group.scale;
     if (HasCorrection(p)) {
       const uint32_t low = uint32_t(group.sums[kPlanes - 1]), high = kPlanes == 1 ? 0 : uint32_t(group.sums[0]);
-      factors[g * kRows] = int32_t(((0 - low) & 0xffff) | (0 - high) << 16);
+      factors[g * rows] = int32_t(((0 - low) & 0xffff) | (0 - high) << 16);
     }
   }
 }
@@ -102,7 +105,7 @@ void PrepareAmx(const Problem& p, int64_t tiles, Range range, char* activations)
   for (int64_t t = range.first; t < range.last; ++t) {
     const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
     char* const tile = activations + t * TileBytesAmx(p);
-    if (rows < kRows) std::memset(tile, 0, size_t(TileBytesAmx(p)));
+    if (rows < TileRows(p)) std::memset(tile, 0, size_t(TileBytesAmx(p)));
     for (int64_t r = 0; r < rows; ++r)
       (p.precision == Precision::kInt8 ? PrepareRowAmx<1> : PrepareRowAmx<2>)(p, InputRow<Lanes>(p, begin + r), r,
                                                                               tile);
@@ -167,200 +170,246 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t first, int64_t count
   }
 }
 
-// Groups of a tile of activations and a panel.
-struct Unit {
-  int64_t groups;  // at most Sums::kGroups
-  bool first;      // groups of the row: y starts at 0
-  const char* values;
-  const int8_t* weights;
-  const GroupFactors* factors;
-  const float* scales;         // (groups, 16 rows)
-  const int32_t* row_factors;  // the same
-  float (*y)[kPanel];          // (16 rows, 32)
-};
+// The product of tiles of activations and a chunk, group by group. While tile registers multiply a group, vectors add
+// the sums of an earlier one to y; in between these are left in tile registers, as a store right after the product
+// would wait for it, and then in memory. So the groups of all tiles are one sequence, in which each tile has an even
+// number: one that is missing is multiplied, as its neighbour, and not added.
+template <int kRows, int kGroup, int kPlanes, bool kCorrection>
+struct Product {
+  static constexpr int kColumns = kGroup < kMaxColumns ? kGroup : kMaxColumns, kTileBytes = kRows * kColumns;
+  static constexpr int kSets = kPlanes == 1 ? 2 : 1;  // of registers for sums, which groups use in turn
 
-// Its tile products, (groups, 2 halves, planes, 16 rows, 16 outputs). Two of these and a chunk leave the first-level
-// cache room.
-template <int kGroupSize, int kPlanes>
-struct Sums {
-  static constexpr int kGroups = kPlanes == 2 || kGroupSize == 128 ? 2 : kMaxUnit, kTile = kRows * kLanes,
-                       kGroup = kHalves * kPlanes * kTile;
-  alignas(64) int32_t values[kGroups * kGroup];
-};
+  using GroupSums = int32_t[kHalves][kPlanes][kRows][kLanes];
+  using Totals = __m512[kRows][kHalves];
 
-template <int kPlanes, int kTo>
-INLINE void StoreSums(int32_t* sums) {
-  StoreTile<kSums, kTo>(sums);
-  StoreTile<kSums + 1, kTo + kTileBytes>(sums);
-  if constexpr (kPlanes == 2) {
-    StoreTile<kSums + 2, kTo + 2 * kTileBytes>(sums);
-    StoreTile<kSums + 3, kTo + 3 * kTileBytes>(sums);
+  const Chunk& chunk;
+  const int64_t groups, tile_bytes;
+  const char* const last_tile;  // of activations
+  GroupSums* const sums;        // two, which groups use in turn
+
+  // What is multiplied next, and the weights wanted after this chunk: each step fetches some lines of them, as too many
+  // at once would make the loads behind them wait.
+  struct Cursor {
+    const char* tile;
+    int64_t group;
+    const uint8_t *fetch, *fetch_last;
+    int64_t step_bytes;
+  };
+
+  template <int kSet, int kHalf>
+  static INLINE void Store(GroupSums& to) {
+    constexpr int kSum = kSums + (kSet * kHalves + kHalf) * kPlanes;
+    StoreTile<kSum>(to[kHalf][0]);
+    if constexpr (kPlanes == 2) StoreTile<kSum + 1>(to[kHalf][1]);
   }
-}
 
-// One tile of columns: from where it starts in a unit's activations and weights.
-template <int kPlanes, int kFrom, int kWeightsFrom, int kNextHalf>
-INLINE void AddProducts(const char* values, const int8_t* weights) {
-  LoadTile<kActivations, kFrom>(values);
-  LoadTile<kWeights, kWeightsFrom>(weights);
-  AddProduct<kSums, kActivations, kWeights>();
-  if constexpr (kPlanes == 2) {
-    LoadTile<kActivations + 1, kFrom + kTileBytes>(values);
-    AddProduct<kSums + 1, kActivations + 1, kWeights>();
+  // A tile of columns. Its activations are still in their registers for the second half, unless they are four tiles.
+  template <int kSum, int kHalf, int kTile>
+  static INLINE void AddProducts(const char* values, const int8_t* weights) {
+    constexpr bool kLoad = kHalf == 0 || kPlanes * kGroup > 2 * kMaxColumns;
+    constexpr int kA = kActivations + (kPlanes == 1 ? kTile : 0), kW = kWeights + (kHalf + kTile) % 2;
+    if constexpr (kLoad) LoadTile<kA, kColumns>(values + kTile * kPlanes * kTileBytes);
+    LoadTile<kW, 4 * kLanes>(weights + kTile * kColumns * kLanes);
+    AddProduct<kSum, kA, kW>();
+    if constexpr (kPlanes == 2) {
+      if constexpr (kLoad) LoadTile<kA + 1, kColumns>(values + (kTile * kPlanes + 1) * kTileBytes);
+      AddProduct<kSum + 1, kA + 1, kW>();
+    }
   }
-  LoadTile<kWeights + 1, kWeightsFrom + kNextHalf>(weights);
-  AddProduct<kSums + kPlanes, kActivations, kWeights + 1>();
-  if constexpr (kPlanes == 2) AddProduct<kSums + 3, kActivations + 1, kWeights + 1>();
-}
 
-// Products of group kIndex of a unit, left in tiles. What they held goes to memory first: a store right after the
-// product would wait for it.
-template <int kGroup, int kPlanes, int kIndex>
-INLINE void MultiplyGroup(const char* values, const int8_t* weights, int32_t* sums, int32_t* last_sums) {
-  using S = Sums<kGroup, kPlanes>;
-  StoreSums<kPlanes, (kIndex + S::kGroups - 1) % S::kGroups * S::kGroup * 4>(kIndex == 0 ? last_sums : sums);
-  ZeroTile<kSums>();
-  ZeroTile<kSums + 1>();
-  if constexpr (kPlanes == 2) {
-    ZeroTile<kSums + 2>();
-    ZeroTile<kSums + 3>();
+  template <int kSet, int kHalf>
+  INLINE void Multiply(const Cursor& at) const {
+    constexpr int kSum = kSums + (kSet * kHalves + kHalf) * kPlanes;
+    ZeroTile<kSum>();
+    if constexpr (kPlanes == 2) ZeroTile<kSum + 1>();
+    const char* const values = at.tile + at.group * kGroup * kRows * kPlanes;
+    const int8_t* const weights = chunk.weights + (at.group * kHalves + kHalf) * kGroup * kLanes;
+    AddProducts<kSum, kHalf, 0>(values, weights);
+    if constexpr (kGroup > kColumns) AddProducts<kSum, kHalf, 1>(values, weights);
   }
-  constexpr int kColumn = kIndex * kGroup, kWeightsFrom = kColumn * kPanel;
-  constexpr int kFrom = kColumn / kColumns * kPlanes * kTileBytes + kColumn % kColumns;
-  AddProducts<kPlanes, kFrom, kWeightsFrom, kGroup * kLanes>(values, weights);
-  if constexpr (kGroup > kColumns)
-    AddProducts<kPlanes, kFrom + kPlanes * kTileBytes, kWeightsFrom + kColumns * kLanes, kGroup * kLanes>(values,
-                                                                                                          weights);
-}
 
-constexpr int kSlice = 8;  // rows whose y is in registers
-
-template <int kGroup, int kPlanes, bool kCorrection, int kIndex, int kFirst>
-INLINE void AddGroup(const Unit& unit, const int32_t* sums, __m512 (&y)[kSlice][kHalves]) {
-  if (kIndex >= unit.groups) return;
-  const GroupFactors& factors = unit.factors[kIndex];
-  UNROLL_FOR(r, kSlice) UNROLL_FOR(h, kHalves) {
-    const int32_t* const at = sums + kIndex * Sums<kGroup, kPlanes>::kGroup +
-                              h * kPlanes * Sums<kGroup, kPlanes>::kTile + (kFirst + r) * kLanes;
-    const int64_t row = kIndex * kRows + kFirst + r;
-    __m512i dot = _mm512_load_si512(at);
-    if constexpr (kPlanes == 1) {
-      dot = _mm512_add_epi32(dot, _mm512_set1_epi32(kFloatStart));
+  // To the group after an even or an odd one; after the last of the last tile to one that is not needed.
+  template <int kParity>
+  INLINE void Advance(Cursor& at) const {
+    ++at.group;
+    if (at.group < groups) return;
+    if (kParity == 0) {
+      --at.group;
     } else {
-      dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), _mm512_load_si512(at + Sums<kGroup, kPlanes>::kTile));
-    }
-    if constexpr (kCorrection)
-      dot = _mm512_dpwssd_epi32(dot, factors.zero_points[h], _mm512_set1_epi32(unit.row_factors[row]));
-    const __m512 product = kPlanes == 1
-                               ? _mm512_fmadd_ps(_mm512_castsi512_ps(dot), factors.units[h], factors.offsets[h])
-                               : _mm512_mul_ps(_mm512_cvtepi32_ps(dot), factors.units[h]);
-    y[r][h] = _mm512_fmadd_ps(product, _mm512_set1_ps(unit.scales[row]), y[r][h]);
-  }
-}
-
-// Step kStep and those after it of a unit's products (kMultiply), alternating with the sums of the unit before, which
-// enter y: two slices of rows, group by group.
-template <int kGroup, int kPlanes, bool kCorrection, bool kMultiply, int kStep = 0>
-INLINE void Steps(const Unit& unit, int32_t* sums, const Unit& last, int32_t* last_sums, __m512 (&y)[kSlice][kHalves]) {
-  constexpr int kGroups = Sums<kGroup, kPlanes>::kGroups, kIndex = kStep % kGroups, kFirst = kStep / kGroups * kSlice;
-  float (*const rows)[kPanel] = last.y + kFirst;
-  if constexpr (kMultiply && kStep % 2 == 0)
-    MultiplyGroup<kGroup, kPlanes, kStep / 2>(unit.values, unit.weights, sums, last_sums);
-  if constexpr (kIndex == 0) {
-    UNROLL_FOR(r, kSlice) UNROLL_FOR(h, kHalves) {
-      y[r][h] = last.first ? _mm512_setzero_ps() : _mm512_load_ps(rows[r] + h * kLanes);
+      at.group = 0;
+      if (at.tile != last_tile) at.tile += tile_bytes;
     }
   }
-  AddGroup<kGroup, kPlanes, kCorrection, kIndex, kFirst>(last, last_sums, y);
-  if constexpr (kIndex == kGroups - 1) {
-    UNROLL_FOR(r, kSlice) UNROLL_FOR(h, kHalves) _mm512_store_ps(rows[r] + h * kLanes, y[r][h]);
-  }
-  if constexpr (kStep + 1 < 2 * kGroups)
-    Steps<kGroup, kPlanes, kCorrection, kMultiply, kStep + 1>(unit, sums, last, last_sums, y);
-}
 
-template <int kGroup, int kPlanes, bool kCorrection>
-__attribute__((noinline)) void MultiplyUnit(const Unit& unit, Sums<kGroup, kPlanes>& sums, const Unit& last,
-                                            Sums<kGroup, kPlanes>& last_sums) {
-  __m512 y[kSlice][kHalves];
-  Steps<kGroup, kPlanes, kCorrection, true>(unit, sums.values, last, last_sums.values, y);
-}
-
-template <int kGroup, int kPlanes, bool kCorrection>
-__attribute__((noinline)) void FinishUnit(const Unit& last, Sums<kGroup, kPlanes>& sums) {
-  StoreSums<kPlanes, (Sums<kGroup, kPlanes>::kGroups - 1) * Sums<kGroup, kPlanes>::kGroup * 4>(sums.values);
-  __m512 y[kSlice][kHalves];
-  Steps<kGroup, kPlanes, kCorrection, false>(last, nullptr, last, sums.values, y);
-}
-
-// Adds groups [first, first + count), which `chunk` holds, of tiles and a panel to y.
-template <int kGroup, int kPlanes, bool kCorrection>
-void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t count, const char* tile, int64_t tiles,
-                   float (*y)[kRows][kPanel]) {
-  Sums<kGroup, kPlanes> sums[2];
-  alignas(64) float nowhere[kRows][kPanel];
-  Unit last = {};
-  last.first = true;
-  last.y = nowhere;
-  int turn = 0;
-  for (int64_t t = 0; t < tiles; ++t, tile += TileBytesAmx(p), ++y) {
-    const float* const scales = reinterpret_cast<const float*>(tile + ValueBytes(p));
-    for (int64_t g = 0; g < count; g += sums[0].kGroups, turn ^= 1) {
-      const int64_t row = (first + g) * kRows;
-      const Unit unit = {count - g < sums[0].kGroups ? count - g : sums[0].kGroups,
-                         first + g == 0,
-                         tile + row * kGroup * kPlanes,
-                         chunk.weights + g * kGroup * kPanel,
-                         chunk.factors + g,
-                         scales + row,
-                         reinterpret_cast<const int32_t*>(scales + p.groups * kRows) + row,
-                         *y};
-      MultiplyUnit<kGroup, kPlanes, kCorrection>(unit, sums[turn], last, sums[turn ^ 1]);
-      last = unit;
+  // Rows [kFirst, kLast) of a group.
+  template <int kFirst, int kLast>
+  static INLINE void Add(const GroupSums& from, const GroupFactors& factors, const float* scales,
+                         const int32_t* row_factors, Totals& y) {
+    UNROLL_FOR(i, kLast - kFirst) UNROLL_FOR(h, kHalves) {
+      const int r = kFirst + i;
+      __m512i dot = _mm512_load_si512(from[h][0][r]);
+      if constexpr (kPlanes == 1) {
+        dot = _mm512_add_epi32(dot, _mm512_set1_epi32(kFloatStart));
+      } else {
+        dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), _mm512_load_si512(from[h][1][r]));
+      }
+      if constexpr (kCorrection)
+        dot = _mm512_dpwssd_epi32(dot, factors.zero_points[h], _mm512_set1_epi32(row_factors[r]));
+      const __m512 product = kPlanes == 1
+                                 ? _mm512_fmadd_ps(_mm512_castsi512_ps(dot), factors.units[h], factors.offsets[h])
+                                 : _mm512_mul_ps(_mm512_cvtepi32_ps(dot), factors.units[h]);
+      y[r][h] = _mm512_fmadd_ps(product, _mm512_set1_ps(scales[r]), y[r][h]);
     }
   }
-  FinishUnit<kGroup, kPlanes, kCorrection>(last, sums[turn ^ 1]);
+
+  // The products before the first step.
+  INLINE void Start(Cursor& at) const {
+    Multiply<0, 0>(at);
+    Multiply<0, 1>(at);
+    Advance<0>(at);
+    if constexpr (kSets == 2) {
+      Multiply<1, 0>(at);
+      Multiply<1, 1>(at);
+      Advance<1>(at);
+    }
+    Store<0, 0>(sums[0]);
+    Store<0, 1>(sums[0]);
+    Multiply<0, 0>(at);
+    Multiply<0, 1>(at);
+    Advance<kSets % 2>(at);
+  }
+
+  // Adds group g of a tile, stores the sums of the one after it, and multiplies the one that takes their registers.
+  template <int kParity>
+  INLINE void Step(Cursor& at, int64_t g, const float* scales, const int32_t* row_factors, Totals& y) const {
+    constexpr int kSet = kSets == 2 ? 1 - kParity : 0;
+    const bool add = kParity == 0 || g < groups;
+    const float* const group_scales = scales + g * kRows;
+    const int32_t* const group_factors = row_factors + g * kRows;
+    Store<kSet, 0>(sums[1 - kParity]);
+    Multiply<kSet, 0>(at);
+    if (add) Add<0, kRows / 2>(sums[kParity], chunk.factors[g], group_scales, group_factors, y);
+    Store<kSet, 1>(sums[1 - kParity]);
+    Multiply<kSet, 1>(at);
+    if (add) Add<kRows / 2, kRows>(sums[kParity], chunk.factors[g], group_scales, group_factors, y);
+    Advance<(kParity + kSets + 1) % 2>(at);
+    const uint8_t* const fetch_last = at.fetch + at.step_bytes;
+    for (; at.fetch < fetch_last && at.fetch < at.fetch_last; at.fetch += 64) __builtin_prefetch(at.fetch, 0, 2);
+  }
+
+  // Adds all groups of a tile to `total`, which starts at 0 if these are the first ones.
+  INLINE void AddTile(Cursor& at, const float* scales, const int32_t* row_factors, bool first,
+                      float (*total)[kPanel]) const {
+    Totals y;
+    UNROLL_FOR(r, kRows) UNROLL_FOR(h, kHalves) {
+      y[r][h] = first ? _mm512_setzero_ps() : _mm512_load_ps(total[r] + h * kLanes);
+    }
+    for (int64_t g = 0; g < groups; g += 2) {
+      Step<0>(at, g, scales, row_factors, y);
+      Step<1>(at, g + 1, scales, row_factors, y);
+    }
+    UNROLL_FOR(r, kRows) UNROLL_FOR(h, kHalves) _mm512_store_ps(total[r] + h * kLanes, y[r][h]);
+  }
+};
+
+// Whether y is written past the caches, which could not hold it, instead of being read into them first.
+bool Streams(const Problem& p) {
+  return p.rows * p.out_features * int64_t(sizeof(float)) >= kStreamBytes && p.out_features % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(p.y) % 64 == 0;
 }
 
-template <int kGroup>
-auto ChooseMultiplyChunk(const Problem& p) {
-  if (Planes(p) == 1) return HasCorrection(p) ? MultiplyChunk<kGroup, 1, true> : MultiplyChunk<kGroup, 1, false>;
-  return HasCorrection(p) ? MultiplyChunk<kGroup, 2, true> : MultiplyChunk<kGroup, 2, false>;
+// y of a tile's rows and a panel, from their totals.
+void FinishRows(const Problem& p, Range rows, int64_t panel, const float (*totals)[kPanel]) {
+  const bool stream = Streams(p);
+  for (int h = 0; h < kHalves; ++h) {
+    const int64_t column = panel * kPanel + h * kLanes, left = p.out_features - column;
+    const __mmask16 mask = left >= kLanes ? 0xffff : left <= 0 ? 0 : __mmask16((1 << left) - 1);
+    const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + column);
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      const int64_t at = row * p.out_features + column;
+      __m512 y = _mm512_load_ps(totals[row - rows.first] + h * kLanes);
+      if (p.bias != nullptr) y = _mm512_add_ps(y, bias);
+      if (p.residual != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p.residual + at));
+      if (stream && mask == 0xffff) {
+        _mm512_stream_ps(p.y + at, y);
+      } else {
+        _mm512_mask_storeu_ps(p.y + at, mask, y);
+      }
+    }
+  }
+}
+
+// Adds groups [first, first + count) of a panel, which `chunk` holds, to the totals of tiles; after the last ones they
+// become y, whose memory, far apart, is fetched before.
+template <int kRows, int kGroup, int kPlanes, bool kCorrection>
+void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t count, int64_t panel, int64_t tiles,
+                   Range of_tiles, const char* activations, float* totals) {
+  using P = Product<kRows, kGroup, kPlanes, kCorrection>;
+  const int64_t row = first * kRows, tile_bytes = TileBytesAmx(p), value_bytes = ValueBytes(p);
+  const bool last = first + count == p.groups, fetch_y = last && !Streams(p);
+  const char* tile = activations + of_tiles.first * tile_bytes;
+  const char* const values = tile + row * kGroup * kPlanes;
+  alignas(64) typename P::GroupSums sums[2];
+  const P product = {chunk, count, tile_bytes, values + (of_tiles.last - of_tiles.first - 1) * tile_bytes, sums};
+  const uint8_t* const fetch = PanelOf(p, panel) + p.zero_point_bytes + (first + count) * p.block_bytes;
+  const int64_t fetch_bytes = p.zero_point_bytes + kChunkColumns / kGroup * p.block_bytes,
+                steps = (of_tiles.last - of_tiles.first) * count;
+  typename P::Cursor at = {values, 0, fetch, fetch + fetch_bytes, CeilDiv(fetch_bytes, steps * 64) * 64};
+  product.Start(at);
+  int64_t begin = RowBegin(p, tiles, of_tiles.first);
+  for (int64_t t = of_tiles.first; t < of_tiles.last; ++t, tile += tile_bytes, totals += kRows * kPanel) {
+    const int64_t end = RowBegin(p, tiles, t + 1);
+    const float* const scales = reinterpret_cast<const float*>(tile + value_bytes);
+    const int32_t* const row_factors = reinterpret_cast<const int32_t*>(scales + p.groups * kRows);
+    auto* const total = reinterpret_cast<float (*)[kPanel]>(totals);
+    for (int64_t r = begin; fetch_y && r < end; ++r) {
+      __builtin_prefetch(p.y + r * p.out_features + panel * kPanel, 1);
+      __builtin_prefetch(p.y + r * p.out_features + panel * kPanel + kLanes, 1);
+    }
+    product.AddTile(at, scales + row, row_factors + row, first == 0, total);
+    if (last) FinishRows(p, {begin, end}, panel, total);
+    begin = end;
+  }
+}
+
+using ChunkMultiplier = decltype(&MultiplyChunk<8, 32, 1, false>);
+
+template <int kRows, int kGroup>
+ChunkMultiplier ChoosePrecision(const Problem& p) {
+  if (Planes(p) == 1)
+    return HasCorrection(p) ? MultiplyChunk<kRows, kGroup, 1, true> : MultiplyChunk<kRows, kGroup, 1, false>;
+  return HasCorrection(p) ? MultiplyChunk<kRows, kGroup, 2, true> : MultiplyChunk<kRows, kGroup, 2, false>;
+}
+
+template <int kRows>
+ChunkMultiplier ChooseGroup(const Problem& p) {
+  return p.group_size == 32   ? ChoosePrecision<kRows, 32>(p)
+         : p.group_size == 64 ? ChoosePrecision<kRows, 64>(p)
+                              : ChoosePrecision<kRows, 128>(p);
 }
 
 void MultiplyAmx(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
-  const auto multiply = p.group_size == 32   ? ChooseMultiplyChunk<32>(p)
-                        : p.group_size == 64 ? ChooseMultiplyChunk<64>(p)
-                                             : ChooseMultiplyChunk<128>(p);
-  ConfigureTiles(p.group_size < kColumns ? int(p.group_size) : kColumns);
-  const int64_t chunk_groups = kChunkColumns / p.group_size;
+  const int64_t rows = TileRows(p), chunk_groups = kChunkColumns / p.group_size;
+  const ChunkMultiplier multiply = rows == kFewRows ? ChooseGroup<kFewRows>(p) : ChooseGroup<kManyRows>(p);
+  ConfigureTiles(int(rows), int(p.group_size < kMaxColumns ? p.group_size : kMaxColumns));
   for (int64_t first = of_tiles.first; first < of_tiles.last; first += kMaxTiles) {
-    const int64_t last = first + kMaxTiles < of_tiles.last ? first + kMaxTiles : of_tiles.last;
+    const Range some_tiles = {first, first + kMaxTiles < of_tiles.last ? first + kMaxTiles : of_tiles.last};
     for (int64_t n = of_panels.first; n < of_panels.last; ++n) {
-      alignas(64) float y[kMaxTiles][kRows][kPanel];
+      alignas(64) float totals[kMaxTiles * kManyRows * kPanel];
       for (int64_t g = 0; g < p.groups; g += chunk_groups) {
         const int64_t count = p.groups - g < chunk_groups ? p.groups - g : chunk_groups;
         Chunk chunk;
         Unpack(p, PanelOf(p, n), g, count, chunk);
-        const uint8_t* const next = PanelOf(p, n) + p.zero_point_bytes + (g + count) * p.block_bytes;
-        for (int64_t i = 0; i < chunk_groups * p.block_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-        multiply(p, chunk, g, count, activations + first * TileBytesAmx(p), last - first, y);
-      }
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t begin = RowBegin(p, tiles, t), end = RowBegin(p, tiles, t + 1);
-        for (int64_t row = end; row < end + kRows; ++row) {  // the next tile's y, far apart in memory
-          __builtin_prefetch(p.y + row * p.out_features + n * kPanel, 1);
-          __builtin_prefetch(p.y + row * p.out_features + n * kPanel + kLanes, 1);
-        }
-        Finish(p, n, begin, end - begin, y[t - first]);
+        multiply(p, chunk, g, count, n, tiles, some_tiles, activations, totals);
       }
     }
   }
   asm volatile("tilerelease");
+  _mm_sfence();  // other threads shall see what was streamed
 }
 
 }  // namespace
 
-const Kernels kAmxKernels = {MaxTileRowsAmx, TileBytesAmx, PrepareAmx, MultiplyAmx};
+const Kernels kAmxKernels = {TileRows, TileBytesAmx, PrepareAmx, MultiplyAmx};
 
 }  // namespace quant_linear

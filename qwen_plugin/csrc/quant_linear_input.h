@@ -98,27 +98,59 @@ struct QuantizedGroup {
   int32_t sums[2];  // of the values in each plane
 };
 
-// Quantises `size` columns into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2).
-// Where a column is not finite, the scale is NaN and the bytes are 0.
-template <class L, int kPlanes>
-QuantizedGroup QuantizeGroup(const float* x, int64_t size, int8_t (*planes)[kMaxGroup]) {
+// The largest magnitude of `size` columns; not finite if one of them isn't.
+template <class L>
+float Largest(const float* x, int64_t size) {
   auto most = L::Zero();
   for (int64_t k = 0; k < size; k += 16) most = L::MaxInts(most, L::MagnitudeBits(L::Load(x + k)));
   const int32_t bits = L::MaxOfInts(most);
   float largest;
   std::memcpy(&largest, &bits, 4);
-  constexpr float kLimit = kPlanes == 1 ? 127.f : 127.f * 256.f;
-  float inverse = kLimit / largest, scale = largest / kLimit;
+  return largest;
+}
+
+// Quantises the groups of a row of p.groups * p.group_size columns.
+template <class L, int kPlanes>
+class RowQuantizer {
+ public:
+  RowQuantizer(const Problem& p, const float* x)
+      : x_(x),
+        size_(p.group_size),
+        scales_(p.activation_scales),
+        input_scale_(p.input_scale),
+        row_largest_(scales_ == ActivationScales::kToken ? Largest<L>(x, p.groups * size_) : 0) {}
+
+  // Into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2). Where a column that decides the
+  // scale is not finite, or with a static scale any of the group, the scale is NaN and the bytes are 0.
+  QuantizedGroup Quantize(int64_t group, int8_t (*planes)[kMaxGroup]) const;
+
+ private:
+  const float* x_;
+  int64_t size_;
+  ActivationScales scales_;
+  float input_scale_, row_largest_;
+};
+
+template <class L, int kPlanes>
+QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, int8_t (*planes)[kMaxGroup]) const {
+  constexpr float kSteps = kPlanes == 1 ? 1.f : 256.f, kLimit = 127.f * kSteps;
+  const float* const x = x_ + group * size_;
+  const float largest = scales_ == ActivationScales::kToken ? row_largest_ : Largest<L>(x, size_);
   if (!(largest <= __FLT_MAX__)) {
     std::memset(planes, 0, sizeof(*planes) * kPlanes);
     return {__builtin_nanf(""), {0, 0}};
   }
+  const bool is_static = scales_ == ActivationScales::kStatic;
+  float inverse = is_static ? kSteps / input_scale_ : kLimit / largest;
+  float scale = is_static ? input_scale_ / kSteps : largest / kLimit;
   if (!(inverse <= __FLT_MAX__)) inverse = scale = 0;
 
   auto high_sum = L::Zero(), low_sum = L::Zero();
-  const auto factor = L::Set(inverse);
-  for (int64_t k = 0; k < size; k += 16) {
-    const auto a = L::Round(L::Mul(L::Load(x + k), factor));
+  const auto factor = L::Set(inverse), least = L::Set(-kLimit);
+  for (int64_t k = 0; k < size_; k += 16) {
+    auto steps = L::Mul(L::Load(x + k), factor);
+    if (is_static) steps = L::Negate(L::Max(L::Negate(L::Max(steps, least)), least));  // clipped at both ends
+    const auto a = L::Round(steps);
     if constexpr (kPlanes == 1) {
       L::template StoreBytes<0>(planes[0] + k, a);
       high_sum = L::AddInts(high_sum, a);

@@ -67,9 +67,10 @@ template <class I, int kPlanes>
 void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, char* tile) {
   using L = typename I::Lanes;
   const int64_t steps = p.group_size / 4, all = rows * kPlanes, first = row * kPlanes;
+  const RowQuantizer<L, kPlanes> quantizer(p, x);
   for (int64_t g = 0; g < p.groups; ++g, tile += GroupBytes(p, rows, kPlanes)) {
     alignas(64) int8_t planes[kPlanes][kMaxGroup];
-    const QuantizedGroup group = QuantizeGroup<L, kPlanes>(x + g * p.group_size, p.group_size, planes);
+    const QuantizedGroup group = quantizer.Quantize(g, planes);
     char* const starts = tile + 4 * steps * all;
     for (int plane = 0; plane < kPlanes; ++plane) {
       char* const bytes = tile + 4 * (first + plane);
