@@ -38,9 +38,10 @@ accuracy: $(VENV)/.dev
 	$(BIN)/qwen-build --quant int4 --force
 	$(BIN)/qwen-summarize --engine engines/SmolLM2-135M-Instruct-int4 --check
 
-# What each scheme costs on the demo, and attention against the stock operator; other benchmarks say how to run them.
+# What each scheme costs on the demo (about an hour on two cores), and attention against the stock operator; other
+# benchmarks say how to run them.
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.schemes
 	$(BIN)/python -m benchmarks.attention
 
 clean:

@@ -3,33 +3,67 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qwen_engine import __version__
-from qwen_engine.manifest import WEIGHTS_FILE
+from qwen_engine.manifest import WEIGHTS_FILE, Quantization
 from qwen_run.command import Command, peak_memory_bytes, printable
 
 # The choices of quantize.py and graph_io.py, repeated so that --help need not import onnx; a test compares them.
 QUANTS = ("none", "int8", "int4")
+CALIBRATED = ("smoothquant",)
+AUTO = "auto"
 GROUP_SIZES = ("32", "64", "128")
 KERNELS = ("native", "stock")
 ACTIVATIONS = ("int8", "int8x2", "float32")
+INT4_METHODS = ("rtn", "awq", "gptq")
+WEIGHT_SCALES = ("group", "channel", "tensor")
+ACTIVATION_SCALES = ("group", "token", "static")
 CACHE_DTYPES = ("float32", "float16", "int8")
 ENGINES = Path("engines")
+
+
+class Alpha(click.FloatRange):
+    """A number in a range, or auto."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
+class Size(click.ParamType[Any]):
+    """A size in bytes, or a share of the checkpoint's: 120MB, 1.5GB, 30%; value and whether it is a share."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number, unit = value.rstrip("kKMGB% "), value[len(value.rstrip("kKMGB% ")) :].strip()
+        factors = {"%": 0.01, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+        try:
+            if 0 < (size := float(number) * factors[unit]) < math.inf:
+                return size, unit == "%"
+        except (KeyError, ValueError):
+            pass
+        self.fail(f"{value!r} is no size, expected one such as 120MB, 1.5GB or 30%", param, ctx)
 
 
 @click.command(cls=Command)
 @click.argument("checkpoint", required=False)
 @click.option(
     "--quant",
-    type=click.Choice(QUANTS),
-    help="How the linear layers' weights are stored.  [default: int4; as they are in a GPTQ or AWQ checkpoint]",
+    type=click.Choice((*QUANTS, *CALIBRATED, AUTO)),
+    help="How the linear layers' weights are stored; smoothquant: int8, after outliers of their inputs were moved into "
+    "the weights (calibrated); auto: each as a budget allows, see --max-kl.  [default: int4; as they are in a GPTQ or "
+    "AWQ checkpoint]",
 )
 @click.option("--group-size", type=click.Choice(GROUP_SIZES), help="Inputs that share a scale.  [default: 32]")
 @click.option(
@@ -56,6 +90,19 @@ ENGINES = Path("engines")
     '"group_size": 64}}. Also symmetric and activations; what is left out is as the other options say.',
 )
 @click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="NATS",
+    help="With --quant auto: the smallest engine whose mean KL(float || engine) is at most this, verified on text held "
+    "out. int8 has about 0.005, int4 0.3 with the demo.",
+)
+@click.option(
+    "--max-size",
+    type=Size(),
+    metavar="SIZE",
+    help="With --quant auto: the most accurate engine of at most 120MB, 1.5GB or 30% of the checkpoint.",
+)
+@click.option(
     "--kernels",
     type=click.Choice(KERNELS),
     default="native",
@@ -65,6 +112,45 @@ ENGINES = Path("engines")
     "--activations",
     type=click.Choice(ACTIVATIONS),
     help="Precision of what is multiplied with quantised weights; int8x2 is native alone.  [default: int8]",
+)
+@click.option(
+    "--weight-scales",
+    type=click.Choice(WEIGHT_SCALES),
+    help="What of a weight has one scale, native kernels only: each group, each output or all of it (calibrated).  "
+    "[default: group]",
+)
+@click.option(
+    "--activation-scales",
+    type=click.Choice(ACTIVATION_SCALES),
+    help="The same of what it is multiplied with: each group, each token, or a constant (calibrated).  "
+    "[default: group]",
+)
+@click.option(
+    "--alpha",
+    type=Alpha(0, 1),
+    metavar="NUMBER|auto",
+    help="How much of the outliers smoothquant moves, 0 to 1; auto: for each input what has the least error.  "
+    "[default: auto]",
+)
+@click.option(
+    "--int4-method",
+    type=click.Choice(INT4_METHODS),
+    help="How the weights of int4 layers are rounded, and those of int8 ones beside them: to the nearest, or with what "
+    "they are multiplied with on a text; gptq is the most accurate and takes longest.  [default: rtn; gptq with "
+    "--quant auto]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to calibrate with, JSON Lines of documents or plain; --quant auto verifies with its last quarter.  "
+    "[default: the calibration half of the samples]",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="How much of it to read.  [default: up to 16384]",
 )
 @click.option(
     "--kv-cache-dtype",
@@ -87,7 +173,16 @@ ENGINES = Path("engines")
 @click.option("--dry-run", is_flag=True, help="Show what would be built, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.version_option(__version__, package_name="qwen-engine")
-def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool, as_json: bool, **chosen: Any) -> None:
+def main(
+    checkpoint: str | None,
+    max_kl: float | None,
+    max_size: tuple[float, bool] | None,
+    output: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
     """Build an engine from the Hugging Face Qwen checkpoint CHECKPOINT.
 
     CHECKPOINT is a directory, a Hub id such as Qwen/Qwen2.5-0.5B-Instruct, or nothing: then the small demo
@@ -98,6 +193,8 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
       qwen-build                                      the demo, int4
       qwen-build Qwen/Qwen2.5-0.5B-Instruct           from the Hub, int4
       qwen-build ./Qwen3-0.6B --quant int8 --output q3
+      qwen-build ./Qwen3-0.6B --int4-method gptq --calibration texts.jsonl
+      qwen-build ./Qwen3-0.6B --quant auto --max-kl 0.02
       qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
     """
     started = time.monotonic()
@@ -106,7 +203,14 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
     from qwen_build.locate import resolve_checkpoint
     from qwen_build.output import check_output, resolved
     from qwen_build.per_linear import read_rules
+    from qwen_engine.errors import BuildError
 
+    automatic = chosen["quant"] == AUTO
+    if dry_run and automatic:
+        raise BuildError("--dry-run measures nothing, and --quant auto chooses by what it measures; leave one out")
+    for option, value in (("--max-kl", max_kl), ("--max-size", max_size)):
+        if value is not None and not automatic:
+            raise BuildError(f"{option} is a budget for --quant auto to choose within; add that, or leave it out")
     if output is not None and not dry_run:
         check_output(output, force)  # before anything is downloaded
     group_size, rules = chosen["group_size"], chosen["quant_config"]
@@ -121,19 +225,23 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
         click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)
     with Checkpoint.open(located.path) as weights:
-        plan = plan_build(weights, located, options)
+        checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
+        plan = None if automatic else plan_build(weights, located, options)
         if dry_run:
             print_json(describe(plan)) if as_json else print_table(describe(plan))
             return
         if output is None:
-            output = ENGINES / f"{located.name}-{plan.options.quant}"
+            output = ENGINES / f"{located.name}-{plan.options.quant if plan else AUTO}"
             check_output(output, force)
-        target = resolved(output)
-        with click.progressbar(
-            length=plan.layout.size_bytes, label=f"Building {output}", file=sys.stderr, hidden=not sys.stderr.isatty()
-        ) as bar:
-            write_engine(plan, weights, target, force, shlex.join(["qwen-build", *sys.argv[1:]]), bar.update)
-        checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
+        target, command = resolved(output), shlex.join(["qwen-build", *sys.argv[1:]])
+        if plan is None:
+            from qwen_build.auto import build_auto
+
+            max_bytes = max_size and int(max_size[0] * (checkpoint_bytes if max_size[1] else 1))
+            report = build_auto(weights, located, options, target, max_kl, max_bytes, force, command, progress)
+        else:
+            with progress(f"Building {output}", plan.work) as advance:
+                write_engine(plan, weights, target, force, command, advance)
     summary = {
         "engine": str(output),
         "engine_bytes": sum(path.stat().st_size for path in target.iterdir()),
@@ -142,6 +250,7 @@ def main(checkpoint: str | None, output: Path | None, force: bool, dry_run: bool
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "has_tokenizer": (target / "tokenizer.json").is_file(),
+        **({} if plan else {"auto": report.summary()}),
     }
     print_json(summary) if as_json else print_summary(summary)
 
@@ -175,10 +284,7 @@ def print_table(description: dict[str, Any]) -> None:
     width = max(len(linear["name"]) for linear in description["linears"])
     click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':34}  {'MB':>9}")
     for linear in description["linears"]:
-        scheme = "float32"
-        if linear["group_size"]:
-            grid = "symmetric" if linear["symmetric"] else "asymmetric"
-            scheme = f"{linear['scheme']} g{linear['group_size']} {grid} x {linear['activations']}, {linear['kernels']}"
+        scheme = Quantization(**{field.name: linear[field.name] for field in fields(Quantization)}).words
         shape = f"{linear['out_features']}x{linear['in_features']}"
         shared = "  shared with the embedding" if description["tied"] and linear["name"] == "lm_head" else ""
         click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:34}  {linear['stored_bytes'] / 1e6:9.2f}{shared}")
@@ -199,6 +305,19 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"{printable(summary['engine'])}: {engine / 1e6:,.1f} MB, {engine / checkpoint:.0%} of the checkpoint; "
         f"{summary['seconds']} s, peak memory {summary['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
+    if auto := summary.get("auto"):
+        click.echo(
+            f"{auto['budget']}: mean KL {auto['held_out_kl']:.3g} on {auto['held_out_tokens']:,} tokens of "
+            f"{printable(auto['held_out'])}; {auto['calibration_kl']:.3g} on calibration text, "
+            f"{auto['predicted_kl']:.3g} predicted\nwhat was chosen and why: {printable(auto['page'])} in the engine"
+        )
+
+
+@contextmanager
+def progress(label: str, length: int) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, where that is a terminal, and what to call with the newly done of ``length``."""
+    with click.progressbar(length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
 
 def print_json(value: dict[str, Any]) -> None:

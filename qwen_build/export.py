@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +23,6 @@ from qwen_build.checkpoint import Checkpoint
 from qwen_build.grid import Rounded
 from qwen_build.model import Graph
 from qwen_build.quantize import Float32, NativeInt, Scheme, StockInt, StoredPart, Tensors
-from qwen_build.weight_map import AnySource
 from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import WEIGHTS_FILE
 from qwen_run.machine import physical_cores
@@ -38,6 +37,17 @@ ARRAYS_PER_SLICE = 6
 ALIGNMENTS = (64, 4096)
 # Constants up to this size stay in the graph: ONNX's shape inference wants to see axes and the like.
 INLINE_BYTES = 1024
+
+
+class WeightSource(Protocol):
+    """Where the values of a graph weight come from."""
+
+    @property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The tensors of the checkpoint it stands for, and their shapes."""
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray | Rounded:
+        """Rows [start, stop), float32 or on the grid of their scheme already."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Place:
 class PlannedWeight:
     """A weight of the checkpoint, how it is stored, and where each of its parts lies."""
 
-    source: AnySource
+    source: WeightSource
     shape: tuple[int, ...]
     scheme: Scheme
     places: Mapping[str, Place]
@@ -79,11 +89,11 @@ class Layout:
     size_bytes: int
 
 
-def plan_layout(graph: Graph, sources: Mapping[str, AnySource]) -> Layout:
+def plan_layout(graph: Graph, sources: Mapping[str, WeightSource]) -> Layout:
     """Give every tensor of ``graph`` its place. ``sources`` has the source of each graph weight."""
     end = 0
     places: dict[str, Place] = {}
-    planned: dict[tuple[AnySource, Scheme], PlannedWeight] = {}
+    planned: dict[tuple[WeightSource, Scheme], PlannedWeight] = {}
     constants: list[tuple[np.ndarray, Place]] = []
 
     def put(part: StoredPart) -> Place:
@@ -115,11 +125,19 @@ def plan_layout(graph: Graph, sources: Mapping[str, AnySource]) -> Layout:
 
 
 def write_graph(graph: Graph, layout: Layout, path: Path) -> None:
-    """Write the graph to ``path``, its initializers pointing into the weights file beside it."""
+    """Write the graph to ``path``, its initializers pointing into the weights file beside it.
+
+    Nodes read a tied head and embedding through one of the two: ONNX Runtime maps every initializer by itself, and
+    memory that is read through two maps counts twice. The other stays, for those who look for a linear by its name.
+    """
+    readers: dict[tuple[int, tuple[int, ...]], ir.Value] = {}
     for name, value in graph.model.graph.initializers.items():
         if name not in layout.places:
             continue
         place = layout.places[name]
+        one = readers.setdefault((place.offset, tuple(map(int, value.shape or ()))), value)
+        if one is not value:
+            ir.convenience.replace_all_uses_with(value, one)
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE, place.offset, place.part.size_bytes, place.part.dtype,
             shape=value.shape, name=name, base_dir=path.parent,

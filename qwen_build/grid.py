@@ -29,11 +29,15 @@ class Grid:
 
     A symmetric grid has its middle, 2**(bits-1), at 0; another one stretches from the smallest to the largest weight
     of the group, shifted so that 0 lies on it.
+
+    ``weight_scales``: each "group" has a scale of its own, or, on a symmetric grid, the groups of an output ("channel")
+    or of the whole weight ("tensor") have the same one. "tensor" rounds whole weights only, no slices of their rows.
     """
 
     bits: int
     group_size: int
     symmetric: bool
+    weight_scales: str = "group"
 
     def round(
         self, weight: np.ndarray, storable: Callable[[np.ndarray], np.ndarray] = lambda scales: scales
@@ -48,20 +52,34 @@ class Grid:
             len(weight), -1, self.group_size
         )
         lowest, highest = groups.min(axis=-1), groups.max(axis=-1)
-        zero_points: np.ndarray | None = None
         if self.symmetric:
-            scales = positive(storable(np.maximum(highest, -lowest) / (self.middle - 1)))
-            zero: np.ndarray | int = self.middle
-        else:
-            lowest, highest = lowest.clip(max=0), highest.clip(min=0)
-            scales = positive(storable((highest - lowest) / self.most))
-            zero_points = np.rint(-lowest / scales).clip(max=self.most)
-            zero = zero_points[..., None]
+            highest = self.shared(np.maximum(highest, -lowest))
+        return self.within(groups, lowest, highest, storable)
+
+    def within(
+        self,
+        groups: np.ndarray,
+        lowest: np.ndarray,
+        highest: np.ndarray,
+        storable: Callable[[np.ndarray], np.ndarray],
+    ) -> Rounded:
+        """Round ``groups`` (N, groups, group_size) to grids that reach from ``lowest`` to ``highest`` (N, groups).
+
+        Zero is always between them; a symmetric grid reaches as far down as up, and ``lowest`` does not matter.
+        """
+        if self.symmetric:
+            return self.nearest(groups, positive(storable(highest / (self.middle - 1))), None)
+        lowest, highest = lowest.clip(max=0), highest.clip(min=0)
+        scales = positive(storable((highest - lowest) / self.most))
+        return self.nearest(groups, scales, np.rint(-lowest / scales).clip(max=self.most).astype(np.uint8))
+
+    def nearest(self, groups: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None) -> Rounded:
+        """Round ``groups`` (N, groups, group_size) to the nearest values of given grids, see :class:`Rounded`."""
         q = groups / scales[..., None]
         np.rint(q, out=q)
-        q += zero
+        q += self.middle if zero_points is None else zero_points[..., None]
         np.clip(q, 0, self.most, out=q)
-        return Rounded(q.astype(np.uint8), scales, None if zero_points is None else zero_points.astype(np.uint8))
+        return Rounded(q.astype(np.uint8), scales, zero_points)
 
     def values(self, rounded: Rounded, in_features: int) -> np.ndarray:
         """The weight that ``rounded`` stands for, float32 (out_features, in_features)."""
@@ -72,6 +90,13 @@ class Grid:
         weight -= zero
         weight *= rounded.scales[..., None]
         return weight.reshape(len(weight), -1)[:, :in_features]
+
+    def shared(self, largest: np.ndarray) -> np.ndarray:
+        """``largest`` (out_features, groups), each replaced by the largest of the groups that share its scale."""
+        if self.weight_scales == "group":
+            return largest
+        axis = 1 if self.weight_scales == "channel" else None
+        return np.broadcast_to(largest.max(axis, keepdims=True), largest.shape)
 
     @property
     def most(self) -> int:

@@ -55,12 +55,14 @@ class Choice:
 class Schemes:
     """How every linear is stored: those of the decoder layers, embedding and head, and exceptions by their name.
 
-    Names are Hugging Face's, such as ``model.layers.0.mlp.up_proj``: never those of fused linears.
+    Names are Hugging Face's, such as ``model.layers.0.mlp.up_proj``: never those of fused linears. Without ``fuse``,
+    there are none.
     """
 
     linear: Scheme
     embedding: Scheme
     exceptions: Mapping[str, Choice] = field(default_factory=dict)
+    fuse: bool = True
 
     def of(self, name: str) -> Choice:
         default = self.embedding if f"{name}.weight" in (EMBEDDING, HEAD) else self.linear
@@ -129,6 +131,8 @@ class Linear(Stored):
         super().__init__(out_features, in_features, choice.scheme)
         self.permutation = choice.permutation
         self.bias = nn.Parameter((out_features,)) if bias else None
+        is_static = isinstance(choice.scheme, NativeInt) and choice.scheme.activation_scales == "static"
+        self.input_scale = nn.Parameter((1,)) if is_static else None
         self.input_name, self.output_name = input_name, output_name
 
     def forward(
@@ -156,7 +160,7 @@ class Linear(Stored):
 
         # A layers graph shows what the operator has inside; only the residual is added outside, to the same bits.
         changes_input = norm is not None or swiglu
-        fusion = Fusion(norm, swiglu, None if step.exposing else residual, permutation)
+        fusion = Fusion(norm, swiglu, None if step.exposing else residual, permutation, self.input_scale)
         product, changed = self.scheme.fused_linear(
             op, x, self.parts, self.bias, self.shape, fusion, with_input=step.exposing and changes_input
         )
@@ -175,7 +179,7 @@ def side_by_side(
     parts = FUSED[fused](config)
     parent, _, name = fused.rpartition(".")
     choices = [schemes.of(f"{path}.{parent}.{part}") for part in parts]
-    if all(choices[0].agrees(choice) for choice in choices):
+    if schemes.fuse and all(choices[0].agrees(choice) for choice in choices):
         return {name: Linear(in_features, sum(parts.values()), choices[0], bias, input_name)}
     exposing = [input_name, *(None for _ in choices[1:])]  # they have one input
     return {

@@ -7,6 +7,7 @@ one that a killed process left. Where the file system has no such locks, what wa
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -134,3 +135,33 @@ def _own_files(engine: Path) -> set[str]:
         return {MANIFEST_FILE, *Manifest.read(engine).parts}
     except EngineError:
         return {MANIFEST_FILE, GRAPH_FILE, LAYERS_GRAPH_FILE, WEIGHTS_FILE, *TEXT_FILES}
+
+
+@contextmanager
+def resumable_beside(target: Path, key: str) -> Iterator[Path]:
+    """A hidden directory beside ``target`` that the next process finds as it is if this one is interrupted.
+
+    It is gone after success and after errors, and so are those of ``target`` that were left with another ``key``.
+
+    Raises:
+        BuildError: the directory of ``target`` cannot be written.
+    """
+    directory = target.parent / f".{target.name}.{key}.calibration"
+    try:
+        with ExitStack() as held:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)
+            held.enter_context(_locked(directory))
+            for left in target.parent.glob(f".{glob.escape(target.name)}.*.calibration"):
+                if left != directory:
+                    with suppress(OSError), _locked(left, wait=False):
+                        shutil.rmtree(left, ignore_errors=True)
+            directory.mkdir(exist_ok=True)  # another process may have finished while this one waited
+            try:
+                yield directory
+            except Exception:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+            shutil.rmtree(directory, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -260,6 +260,30 @@ def is_packed(checkpoint: Checkpoint, linear: str) -> bool:
     return f"{linear}.qweight" in checkpoint.tensors
 
 
+def read_linear(
+    checkpoint: Checkpoint,
+    packed: PackedFormat | None,
+    linear: str,
+    shape: tuple[int, int],
+    start: int = 0,
+    stop: int | None = None,
+) -> np.ndarray:
+    """Rows [start, stop) of the weight of ``linear``, float32, whether the checkpoint has it ``packed`` or not.
+
+    Args:
+        shape: (out_features, in_features) of the whole weight.
+        stop: all rows if None.
+    """
+    stop = shape[0] if stop is None else stop
+    if not is_packed(checkpoint, linear):
+        return checkpoint.read(f"{linear}.weight", start, stop)
+    assert packed is not None
+    rounded = PackedSource(packed, ((linear, shape[0]),), shape[1]).read(checkpoint, start, stop)
+    weight = packed.grid.values(rounded, shape[1])
+    order = column_order(packed, checkpoint, linear)
+    return weight if order is None else weight[:, np.argsort(order)]
+
+
 def _unsupported(method: str, key: str, found: object, expected: Any) -> UnsupportedModel:
     return UnsupportedModel(
         f"quantization_config of {method} has {key} {found!r}, expected {' or '.join(map(str, expected))}; "

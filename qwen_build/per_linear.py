@@ -58,6 +58,15 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     return tuple(_rule(str(path), pattern, options) for pattern, options in _pairs(entries, str(path)))
 
 
+def write_rules(rules: Iterable[Rule]) -> str:
+    """What :func:`read_rules` reads as ``rules``, a line each; no two of them have one pattern."""
+    lines = []
+    for rule in rules:
+        options = {name: value for name in OPTIONS if (value := getattr(rule, name)) is not None}
+        lines.append(f" {json.dumps(rule.pattern, ensure_ascii=False)}: {json.dumps(options)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def _rule(origin: str, pattern: str, options: Any) -> Rule:
     where = f"{origin}: {pattern!r}"
     given = dict(_pairs(options, where))

@@ -103,7 +103,7 @@ class Float32:
 
     @property
     def record(self) -> Quantization:
-        return Quantization("none", 32, 0, True, "float32", "stock", ROWS)
+        return Quantization("none", 32, 0, True, "float32", "stock", ROWS, "group", "group", "none")
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,16 @@ class StockInt:
             parts["zero_points"] = StoredPart((out_features, -(-groups * bits // 8)), ir.DataType.UINT8)
         return parts
 
+    def round(self, weight: np.ndarray) -> Rounded:
+        """``weight`` (out_features, in_features) float32 on the grid, without calibration."""
+        return self.grid.round(weight, self.storable)
+
+    def storable(self, scales: np.ndarray) -> np.ndarray:
+        """The nearest scales that can be stored: all."""
+        return scales
+
     def quantize(self, weight: np.ndarray) -> Tensors:
-        return self.store(self.grid.round(weight))
+        return self.store(self.round(weight))
 
     def store(self, rounded: Rounded) -> Tensors:
         """A weight that is on the grid already, as stored."""
@@ -186,13 +194,15 @@ class Fusion:
 
     The product's input is ``norm`` of x; or, with ``swiglu``, silu of the first half of x's (T, 2 in_features) times
     the second. ``residual`` (T, out_features) is added last. With ``permutation`` int32 (in_features), stored column k
-    multiplies column permutation[k] of the input.
+    multiplies column permutation[k] of the input. ``input_scale`` float32 (1) is what a scheme whose activation scales
+    are static rounds the input with.
     """
 
     norm: Norm | None = None
     swiglu: bool = False
     residual: ir.Value | None = None
     permutation: ir.Value | None = None
+    input_scale: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -200,11 +210,13 @@ class NativeInt:
     """A grid as the plugin's ``QuantLinear`` and ``QuantEmbedding`` read it: panels, see ``qwen_plugin/layout.py``.
 
     Scales are rounded to what a panel holds before q is computed. ``activations`` "int8" rounds each input row to
-    int8, group by group, before it is multiplied; "int8x2" to about 15 bits.
+    int8 before it is multiplied; "int8x2" to about 15 bits. ``activation_scales``: each "group" of a row has a scale
+    of its own, a row has one ("token"), or the linear has a constant one ("static"), which comes from calibration.
     """
 
     grid: Grid
     activations: str
+    activation_scales: str = "group"
 
     block_rows = PANEL
 
@@ -213,12 +225,24 @@ class NativeInt:
         bytes_each = panel_bytes(in_features, self.grid.bits, self.grid.group_size, self.grid.symmetric)
         return {"panels": StoredPart((-(-out_features // PANEL), bytes_each), ir.DataType.UINT8)}
 
-    def quantize(self, weight: np.ndarray) -> Tensors:
-        rounded = self.grid.round(weight, round_scales)
+    def round(self, weight: np.ndarray) -> Rounded:
+        """``weight`` (out_features, in_features) float32 on the grid, without calibration.
+
+        Raises:
+            OverflowError: a value is larger than the layout can store.
+        """
+        rounded = self.grid.round(weight, self.storable)
         if not np.isfinite(rounded.scales).all():
             largest = float(np.abs(weight).max())
             raise OverflowError(f"{largest:g} is too large for the native layout's float16 scales")
-        return self.store(rounded)
+        return rounded
+
+    def storable(self, scales: np.ndarray) -> np.ndarray:
+        """The nearest scales that can be stored."""
+        return round_scales(scales)
+
+    def quantize(self, weight: np.ndarray) -> Tensors:
+        return self.store(self.round(weight))
 
     def store(self, rounded: Rounded) -> Tensors:
         """A weight that is on the grid already, as stored.
@@ -258,9 +282,10 @@ class NativeInt:
         norm = fusion.norm
         outputs = op.QuantLinear(
             x, weight["panels"], bias, norm.weight if norm else None, fusion.residual,
-            fusion.permutation,
-            **self._attributes(shape), precision=self.activations, swiglu=int(fusion.swiglu),
-            **({"epsilon": norm.eps} if norm else {}), _domain=PLUGIN_DOMAIN, _outputs=1 + with_input,
+            fusion.permutation, fusion.input_scale,
+            **self._attributes(shape), precision=self.activations, activation_scales=self.activation_scales,
+            swiglu=int(fusion.swiglu), **({"epsilon": norm.eps} if norm else {}),
+            _domain=PLUGIN_DOMAIN, _outputs=1 + with_input,
         )  # fmt: skip
         return (outputs[0], outputs[1]) if with_input else (outputs, None)
 
@@ -279,11 +304,16 @@ class NativeInt:
 
     @property
     def record(self) -> Quantization:
-        return int_record(self.grid, self.activations, "native", PANELS)
+        return int_record(self.grid, self.activations, "native", PANELS, self.activation_scales)
 
 
-def int_record(grid: Grid, activations: str, kernels: str, layout: str) -> Quantization:
-    return Quantization(f"int{grid.bits}", grid.bits, grid.group_size, grid.symmetric, activations, kernels, layout)
+def int_record(
+    grid: Grid, activations: str, kernels: str, layout: str, activation_scales: str = "group"
+) -> Quantization:
+    return Quantization(
+        f"int{grid.bits}", grid.bits, grid.group_size, grid.symmetric, activations, kernels, layout,
+        grid.weight_scales, activation_scales, "rtn",
+    )  # fmt: skip
 
 
 def pack(q: np.ndarray, bits: int) -> np.ndarray:
@@ -335,8 +365,20 @@ KERNELS = {
 
 GROUP_SIZES = (32, 64, 128)
 
+# see Grid and NativeInt
+WEIGHT_SCALES = ("group", "channel", "tensor")
+ACTIVATION_SCALES = ("group", "token", "static")
 
-def make_scheme(name: str, group_size: int, symmetric: bool | None, activations: str | None, kernels: str) -> Scheme:
+
+def make_scheme(
+    name: str,
+    group_size: int,
+    symmetric: bool | None,
+    activations: str | None,
+    kernels: str,
+    weight_scales: str = "group",
+    activation_scales: str = "group",
+) -> Scheme:
     """The scheme called ``name`` on the command line; None is the default of the tables.
 
     Raises:
@@ -346,6 +388,8 @@ def make_scheme(name: str, group_size: int, symmetric: bool | None, activations:
         ("quant", name, tuple(SCHEMES)),
         ("group-size", group_size, GROUP_SIZES),
         ("kernels", kernels, tuple(KERNELS)),
+        ("weight-scales", weight_scales, WEIGHT_SCALES),
+        ("activation-scales", activation_scales, ACTIVATION_SCALES),
     ):
         if value not in choices:
             raise BuildError(f"--{option} {value} is not one of {', '.join(map(str, choices))}")
@@ -354,5 +398,16 @@ def make_scheme(name: str, group_size: int, symmetric: bool | None, activations:
         raise BuildError(f"--kernels {kernels} has no --activations {activations}; choose {' or '.join(precisions)}")
     if not row.bits:
         return Float32()
-    grid = Grid(row.bits, group_size, row.symmetric if symmetric is None else symmetric)
-    return store(grid, activations or precisions[0])
+    shared = weight_scales != "group"
+    if shared and symmetric is False:
+        raise BuildError(f"--weight-scales {weight_scales} goes with symmetric grids only; leave --asymmetric out")
+    grid = Grid(row.bits, group_size, shared or row.symmetric if symmetric is None else symmetric, weight_scales)
+    activations = activations or precisions[0]
+    if store is StockInt:
+        for option, value in (("weight-scales", weight_scales), ("activation-scales", activation_scales)):
+            if value != "group":
+                raise BuildError(f"--kernels stock has no --{option} {value}; use --kernels native")
+        return StockInt(grid, activations)
+    if activations == "float32" and activation_scales != "group":
+        raise BuildError(f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2")
+    return NativeInt(grid, activations, activation_scales)

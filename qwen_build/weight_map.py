@@ -8,7 +8,7 @@ stored alike, the graph has the parts, by their own names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,12 +51,20 @@ class Source:
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the graph weight, float32."""
-        pieces = []
-        for name, (rows, *_) in self.shapes:
-            if start < rows and stop > 0:
-                pieces.append(checkpoint.read(name, max(start, 0), min(stop, rows)))
-            start, stop = start - rows, stop - rows
+        pieces = [checkpoint.read(*rows) for rows in row_ranges(self.shapes, start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def row_ranges(shapes: Iterable[tuple[str, Shape]], start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    """Which rows of which of the tensors ``shapes``, one after the other, are rows [start, stop) of them all.
+
+    >>> list(row_ranges([("q", (4,)), ("k", (2,)), ("v", (2,))], 3, 6))
+    [('q', 3, 4), ('k', 0, 2)]
+    """
+    for name, (rows, *_) in shapes:
+        if start < rows and stop > 0:
+            yield name, max(start, 0), min(stop, rows)
+        start, stop = start - rows, stop - rows
 
 
 AnySource = Source | PackedSource

@@ -18,7 +18,7 @@ from qwen_engine import strict_json
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, LOGITS, TensorSpec, cache_inputs
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
@@ -66,7 +66,11 @@ class Quantization:
 
     ``scheme`` is the name on the command line; ``bits`` 32 means float32 without groups
     (``group_size`` 0). ``activations`` is the precision in which inputs enter the product. ``kernels``
-    says whose operator multiplies, ``layout`` how the bytes lie that it reads.
+    says whose operator multiplies, ``layout`` how the bytes lie that it reads. ``weight_scales`` says what has a scale
+    of its own: each "group", each output ("channel"), or the whole weight ("tensor"); ``activation_scales`` the same
+    of an input that is rounded: each "group", each row ("token"), or the linear, a constant ("static"). ``method`` is
+    how the weight was rounded: "rtn" (to the nearest), a method that calibrates, or "imported" as it was; for float32
+    "none", or "folded" if factors of its inputs or outputs went into it.
     """
 
     scheme: str
@@ -76,6 +80,20 @@ class Quantization:
     activations: str
     kernels: str
     layout: str
+    weight_scales: str
+    activation_scales: str
+    method: str
+
+    @property
+    def words(self) -> str:
+        """How a weight is stored and multiplied, in a few words."""
+        if not self.group_size:
+            return "float32"
+        scales = f"g{self.group_size}" if self.weight_scales == "group" else f"per {self.weight_scales}"
+        rounded = {"group": "", "token": " per token", "static": " static"}[self.activation_scales]
+        grid = "symmetric" if self.symmetric else "asymmetric"
+        method = "" if self.method == "rtn" else f" {self.method}"
+        return f"{self.scheme} {scales} {grid}{method} x {self.activations}{rounded}, {self.kernels}"
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,9 @@ def _scheme_words(stored: Quantization) -> str:
     if not stored.group_size:
         return "float32"
     grid = "symmetric" if stored.symmetric else "asymmetric"
-    return f"{stored.scheme}, groups of {stored.group_size}, {grid}, {stored.activations} activations"
+    scales = f"groups of {stored.group_size}" if stored.weight_scales == "group" else f"per {stored.weight_scales}"
+    rounded = {"group": "", "token": " per token", "static": " static"}[stored.activation_scales]
+    return f"{stored.scheme}, {scales}, {grid}, {stored.activations}{rounded} activations"
 
 
 def sample_results(

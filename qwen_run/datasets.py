@@ -23,7 +23,7 @@ _SAMPLES = ("scitldr", "wikitext2")
 BUILT_IN = {
     "default": "scitldr and wikitext2 in turn",
     "scitldr": "abstracts of papers with a one-sentence summary (SciTLDR)",
-    "wikitext2": "beginnings of Wikipedia articles (WikiText-2)",
+    "wikitext2": "Wikipedia articles (WikiText-2)",
 }
 
 

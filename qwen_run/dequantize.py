@@ -161,10 +161,6 @@ class EngineWeights:
         """Whether head and embedding are the same bytes."""
         return self._places[EMBEDDING] == self._places[HEAD]
 
-    def permutation(self, name: str) -> np.ndarray | None:
-        """Of the linear that Hugging Face calls ``name``, see :class:`StoredLinear`."""
-        return self.linears[self.parts[name].owner].permutation
-
     def pieces(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
         """The weight of the linear that Hugging Face calls ``name``, some rows at a time: which, and their values."""
         part = self.parts[name]

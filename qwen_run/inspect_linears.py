@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_engine.manifest import WEIGHTS_FILE, LinearRecord, Manifest
+from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -20,12 +20,16 @@ STYLE = "text { font: 12px system-ui, sans-serif; fill: #222; } .light { fill: #
 
 @dataclass(frozen=True)
 class LinearRow:
-    """One linear; ``output_error`` as in the manifest. One that is shared reads the bytes of the embedding."""
+    """One linear; ``quantization`` and ``output_error`` as in the manifest, ``scheme`` the former in words.
+
+    One that is shared reads the bytes of the embedding.
+    """
 
     name: str
     out_features: int
     in_features: int
     scheme: str
+    quantization: Quantization
     bits_per_weight: float
     stored_bytes: int
     output_error: float | None
@@ -51,7 +55,8 @@ def linear_rows(manifest: Manifest) -> list[LinearRow]:
             name=linear.name,
             out_features=linear.out_features,
             in_features=linear.in_features,
-            scheme=scheme_words(linear),
+            scheme=linear.quantization.words,
+            quantization=linear.quantization,
             bits_per_weight=8 * linear.stored_bytes / (linear.out_features * linear.in_features),
             stored_bytes=linear.stored_bytes,
             output_error=linear.output_error,
@@ -59,15 +64,6 @@ def linear_rows(manifest: Manifest) -> list[LinearRow]:
         )
         for linear in manifest.linears
     ]
-
-
-def scheme_words(linear: LinearRecord) -> str:
-    """How a linear is stored, and multiplied with."""
-    stored = linear.quantization
-    if not stored.group_size:
-        return "float32"
-    grid = "symmetric" if stored.symmetric else "asymmetric"
-    return f"{stored.scheme} g{stored.group_size} {grid} x {stored.activations}, {stored.kernels}"
 
 
 def totals(manifest: Manifest, rows: Sequence[LinearRow]) -> Totals:
@@ -110,7 +106,8 @@ def svg_file(width: float, height: float, title: str, style: str, content: str) 
 def _cell(x: float, y: float, across: float, row: LinearRow) -> str:
     depth = min(max(math.log2(max(row.bits_per_weight, 1)) / 5, 0), 1)  # white at 1 bit, dark at 32
     colour = f"hsl(215 60% {95 - 65 * depth:.0f}%)"
-    words = html.escape(f"{row.name}: {row.scheme}, {row.bits_per_weight:.2f} bits a weight")
+    error = "" if row.output_error is None else f", output error {row.output_error:.2%}"
+    words = html.escape(f"{row.name}: {row.scheme}, {row.bits_per_weight:.2f} bits a weight{error}")
     label = _text(x + across / 2, y + 17, f"{row.bits_per_weight:.2g}", "middle", "light" if depth > 0.6 else "")
     rect = f'<rect x="{x:g}" y="{y:g}" width="{across - 1:g}" height="{CELL - 1}" fill="{colour}"/>'
     return f"<g><title>{words}</title>{rect}{label}</g>"

@@ -23,7 +23,7 @@ from qwen_engine.errors import CheckpointError, RequestError
 from qwen_engine.graph_io import LOGITS
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_run.accuracy import FullLogits, ReferenceLogits
-from qwen_run.dequantize import HEAD, EngineWeights, parts, slices
+from qwen_run.dequantize import HEAD, EngineWeights, StoredLinear, parts, slices
 from qwen_run.stored_weights import CheckpointWeights
 
 # Positions whose logits are in memory at a time.
@@ -276,8 +276,8 @@ class HuggingFace:
         for name, quantization in recipe.quantizations.items():
             module = self._model.get_submodule(name)
             if quantization.activations in ROUNDING_STEPS and isinstance(module, self._torch.nn.Linear):
-                hook = _rounding_hook(self._torch, quantization, weights.permutation(name))
-                module.register_forward_pre_hook(hook)
+                stored = weights.linears[weights.parts[name].owner]
+                module.register_forward_pre_hook(_rounding_hook(self._torch, quantization, stored))
 
     def _fill(self, model: Any, pieces: Pieces) -> None:
         """Set all parameters of ``model``, each piece of which comes once."""
@@ -305,14 +305,19 @@ def _engine_pieces(weights: EngineWeights) -> Pieces:
             yield from ((f"{name}.weight", rows, values) for rows, values in weights.pieces(name))
 
 
-def _rounding_hook(torch: Any, quantization: Quantization, permutation: np.ndarray | None) -> Any:
-    most, group_size = ROUNDING_STEPS[quantization.activations], quantization.group_size
-    if permutation is None:
-        return lambda module, arguments: (round_activations(torch, arguments[0], group_size, most),)
-    stored, restored = (torch.tensor(order) for order in (permutation, np.argsort(permutation)))
-    return lambda module, arguments: (
-        round_activations(torch, arguments[0][..., stored], group_size, most)[..., restored],
-    )
+def _rounding_hook(torch: Any, quantization: Quantization, linear: StoredLinear) -> Any:
+    most = ROUNDING_STEPS[quantization.activations]
+
+    def rounded(x: Any) -> Any:
+        if quantization.activation_scales == "static":
+            return round_statically(x, torch.tensor(linear.tensors["input_scale"]), most)
+        group_size = x.shape[-1] if quantization.activation_scales == "token" else quantization.group_size
+        return round_activations(torch, x, group_size, most)
+
+    if linear.permutation is None:
+        return lambda module, arguments: (rounded(arguments[0]),)
+    stored, restored = (torch.tensor(order) for order in (linear.permutation, np.argsort(linear.permutation)))
+    return lambda module, arguments: (rounded(arguments[0][..., stored])[..., restored],)
 
 
 def round_activations(torch: Any, x: Any, group_size: int, most: int) -> Any:
@@ -331,6 +336,12 @@ def round_activations(torch: Any, x: Any, group_size: int, most: int) -> Any:
     steps = torch.tensor(float(most))  # a tensor: torch would multiply the number with a rounded reciprocal
     inverse = torch.where(largest > 1e-36, steps / largest, 0)  # nothing, or too little for a reciprocal, is 0
     return ((groups * inverse).round() * (largest / steps)).flatten(-2)[..., :features]
+
+
+def round_statically(x: Any, input_scale: Any, most: int) -> Any:
+    """``x`` as ``QuantLinear`` reads it with static activation scales: 127 times ``input_scale`` becomes ``most``."""
+    steps = most / 127
+    return (x * (steps / input_scale)).clamp(-most, most).round() * (input_scale / steps)
 
 
 def _import_torch_and_transformers() -> tuple[ModuleType, ModuleType]:

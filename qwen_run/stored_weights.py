@@ -52,32 +52,26 @@ class CheckpointWeights:
 
     def rows(self, linear: str, shape: tuple[int, int], rows: slice) -> np.ndarray:
         """Some rows of the weight of ``linear``, which has ``shape`` (out_features, in_features)."""
-        from qwen_build.packed import PackedSource, column_order
+        from qwen_build.packed import read_linear
 
         if linear == HEAD and self.config.tie_word_embeddings:
             linear = EMBEDDING
-        if not self.is_packed(linear):
-            return self.checkpoint.read(f"{linear}.weight", rows.start, rows.stop)
-        assert self.config.packed is not None
-        source = PackedSource(self.config.packed, ((linear, shape[0]),), shape[1])
-        rounded = source.read(self.checkpoint, rows.start, rows.stop)
-        weight = self.config.packed.grid.values(rounded, shape[1])
-        if (order := column_order(self.config.packed, self.checkpoint, linear)) is not None:
-            weight = weight[:, np.argsort(order)]
-        return weight
+        return read_linear(self.checkpoint, self.config.packed, linear, shape, rows.start, rows.stop)
 
 
 def compare_weights(engine: Path, checkpoint: Path) -> Check:
     """Whether the engine has the weights of the checkpoint, rounded as the manifest says, to the last bit.
 
-    Calibrated linears are not rounded to the nearest; they are left out, and the message says how many.
+    Calibrated linears are not rounded to the nearest, or have factors of their inputs in them; they are left out, and
+    the message says how many.
 
     Raises:
         EngineError, CheckpointError: one of them cannot be read.
     """
     found = EngineWeights(engine)
     records = [linear.record for linear in found.linears.values()]
-    calibrated = {record.name for record in records if record.output_error is not None}
+    changed = (record for record in records if record.output_error is not None or record.quantization.method == "folded")
+    calibrated = {record.name for record in changed}
     with CheckpointWeights(checkpoint) as expected:
         vectors = [] if calibrated else list(found.vectors)  # calibration may scale norms
         differing = [name for name in vectors if not np.array_equal(found.vectors[name], expected.vector(name))]
@@ -103,5 +97,13 @@ def _rounded(weight: np.ndarray, linear: StoredLinear) -> np.ndarray:
     from qwen_build.quantize import make_scheme
 
     stored, shape = linear.record.quantization, (weight.shape[0], weight.shape[1])
-    scheme = make_scheme(stored.scheme, stored.group_size or 32, stored.symmetric, stored.activations, stored.kernels)
+    scheme = make_scheme(
+        stored.scheme,
+        stored.group_size or 32,
+        stored.symmetric,
+        stored.activations,
+        stored.kernels,
+        stored.weight_scales,
+        stored.activation_scales,
+    )
     return scheme.dequantize(scheme.quantize(weight), shape)

@@ -219,10 +219,10 @@ def test_an_int8_cache_has_a_scale_for_every_key_and_value(checkpoint, tmp_path)
     manifest = Manifest.read(tmp_path / "engine")
     pools = {state.name: (state.dtype, state.shape) for state in manifest.states if state.layer == 2}
     assert pools == {
-        "key_cache.2": ("int8", ("num_blocks", 2, 1, 8, 32)),
-        "value_cache.2": ("int8", ("num_blocks", 2, 32, 8)),
-        "key_scale.2": ("float32", ("num_blocks", 2, 32)),
-        "value_scale.2": ("float32", ("num_blocks", 2, 32)),
+        "key_cache.2": ("int8", ("num_blocks", 2, 2, 8, 32)),
+        "value_cache.2": ("int8", ("num_blocks", 2, 64, 8)),
+        "key_scale.2": ("float32", ("num_blocks", 2, 64)),
+        "value_scale.2": ("float32", ("num_blocks", 2, 64)),
     }
     assert manifest.cache.bytes_per_token == 3 * 2 * 2 * (8 + 4)  # layers, key and value, heads
 

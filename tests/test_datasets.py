@@ -18,6 +18,8 @@ from qwen_run.datasets import (
     overlap,
 )
 
+BENCHMARK_TEXT = Path(__file__).parents[1] / "benchmarks" / "data" / "wikitext2-evaluation.jsonl"
+
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_name_loads_without_a_network_or_a_setting(name: str) -> None:
@@ -44,6 +46,38 @@ def test_what_evaluates_never_calibrates(name: str) -> None:
     assert min(len(evaluation), len(calibration)) >= 12
     assert overlap(evaluation, calibration) == ()
     assert not {document.id for document in evaluation} & {document.id for document in calibration}
+
+
+@pytest.mark.parametrize(
+    ("name", "sha256"),
+    [
+        ("scitldr", "b13c45109786436c318d86431cb8cbe45e43ce5b065a21b4364318fbc5479575"),
+        ("wikitext2", "41d08cf227149b763114456d09a690d7b2d3cfb7cd6da37b55ef7a1c663ba8cb"),
+        ("default", "7f3bb4e761ee7f805ca9624b8d75fa9fb1584f7cb1f91bf64c53375502c31f83"),
+    ],
+)
+def test_what_reports_were_made_with_does_not_change(name: str, sha256: str) -> None:
+    assert load_dataset(name).sha256 == sha256
+
+
+def test_an_article_is_in_one_half_with_all_its_parts() -> None:
+    further = load_dataset(str(BENCHMARK_TEXT)).documents
+    assert all(half_of(document.document) == "evaluation" for document in further)
+    evaluation = (*built_in_documents("wikitext2"), *further)
+    calibration = built_in_documents("wikitext2", "calibration")
+    articles = [{document.id.removesuffix("-continued") for document in half} for half in (evaluation, calibration)]
+    assert not articles[0] & articles[1]
+    assert len(articles[0]) == len(evaluation)
+    paragraphs = [
+        {line for one in half for line in one.document.split("\n") if len(line) > 99}
+        for half in (evaluation, calibration)
+    ]
+    assert not paragraphs[0] & paragraphs[1]
+
+
+def test_there_is_text_enough_to_calibrate() -> None:
+    documents = built_in_documents("default", "calibration")
+    assert sum(len(document.document) for document in documents) > 400_000
 
 
 def test_overlap_sees_through_case_and_white_space() -> None:

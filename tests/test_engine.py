@@ -288,8 +288,8 @@ FIRST_STATE = len(BATCH_INPUTS)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], "1", "has format version '1', this runtime reads 2"),
-        (["format_version"], 1, "has format version 1, this runtime reads 2"),
+        (["format_version"], "1", "has format version '1', this runtime reads 3"),
+        (["format_version"], 1, "has format version 1, this runtime reads 3"),
         (["format_version"], True, "has format version True"),
         (["parts", "/etc/passwd"], PART, "has part '/etc/passwd', expected the plain name of a file"),
         (["parts", ".."], PART, r"has part '\.\.'"),

@@ -69,13 +69,21 @@ def test_the_table_has_a_row_for_each_linear_and_the_totals(engine):
     assert [row["name"] for row in data["linears"]] == [linear.name for linear in Manifest.read(engine).linears]
 
 
-def test_the_error_of_a_calibrated_linear_is_shown(engine):
+def test_method_scales_and_error_of_a_calibrated_linear_are_shown(engine):
     manifest = Manifest.read(engine)
     first, *others = manifest.linears
-    calibrated = dataclasses.replace(manifest, linears=(dataclasses.replace(first, output_error=0.0125), *others))
-    (engine / MANIFEST_FILE).write_text(calibrated.to_json())
-    assert "1.25%" in inspect(engine).stdout
-    assert json.loads(inspect(engine, "--json").stdout)["linears"][0]["output_error"] == 0.0125
+    smoothed = dataclasses.replace(
+        first.quantization, scheme="int8", method="smoothquant", weight_scales="channel", activation_scales="static"
+    )
+    first = dataclasses.replace(first, quantization=smoothed, output_error=0.0125)
+    (engine / MANIFEST_FILE).write_text(dataclasses.replace(manifest, linears=(first, *others)).to_json())
+    line = next(line for line in inspect(engine).stdout.splitlines() if line.startswith(f"{first.name} "))
+    for words in ("smoothquant", "per channel", "static", "1.25%"):
+        assert words in line
+    row = json.loads(inspect(engine, "--json").stdout)["linears"][0]
+    assert row["output_error"] == 0.0125
+    assert row["quantization"] == dataclasses.asdict(smoothed)
+    assert "output error 1.25%" in draw_bits("", linear_rows(Manifest.read(engine)))
 
 
 @pytest.mark.parametrize("name", [GRAPH_FILE, LAYERS_GRAPH_FILE])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from conftest import FAMILIES, hf_logits, run_alone
@@ -17,7 +18,7 @@ from qwen_build.locate import resolve_checkpoint
 from qwen_build.per_linear import Rule, read_rules
 from qwen_build.quantize import make_scheme
 from qwen_engine.errors import BuildError
-from qwen_engine.manifest import LAYERS_GRAPH_FILE
+from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE
 from qwen_run.engine import Engine
 
 TOKENS = np.random.default_rng(6).integers(0, 131, 50).tolist()
@@ -113,6 +114,21 @@ def test_a_head_that_differs_from_a_tied_embedding_has_its_own_bytes(tiny_checkp
     one, two = plan(path), plan(path, exclude=("lm_head",))
     assert (one.head_is_shared, two.head_is_shared) == (True, False)
     assert 131 * 80 * 4 <= two.layout.size_bytes - one.layout.size_bytes < 131 * 80 * 4 + 2 * 4096
+
+
+def test_nodes_read_what_is_shared_through_one_initializer(tiny_checkpoint, build_engine):
+    """Each is mapped by itself, and what is read through two maps counts twice in a process's memory."""
+    directory = build_engine(tiny_checkpoint("qwen2-tied").path)
+    for graph in (GRAPH_FILE, LAYERS_GRAPH_FILE):
+        model = onnx.load(directory / graph, load_external_data=False)
+        places = {
+            t.name: next(entry.value for entry in t.external_data if entry.key == "offset")
+            for t in model.graph.initializer
+            if t.external_data
+        }
+        read = {name for node in model.graph.node for name in node.input if name in places}
+        assert len({places[name] for name in read}) == len(read)
+        assert {"lm_head.panels", "model.embed_tokens.panels"} <= places.keys()  # for those who look for them
 
 
 @pytest.mark.parametrize(

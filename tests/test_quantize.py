@@ -11,9 +11,11 @@ from onnxscript import GraphBuilder
 from qwen_build import cli
 from qwen_build.grid import Grid
 from qwen_build.quantize import (
+    ACTIVATION_SCALES,
     GROUP_SIZES,
     KERNELS,
     SCHEMES,
+    WEIGHT_SCALES,
     Float32,
     NativeInt,
     StockInt,
@@ -206,6 +208,7 @@ def test_the_command_line_offers_the_tables():
     assert set(cli.KERNELS) == set(KERNELS)
     assert tuple(map(int, cli.GROUP_SIZES)) == GROUP_SIZES
     assert set(cli.ACTIVATIONS) == {name for row in KERNELS.values() for name in row.activations}
+    assert (cli.WEIGHT_SCALES, cli.ACTIVATION_SCALES) == (WEIGHT_SCALES, ACTIVATION_SCALES)
 
 
 @pytest.mark.parametrize(
@@ -219,5 +222,65 @@ def test_the_command_line_offers_the_tables():
     ],
 )
 def test_unknown_choices_are_refused(arguments, message):
+    with pytest.raises(BuildError, match=message):
+        make_scheme(*arguments)
+
+
+# ---- Scales that groups share
+
+
+def test_the_scales_of_an_output_or_of_a_weight_by_hand():
+    w = np.zeros((3, 40), np.float32)
+    w[:, 0] = [7, 3.5, 0]
+    w[0, 39] = 14
+    scales = {kind: Grid(4, 32, True, kind).round(w).scales.tolist() for kind in WEIGHT_SCALES}
+    assert scales["group"] == [[1, 2], [0.5, 1], [1, 1]]  # 1 where all is 0
+    assert scales["channel"] == [[2, 2], [0.5, 0.5], [1, 1]]
+    assert scales["tensor"] == [[2, 2], [2, 2], [2, 2]]
+
+
+@pytest.mark.parametrize("kind", ["channel", "tensor"])
+@pytest.mark.parametrize("bits", [4, 8])
+@widths
+def test_a_shared_scale_is_stored_and_read_back(bits, kind, in_features):
+    w = weight((48, in_features)) * np.geomspace(0.01, 1, 48, dtype=np.float32)[:, None]
+    scheme = NativeInt(Grid(bits, 32, True, kind), "float32", "group")
+    back = scheme.dequantize(scheme.quantize(w), w.shape)
+    largest = np.abs(w).max(axis=1, keepdims=True) if kind == "channel" else np.abs(w).max()
+    step = largest / (2 ** (bits - 1) - 1)
+    # half a step, and a float16 scale is off by up to 2^-11
+    assert np.all(np.abs(back - w) <= step * 0.5 + 2.0**-11 * np.abs(w) + 2.0**-11 * step)
+    x = weight((5, in_features), 1)
+    y = run(scheme.quantize(w), x, lambda op, x, values: scheme.linear(op, x, values, None, w.shape))
+    np.testing.assert_allclose(y, x @ back.T, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+
+
+def test_a_block_of_rows_has_the_scales_of_its_channels_in_any_slice():
+    w = weight((4 * PANEL - 7, 200))
+    scheme = NativeInt(Grid(8, 64, True, "channel"), "int8")
+    whole = scheme.quantize(w)["panels"]
+    slices = [scheme.quantize(w[a:b])["panels"] for a, b in [(0, PANEL), (PANEL, 4 * PANEL - 7)]]
+    assert np.array_equal(np.concatenate(slices), whole)
+
+
+def test_shared_scales_make_the_grid_symmetric():
+    assert make_scheme("int4", 32, None, None, "native", "channel").record.symmetric
+    record = make_scheme("int8", 32, None, "int8x2", "native", "tensor", "token").record
+    assert (record.weight_scales, record.activation_scales) == ("tensor", "token")
+    assert record.words == "int8 per tensor symmetric x int8x2 per token, native"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("int8", 32, None, None, "native", "row"), "--weight-scales row is not one of group, channel, tensor"),
+        (("int8", 32, None, None, "native", "group", "row"), "--activation-scales row is not one of group, token, st"),
+        (("int8", 32, False, None, "native", "channel"), "--weight-scales channel goes with symmetric grids only"),
+        (("int8", 32, None, None, "stock", "channel"), "--kernels stock has no --weight-scales channel"),
+        (("int8", 32, None, None, "stock", "group", "token"), "--kernels stock has no --activation-scales token"),
+        (("int8", 32, None, "float32", "native", "group", "token"), "--activations float32 has no --activation-scales"),
+    ],
+)
+def test_scales_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(BuildError, match=message):
         make_scheme(*arguments)

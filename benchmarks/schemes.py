@@ -1,0 +1,381 @@
+"""What each way to store the weights costs: size, distance from the float model, perplexity, summaries, speed.
+
+    python -m benchmarks.schemes                                  the demo, all groups of the issue's table
+    python -m benchmarks.schemes --checkpoint DIR int4 auto       two groups of another checkpoint
+    python -m benchmarks.schemes --windows 2 --summaries 0 int8   a quick look
+
+The reference is our own float32 engine, whose logits `tests/test_parity.py` compares with transformers': with the
+demo the KL between them is 1e-11. Both sides read the same ids, window by window, so that no logits are kept. The text
+is articles of WikiText-2 that neither calibration nor `--quant auto` ever reads, and the built-in papers of the
+evaluation half. What is finished stays in `--work`, a JSON line a scheme: the same command goes on where it was
+interrupted, and only builds and measures what is new to it. An empty `--work` measures everything again, after the
+builder has changed for instance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_build.locate import Located, resolve_checkpoint
+from qwen_engine.errors import QwenError
+from qwen_engine.manifest import Manifest
+from qwen_run.accuracy import FullLogits, Metric, Positions, compare, rouge, summarise_positions
+from qwen_run.bench_measure import processor_name
+from qwen_run.bench_report import scatter_plot
+from qwen_run.datasets import Document, built_in_documents, load_dataset
+from qwen_run.dequantize import EngineWeights
+from qwen_run.engine import Engine
+from qwen_run.evaluate import answer_text, engine_logits, following_tokens, greedy, make_prompt, one_sequence
+from qwen_run.inspect_linears import linear_rows, totals
+from qwen_run.journal import Journal
+from qwen_run.stored_weights import CheckpointWeights
+from qwen_run.text import TextModel
+from qwen_run.tokenizer import Tokenizer
+
+HELD_OUT = Path(__file__).parent / "data" / "wikitext2-evaluation.jsonl"
+RESULTS = Path(__file__).parent / "results"
+WINDOW = 1024
+SUMMARY_TOKENS = 64
+PROMPT, ANSWER = 512, 64  # tokens of a timed run
+
+GROUP_SIZES = (32, 64, 128)
+W8A8 = "--weight-scales channel --activation-scales token"
+
+# group -> scheme -> the options of qwen-build that make it
+GROUPS: dict[str, dict[str, str]] = {
+    "float": {"float32": "--quant none"},
+    "int8": {
+        **{f"int8 g{size}": f"--quant int8 --group-size {size}" for size in GROUP_SIZES},
+        "int8 channel/token": f"--quant int8 {W8A8}",
+    },
+    "smoothquant": {
+        **{f"smoothquant {alpha}": f"--quant smoothquant --alpha {alpha}" for alpha in (0.3, 0.5, 0.8, "auto")},
+        **{
+            f"smoothquant {alpha} channel/token": f"--quant smoothquant --alpha {alpha} {W8A8}"
+            for alpha in (0.5, "auto")
+        },
+        "smoothquant auto channel/static": "--quant smoothquant --alpha auto --weight-scales channel "
+        "--activation-scales static",
+    },
+    "int4": {
+        f"int4 g{size} {grid} {method}": f"--quant int4 --group-size {size} --{grid} --int4-method {method}"
+        for method in ("rtn", "awq", "gptq")
+        for grid in ("symmetric", "asymmetric")
+        for size in GROUP_SIZES
+    },
+    # as large as a uniform scheme: {scheme} is the size of its engine
+    "auto": {
+        f"auto, size of {scheme}": f"--quant auto --max-size {{{scheme}}}"
+        for scheme in ("int4 g64 asymmetric gptq", "int4 g32 asymmetric gptq", "int8 g64")
+    },
+    "auto-kl": {f"auto, KL {kl}": f"--quant auto --max-kl {kl}" for kl in (0.2, 0.05, 0.01)},
+    "activations": {
+        f"{quant} g32, {activations} activations": f"--quant {quant} --activations {activations}"
+        for quant in ("int8", "int4")
+        for activations in ("int8x2", "float32")
+    },
+    "cache": {
+        **{f"float32, {dtype} cache": f"--quant none --kv-cache-dtype {dtype}" for dtype in ("float16", "int8")},
+        "int4 g32, int8 cache": "--quant int4 --kv-cache-dtype int8",
+    },
+    "embedding": {
+        **{f"float32, {quant} embedding": f"--quant none --embedding-quant {quant}" for quant in ("int8", "int4")},
+        "int4 g32, int4 embedding": "--quant int4 --embedding-quant int4",
+    },
+    "stock": {f"{quant} g32, stock kernels": f"--quant {quant} --kernels stock" for quant in ("int8", "int4")},
+}
+DEFAULT_GROUPS = ("float", "int8", "smoothquant", "int4", "auto")
+
+# A quantised weight nearer than this to the checkpoint's (relative rms; rounding a scale to float16 alone makes 2e-4)
+# says that the checkpoint lies on that very grid, not that the scheme is good.
+SAME_GRID = 1e-3
+
+DEFINITIONS = """\
+KL: mean over positions of KL(float || engine), natural logarithm, in float64. top-1: share of positions where both put
+the same token first (or tie within 1e-4). ppl: perplexity; ratio: over the float model's, on the same windows. In
+parentheses 95 % intervals, bootstrapped over windows. weights: relative rms of the layers' stored weights; none where
+columns were scaled along with what goes into them. MB: all files; bits: of a weight, everything counted. KL of
+summaries: on requests for a summary and the float model's answer to them; ROUGE-L: of the engine's own answer and a
+person's summary. prefill: a prompt of 512 tokens; decode: 64 tokens after it, one at a time; medians. build: seconds,
+calibration included."""
+
+
+def build(checkpoint: str | None, options: str, output: Path) -> dict[str, Any]:
+    """Run ``qwen-build`` in a process of its own; what it says with ``--json``.
+
+    Raises:
+        QwenError: it failed; its message.
+    """
+    command = [sys.executable, "-m", "qwen_build.cli", *([checkpoint] if checkpoint else []), *shlex.split(options)]
+    command += ["--output", str(output), "--force", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise QwenError((done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("Error: "))
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def held_out_windows(tokenizer: Tokenizer, count: int) -> np.ndarray:
+    """Token ids (count, WINDOW): windows of the held-out articles one after the other, evenly spread over them."""
+    token_ids = [token for one in load_dataset(str(HELD_OUT)).documents for token in tokenizer.encode(one.document)]
+    windows = np.array(token_ids[: len(token_ids) // WINDOW * WINDOW]).reshape(-1, WINDOW)
+    if not 1 <= count <= len(windows):
+        sys.exit(f"Error: the held-out text has {len(windows)} windows of {WINDOW} tokens, not {count}")
+    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+
+
+class Comparison:
+    """One engine after the other beside the float engine.
+
+    Attributes:
+        windows: token ids (W, WINDOW) that both sides read.
+        papers: documents to be summarised.
+    """
+
+    def __init__(self, float_engine: Path, windows: np.ndarray, papers: Sequence[Document], threads: int) -> None:
+        self.reference = Engine.load(float_engine, threads)
+        self.model = TextModel.of(self.reference) if papers else None
+        self.windows, self.papers, self.threads = windows, papers, threads
+        self._pool = ThreadPoolExecutor(threads)
+
+    def positions(self, engine: Engine, token_ids: Sequence[int]) -> Positions:
+        """Both sides on one sequence, a chunk at a time."""
+        following, start = following_tokens(token_ids), 0
+        pieces: list[Positions] = []
+        sides = zip(engine_logits(self.reference, token_ids), engine_logits(engine, token_ids), strict=True)
+        for expected, found in sides:
+            shares = [rows for rows in np.array_split(np.arange(len(found)), self.threads) if len(rows)]
+            pieces += self._pool.map(
+                lambda rows, expected=expected, found=found, start=start: compare(
+                    FullLogits(expected[rows]), found[rows], following[start + rows]
+                ),
+                shares,
+            )
+            start += len(found)
+        return Positions.concatenate(pieces)
+
+    def continuation(self, paper: Document) -> list[int]:
+        """The float engine's greedy summary of ``paper``."""
+        assert self.model is not None
+        return greedy(self.model, make_prompt(self.model, paper, SUMMARY_TOKENS).token_ids, SUMMARY_TOKENS)
+
+    def measure(self, directory: Path, continuations: Sequence[Sequence[int]], rounds: int) -> dict[str, Any]:
+        """All figures of the engine in ``directory``: metrics by name as (value, low, high), and plain numbers."""
+        engine = Engine.load(directory, self.threads)
+        speed = [speeds(engine, self.windows[0]) for _ in range(1 + rounds)][1:]  # the first one warms up
+        metrics = summarise_positions("original", [self.positions(engine, window) for window in self.windows.tolist()])
+        if self.model is not None:
+            metrics += self._summaries(engine, continuations)
+        manifest = engine.manifest
+        return {
+            "metrics": {metric.name: (metric.value, metric.low, metric.high) for metric in metrics},
+            "speeds": [statistics.median(one) for one in zip(*speed, strict=True)],
+            "bytes": sum(part.size_bytes for part in manifest.parts.values()),
+            "bits": totals(manifest, linear_rows(manifest)).bits_per_weight,
+        }
+
+    def _summaries(self, engine: Engine, continuations: Sequence[Sequence[int]]) -> list[Metric]:
+        model = TextModel.of(engine)
+        found, answers = [], []
+        for paper, continuation in zip(self.papers, continuations, strict=True):
+            prompt = make_prompt(model, paper, SUMMARY_TOKENS).token_ids
+            found.append(self.positions(engine, [*prompt, *continuation]))
+            answers.append(answer_text(model, greedy(model, prompt, SUMMARY_TOKENS)))
+        kl = next(metric for metric in summarise_positions("original", found) if metric.name == "original.kl_mean")
+        scores = rouge(answers, [paper.summary or "" for paper in self.papers], "summaries")
+        return [Metric("summaries.kl_mean", kl.value, kl.low, kl.high), *scores]
+
+
+def speeds(engine: Engine, token_ids: np.ndarray) -> tuple[float, float]:
+    """Prefill and decode tokens a second: ``PROMPT`` tokens at once, then ``ANSWER`` one by one."""
+    blocks = engine.cache.allocate(engine.cache.blocks_for(PROMPT + ANSWER))
+    assert blocks is not None
+    started = time.perf_counter()
+    engine.run(one_sequence(token_ids[:PROMPT], 0, blocks, first_logits=PROMPT - 1))
+    middle = time.perf_counter()
+    for past in range(PROMPT, PROMPT + ANSWER):
+        engine.run(one_sequence(token_ids[past : past + 1], past, blocks))
+    ended = time.perf_counter()
+    engine.cache.free(blocks)
+    return PROMPT / (middle - started), ANSWER / (ended - middle)
+
+
+def weight_error(engine: Path, checkpoint: Path) -> float | None:
+    """Relative rms of the layers' stored weights; None where columns were scaled along with their inputs."""
+    found = EngineWeights(engine)
+    if any(linear.quantization.method in ("awq", "smoothquant", "folded") for linear in found.manifest.linears):
+        return None
+    error = norm = 0.0
+    with CheckpointWeights(checkpoint) as expected:
+        for name, part in found.parts.items():
+            if not name.startswith("model.layers."):
+                continue
+            shape = (part.stop - part.start, found.linears[part.owner].record.in_features)
+            for rows, values in found.pieces(name):
+                weight = expected.rows(name, shape, rows)
+                error += float(np.square(values - weight).sum())
+                norm += float(np.square(weight).sum())
+    return float(np.sqrt(error / norm))
+
+
+def family(name: str) -> str:
+    """The series of the plot that a scheme belongs to."""
+    if name.startswith("int4"):
+        return next((f"int4 {method}" for method in ("awq", "gptq") if name.endswith(method)), "int4 rtn")
+    return name.split()[0].rstrip(",")
+
+
+def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The lines of a Markdown table, a row a scheme."""
+    summaries = any("summaries.kl_mean" in result["metrics"] for result in results.values())
+    head = ["scheme", "MB", "bits", "KL", "top-1", "ppl", "ratio", "weights"]
+    head += ["KL of summaries", "ROUGE-L"] * summaries
+    head += ["prefill tok/s", "decode tok/s", "build s"]
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for name, result in results.items():
+
+        def metric(name: str, digits: str, metrics: dict[str, Any] = result["metrics"]) -> str:
+            value, low, high = metrics[name]
+            interval = "" if low == high else f" ({low:{digits}} to {high:{digits}})"
+            return f"{value:{digits}}{interval}"
+
+        error = result["weight_error"]
+        prefill, decode = result["speeds"]
+        cells = [name + " *" * is_same_grid(name, result), f"{result['bytes'] / 1e6:.1f}", f"{result['bits']:.2f}"]
+        cells += [metric("original.kl_mean", ".2e"), f"{result['metrics']['original.top1'][0]:.2%}"]
+        cells += [metric("original.perplexity", ".2f"), metric("original.perplexity_ratio", ".4f")]
+        cells += ["" if error is None else f"{error:.2e}"]
+        if summaries:
+            cells += [metric("summaries.kl_mean", ".2e"), f"{result['metrics']['summaries.rougeL'][0]:.3f}"]
+        cells += [f"{prefill:.0f}", f"{decode:.1f}", f"{result['build_s']:.0f}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def is_same_grid(name: str, result: dict[str, Any]) -> bool:
+    """Whether a quantised engine has the weights of the checkpoint, which then lie on its grid."""
+    error = result["weight_error"]
+    return error is not None and error < SAME_GRID and family(name) != "float32"
+
+
+def plot(results: dict[str, dict[str, Any]]) -> str:
+    """KL against size, without the float engine and what is not a result: SVG."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for name, result in results.items():
+        if family(name) != "float32" and not is_same_grid(name, result):
+            point = (result["bytes"] / 1e6, result["metrics"]["original.kl_mean"][0])
+            series.setdefault(family(name), []).append(point)
+    return scatter_plot("KL to the float model against size", "MB", "KL, nats", series)
+
+
+def write_report(output: Path, located: Located, head: str, results: dict[str, Any], failed: dict[str, str]) -> None:
+    """The table, what it means and what could not be built, and the plot beside it."""
+    notes = [DEFINITIONS.replace("\n", " ")]
+    if any(is_same_grid(*row) for row in results.items()):
+        notes.append("\\* Not a result: the checkpoint's weights lie on this grid already, rounding loses nothing.")
+    notes += [f"Not built: {name}: {message}" for name, message in failed.items()]
+    lines = [head, "", *table(results), "", *("\n\n".join(notes).splitlines())]
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"schemes-{located.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if any(family(name) != "float32" for name in results):
+        (output / f"schemes-{located.name}.svg").write_text(plot(results), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"some of: {', '.join(GROUPS)}")
+    parser.add_argument("--checkpoint", help="directory or Hub id; the demo if left out")
+    parser.add_argument("--windows", type=int, default=20, help=f"of {WINDOW} held-out tokens")
+    parser.add_argument("--summaries", type=int, default=8, help="papers; 0 for a model that follows no requests")
+    parser.add_argument("--rounds", type=int, default=3, help="of speed")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("build/schemes"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.groups) - set(GROUPS):
+        parser.error(f"no group {', '.join(sorted(unknown))}; choose from {', '.join(GROUPS)}")
+    schemes = {name: options for group in arguments.groups or DEFAULT_GROUPS for name, options in GROUPS[group].items()}
+
+    located = resolve_checkpoint(arguments.checkpoint)
+    work = arguments.work / located.name
+    build(arguments.checkpoint, "--quant none", work / "float32")
+    windows = held_out_windows(Tokenizer.load(located.path), arguments.windows)
+    papers = [paper for paper in built_in_documents("scitldr") if paper.summary][: arguments.summaries]
+    settings = {
+        "checkpoint": dict(Manifest.read(work / "float32").origin.sha256),
+        "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
+        "papers": [paper.id for paper in papers],
+        "rounds": arguments.rounds,
+        "threads": arguments.threads,
+    }
+    comparison = Comparison(work / "float32", windows, papers, arguments.threads)
+    head = (
+        f"{located.name}, {arguments.windows} x {WINDOW} held-out tokens of WikiText-2, {len(papers)} papers; "
+        f"{processor_name()}, {arguments.threads} threads, onnxruntime {version('onnxruntime')}"
+    )
+    started = time.perf_counter()
+    comparison.positions(comparison.reference, windows[0].tolist())
+    scoring = (time.perf_counter() - started) * len(windows) * len(schemes) / 60
+    print(f"{len(schemes)} schemes; comparing alone takes about {scoring:.0f} minutes", file=sys.stderr, flush=True)
+    results: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    with Journal(work / f"results-{digest}.jsonl", settings, resume=True) as journal:
+
+        def measured(options: str) -> dict[str, Any]:
+            summary = build(arguments.checkpoint, options, work / "engine")
+            error = weight_error(work / "engine", located.path)
+            continuations = [
+                journal.do("continuation", paper.id, lambda paper=paper: comparison.continuation(paper))
+                for paper in papers
+            ]
+            return {
+                **comparison.measure(work / "engine", continuations, arguments.rounds),
+                "weight_error": error,
+                "build_s": summary["seconds"],
+                "build_memory_bytes": summary["peak_memory_bytes"],
+            }
+
+        spent: list[float] = []
+        for number, (name, options) in enumerate(schemes.items(), start=1):
+            started = time.perf_counter()
+            try:
+                options = options.format_map({other: f"{one['bytes'] / 1e6:.2f}MB" for other, one in results.items()})
+                known = journal.has("scheme", options)
+                results[name] = journal.do("scheme", options, lambda options=options: measured(options))
+            except KeyError as error:
+                failed[name] = f"it is to be as large as {error}, which is not among the groups"
+            except QwenError as error:
+                failed[name] = str(error)
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+            else:
+                if not known:
+                    spent.append(time.perf_counter() - started)
+                    left = statistics.mean(spent) * (len(schemes) - number) / 60
+                    kl = results[name]["metrics"]["original.kl_mean"][0]
+                    print(f"{name}: KL {kl:.3e}; {spent[-1]:.0f} s, about {left:.0f} minutes left", file=sys.stderr)
+                write_report(arguments.output, located, head, results, failed)
+    shutil.rmtree(work / "engine", ignore_errors=True)
+    if not results:
+        sys.exit("Error: no scheme could be built")
+    write_report(arguments.output, located, head, results, failed)
+    print((arguments.output / f"schemes-{located.name}.md").read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Calibrated engines: the numbers the method found are those that run, again and again the same, or nothing is left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calibration_case import letter_tokenizer, letters, with_tokenizer
+from conftest import hf_logits, run_alone
+from test_packed import CASES, pack  # noqa: F401
+
+from qwen_build import build as building
+from qwen_build import calibrate as calibrating
+from qwen_build import cli
+from qwen_build.build import CALIBRATED, INT4_METHODS, BuildOptions, plan_build, write_engine
+from qwen_build.calibrate import METHODS, Rtn
+from qwen_build.checkpoint import Checkpoint
+from qwen_build.decoder_layer import INPUTS
+from qwen_build.folding import shared
+from qwen_build.locate import resolve_checkpoint
+from qwen_build.per_linear import Rule
+from qwen_engine.errors import BuildError
+from qwen_engine.manifest import Manifest
+from qwen_run.dequantize import EngineWeights
+from qwen_run.engine import Engine
+from qwen_run.stored_weights import compare_weights
+
+TOKENS = np.random.default_rng(9).integers(0, 26, 90).tolist()
+# so that nothing but weights is rounded
+EXACT = {"activations": "float32", "embedding_quant": "none", "kv_cache_dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(letters(1600))
+    return path
+
+
+@pytest.fixture(params=["qwen2", "qwen3-tied"])
+def tiny(request, tiny_checkpoint, tmp_path):
+    checkpoint = tiny_checkpoint(request.param)
+    return dataclasses.replace(checkpoint, path=with_tokenizer(checkpoint.path, tmp_path / "checkpoint"))
+
+
+def build(checkpoint: Path, output: Path, **options: Any) -> Manifest:
+    with Checkpoint.open(checkpoint) as weights:
+        plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions(**options))
+        return write_engine(plan, weights, output)
+
+
+def with_weights_of(engine: Path, model: Any) -> Any:
+    """A copy of a transformers model that has the engine's dequantised weights."""
+    import copy
+
+    import torch
+
+    found, model = EngineWeights(engine), copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in found.parts:
+            if f"{name}.weight" in parameters:
+                rows = [values for _, values in found.pieces(name)]
+                parameters[f"{name}.weight"].copy_(torch.from_numpy(np.concatenate(rows)))
+        for name, values in found.vectors.items():
+            parameters[name].copy_(torch.from_numpy(np.array(values)))
+    return model
+
+
+def output_error(model: Any, rounded: Any) -> float:
+    return float(np.square(hf_logits(rounded, TOKENS) - hf_logits(model, TOKENS)).mean())
+
+
+def test_gptq_has_less_error(tiny, text, tmp_path):
+    errors = []
+    for method, path in (("rtn", None), ("gptq", text)):
+        build(tiny.path, tmp_path / method, group_size=64, int4_method=method, calibration=path, **EXACT)
+        errors.append(output_error(tiny.model, with_weights_of(tmp_path / method, tiny.model)))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("method", [method for method in INT4_METHODS if method != "rtn"])
+def test_a_calibrated_engine_computes_with_what_it_holds(method, tiny, text, tmp_path, monkeypatch):
+    options = {"group_size": 64, "int4_method": method, "calibration": text, **EXACT}
+    manifest = build(tiny.path, tmp_path / "engine", **options)
+    monkeypatch.setattr("qwen_build.export.SLICE_ELEMENTS", 32 * 80)  # several slices of every weight
+    assert build(tiny.path, tmp_path / "sliced", **options).parts == manifest.parts
+    rounded = with_weights_of(tmp_path / "engine", tiny.model)
+    logits = run_alone(Engine.load(tmp_path / "engine"), TOKENS)
+    np.testing.assert_allclose(logits, hf_logits(rounded, TOKENS), atol=1e-3)
+    decoder = [linear for linear in manifest.linears if linear.name.startswith("model.layers")]
+    assert {linear.quantization.method for linear in decoder} == {method}
+    assert all(0 < linear.output_error < 0.2 for linear in decoder)
+    assert {linear.output_error for linear in manifest.linears if linear not in decoder} == {None}
+    check = compare_weights(tmp_path / "engine", tiny.path)
+    assert check.passed
+    assert f"{len(decoder)} calibrated linears were not compared" in check.message
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "engine", "sliced"}
+
+
+def test_the_recorded_error_is_that_of_the_output_behind_rounded_layers(tiny, text, tmp_path):
+    """Of layer 1 on what the rounded layer 0 puts out: transformers runs the text with the engine's weights."""
+    import torch
+
+    manifest = build(tiny.path, tmp_path / "engine", int4_method="gptq", calibration=text, **EXACT)
+    rounded = with_weights_of(tmp_path / "engine", tiny.model)
+    ids = torch.tensor(letter_tokenizer().encode(text.read_text()).ids[:1536]).reshape(3, 512)
+    seen: list[np.ndarray] = []
+    attention = rounded.model.layers[1].self_attn
+    handle = attention.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(1536, -1).numpy()))
+    with torch.no_grad():
+        rounded.model(ids)
+    handle.remove()
+    sample = seen[0][np.linspace(0, 1535, 512).astype(int)]
+    weight, values = (
+        np.concatenate([getattr(module, name).weight.detach().numpy() for name in ("q_proj", "k_proj", "v_proj")])
+        for module in (tiny.model.model.layers[1].self_attn, attention)
+    )
+    expected = np.linalg.norm(sample @ (weight - values).T) / np.linalg.norm(sample @ weight.T)
+    found = next(linear for linear in manifest.linears if linear.name == "model.layers.1.self_attn.qkv_proj")
+    assert found.output_error == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_same_text_gives_the_same_bytes_and_another_one_others(tiny, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(letters(1600, seed=1))
+    parts = [
+        build(tiny.path, tmp_path / name, int4_method="gptq", calibration=path).parts
+        for name, path in (("a", text), ("b", text), ("c", other))
+    ]
+    assert parts[0] == parts[1]
+    assert parts[0]["weights.bin"] != parts[2]["weights.bin"]
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(tiny, text, tmp_path, monkeypatch):
+    whole = build(tiny.path, tmp_path / "whole", int4_method="gptq", calibration=text)
+    engines, read = tmp_path / "engines", []
+
+    def read_layer(checkpoint, config, layer, interrupted: bool):
+        read.append(layer)
+        if layer == 1 and interrupted:
+            raise KeyboardInterrupt
+        return original(checkpoint, config, layer)
+
+    original = calibrating.read_layer
+    monkeypatch.setattr(calibrating, "read_layer", lambda *args: read_layer(*args, interrupted=True))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny.path, engines / "e", int4_method="gptq", calibration=text)
+        assert [path.name.startswith(".e.") for path in engines.iterdir()] == [True]
+    monkeypatch.setattr(calibrating, "read_layer", lambda *args: read_layer(*args, interrupted=False))
+    resumed = build(tiny.path, engines / "e", int4_method="gptq", calibration=text)
+    assert read == [0, 1, 1, 1, 2]
+    assert resumed.parts == whole.parts
+    assert [path.name for path in engines.iterdir()] == ["e"]
+
+
+def test_what_was_interrupted_is_of_no_use_for_other_options(tiny, text, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "write_weights", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+    expected = build(tiny.path, tmp_path / "fresh", int4_method="gptq", calibration=text, group_size=64)
+    assert (
+        build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text, group_size=64).parts
+        == expected.parts
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["e"]
+
+
+def test_an_error_leaves_nothing(tiny, text, tmp_path, monkeypatch):
+    class Failing(Rtn):
+        def round(self, weights, statistics, schemes):
+            raise OverflowError("7e9 is too large")
+
+    monkeypatch.setitem(METHODS, "gptq", lambda options: Failing())
+    with pytest.raises(
+        BuildError, match=r"model\.layers\.0\.self_attn\.q_proj .*: 7e9 is too large; use --kernels stock"
+    ):
+        build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+    assert not list((tmp_path / "out").iterdir())
+
+
+class Folding(Rtn):
+    """Folds random factors into every input that an integer linear reads."""
+
+    def fold(self, config, weights, statistics, schemes):
+        random = np.random.default_rng(0)
+        sizes = {name: len(found.largest) for name, found in statistics.items()}
+        factors = {name: random.uniform(0.5, 2, size).astype(np.float32) for name, size in sizes.items()}
+        return {name: shared(config, name, s) for name, s in factors.items()}
+
+
+def test_weights_are_rounded_by_the_statistics_of_folded_inputs(tiny, text, tmp_path, monkeypatch):
+    seen = []
+
+    class Spying(Folding):
+        def fold(self, config, weights, statistics, schemes):
+            factors = super().fold(config, weights, statistics, schemes)
+            seen.append([statistics[name].largest / factors[name] for name in INPUTS])
+            return factors
+
+        def round(self, weights, statistics, schemes):
+            np.testing.assert_allclose(statistics.largest, seen[-1].pop(0), rtol=1e-6)
+            return super().round(weights, statistics, schemes)
+
+    monkeypatch.setitem(METHODS, "gptq", lambda options: Spying())
+    build(tiny.path, tmp_path / "engine", int4_method="gptq", calibration=text)
+    assert seen == [[], [], []]
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.[od]*_proj", "*.k_proj"])
+def test_what_folding_changes_is_in_the_engine(pattern, tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "gptq", lambda options: Folding())
+    options = {"calibration": text, "int4_method": "gptq", **EXACT}
+    # int8, so that rounding changes little; one int4 linear, so that there is a method
+    rules = (
+        Rule("test", "model.layers.2.mlp.down_proj", "int4", 32),
+        Rule("test", f"model.layers.?.*{pattern}", "int8", 32),
+    )
+    manifest = build(tiny.path, tmp_path / "engine", quant="none", quant_config=rules, **options)
+    plain = build(tiny.path, tmp_path / "plain", quant="none", quant_config=rules, **EXACT)
+    logits = {name: run_alone(Engine.load(tmp_path / name), TOKENS) for name in ("engine", "plain")}
+    expected = tiny.logits(TOKENS)
+    errors = {name: np.square(found - expected).mean() for name, found in logits.items()}
+    assert errors["engine"] < 3 * errors["plain"] < 0.1 * np.square(expected).mean()
+    norms = [EngineWeights(tmp_path / name).vectors["model.layers.0.input_layernorm.weight"] for name in logits]
+    methods = {
+        linear.name.rpartition(".")[2]: linear.quantization.method
+        for linear in manifest.linears
+        if ".0." in linear.name
+    }
+    if pattern == "*.[od]*_proj":  # the float linears that compute their inputs
+        assert methods["qkv_proj"] == methods["gate_up_proj"] == "folded"
+        np.testing.assert_array_equal(*norms)
+    else:
+        assert (norms[0] != norms[1]).all()
+    assert {linear.quantization.method for linear in plain.linears} == {"none", "rtn"}
+    assert compare_weights(tmp_path / "engine", tiny.path).passed
+
+
+def test_mixed_schemes_are_calibrated_together_and_float_stays(tiny, text, tmp_path):
+    rules = (Rule("test", "*.v_proj", "int8", 64, True), Rule("test", "*.up_proj", "none"))
+    manifest = build(
+        tiny.path, tmp_path / "engine", quant_config=rules, exclude=("model.layers.1.*",), int4_method="gptq",
+        calibration=text, **EXACT,
+    )  # fmt: skip
+    methods = {linear.name: (linear.quantization.scheme, linear.quantization.method) for linear in manifest.linears}
+    assert methods["model.layers.0.self_attn.v_proj"] == ("int8", "gptq")
+    assert methods["model.layers.0.self_attn.q_proj"] == ("int4", "gptq")
+    assert methods["model.layers.0.mlp.up_proj"] == ("none", "none")
+    assert {found for name, found in methods.items() if name.startswith("model.layers.1.")} == {("none", "none")}
+    check = compare_weights(tmp_path / "engine", tiny.path)
+    assert check.passed
+    logits = run_alone(Engine.load(tmp_path / "engine"), TOKENS)
+    expected = hf_logits(with_weights_of(tmp_path / "engine", tiny.model), TOKENS)
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": Path("x")}, "--calibration is of no use, nothing calibrates; add --int4-method gptq"),
+        ({"calibration_tokens": 9999}, "--calibration-tokens is of no use"),
+        ({"quant": "none", "calibration": Path("x")}, "--calibration is of no use"),
+        ({"quant": "int8", "int4_method": "gptq"}, "--int4-method gptq has nothing to round"),
+        ({"quant": "none", "int4_method": "awq"}, "--int4-method awq has nothing to round"),
+        ({"exclude": ("model.layers.*",), "int4_method": "gptq"}, "has nothing to round"),
+        ({"int4_method": "best"}, "--int4-method best is not one of rtn, awq, gptq"),
+        ({"int4_method": "gptq", "calibration": Path("nowhere")}, "nowhere is neither a file nor"),
+    ],
+)
+def test_options_that_contradict_each_other(options: Mapping[str, Any], message, tiny, tmp_path):
+    with pytest.raises(BuildError) as error:
+        build(tiny.path, tmp_path / "out" / "e", **options)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_the_memory_of_calibration(tiny, text):
+    with Checkpoint.open(tiny.path) as weights:
+        located = resolve_checkpoint(str(tiny.path))
+        plain, calibrated = (
+            plan_build(weights, located, BuildOptions(int4_method=method, calibration=path)).build_memory_bytes
+            for method, path in (("rtn", None), ("gptq", text))
+        )
+    inner = tiny.model.config.intermediate_size
+    assert calibrated > plain
+    assert calibrated > 4 * inner * inner
+
+
+def test_the_tables_agree():
+    assert cli.INT4_METHODS == INT4_METHODS
+    assert set(METHODS) == {*INT4_METHODS, *CALIBRATED}
+
+
+def test_what_the_checkpoint_has_packed_stays_as_it_is(pack, text, tmp_path):  # noqa: F811
+    packed = pack(CASES[0], left_float=("model.layers.0.self_attn.k_proj",))
+    path = with_tokenizer(packed.path, tmp_path / "checkpoint")
+    rules = (Rule("test", "*.0.*.k_proj", "int4", 32),)
+    manifest = build(path, tmp_path / "engine", quant_config=rules, int4_method="gptq", calibration=text, **EXACT)
+    methods = {linear.name: linear.quantization.method for linear in manifest.linears if ".layers." in linear.name}
+    assert methods.pop("model.layers.0.self_attn.k_proj") == "gptq"
+    assert set(methods.values()) == {"imported"}
+    check = compare_weights(tmp_path / "engine", path)
+    assert check.passed
+    assert "1 calibrated linears were not compared" in check.message
+    with pytest.raises(BuildError, match="has nothing to round"):
+        build(path, tmp_path / "other", exclude=("*.0.*.k_proj",), int4_method="gptq", calibration=text)

@@ -1,0 +1,99 @@
+"""The text of a calibration: what of it is read, and what a user is told who gives none that can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from calibration_case import LETTERS, letters, with_tokenizer
+
+from qwen_build.calibration_text import DEFAULT_TOKENS, read_sequences
+from qwen_build.config import ModelConfig
+from qwen_engine.errors import BuildError
+from qwen_run.datasets import built_in_documents
+
+
+@pytest.fixture
+def directory(tiny_checkpoint, tmp_path):
+    return with_tokenizer(tiny_checkpoint("qwen2").path, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def config(directory):
+    return ModelConfig.from_hf(directory)
+
+
+def ids_of(text: str) -> list[int]:
+    return [LETTERS.index(letter) for letter in text if letter in LETTERS]
+
+
+def test_documents_follow_each_other_in_whole_sequences(directory, config, tmp_path):
+    documents = [letters(700, 1), letters(900, 2), letters(50, 3)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"document": document}) + "\n" for document in documents))
+    found = read_sequences(directory, config, path)
+    assert found.shape == (3, 512)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found.reshape(-1), ids_of("".join(documents))[:1536])
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(1024, 2), (1500, 2), (2048, 4), (None, DEFAULT_TOKENS // 512)])
+def test_so_many_tokens_are_read(tokens, sequences, directory, config, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(letters(20_000))
+    assert len(read_sequences(directory, config, path, tokens)) == sequences
+
+
+def test_without_a_file_it_is_the_calibration_half(directory, config, tmp_path):
+    texts = "".join(document.document for document in built_in_documents("default", "calibration"))
+    np.testing.assert_array_equal(read_sequences(directory, config, None, 4096).reshape(-1), ids_of(texts)[:4096])
+
+
+def test_a_file_is_a_file_though_a_sample_has_its_name(directory, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "default").write_text("b" * 1024)
+    assert set(read_sequences(directory, config, tmp_path.joinpath("default").relative_to(tmp_path)).reshape(-1)) == {1}
+
+
+def test_sequences_are_no_longer_than_the_model_takes(directory, config, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(letters(200))
+    config = dataclasses.replace(config, max_position_embeddings=80)
+    assert read_sequences(directory, config, path).shape == (2, 80)
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens", "message"),
+    [
+        (b"a" * 1023, None, "has 1,023 tokens, calibration takes 1,024; give a longer text with --calibration"),
+        (
+            b"a" * 2000,
+            2048,
+            "has 2,000 tokens, calibration takes 2,048; give a longer text with --calibration, or fewer",
+        ),
+        (b"a" * 2000, 1000, "--calibration-tokens 1000 is too few, expected 1024 or more"),
+        (b" \n", None, "is empty"),
+        (b"a\xff", None, "UTF-8"),
+        (b'{"document": 3}', None, "'document' is int, expected text"),
+        (b"{not json", None, "is not JSON"),
+        (None, None, "is neither a file nor"),
+    ],
+)
+def test_a_text_that_cannot_be_used(content, tokens, message, directory, config, tmp_path):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BuildError) as error:
+        read_sequences(directory, config, path, tokens)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_a_tokenizer_or_with_another_models(directory, config, tmp_path):
+    with pytest.raises(BuildError, match="has token 25, the model 20; use the model's own"):
+        read_sequences(directory, dataclasses.replace(config, vocab_size=20))
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(BuildError, match=r"has no tokenizer\.json, which calibration needs"):
+        read_sequences(directory, config)
