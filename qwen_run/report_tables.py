@@ -19,8 +19,8 @@ REFERENCES = {
 }
 FIDELITY_NOTE = (
     "Both sides read the same tokens. Against the original weights: what rounding costs. Against the weights as built "
-    "(read from the engine, in float32 arithmetic): whether it computes what was meant. That they are the checkpoint's, "
-    "rounded as the engine records it, is a check of its own."
+    "(read from the engine, in float32 arithmetic): whether it computes what was meant. That they are those of the "
+    "checkpoint, rounded as the engine records it, is a check of its own."
 )
 ROUGE_NOTE = (
     "ROUGE counts words shared with a summary a person wrote. It can rise when quality falls, so it is never the "
