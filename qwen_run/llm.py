@@ -27,7 +27,7 @@ from qwen_run.stops import Stopper
 from qwen_run.text import TextModel
 from qwen_run.tokenizer import TOKENIZER_FILE, Tokenizer
 
-# The demo's summaries come 1.34 times as fast one at a time and 0.99 times eight at once, see benchmarks/results/core.md.
+# The demo's summaries come 1.34 times as fast one at a time, 0.99 times eight at once: benchmarks/results/core.md.
 MAX_DRAFTS = 8
 
 
