@@ -69,9 +69,8 @@ def compare_weights(engine: Path, checkpoint: Path) -> Check:
         EngineError, CheckpointError: one of them cannot be read.
     """
     found = EngineWeights(engine)
-    records = [linear.record for linear in found.linears.values()]
-    changed = (record for record in records if record.output_error is not None or record.quantization.method == "folded")
-    calibrated = {record.name for record in changed}
+    records = (linear.record for linear in found.linears.values())
+    calibrated = {one.name for one in records if one.output_error is not None or one.quantization.method == "folded"}
     with CheckpointWeights(checkpoint) as expected:
         vectors = [] if calibrated else list(found.vectors)  # calibration may scale norms
         differing = [name for name in vectors if not np.array_equal(found.vectors[name], expected.vector(name))]
