@@ -450,9 +450,7 @@ def _measured(plan: Plan, layout: Layout, errors: Mapping[str, tuple[float, floa
             error, whole = map(sum, zip(*pairs, strict=True))
             linear = dataclasses.replace(linear, output_error=math.sqrt(error / whole) if whole else 0.0)
         elif shapes in folded:
-            linear = dataclasses.replace(
-                linear, quantization=dataclasses.replace(linear.quantization, method="folded")
-            )
+            linear = dataclasses.replace(linear, quantization=dataclasses.replace(linear.quantization, method="folded"))
         yield linear
 
 
