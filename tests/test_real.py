@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import run_alone
-from traffic import Asked, assert_answered_as_alone, assert_nothing_is_owned, make_guesses_cheap, play
+from traffic import MAX_SEQ_LEN, assert_mixtures_answer_as_alone
 
-from qwen_run.core import Core, CoreOptions
 from qwen_run.engine import Engine
-from qwen_run.logprobs import token_logprobs
 from qwen_run.request import Request
 from qwen_run.sampling import SamplingParams
 from qwen_run.text import TextModel
@@ -23,7 +19,6 @@ DATA = Path(__file__).parent / "data"
 ANSWER_TOKENS = 64
 WINDOW = 1024
 SCHEDULES = 12  # a second or two each
-MAX_SEQ_LEN = 150  # five blocks of the cache
 
 
 @pytest.fixture(scope="module")
@@ -139,66 +134,4 @@ def test_the_int4_demo_knows_the_capital_of_france(checkpoint, build_engine):
 def test_any_mixture_answers_as_each_request_alone(options, checkpoint, windows, build_engine):
     """Chunks of all lengths, and so kernels of all kinds, in a pool that is too small for what comes."""
     directory = build_engine(checkpoint, max_seq_len=MAX_SEQ_LEN, block_size=32, **options)
-    happened: Counter[str] = Counter()
-    for seed in range(SCHEDULES):
-        rng = random.Random(seed)
-        asked = [make_asked(rng, windows[0].tolist()) for _ in range(rng.randint(3, 7))]
-        engine = Engine.load(directory, threads=2, num_blocks=rng.randint(6, 9))
-        max_batch_size = rng.randint(3, 8)
-        core = Core(
-            engine,
-            CoreOptions(
-                max_batch_size,
-                max_batch_tokens=rng.choice([max_batch_size, 13, 40, 150]),
-                prefix_caching=rng.random() < 0.7,
-                max_drafts=rng.choice([0, 2, 6]),
-            ),
-        )
-        make_guesses_cheap(core)
-        played = play(core, asked)
-        assert_nothing_is_owned(engine)
-        assert_answered_as_alone(asked, played, lambda alone=engine: alone)
-        for request, _ in played:
-            assert_judged_as_one_prefill(engine, request)
-        statistics = core.statistics
-        happened["preempted"] += statistics.num_preempted
-        happened["found in the cache"] += statistics.num_prefix_tokens
-        happened["guessed rightly"] += statistics.num_accepted
-        happened["guessed wrongly"] += statistics.num_drafts - statistics.num_accepted
-        for sequence in (sequence for request, _ in played for sequence in request.sequences):
-            happened[f"ended by {sequence.finish_reason}"] += 1
-    assert len(happened) == 7, happened
-    assert all(happened.values()), happened
-
-
-def assert_judged_as_one_prefill(engine: Engine, request: Request) -> None:
-    """The log probabilities of an answer are those of feeding prompt and answer at once; samples copy no mistake."""
-    for sequence in request.sequences:
-        if sequence.logprobs:
-            rows = run_alone(engine, sequence.token_ids)[len(request.prompt) - 1 : -1]
-            expected = [
-                token_logprobs(row, i, request.params.logprobs) for i, row in zip(sequence.output, rows, strict=True)
-            ]
-            assert sequence.logprobs == expected
-
-
-def make_asked(rng: random.Random, text: list[int]) -> Asked:
-    """A prompt of ``text`` (WikiText's first tokens), beginning at its start or repeating itself or neither."""
-    start = rng.choice([0, 0, rng.randrange(500)])
-    prompt = text[start : start + rng.randint(1, 90)] * rng.choice([1, 1, 2])
-    logprobs = rng.choice([None, 0, 3])
-    params = {"max_tokens": rng.randint(1, 24), "logprobs": logprobs, "prompt_logprobs": rng.choice([None, None, 1])}
-    kind = rng.choice(["greedy", "sampled", "sampled", "beams"])
-    if kind == "greedy":
-        params["temperature"] = 0
-    elif kind == "sampled":
-        params |= {"temperature": rng.choice([0.3, 1.0]), "top_k": rng.choice([0, 20]), "n": rng.randint(1, 3)}
-        params |= {"seed": rng.randrange(100), "repetition_penalty": rng.choice([1.0, 1.2])}
-    else:
-        prompt = prompt[:30]  # the beams' blocks must fit into the pool together
-        params = {"temperature": 0, "max_tokens": rng.randint(1, 8), "num_beams": rng.randint(2, 3)}
-    aborted_after = rng.choice([None, None, None, rng.randint(0, 12)])
-    stop = frozenset(rng.sample(text, 5))
-    return Asked(
-        tuple(prompt[: MAX_SEQ_LEN - 1]), SamplingParams(**params), stop, False, rng.randrange(12), aborted_after
-    )
+    assert_mixtures_answer_as_alone(directory, range(SCHEDULES), windows[0].tolist())

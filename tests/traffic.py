@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from conftest import run_alone
+
 from qwen_run.core import Core, CoreOptions
+from qwen_run.engine import Engine
+from qwen_run.logprobs import token_logprobs
 from qwen_run.request import Request, Sequence, Token
 from qwen_run.sampling import SamplingParams
+
+MAX_SEQ_LEN = 150  # five blocks of the cache
 
 
 def make_guesses_cheap(core: Core) -> None:
@@ -114,3 +123,78 @@ def assert_streamed(sequence: Sequence, tokens: list[Token]) -> None:
     reasons = [token.finish_reason for token in tokens]
     assert reasons[:-1] == [None] * len(reasons[:-1])
     assert not tokens or (reasons[-1] or "abort") == sequence.finish_reason
+
+
+def assert_mixtures_answer_as_alone(directory: Path, seeds: Iterable[int], text: list[int]) -> None:
+    """Play a schedule of each seed on the engine in ``directory``, whose sequences have ``MAX_SEQ_LEN`` tokens.
+
+    Args:
+        directory: with blocks of 32 tokens.
+        text: 1,000 token ids to make prompts of.
+    """
+    happened: Counter[str] = Counter()
+    for num_blocks in (6, 7, 8, 9):
+        engine = Engine.load(directory, threads=2, num_blocks=num_blocks)
+        for seed in seeds:
+            if seed % 4 == num_blocks - 6:
+                happened += play_mixture(engine, random.Random(seed), text)
+    assert len(happened) == 7, happened
+
+
+def play_mixture(engine: Engine, rng: random.Random, text: list[int]) -> Counter[str]:
+    """Play one schedule, compare it, and say how often what happened."""
+    asked = [make_asked(rng, text) for _ in range(rng.randint(3, 7))]
+    max_batch_size = rng.randint(3, 8)
+    options = CoreOptions(
+        max_batch_size,
+        max_batch_tokens=rng.choice([max_batch_size, 13, 40, 150]),
+        prefix_caching=rng.random() < 0.7,
+        max_drafts=rng.choice([0, 2, 6]),
+    )
+    core = Core(engine, options)
+    make_guesses_cheap(core)
+    played = play(core, asked)
+    assert_nothing_is_owned(engine)
+    assert_answered_as_alone(asked, played, lambda: engine)
+    for request, _ in played:
+        assert_judged_as_one_prefill(engine, request)
+    statistics = core.statistics
+    happened = Counter(f"ended by {sequence.finish_reason}" for request, _ in played for sequence in request.sequences)
+    happened["preempted"] = statistics.num_preempted
+    happened["found in the cache"] = statistics.num_prefix_tokens
+    happened["guessed rightly"] = statistics.num_accepted
+    happened["guessed wrongly"] = statistics.num_drafts - statistics.num_accepted
+    return happened
+
+
+def make_asked(rng: random.Random, text: list[int]) -> Asked:
+    """A prompt of ``text``, beginning at its start or repeating itself or neither."""
+    start = rng.choice([0, 0, rng.randrange(500)])
+    prompt = text[start : start + rng.randint(1, 90)] * rng.choice([1, 1, 2])
+    logprobs = rng.choice([None, 0, 3])
+    params = {"max_tokens": rng.randint(1, 24), "logprobs": logprobs, "prompt_logprobs": rng.choice([None, None, 1])}
+    kind = rng.choice(["greedy", "sampled", "sampled", "beams"])
+    if kind == "greedy":
+        params["temperature"] = 0
+    elif kind == "sampled":
+        params |= {"temperature": rng.choice([0.3, 1.0]), "top_k": rng.choice([0, 20]), "n": rng.randint(1, 3)}
+        params |= {"seed": rng.randrange(100), "repetition_penalty": rng.choice([1.0, 1.2])}
+    else:
+        prompt = prompt[:30]  # the beams' blocks must fit into the pool together
+        params = {"temperature": 0, "max_tokens": rng.randint(1, 8), "num_beams": rng.randint(2, 3)}
+    aborted_after = rng.choice([None, None, None, rng.randint(0, 12)])
+    stop = frozenset(rng.sample(text, 5))
+    return Asked(
+        tuple(prompt[: MAX_SEQ_LEN - 1]), SamplingParams(**params), stop, False, rng.randrange(12), aborted_after
+    )
+
+
+def assert_judged_as_one_prefill(engine: Engine, request: Request) -> None:
+    """The log probabilities of an answer are those of feeding prompt and answer at once; samples copy no mistake."""
+    for sequence in request.sequences:
+        if sequence.logprobs:
+            rows = run_alone(engine, sequence.token_ids)[len(request.prompt) - 1 : -1]
+            expected = [
+                token_logprobs(row, i, request.params.logprobs) for i, row in zip(sequence.output, rows, strict=True)
+            ]
+            assert sequence.logprobs == expected
