@@ -7,8 +7,9 @@ eᵀ H e = |D^½ Lᵀ e|². Rounding columns from the last to the first, each to
 
 makes component i of Lᵀ e the rounding error of tᵢ alone. That is GPTQ without an inverse (LDLQ, arXiv 2307.13304,
 theorem 6). Columns are rounded in the order of falling second moment, in which the large ones err least ("act-order"),
-each with the scale of its group ("static groups"): they lie where they lay. D is what the errors of the t weigh, so the
-scales are those that make Σ Dᵢ (wᵢ - roundedᵢ)² least.
+each with the scale of its group ("static groups"): they lie where they lay. Scales are those that make
+Σ Hᵢᵢ (wᵢ - roundedᵢ)² least. Weighing by D instead, which is what the errors of the t weigh, is worse: with the demo in
+groups of 64 a KL of 0.166 against 0.138.
 """
 
 from __future__ import annotations
@@ -59,12 +60,11 @@ class Gptq:
         order = np.argsort(statistics.mean_square, kind="stable")
         permute(moment, order)
         moment[np.diag_indices_from(moment)] += DAMPING * moment.diagonal().mean() or 1
-        importance = np.empty(len(moment), np.float32)
-        importance[order] = factorise(moment)
+        factorise(moment)
         rounded = {}
         for name, weight in weights.items():
             scheme = schemes[name]
-            scales = search_scales(weight, importance, scheme.grid, scheme.storable)
+            scales = search_scales(weight, statistics.mean_square, scheme.grid, scheme.storable)
             rounded[name] = round_with_feedback(weight, moment, order, scheme.grid, scales)
         return rounded
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from calibration_case import letter_tokenizer, letters, with_tokenizer
+from click.testing import CliRunner
 from conftest import hf_logits, run_alone
 from test_packed import CASES, pack  # noqa: F401
 
@@ -282,6 +283,28 @@ def test_options_that_contradict_each_other(options: Mapping[str, Any], message,
         build(tiny.path, tmp_path / "out" / "e", **options)
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_calibrates_and_says_in_one_line_why_it_cannot(tiny, text, tmp_path):
+    def run(*options: object):
+        arguments = [tiny.path, "--output", tmp_path / "out" / "e", "--int4-method", "gptq", *options]
+        return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+    short = tmp_path / "short.txt"
+    short.write_text(letters(300))
+    for options in (["--calibration", short], ["--calibration", text, "--calibration-tokens", 2048]):
+        result = run(*options)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "calibration takes" in result.stderr
+    assert not (tmp_path / "out").exists()
+    result = run("--calibration", text, "--calibration-tokens", 1024, "--group-size", 64)
+    assert result.exit_code == 0, result.output
+    options = {"int4_method": "gptq", "calibration": text, "calibration_tokens": 1024, "group_size": 64}
+    assert Manifest.read(tmp_path / "out" / "e").parts == build(tiny.path, tmp_path / "same", **options).parts
+    (tiny.path / "tokenizer.json").unlink()
+    result = run("--force")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "has no tokenizer.json, which calibration needs" in result.stderr
 
 
 def test_a_plan_counts_the_memory_of_calibration(tiny, text):
