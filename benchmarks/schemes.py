@@ -5,11 +5,14 @@
     python -m benchmarks.schemes --windows 2 --summaries 0 int8   a quick look
 
 The reference is our own float32 engine, whose logits `tests/test_parity.py` compares with transformers': with the
-demo the KL between them is 1e-11. Both sides read the same ids, window by window, so that no logits are kept. The text
-is articles of WikiText-2 that neither calibration nor `--quant auto` ever reads, and the built-in papers of the
-evaluation half. What is finished stays in `--work`, a JSON line a scheme: the same command goes on where it was
-interrupted, and only builds and measures what is new to it. An empty `--work` measures everything again, after the
-builder has changed for instance.
+demo the KL between them is 1e-11. Both sides read the same ids. The text is articles of WikiText-2 that neither
+calibration nor `--quant auto` ever reads, and the built-in papers of the evaluation half.
+
+What is finished stays in `--work`, the engines and a JSON line a scheme: the same command goes on where it was
+interrupted, and only builds and compares what is new to it. An empty `--work` does everything again, after the builder
+has changed for instance. Speeds come last and are measured anew, engines in turn, round by round: a busy or slow minute
+of the machine then counts against all of them. While it compares, the reference's logits take 4 bytes times vocabulary
+and tokens of disk there, 4 GB with the demo.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -111,8 +115,8 @@ the same token first (or tie within 1e-4). ppl: perplexity; ratio: over the floa
 parentheses 95 % intervals, bootstrapped over windows. weights: relative rms of the layers' stored weights; none where
 columns were scaled along with what goes into them. MB: all files; bits: of a weight, everything counted. KL of
 summaries: on requests for a summary and the float model's answer to them; ROUGE-L: of the engine's own answer and a
-person's summary. prefill: a prompt of 512 tokens; decode: 64 tokens after it, one at a time; medians. build: seconds,
-calibration included."""
+person's summary. prefill: a prompt of 512 tokens; decode: 64 tokens after it, one at a time; medians of rounds in which
+all schemes run in turn. build: seconds, calibration included."""
 
 
 def build(checkpoint: str | None, options: str, output: Path) -> dict[str, Any]:
@@ -147,22 +151,36 @@ class Comparison:
         papers: documents to be summarised.
     """
 
-    def __init__(self, float_engine: Path, windows: np.ndarray, papers: Sequence[Document], threads: int) -> None:
+    def __init__(
+        self, float_engine: Path, windows: np.ndarray, papers: Sequence[Document], threads: int, logits: Path
+    ) -> None:
+        """``logits``: a directory for those of the float engine."""
         self.reference = Engine.load(float_engine, threads)
         self.model = TextModel.of(self.reference) if papers else None
         self.windows, self.papers, self.threads = windows, papers, threads
+        self._logits = logits
         self._pool = ThreadPoolExecutor(threads)
+
+    def expected(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The float engine's logits, float32 (T, vocab_size), computed once."""
+        path = self._logits / f"{hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16]}.npy"
+        if not path.exists():
+            self._logits.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".unfinished.npy")
+            np.save(unfinished, np.concatenate(list(engine_logits(self.reference, token_ids))))
+            unfinished.rename(path)
+        logits: np.ndarray = np.load(path, mmap_mode="r")
+        return logits
 
     def positions(self, engine: Engine, token_ids: Sequence[int]) -> Positions:
         """Both sides on one sequence, a chunk at a time."""
-        following, start = following_tokens(token_ids), 0
+        following, expected, start = following_tokens(token_ids), self.expected(token_ids), 0
         pieces: list[Positions] = []
-        sides = zip(engine_logits(self.reference, token_ids), engine_logits(engine, token_ids), strict=True)
-        for expected, found in sides:
+        for found in engine_logits(engine, token_ids):
             shares = [rows for rows in np.array_split(np.arange(len(found)), self.threads) if len(rows)]
             pieces += self._pool.map(
-                lambda rows, expected=expected, found=found, start=start: compare(
-                    FullLogits(expected[rows]), found[rows], following[start + rows]
+                lambda rows, found=found, start=start: compare(
+                    FullLogits(expected[start + rows]), found[rows], following[start + rows]
                 ),
                 shares,
             )
@@ -174,17 +192,15 @@ class Comparison:
         assert self.model is not None
         return greedy(self.model, make_prompt(self.model, paper, SUMMARY_TOKENS).token_ids, SUMMARY_TOKENS)
 
-    def measure(self, directory: Path, continuations: Sequence[Sequence[int]], rounds: int) -> dict[str, Any]:
-        """All figures of the engine in ``directory``: metrics by name as (value, low, high), and plain numbers."""
+    def measure(self, directory: Path, continuations: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The figures of the engine in ``directory``: metrics by name as (value, low, high), and plain numbers."""
         engine = Engine.load(directory, self.threads)
-        speed = [speeds(engine, self.windows[0]) for _ in range(1 + rounds)][1:]  # the first one warms up
         metrics = summarise_positions("original", [self.positions(engine, window) for window in self.windows.tolist()])
         if self.model is not None:
             metrics += self._summaries(engine, continuations)
         manifest = engine.manifest
         return {
             "metrics": {metric.name: (metric.value, metric.low, metric.high) for metric in metrics},
-            "speeds": [statistics.median(one) for one in zip(*speed, strict=True)],
             "bytes": sum(part.size_bytes for part in manifest.parts.values()),
             "bits": totals(manifest, linear_rows(manifest)).bits_per_weight,
         }
@@ -201,8 +217,21 @@ class Comparison:
         return [Metric("summaries.kl_mean", kl.value, kl.low, kl.high), *scores]
 
 
-def speeds(engine: Engine, token_ids: np.ndarray) -> tuple[float, float]:
-    """Prefill and decode tokens a second: ``PROMPT`` tokens at once, then ``ANSWER`` one by one."""
+def speeds(
+    engines: Mapping[str, Path], token_ids: np.ndarray, threads: int, rounds: int
+) -> dict[str, tuple[float, ...]]:
+    """Prefill and decode tokens a second of each of ``engines``: medians of ``rounds``, in which all of them run."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, directory in engines.items():
+            engine = Engine.load(directory, threads)
+            _speed(engine, token_ids)  # warms up
+            found[name].append(_speed(engine, token_ids))
+    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in found.items()}
+
+
+def _speed(engine: Engine, token_ids: np.ndarray) -> tuple[float, float]:
+    """``PROMPT`` tokens at once, then ``ANSWER`` one by one: tokens a second."""
     blocks = engine.cache.allocate(engine.cache.blocks_for(PROMPT + ANSWER))
     assert blocks is not None
     started = time.perf_counter()
@@ -256,14 +285,15 @@ def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
             return f"{value:{digits}}{interval}"
 
         error = result["weight_error"]
-        prefill, decode = result["speeds"]
         cells = [name + " *" * is_same_grid(name, result), f"{result['bytes'] / 1e6:.1f}", f"{result['bits']:.2f}"]
         cells += [metric("original.kl_mean", ".2e"), f"{result['metrics']['original.top1'][0]:.2%}"]
         cells += [metric("original.perplexity", ".2f"), metric("original.perplexity_ratio", ".4f")]
         cells += ["" if error is None else f"{error:.2e}"]
         if summaries:
             cells += [metric("summaries.kl_mean", ".2e"), f"{result['metrics']['summaries.rougeL'][0]:.3f}"]
-        cells += [f"{prefill:.0f}", f"{decode:.1f}", f"{result['build_s']:.0f}"]
+        speed = result.get("speeds")
+        cells += [f"{speed[0]:.0f}", f"{speed[1]:.1f}"] if speed else ["", ""]
+        cells += [f"{result['build_s']:.0f}"]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -313,40 +343,42 @@ def main() -> None:
 
     located = resolve_checkpoint(arguments.checkpoint)
     work = arguments.work / located.name
-    build(arguments.checkpoint, "--quant none", work / "float32")
+
+    def engine_of(options: str) -> Path:
+        return work / "engines" / re.sub(r"[^\w.]+", "-", options).strip("-")
+
+    reference = engine_of(GROUPS["float"]["float32"])
+    if not reference.exists():
+        build(arguments.checkpoint, GROUPS["float"]["float32"], reference)
     windows = held_out_windows(Tokenizer.load(located.path), arguments.windows)
     papers = [paper for paper in built_in_documents("scitldr") if paper.summary][: arguments.summaries]
     settings = {
-        "checkpoint": dict(Manifest.read(work / "float32").origin.sha256),
+        "checkpoint": dict(Manifest.read(reference).origin.sha256),
         "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
         "papers": [paper.id for paper in papers],
-        "rounds": arguments.rounds,
-        "threads": arguments.threads,
     }
-    comparison = Comparison(work / "float32", windows, papers, arguments.threads)
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    logits = work / f"logits-{digest}"
+    comparison = Comparison(reference, windows, papers, arguments.threads, logits)
     head = (
         f"{located.name}, {arguments.windows} x {WINDOW} held-out tokens of WikiText-2, {len(papers)} papers; "
         f"{processor_name()}, {arguments.threads} threads, onnxruntime {version('onnxruntime')}"
     )
-    started = time.perf_counter()
-    comparison.positions(comparison.reference, windows[0].tolist())
-    scoring = (time.perf_counter() - started) * len(windows) * len(schemes) / 60
-    print(f"{len(schemes)} schemes; comparing alone takes about {scoring:.0f} minutes", file=sys.stderr, flush=True)
     results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    engines: dict[str, Path] = {}
     with Journal(work / f"results-{digest}.jsonl", settings, resume=True) as journal:
 
         def measured(options: str) -> dict[str, Any]:
-            summary = build(arguments.checkpoint, options, work / "engine")
-            error = weight_error(work / "engine", located.path)
+            engine = engine_of(options)
+            summary = build(arguments.checkpoint, options, engine)
             continuations = [
                 journal.do("continuation", paper.id, lambda paper=paper: comparison.continuation(paper))
                 for paper in papers
             ]
             return {
-                **comparison.measure(work / "engine", continuations, arguments.rounds),
-                "weight_error": error,
+                **comparison.measure(engine, continuations),
+                "weight_error": weight_error(engine, located.path),
                 "build_s": summary["seconds"],
                 "build_memory_bytes": summary["peak_memory_bytes"],
             }
@@ -357,7 +389,10 @@ def main() -> None:
             try:
                 options = options.format_map({other: f"{one['bytes'] / 1e6:.2f}MB" for other, one in results.items()})
                 known = journal.has("scheme", options)
-                results[name] = journal.do("scheme", options, lambda options=options: measured(options))
+                results[name] = dict(journal.do("scheme", options, lambda options=options: measured(options)))
+                engines[name] = engine_of(options)
+                if not engines[name].exists():  # removed since
+                    build(arguments.checkpoint, options, engines[name])
             except KeyError as error:
                 failed[name] = f"it is to be as large as {error}, which is not among the groups"
             except QwenError as error:
@@ -369,10 +404,14 @@ def main() -> None:
                     left = statistics.mean(spent) * (len(schemes) - number) / 60
                     kl = results[name]["metrics"]["original.kl_mean"][0]
                     print(f"{name}: KL {kl:.3e}; {spent[-1]:.0f} s, about {left:.0f} minutes left", file=sys.stderr)
+                    sys.stderr.flush()
                 write_report(arguments.output, located, head, results, failed)
-    shutil.rmtree(work / "engine", ignore_errors=True)
+    shutil.rmtree(logits, ignore_errors=True)
     if not results:
         sys.exit("Error: no scheme could be built")
+    print("speeds", file=sys.stderr, flush=True)
+    for name, pair in speeds(engines, windows[0], arguments.threads, arguments.rounds).items():
+        results[name]["speeds"] = pair
     write_report(arguments.output, located, head, results, failed)
     print((arguments.output / f"schemes-{located.name}.md").read_text(encoding="utf-8"), end="")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import hf_logits, run_alone
 
-from benchmarks.schemes import GROUPS, Comparison, family, is_same_grid, plot, table, weight_error
+from benchmarks.schemes import GROUPS, Comparison, family, is_same_grid, plot, speeds, table, weight_error
 from qwen_build.cli import main as qwen_build
 from qwen_run.accuracy import FullLogits, compare
 from qwen_run.engine import Engine
@@ -28,15 +28,17 @@ def test_qwen_build_knows_the_options(options):
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_checkpoint, build_engine):
+def measured(tiny_checkpoint, build_engine, tmp_path_factory):
     """A checkpoint, a way to build it, and what is measured of its engines on two windows of random tokens."""
     checkpoint = tiny_checkpoint("qwen2")
     windows = np.random.default_rng(0).integers(131, size=(2, 600))
-    comparison = Comparison(build_engine(checkpoint.path, quant="none"), windows, [], threads=2)
+    comparison = Comparison(
+        build_engine(checkpoint.path, quant="none"), windows, [], 2, tmp_path_factory.mktemp("logits")
+    )
 
     def measure(**options):
         directory = build_engine(checkpoint.path, **options)
-        return comparison.measure(directory, [], rounds=1) | {
+        return comparison.measure(directory, []) | {
             "weight_error": weight_error(directory, checkpoint.path), "build_s": 1.0,
         }  # fmt: skip
 
@@ -58,15 +60,19 @@ def test_figures_are_those_of_both_sides_logits(measured, build_engine):
     assert found["original.perplexity"][0] == pytest.approx(np.exp(-log_likelihood.mean()), rel=1e-6)
 
 
-def test_weights_on_the_grid_are_told_from_rounded_ones(measured):
-    _, _, measure = measured
+def test_weights_on_the_grid_are_told_from_rounded_ones(measured, build_engine):
+    checkpoint, windows, measure = measured
     results = {"float32": measure(quant="none"), "int8 g32": measure(quant="int8"), "int4 g32": measure(quant="int4")}
     assert results["float32"]["weight_error"] == 0
     assert 1e-3 < results["int8 g32"]["weight_error"] < results["int4 g32"]["weight_error"] / 8
     assert not any(is_same_grid(*row) for row in results.items())
     results["int4 g32"]["weight_error"] = 2e-4
     assert is_same_grid("int4 g32", results["int4 g32"])
+    engines = {"float32": build_engine(checkpoint.path, quant="none")}
+    assert min(speeds(engines, windows[0], 2, rounds=2)["float32"]) > 0
+    results["float32"]["speeds"] = (1000.0, 10.0)
     rows = list(table(results))
+    assert [row.split("|")[-4:-2] for row in rows[2:]] == [[" 1000 ", " 10.0 "], ["  ", "  "], ["  ", "  "]]
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["float32", "int8 g32", "int4 g32 *"]
     assert "int8" in plot(results)
     assert "int4" not in plot(results)
