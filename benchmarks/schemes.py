@@ -3,6 +3,7 @@
     python -m benchmarks.schemes                                  the demo, all groups of the issue's table
     python -m benchmarks.schemes --checkpoint DIR int4 auto       two groups of another checkpoint
     python -m benchmarks.schemes --windows 2 --summaries 0 int8   a quick look
+    python -m benchmarks.schemes --window 8192 --windows 4 --summaries 0 float cache   caches over long contexts
 
 The reference is our own float32 engine, whose logits `tests/test_parity.py` compares with transformers': with the
 demo the KL between them is 1e-11. Both sides read the same ids. The text is articles of WikiText-2 that neither
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_build.locate import Located, resolve_checkpoint
+from qwen_build.locate import resolve_checkpoint
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy import FullLogits, Metric, Positions, compare, rouge, summarise_positions
@@ -134,12 +135,12 @@ def build(checkpoint: str | None, options: str, output: Path) -> dict[str, Any]:
     return summary
 
 
-def held_out_windows(tokenizer: Tokenizer, count: int) -> np.ndarray:
-    """Token ids (count, WINDOW): windows of the held-out articles one after the other, evenly spread over them."""
+def held_out_windows(tokenizer: Tokenizer, count: int, length: int) -> np.ndarray:
+    """Token ids (count, length): windows of the held-out articles one after the other, evenly spread over them."""
     token_ids = [token for one in load_dataset(str(HELD_OUT)).documents for token in tokenizer.encode(one.document)]
-    windows = np.array(token_ids[: len(token_ids) // WINDOW * WINDOW]).reshape(-1, WINDOW)
+    windows = np.array(token_ids[: len(token_ids) // length * length]).reshape(-1, length)
     if not 1 <= count <= len(windows):
-        sys.exit(f"Error: the held-out text has {len(windows)} windows of {WINDOW} tokens, not {count}")
+        sys.exit(f"Error: the held-out text has {len(windows)} windows of {length} tokens, not {count}")
     return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
 
 
@@ -147,7 +148,7 @@ class Comparison:
     """One engine after the other beside the float engine.
 
     Attributes:
-        windows: token ids (W, WINDOW) that both sides read.
+        windows: token ids (W, L) that both sides read.
         papers: documents to be summarised.
     """
 
@@ -313,24 +314,25 @@ def plot(results: dict[str, dict[str, Any]]) -> str:
     return scatter_plot("KL to the float model against size", "MB", "KL, nats", series)
 
 
-def write_report(output: Path, located: Located, head: str, results: dict[str, Any], failed: dict[str, str]) -> None:
-    """The table, what it means and what could not be built, and the plot beside it."""
+def write_report(path: Path, head: str, results: dict[str, Any], failed: dict[str, str]) -> None:
+    """The table, what it means and what could not be built, to ``path``, and the plot beside it."""
     notes = [DEFINITIONS.replace("\n", " ")]
     if any(is_same_grid(*row) for row in results.items()):
         notes.append("\\* Not a result: the checkpoint's weights lie on this grid already, rounding loses nothing.")
     notes += [f"Not built: {name}: {message}" for name, message in failed.items()]
     lines = [head, "", *table(results), "", *("\n\n".join(notes).splitlines())]
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"schemes-{located.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if any(family(name) != "float32" for name in results):
-        (output / f"schemes-{located.name}.svg").write_text(plot(results), encoding="utf-8")
+        path.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"some of: {', '.join(GROUPS)}")
     parser.add_argument("--checkpoint", help="directory or Hub id; the demo if left out")
-    parser.add_argument("--windows", type=int, default=20, help=f"of {WINDOW} held-out tokens")
+    parser.add_argument("--windows", type=int, default=20, help="of held-out text")
+    parser.add_argument("--window", type=int, default=WINDOW, metavar="TOKENS", help="of each")
     parser.add_argument("--summaries", type=int, default=8, help="papers; 0 for a model that follows no requests")
     parser.add_argument("--rounds", type=int, default=3, help="of speed")
     parser.add_argument("--threads", type=int, default=2)
@@ -350,7 +352,7 @@ def main() -> None:
     reference = engine_of(GROUPS["float"]["float32"])
     if not reference.exists():
         build(arguments.checkpoint, GROUPS["float"]["float32"], reference)
-    windows = held_out_windows(Tokenizer.load(located.path), arguments.windows)
+    windows = held_out_windows(Tokenizer.load(located.path), arguments.windows, arguments.window)
     papers = [paper for paper in built_in_documents("scitldr") if paper.summary][: arguments.summaries]
     settings = {
         "checkpoint": dict(Manifest.read(reference).origin.sha256),
@@ -360,9 +362,11 @@ def main() -> None:
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     logits = work / f"logits-{digest}"
     comparison = Comparison(reference, windows, papers, arguments.threads, logits)
+    title = located.name if arguments.window == WINDOW else f"{located.name}-{arguments.window}"
+    report = arguments.output / f"schemes-{title}.md"
     head = (
-        f"{located.name}, {arguments.windows} x {WINDOW} held-out tokens of WikiText-2, {len(papers)} papers; "
-        f"{processor_name()}, {arguments.threads} threads, onnxruntime {version('onnxruntime')}"
+        f"{located.name}, {arguments.windows} x {arguments.window} held-out tokens of WikiText-2, "
+        f"{len(papers)} papers; {processor_name()}, {arguments.threads} threads, onnxruntime {version('onnxruntime')}"
     )
     results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -405,15 +409,15 @@ def main() -> None:
                     kl = results[name]["metrics"]["original.kl_mean"][0]
                     print(f"{name}: KL {kl:.3e}; {spent[-1]:.0f} s, about {left:.0f} minutes left", file=sys.stderr)
                     sys.stderr.flush()
-                write_report(arguments.output, located, head, results, failed)
+                write_report(report, head, results, failed)
     shutil.rmtree(logits, ignore_errors=True)
     if not results:
         sys.exit("Error: no scheme could be built")
     print("speeds", file=sys.stderr, flush=True)
     for name, pair in speeds(engines, windows[0], arguments.threads, arguments.rounds).items():
         results[name]["speeds"] = pair
-    write_report(arguments.output, located, head, results, failed)
-    print((arguments.output / f"schemes-{located.name}.md").read_text(encoding="utf-8"), end="")
+    write_report(report, head, results, failed)
+    print(report.read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":
