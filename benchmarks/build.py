@@ -2,15 +2,18 @@
 
     python -m benchmarks.random_checkpoint qwen2.5-7b /tmp/7b
     python -m benchmarks.build /tmp/7b
+    python -m benchmarks.build /tmp/7b --group-size 64 --int4-method gptq
 
-The build is `qwen-build` in a process of its own. Then a new process loads the engine, feeds 512 prompt tokens and
-answers with 32, greedy. Peak memory is VmHWM of each process: resident pages, mapped files included.
+The build is `qwen-build`, with the options behind the checkpoint, in a process of its own. Then a new process loads the
+engine, feeds 512 prompt tokens and answers with 32, greedy. Peak memory is VmHWM of each process: resident pages, mapped
+files included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,24 +50,26 @@ def answer(directory: Path, threads: int | None) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="checkpoint; with --answer, engine")
-    parser.add_argument("--quant", default="int4")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--answer", action="store_true", help="only load the engine and answer, print JSON")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     if arguments.answer:
         print(json.dumps(answer(arguments.directory, arguments.threads)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.directory.parent) as scratch:
         engine = str(Path(scratch) / "engine")
-        command = ["-m", "qwen_build.cli", str(arguments.directory), "--quant", arguments.quant, "--output", engine]
+        command = ["-m", "qwen_build.cli", str(arguments.directory), *options, "--output", engine]
         built = json.loads(subprocess.check_output([sys.executable, *command, "--json"]))
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         threads = ["--threads", str(arguments.threads)] if arguments.threads else []
         command = ["-m", "benchmarks.build", "--answer", engine, *threads]
         answered = json.loads(subprocess.check_output([sys.executable, *command]))
-    print(f"{arguments.directory.name}, {arguments.quant}, checkpoint {built['checkpoint_bytes'] / 1e9:.2f} GB\n")
+    checkpoint = f"checkpoint {built['checkpoint_bytes'] / 1e9:.2f} GB"
+    print(f"{arguments.directory.name}, {' '.join(options) or 'no options'}, {checkpoint}\n")
     print("| | |\n|---|---|")
     print(f"| engine | {built['engine_bytes'] / 1e9:.2f} GB |")
-    print(f"| build | {built['seconds']:.0f} s, peak memory {built['peak_memory_bytes'] / 1e6:.0f} MB |")
+    seconds = f"{built['seconds']:.0f} s, {used.ru_utime + used.ru_stime:.0f} of the processor's"
+    print(f"| build | {seconds}; peak memory {built['peak_memory_bytes'] / 1e6:.0f} MB |")
     print(f"| load | {answered['load_s']:.1f} s |")
     print(f"| first token of a {PROMPT}-token prompt | {answered['first_token_s']:.1f} s |")
     print(f"| decode, {ANSWER} tokens | {answered['decode_tokens_per_s']:.1f} tokens/s |")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.random_checkpoint SHAPE DIRECTORY
 
-Written as Hugging Face writes it: bfloat16, in shards of up to 5 GB with an index.
+Written as Hugging Face writes it: bfloat16, in shards of up to 5 GB with an index. A token of its tokenizer is a byte.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from qwen_build.checkpoint import LazyTensor, write_safetensors
 
@@ -68,6 +69,15 @@ def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return values + np.float32(1) if "norm" in name else values
 
 
+def byte_tokenizer() -> Tokenizer:
+    """Turns a text into its UTF-8 bytes, one token each."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: token for token, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def write_checkpoint(shape: str, directory: Path) -> None:
     """Write the checkpoint of one of :data:`SHAPES` to the new directory ``directory``."""
     config = SHAPES[shape]
@@ -78,6 +88,7 @@ def write_checkpoint(shape: str, directory: Path) -> None:
         "eos_token_id": 151645, "bos_token_id": 151643,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(constant | config, indent=1))
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
     shards: list[dict[str, LazyTensor]] = [{}]
     size_bytes = 0
     for name, dims in tensor_shapes(config):
