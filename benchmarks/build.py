@@ -4,9 +4,9 @@
     python -m benchmarks.build /tmp/7b
     python -m benchmarks.build /tmp/7b --group-size 64 --int4-method gptq
 
-The build is `qwen-build`, with the options behind the checkpoint, in a process of its own. Then a new process loads the
-engine, feeds 512 prompt tokens and answers with 32, greedy. Peak memory is VmHWM of each process: resident pages, mapped
-files included.
+The build is `qwen-build`, with the options behind the checkpoint, in a process of its own. Then a new process loads
+the engine, feeds 512 prompt tokens and answers with 32, greedy. Peak memory is VmHWM of each process: resident pages,
+mapped files included.
 """
 
 from __future__ import annotations
