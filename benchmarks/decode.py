@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from qwen_build.build import BuildOptions, plan_build, write_engine
+from qwen_build.build import plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_run.engine import Engine
 from qwen_run.evaluate import one_sequence
 

@@ -37,9 +37,10 @@ from typing import Any
 from benchmarks.int8_peak import int8_peak
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
 from benchmarks.write_gguf import write_gguf
-from qwen_build.build import BuildOptions, plan_build, write_engine
+from qwen_build.build import plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_engine import __version__
 from qwen_engine.manifest import ITEM_BYTES, Manifest
 from qwen_run import svg

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from qwen_build.auto_report import CHOICES_FILE, REPORT_FILE, AutoReport, Trial, megabytes, rebuild_command, to_html
-from qwen_build.build import BuildOptions, plan_build, write_engine
-from qwen_build.calibration_text import MIN_SEQUENCES, read_sequences
+from qwen_build.build import plan_build, write_engine
+from qwen_build.calibration_text import read_halves
 from qwen_build.checkpoint import Checkpoint, digest_files
 from qwen_build.config import ModelConfig
 from qwen_build.decoder_layer import LayerRunner, embed, logits, read_layer
 from qwen_build.export import write_graph
 from qwen_build.locate import Located
+from qwen_build.options import BuildOptions
 from qwen_build.output import check_output, engine_directory, resumable_beside
 from qwen_build.per_linear import Rule, excluding, write_rules
 from qwen_build.quantize import GROUP_SIZES, Scheme, make_scheme
@@ -34,12 +35,10 @@ from qwen_build.sensitivity import Probing, Unit, decision_units, kept, kl_diver
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, TEXT_FILES, Manifest
-from qwen_run.datasets import built_in_documents
 from qwen_run.engine import Engine
 from qwen_run.evaluate import engine_logits
 from qwen_run.machine import physical_cores
 from qwen_run.parts import measure_part
-from qwen_run.tokenizer import Tokenizer
 
 # quant and symmetric of the schemes to choose from, each with every group size; and float
 _CANDIDATES = (("int4", False), ("int4", True), ("int8", True))
@@ -57,8 +56,6 @@ _LEFT = {"gptq": 0.3}
 _PROBED = 1
 # Sequences of either text that engines are measured with.
 _MEASURED = 8
-# Of a user's text, one sequence in so many is held out.
-_HELD_OUT = 4
 
 # Steps that a budget is cut into.
 _STEPS = 1 << 16
@@ -175,6 +172,7 @@ class Search:
                 if trial.kl >= _GOOD_ENOUGH * max_kl or not trial.predicted_kl:
                     return best
             elif choice == most_accurate:
+                shutil.rmtree(self._directory(choice), ignore_errors=True)
                 raise BuildError(
                     f"--max-kl {max_kl:g} cannot be reached: the most accurate engine, {megabytes(trial.size_bytes)}, "
                     f"has a KL of {trial.kl:.2g}; allow that much"
@@ -427,9 +425,7 @@ def candidates(options: BuildOptions) -> tuple[Scheme, ...]:
 def split_text(
     options: BuildOptions, directory: Path, config: ModelConfig, max_seq_len: int
 ) -> tuple[BuildOptions, np.ndarray, np.ndarray, str]:
-    """The text to calibrate with, and other text to verify with.
-
-    Without a file these are the halves of the built-in samples; of a file, the end is held out.
+    """The text to calibrate with, and other text to verify with, see :func:`qwen_build.calibration_text.read_halves`.
 
     Returns:
         The options of the engines, which calibrate with the former alone; both texts, token ids int64 (S, L); and what
@@ -438,31 +434,15 @@ def split_text(
     Raises:
         BuildError: the text is too short.
     """
-    sequences = read_sequences(directory, config, options.calibration, options.calibration_tokens)
-    count, length = sequences.shape
-    if options.calibration is None:
-        tokenizer, ids = Tokenizer.load(directory), []
-        for document in built_in_documents("default", "evaluation"):
-            ids += tokenizer.encode(document.document)
-            if len(ids) >= _MEASURED * length:
-                break
-        held_out = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
-        words = "the built-in samples' evaluation half, whose documents do not calibrate"
-    else:
-        kept_back = -(-count // _HELD_OUT)
-        if count - kept_back < MIN_SEQUENCES:
-            raise BuildError(
-                f"{options.calibration} makes {sequences.size:,} tokens, --quant auto takes "
-                f"{(MIN_SEQUENCES + 1) * length:,} to calibrate and to verify; give a longer text with --calibration"
-            )
-        sequences, held_out = sequences[:-kept_back], sequences[-kept_back:]
-        options = dataclasses.replace(options, calibration_tokens=sequences.size)
-        words = f"the end of {options.calibration}, which does not calibrate"
+    text = options.calibration
+    sequences, held_out, words = read_halves(directory, config, text, options.calibration_tokens, _MEASURED)
     method = options.int4_method or _METHOD
     options = dataclasses.replace(options, int4_method=method)
     if method == "rtn":
         options = without_calibration(options)
-    shortened = min(length, max_seq_len)
+    elif text is not None:
+        options = dataclasses.replace(options, calibration_tokens=sequences.size)
+    shortened = min(sequences.shape[1], max_seq_len)
     return options, sequences[:, :shortened], held_out[:, :shortened], words
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_build.build import BuildOptions
+from qwen_build.options import BuildOptions
 from qwen_build.sensitivity import Unit
 from qwen_run.bench_report import scatter_plot
 from qwen_run.report_html import STYLE
@@ -42,8 +42,8 @@ class Trial:
 
     @property
     def kl(self) -> float:
-        """The larger one of the measured."""
-        return max(self.calibration_kl, self.held_out_kl)
+        """The larger one of the measured; NaN if one is: no budget allows that."""
+        return float(np.max([self.calibration_kl, self.held_out_kl]))
 
 
 @dataclass(frozen=True)

@@ -6,111 +6,39 @@ factors that inputs are divided by and how weights are rounded. Only numbers cha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from qwen_build.awq import Awq
-from qwen_build.calibrated_layers import layer_directory, save_array, save_rounded
-from qwen_build.checkpoint import Checkpoint
+from qwen_build.calibrated_layers import layer_directory, new_array, save_array, save_rounded
+from qwen_build.checkpoint import Checkpoint, digest_files
 from qwen_build.config import ModelConfig
 from qwen_build.decoder_layer import INPUTS, LayerRun, LayerRunner, LayerWeights, embed, linear_shapes, read_layer
 from qwen_build.factor_search import input_scale
 from qwen_build.folding import PRODUCERS, fold_inputs
-from qwen_build.gptq import Gptq
 from qwen_build.grid import Rounded
+from qwen_build.method import Readers, Rtn
+from qwen_build.output import resumable_beside
 from qwen_build.packed import is_packed
-from qwen_build.quantize import NativeInt, StockInt
-from qwen_build.smoothquant import SmoothQuant
+from qwen_build.quantize import IntScheme
 from qwen_build.statistics import Collector, Statistics
 from qwen_build.weight_map import FUSED
+from qwen_engine import __version__
 from qwen_engine.errors import CheckpointError
 from qwen_run.machine import physical_cores
-
-if TYPE_CHECKING:
-    from qwen_build.build import BuildOptions
-
-IntScheme = NativeInt | StockInt
 
 # In a layer's directory: what the layer puts out, and the squared output errors and outputs of its linears.
 _OUTPUT, _ERRORS = "output.npy", "errors.json"
 
 # Elements of the widest activations in memory at a time, and how many arrays of them a run makes at its peak.
 _RUN_ELEMENTS, _RUN_ARRAYS = 1 << 23, 8
-
-
-class Method(Protocol):
-    """A way to calibrate. It sees integer linears only, and none that the checkpoint has packed."""
-
-    @property
-    def needs_second_moment(self) -> bool: ...
-
-    def fold(
-        self,
-        config: ModelConfig,
-        weights: LayerWeights,
-        statistics: Mapping[str, Statistics],
-        schemes: Mapping[str, IntScheme],
-    ) -> dict[str, np.ndarray]:
-        """The factors of the inputs of a layer that are to be divided, see :func:`qwen_build.folding.fold_inputs`.
-
-        Args:
-            statistics: by the keys of ``INPUTS``.
-            schemes: by the linears' names inside the layer.
-        """
-
-    def round(
-        self, weights: Mapping[str, np.ndarray], statistics: Statistics, schemes: Mapping[str, IntScheme]
-    ) -> dict[str, Rounded]:
-        """Round linears that share an input; may overwrite ``statistics.second_moment``.
-
-        Args:
-            weights: linear -> float32 (N, K), folded as the statistics are.
-
-        Raises:
-            OverflowError: a weight is larger than its scheme can store.
-        """
-
-
-@dataclass(frozen=True)
-class Rtn:
-    """Each weight to its nearest values, whatever it is multiplied with."""
-
-    needs_second_moment = False
-
-    def fold(
-        self,
-        config: ModelConfig,
-        weights: LayerWeights,
-        statistics: Mapping[str, Statistics],
-        schemes: Mapping[str, IntScheme],
-    ) -> dict[str, np.ndarray]:
-        return {}
-
-    def round(
-        self, weights: Mapping[str, np.ndarray], statistics: Statistics, schemes: Mapping[str, IntScheme]
-    ) -> dict[str, Rounded]:
-        return {name: schemes[name].round(weight) for name, weight in weights.items()}
-
-
-def _smoothquant(options: BuildOptions) -> Method:
-    assert options.alpha is not None, "resolved options"
-    return SmoothQuant(options.alpha)
-
-
-# the choices of --int4-method, and those of --quant that calibrate -> the method, as the options want it
-METHODS: dict[str, Callable[[BuildOptions], Method]] = {
-    "rtn": lambda options: Rtn(),
-    "smoothquant": _smoothquant,
-    "awq": lambda options: Awq(),
-    "gptq": lambda options: Gptq(),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +52,7 @@ class Calibration:
     """
 
     names: Mapping[int, str]
-    methods: Mapping[int, Method]
+    methods: Mapping[int, Rtn]
     sequences: np.ndarray
     schemes: Mapping[str, IntScheme]
 
@@ -132,29 +60,22 @@ class Calibration:
     def needs_second_moment(self) -> bool:
         return any(self.methods[scheme.grid.bits].needs_second_moment for scheme in self.schemes.values())
 
-    def fold(
-        self,
-        config: ModelConfig,
-        weights: LayerWeights,
-        statistics: Mapping[str, Statistics],
-        schemes: Mapping[str, IntScheme],
-    ) -> dict[str, np.ndarray]:
-        """What all methods fold; each leaves an input alone that linears of other bits read, if it folds at all."""
-        factors: dict[str, np.ndarray] = {}
-        for bits in sorted({scheme.grid.bits for scheme in schemes.values()}):
-            factors |= self.methods[bits].fold(config, weights, statistics, schemes)
-        return factors
+    def factors(self, readers: Readers) -> np.ndarray | None:
+        """What the input is divided by; linears of different methods leave the one that they share alone."""
+        method, *others = self._methods(readers)
+        return None if others else method.factors(readers)
 
-    def round(
-        self, weights: Mapping[str, np.ndarray], statistics: Statistics, schemes: Mapping[str, IntScheme]
-    ) -> dict[str, Rounded]:
+    def round(self, readers: Readers) -> dict[str, Rounded]:
         """What its method makes of each weight; those that have the same go together."""
         rounded: dict[str, Rounded] = {}
-        for method in dict.fromkeys(self.methods.values()):
-            own = {name: scheme for name, scheme in schemes.items() if self.methods[scheme.grid.bits] == method}
-            if own:
-                rounded |= method.round({name: weights[name] for name in own}, statistics, own)
+        for method in self._methods(readers):
+            own = {name: one for name, one in readers.schemes.items() if self.methods[one.grid.bits] == method}
+            weights = {name: readers.weights[name] for name in own}
+            rounded |= method.round(replace(readers, weights=weights, schemes=own))
         return rounded
+
+    def _methods(self, readers: Readers) -> list[Rtn]:
+        return list(dict.fromkeys(self.methods[bits] for bits in sorted(readers.bits)))
 
     def steps(self, config: ModelConfig) -> int:
         """How often a sequence runs through a layer."""
@@ -207,21 +128,47 @@ def calibrate(
         errors: dict[str, tuple[float, float]] = {}
         if schemes:
             statistics = _statistics(runner, weights, hidden, config, schemes, calibration.needs_second_moment, advance)
+            for key, own in statistics.items():
+                if not np.isfinite(own.mean_square).all():
+                    raise CheckpointError(
+                        f"{path}{INPUTS[key][0]}: what it multiplies is too large for float32 on the calibration text; "
+                        "the checkpoint is damaged, download or save it again"
+                    )
             packed = {name for names in INPUTS.values() for name in names if is_packed(checkpoint, path + name)}
             errors = _round_layer(calibration, config, weights, statistics, schemes, packed, scratch, path)
         else:
             advance(len(sequences))
         (scratch / _ERRORS).write_text(json.dumps(errors))
         if layer + 1 < config.num_hidden_layers:
-            output = np.lib.format.open_memmap(scratch / _OUTPUT, "w+", np.float32, hidden.shape)
+            output = new_array(scratch / _OUTPUT, hidden.shape)
             for rows, run in _runs(runner, weights, hidden, config, with_inputs=False):
                 output[rows] = run.output.reshape(-1, *hidden.shape[1:])
                 advance(rows.stop - rows.start)
-            output.flush()
         else:
             advance(len(sequences))
         scratch.rename(place)
         entering.unlink()
+
+
+@contextmanager
+def calibrated(
+    calibration: Calibration,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    target: Path,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Iterator[Path]:
+    """A directory that :func:`calibrate` filled; where this is interrupted, it stays beside ``target`` for next time.
+
+    Raises:
+        BuildError: the directory of ``target`` cannot be written.
+        CheckpointError: see :func:`calibrate`.
+    """
+    decisive = [repr(calibration), repr(config), digest_files(checkpoint.files), __version__]
+    key = hashlib.sha256(json.dumps(decisive).encode() + calibration.sequences.tobytes()).hexdigest()[:16]
+    with resumable_beside(target, key) as directory:
+        calibrate(calibration, config, checkpoint, directory, advance)
+        yield directory
 
 
 def output_errors(directory: Path, config: ModelConfig) -> dict[str, tuple[float, float]]:
@@ -287,27 +234,36 @@ def _round_layer(
     Returns:
         see :func:`output_errors`.
     """
-    factors = calibration.fold(config, weights, statistics, schemes)
-    factors = {key: s for key, s in factors.items() if packed.isdisjoint((*INPUTS[key], PRODUCERS[key]))}
+
+    def readers_of(key: str, own: Statistics) -> Readers:
+        names = [name for name in INPUTS[key] if name in schemes]
+        read = {name: weights[f"{name}.weight"] for name in names}
+        return Readers(config, key, own, read, {name: schemes[name] for name in names})
+
+    factors: dict[str, np.ndarray] = {}
+    for key, own in statistics.items():
+        fixed = not packed.isdisjoint((*INPUTS[key], PRODUCERS[key]))
+        if not fixed and (s := calibration.factors(readers_of(key, own))) is not None:
+            factors[key] = s
     folded = fold_inputs(config, weights, factors)
     changed = {name for name, weight in folded.items() if weight is not weights[name]}
     weights.update(folded)
     del folded
     errors: dict[str, tuple[float, float]] = {}
     for key in list(statistics):
-        readers = {name: schemes[name] for name in INPUTS[key] if name in schemes}
         own = statistics.pop(key)
         if key in factors:
             own = own.divided(factors[key])
-        if any(scheme.record.activation_scales == "static" for scheme in readers.values()):
+        readers = readers_of(key, own)
+        if any(scheme.record.activation_scales == "static" for scheme in readers.schemes.values()):
             for reader in _possible_readers(config, key):
                 save_array(directory, f"{path}{reader}.input_scale", input_scale(own.largest))
         try:
-            rounded = calibration.round({name: weights[f"{name}.weight"] for name in readers}, own, readers)
+            rounded = calibration.round(readers)
         except OverflowError as error:
-            names = " or ".join(path + name for name in readers)
+            names = " or ".join(path + name for name in readers.schemes)
             raise CheckpointError(f"{names}: {error}; use --kernels stock") from error
-        for name, scheme in readers.items():
+        for name, scheme in readers.schemes.items():
             weight = f"{name}.weight"
             save_rounded(directory, path + weight, rounded[name], scheme.grid.bits)
             values = scheme.grid.values(rounded.pop(name), weights[weight].shape[1])

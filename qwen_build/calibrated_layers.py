@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_build.checkpoint import Checkpoint
-from qwen_build.export import Layout
+from qwen_build.export import Layout, reserve
 from qwen_build.grid import Rounded
 from qwen_build.quantize import pack, unpack
 from qwen_build.weight_map import LAYER, Shape, row_ranges
@@ -32,6 +32,14 @@ def save_rounded(directory: Path, name: str, rounded: Rounded, bits: int) -> Non
 def save_array(directory: Path, name: str, array: np.ndarray) -> None:
     """Save the float32 weight or vector ``name``."""
     np.save(directory / f"{name}.npy", array)
+
+
+def new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array in a new file; a full disk shows here, not as a signal when the array's pages are written."""
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    with path.open("r+b") as file:
+        reserve(file.fileno(), path.stat().st_size)
+    return array
 
 
 def layer_directory(directory: Path, layer: int) -> Path:

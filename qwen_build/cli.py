@@ -143,7 +143,8 @@ class Size(click.ParamType[Any]):
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text to calibrate with, JSON Lines of documents or plain; --quant auto verifies with its last quarter.  "
+    help="Text to calibrate with, JSON Lines of documents or plain. --quant auto holds out the half of the documents "
+    "that their hash says, of a single one the last quarter, and verifies with that.  "
     "[default: the calibration half of the samples]",
 )
 @click.option(
@@ -196,12 +197,16 @@ def main(
       qwen-build ./Qwen3-0.6B --int4-method gptq --calibration texts.jsonl
       qwen-build ./Qwen3-0.6B --quant auto --max-kl 0.02
       qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
+
+    A calibration that was interrupted goes on when the same command is run again: finished layers are kept in
+    .NAME.KEY.calibration beside the engine, until a build of that engine is finished.
     """
     started = time.monotonic()
-    from qwen_build.build import BuildOptions, plan_build, write_engine
+    from qwen_build.build import plan_build, write_engine
     from qwen_build.checkpoint import Checkpoint
     from qwen_build.locate import resolve_checkpoint
-    from qwen_build.output import check_output, resolved
+    from qwen_build.options import BuildOptions
+    from qwen_build.output import check_output, left_beside, resolved
     from qwen_build.per_linear import read_rules
     from qwen_engine.errors import BuildError
 
@@ -234,14 +239,25 @@ def main(
             output = ENGINES / f"{located.name}-{plan.options.quant if plan else AUTO}"
             check_output(output, force)
         target, command = resolved(output), shlex.join(["qwen-build", *sys.argv[1:]])
-        if plan is None:
-            from qwen_build.auto import build_auto
+        for left in left_beside(target):
+            click.echo(
+                f"Note: an interrupted build left {printable(str(left))}; the same build goes on there, another one "
+                "removes it in the end.",
+                err=True,
+            )
+        try:
+            if plan is None:
+                from qwen_build.auto import build_auto
 
-            max_bytes = max_size and int(max_size[0] * (checkpoint_bytes if max_size[1] else 1))
-            report = build_auto(weights, located, options, target, max_kl, max_bytes, force, command, progress)
-        else:
-            with progress(f"Building {output}", plan.work) as advance:
-                write_engine(plan, weights, target, force, command, advance)
+                max_bytes = max_size and int(max_size[0] * (checkpoint_bytes if max_size[1] else 1))
+                report = build_auto(weights, located, options, target, max_kl, max_bytes, force, command, progress)
+            else:
+                with progress(f"Building {output}", plan.work) as advance:
+                    write_engine(plan, weights, target, force, command, advance)
+        except (KeyboardInterrupt, SystemExit):
+            for left in left_beside(target):
+                click.echo(f"What was finished is kept in {printable(str(left))}; the same command goes on.", err=True)
+            raise
     summary = {
         "engine": str(output),
         "engine_bytes": sum(path.stat().st_size for path in target.iterdir()),

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from qwen_build.quantize import NativeInt, StockInt
+from qwen_build.grid import positive
+from qwen_build.quantize import IntScheme
 from qwen_build.statistics import Statistics
 from qwen_plugin.reference_linear import QuantLinearAttributes, quantize_rows
-
-IntScheme = NativeInt | StockInt
-
 
 # How far a factor may be from the usual one: columns beyond are dead, and float16 has to hold the weights' scales.
 _SPREAD = 2.0**10
@@ -59,8 +57,7 @@ def as_multiplied(x: np.ndarray, largest: np.ndarray, scheme: IntScheme) -> np.n
 
 def input_scale(largest: np.ndarray) -> np.ndarray:
     """The static scale, float32 (1), of an input whose columns reach ``largest`` (K)."""
-    scale: np.ndarray = largest.max(keepdims=True) / np.float32(127)
-    return scale
+    return positive(largest.max(keepdims=True) / np.float32(127))
 
 
 def least_error(

@@ -14,47 +14,31 @@ groups of 64 a KL of 0.166 against 0.138.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_build.config import ModelConfig
-from qwen_build.decoder_layer import LayerWeights
 from qwen_build.grid import Grid, Rounded
-from qwen_build.quantize import NativeInt, StockInt
+from qwen_build.method import Readers, Rtn
 from qwen_build.scale_search import search_scales
-from qwen_build.statistics import Statistics
 
 # Added to the diagonal of a second moment, as part of its mean: what calibration has not seen may still come.
 DAMPING = 0.05
 
-# Columns of a factorisation's step; columns whose errors are kept from each other; elements of a weight in memory.
-_FACTOR_COLUMNS, _COLUMNS, _ELEMENTS = 256, 64, 1 << 25
-# Rows that are updated at a time.
-_PANEL_ROWS = 2048
+# Columns of a triangle that are factorised, and of a weight that are rounded, without halving them further.
+_FACTOR_COLUMNS, _COLUMNS = 256, 16
+# Rows of a matrix that are computed at a time; elements of a weight in memory.
+_PANEL_ROWS, _ELEMENTS = 1024, 1 << 25
 
 
 @dataclass(frozen=True)
-class Gptq:
-    """The method."""
+class Gptq(Rtn):
+    """Divides nothing and rounds as above."""
 
     needs_second_moment = True
 
-    def fold(
-        self,
-        config: ModelConfig,
-        weights: LayerWeights,
-        statistics: Mapping[str, Statistics],
-        schemes: Mapping[str, NativeInt | StockInt],
-    ) -> dict[str, np.ndarray]:
-        """Nothing."""
-        return {}
-
-    def round(
-        self, weights: Mapping[str, np.ndarray], statistics: Statistics, schemes: Mapping[str, NativeInt | StockInt]
-    ) -> dict[str, Rounded]:
-        """Each weight (N, K) as above; overwrites ``statistics.second_moment``."""
+    def round(self, readers: Readers) -> dict[str, Rounded]:
+        statistics = readers.statistics
         moment = statistics.second_moment
         assert moment is not None
         order = np.argsort(statistics.mean_square, kind="stable")
@@ -62,9 +46,9 @@ class Gptq:
         moment[np.diag_indices_from(moment)] += DAMPING * moment.diagonal().mean() or 1
         factorise(moment)
         rounded = {}
-        for name, weight in weights.items():
-            scheme = schemes[name]
-            scales = search_scales(weight, statistics.mean_square, scheme.grid, scheme.storable)
+        for name, weight in readers.weights.items():
+            scheme = readers.schemes[name]
+            scales = search_scales(weight, statistics.mean_square, scheme)
             rounded[name] = round_with_feedback(weight, moment, order, scheme.grid, scales)
         return rounded
 
@@ -73,7 +57,7 @@ def permute(matrix: np.ndarray, order: np.ndarray) -> None:
     """Replace a square ``matrix`` by ``matrix[order][:, order]``, in place."""
     for start in range(0, len(matrix), _PANEL_ROWS):
         panel = matrix[start : start + _PANEL_ROWS]
-        panel[...] = panel[:, order]
+        panel[...] = panel.take(order, axis=1)
     moved = np.zeros(len(order), bool)
     for first in range(len(order)):
         if moved[first]:
@@ -92,24 +76,45 @@ def permute(matrix: np.ndarray, order: np.ndarray) -> None:
 def factorise(matrix: np.ndarray) -> np.ndarray:
     """Replace the part of a positive definite float32 ``matrix`` below its diagonal by that of L, in place.
 
-    ``matrix`` is L D Lᵀ with L unit lower triangular. What is on and above the diagonal afterwards means nothing.
+    ``matrix`` is L D Lᵀ with L unit lower triangular; only what is on and below the diagonal is read. What is on and
+    above it afterwards means nothing.
 
     Returns:
         D, float32 (K).
     """
-    size = len(matrix)
-    roots = np.empty(size, np.float32)
-    for start in range(0, size, _FACTOR_COLUMNS):
-        stop = min(start + _FACTOR_COLUMNS, size)
-        own = np.linalg.cholesky(matrix[start:stop, start:stop].astype(np.float64))
-        below = matrix[stop:, start:stop] @ np.linalg.inv(own).T.astype(np.float32)
-        for row in range(stop, size, _PANEL_ROWS):
-            end = min(row + _PANEL_ROWS, size)
-            matrix[row:end, stop:end] -= below[row - stop : end - stop] @ below[: end - stop].T
-        roots[start:stop] = own.diagonal()
-        matrix[start:stop, start:stop] = own / own.diagonal()
-        matrix[stop:, start:stop] = below / roots[start:stop]
+    _cholesky(matrix)
+    roots = matrix.diagonal().astype(np.float32)
+    matrix /= roots
     return np.square(roots)
+
+
+def _cholesky(matrix: np.ndarray) -> None:
+    """Replace the lower triangle of ``matrix`` by that of C, where C Cᵀ = ``matrix``.
+
+    The first half of the columns comes first: so nearly all of the work is in products of large matrices.
+    """
+    if len(matrix) <= _FACTOR_COLUMNS:
+        matrix[...] = np.linalg.cholesky(matrix.astype(np.float64))
+        return
+    half = len(matrix) // 2
+    first, below, rest = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    _cholesky(first)
+    _divide(below, first)
+    for start in range(0, len(rest), _PANEL_ROWS):
+        stop = start + _PANEL_ROWS
+        rest[start:stop, :stop] -= below[start:stop] @ below[:stop].T
+    _cholesky(rest)
+
+
+def _divide(rows: np.ndarray, lower: np.ndarray) -> None:
+    """Replace ``rows`` (M, K) by rows @ C⁻ᵀ; C (K, K) is the triangle that :func:`_cholesky` left in ``lower``."""
+    if len(lower) <= _FACTOR_COLUMNS:
+        rows[...] = rows @ np.linalg.inv(lower.astype(np.float64)).T.astype(np.float32)
+        return
+    half = len(lower) // 2
+    _divide(rows[:, :half], lower[:half, :half])
+    rows[:, half:] -= rows[:, :half] @ lower[half:, :half].T
+    _divide(rows[:, half:], lower[half:, half:])
 
 
 def round_with_feedback(
@@ -143,16 +148,17 @@ def _round_rows(
     weight: np.ndarray, factor: np.ndarray, group_of: np.ndarray, most: int, scales: np.ndarray, zero_points: np.ndarray
 ) -> np.ndarray:
     """q, uint8 (K, N), of ``weight`` (K, N), the last row first. ``scales`` and ``zero_points`` are (groups, N)."""
-    inputs = len(weight)
-    errors, rounded = np.empty_like(weight), np.empty(weight.shape, np.uint8)
-    for stop in range(inputs, 0, -_COLUMNS):
-        start = max(stop - _COLUMNS, 0)
-        target = weight[start:stop] + factor[stop:, start:stop].T @ errors[stop:]
+    errors, rounded = np.zeros_like(weight), np.empty(weight.shape, np.uint8)
+    for block in reversed(range(-(-len(weight) // _COLUMNS))):
+        start = block * _COLUMNS
+        stop = min(start + _COLUMNS, len(weight))
+        own = np.ascontiguousarray(factor[start:stop, start:stop].T)
         for i in range(stop - 1, start - 1, -1):
-            if i + 1 < stop:
-                target[i - start] += factor[i + 1 : stop, i] @ errors[i + 1 : stop]
             scale, zero = scales[group_of[i]], zero_points[group_of[i]]
-            q = target[i - start] / scale
+            q = own[i - start, i + 1 - start :] @ errors[i + 1 : stop]
+            q += errors[i]  # what is fed back from behind this block
+            q += weight[i]
+            q /= scale
             np.rint(q, out=q)
             q += zero
             np.clip(q, 0, most, out=q)
@@ -160,4 +166,10 @@ def _round_rows(
             q -= zero
             q *= scale
             np.subtract(weight[i], q, out=errors[i])
+        # The largest power of two of blocks that starts with this one and is rounded now feeds back to as many before
+        # it: so each block reaches each before it once, and nearly all of the work is in products of large matrices.
+        width = (block & -block) * _COLUMNS
+        errors[start - width : start] += (
+            factor[start : start + width, start - width : start].T @ errors[start : start + width]
+        )
     return rounded

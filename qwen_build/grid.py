@@ -63,15 +63,21 @@ class Grid:
         highest: np.ndarray,
         storable: Callable[[np.ndarray], np.ndarray],
     ) -> Rounded:
-        """Round ``groups`` (N, groups, group_size) to grids that reach from ``lowest`` to ``highest`` (N, groups).
+        """Round ``groups`` (N, groups, group_size) to grids that reach from ``lowest`` to ``highest`` (N, groups)."""
+        return self.nearest(groups, *self.reaching(lowest, highest, storable))
+
+    def reaching(
+        self, lowest: np.ndarray, highest: np.ndarray, storable: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Scales and zero points of grids that reach from ``lowest`` to ``highest`` (N, groups).
 
         Zero is always between them; a symmetric grid reaches as far down as up, and ``lowest`` does not matter.
         """
         if self.symmetric:
-            return self.nearest(groups, positive(storable(highest / (self.middle - 1))), None)
+            return positive(storable(highest / (self.middle - 1))), None
         lowest, highest = lowest.clip(max=0), highest.clip(min=0)
         scales = positive(storable((highest - lowest) / self.most))
-        return self.nearest(groups, scales, np.rint(-lowest / scales).clip(max=self.most).astype(np.uint8))
+        return scales, np.rint(-lowest / scales).clip(max=self.most).astype(np.uint8)
 
     def nearest(self, groups: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None) -> Rounded:
         """Round ``groups`` (N, groups, group_size) to the nearest values of given grids, see :class:`Rounded`."""

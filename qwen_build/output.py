@@ -63,6 +63,8 @@ def check_output(output: Path, replace: bool) -> None:
 def engine_directory(output: Path, replace: bool) -> Iterator[Path]:
     """A new directory that becomes ``output`` at the end, or leaves everything as it was.
 
+    In the end there is also nothing more to go on with, see :func:`left_beside`.
+
     Raises:
         BuildError: ``output`` is refused by :func:`check_output`, or cannot be written.
     """
@@ -82,6 +84,8 @@ def engine_directory(output: Path, replace: bool) -> Iterator[Path]:
                 if old.exists():
                     old.rename(target)
                 raise
+            for left in left_beside(target):
+                shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         raise BuildError(f"{output} cannot be written: {error.strerror or error}") from error
 
@@ -141,27 +145,49 @@ def _own_files(engine: Path) -> set[str]:
 def resumable_beside(target: Path, key: str) -> Iterator[Path]:
     """A hidden directory beside ``target`` that the next process finds as it is if this one is interrupted.
 
-    It is gone after success and after errors, and so are those of ``target`` that were left with another ``key``.
+    So it does after an error that other options or more room may mend; it is gone after all others and after success.
 
     Raises:
-        BuildError: the directory of ``target`` cannot be written.
+        BuildError: the directory of ``target`` cannot be written, or a live process uses the one of this ``key``.
     """
     directory = target.parent / f".{target.name}.{key}.calibration"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         with ExitStack() as held:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            directory.mkdir(exist_ok=True)
-            held.enter_context(_locked(directory))
-            for left in target.parent.glob(f".{glob.escape(target.name)}.*.calibration"):
-                if left != directory:
-                    with suppress(OSError), _locked(left, wait=False):
-                        shutil.rmtree(left, ignore_errors=True)
-            directory.mkdir(exist_ok=True)  # another process may have finished while this one waited
+            try:
+                held.enter_context(_locked(directory, wait=False))
+            except BlockingIOError:
+                raise BuildError(
+                    f"another process is building {target}; wait for it or choose another --output"
+                ) from None
+            except OSError:
+                pass  # no locks here
+            directory.mkdir(exist_ok=True)  # a process that finished in the meantime removed it
+            kept = f"What was finished is kept in {directory}"
             try:
                 yield directory
-            except Exception:
+            except OSError as error:
+                raise BuildError(f"{_unwritable(target, error)}. {kept}") from error
+            except Exception as error:
+                if type(error) is BuildError:
+                    raise BuildError(f"{error}. {kept}") from error
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
             shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:
-        raise BuildError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise BuildError(_unwritable(target, error)) from error
+
+
+def _unwritable(target: Path, error: OSError) -> str:
+    """In words; a short write of NumPy's has no errno."""
+    return f"{target} cannot be written: {error.strerror or 'no space is left'}"
+
+
+def left_beside(target: Path) -> list[Path]:
+    """The directories of :func:`resumable_beside` for ``target`` that no live process uses."""
+    left = []
+    for directory in target.parent.glob(f".{glob.escape(target.name)}.*.calibration"):
+        with suppress(OSError), _locked(directory, wait=False):
+            left.append(directory)
+    return left

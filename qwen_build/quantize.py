@@ -307,6 +307,10 @@ class NativeInt:
         return int_record(self.grid, self.activations, "native", PANELS, self.activation_scales)
 
 
+# the schemes that round to a grid
+IntScheme = NativeInt | StockInt
+
+
 def int_record(
     grid: Grid, activations: str, kernels: str, layout: str, activation_scales: str = "group"
 ) -> Quantization:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from qwen_build.export import in_threads
 from qwen_build.grid import Grid, Rounded
+from qwen_build.quantize import IntScheme
 
 # Parts of a group's range that are tried: what lies beyond is clipped, and all else has finer steps.
 SHRINKS = tuple(float(part) for part in np.linspace(1, 0.5, 21))
@@ -16,9 +15,7 @@ SHRINKS = tuple(float(part) for part in np.linspace(1, 0.5, 21))
 _SLICE_ELEMENTS = 1 << 17
 
 
-def search_scales(
-    weight: np.ndarray, importance: np.ndarray, grid: Grid, storable: Callable[[np.ndarray], np.ndarray]
-) -> Rounded:
+def search_scales(weight: np.ndarray, importance: np.ndarray, scheme: IntScheme) -> Rounded:
     """Round ``weight`` (N, K) float32 so that the sum of importanceₖ (wₖ - roundedₖ)² is least in every group.
 
     Where groups share a scale, it is that of their largest weight.
@@ -26,9 +23,11 @@ def search_scales(
     Args:
         importance: float32 (K), not negative. The mean square of each input makes the sum the output error, as far as
             inputs do not correlate.
-        storable: see :meth:`Grid.round`.
+
+    Raises:
+        OverflowError: a value is larger than the scheme can store.
     """
-    rounded = grid.round(weight, storable)
+    rounded, grid = scheme.round(weight), scheme.grid
     if grid.weight_scales != "group":
         return rounded
     _, groups, group_size = rounded.q.shape
@@ -39,49 +38,44 @@ def search_scales(
     def search(start: int) -> None:
         part = slice(start, start + rows)
         values = np.pad(weight[part], ((0, 0), (0, padding))).reshape(-1, groups, group_size)
-        _search_slice(values, importance, grid, storable, _rows(rounded, part))
+        found = _search_slice(values, importance, scheme)
+        rounded.q[part], rounded.scales[part] = found.q, found.scales
+        if rounded.zero_points is not None and found.zero_points is not None:
+            rounded.zero_points[part] = found.zero_points
 
     for _ in in_threads(search, ((start,) for start in range(0, len(weight), rows))):
         pass
     return rounded
 
 
-def _rows(rounded: Rounded, part: slice) -> Rounded:
-    zero_points = None if rounded.zero_points is None else rounded.zero_points[part]
-    return Rounded(rounded.q[part], rounded.scales[part], zero_points)
-
-
-def _search_slice(
-    values: np.ndarray,
-    importance: np.ndarray,
-    grid: Grid,
-    storable: Callable[[np.ndarray], np.ndarray],
-    best: Rounded,
-) -> None:
-    """Replace what is in ``best`` group by group. ``values`` is (N, groups, group_size)."""
-    lowest, highest = values.min(axis=-1), values.max(axis=-1)
+def _search_slice(values: np.ndarray, importance: np.ndarray, scheme: IntScheme) -> Rounded:
+    """``values`` (N, groups, group_size), each group on the best of its grids."""
+    grid, lowest, highest = scheme.grid, values.min(axis=-1), values.max(axis=-1)
     if grid.symmetric:
         highest = np.maximum(highest, -lowest)
     least = np.full(lowest.shape, np.inf, np.float32)
+    scales, zero_points = np.empty_like(least), None if grid.symmetric else np.empty(lowest.shape, np.uint8)
     for shrink in SHRINKS:
-        candidate = grid.within(values, lowest * np.float32(shrink), highest * np.float32(shrink), storable)
-        error = _error(values, importance, grid, candidate)
-        _take(best, candidate, error, least)
+        tried, zero = grid.reaching(lowest * np.float32(shrink), highest * np.float32(shrink), scheme.storable)
+        error = _error(values, importance, grid, tried, zero)
+        better = error < least
+        least[better], scales[better] = error[better], tried[better]
+        if zero_points is not None and zero is not None:
+            zero_points[better] = zero[better]
+    return grid.nearest(values, scales, zero_points)
 
 
-def _error(values: np.ndarray, importance: np.ndarray, grid: Grid, candidate: Rounded) -> np.ndarray:
-    """(N, groups)"""
-    error = grid.values(candidate, values[0].size).reshape(values.shape)
+def _error(
+    values: np.ndarray, importance: np.ndarray, grid: Grid, scales: np.ndarray, zero_points: np.ndarray | None
+) -> np.ndarray:
+    """What rounding ``values`` adds to the sum in each group, (N, groups)."""
+    lowest = np.float32(-grid.middle) if zero_points is None else -zero_points[..., None].astype(np.float32)
+    error = values / scales[..., None]
+    np.rint(error, out=error)
+    np.maximum(error, lowest, out=error)  # np.clip takes twice as long where its limits are arrays
+    np.minimum(error, lowest + grid.most, out=error)
+    error *= scales[..., None]
     error -= values
     np.square(error, out=error)
     total: np.ndarray = np.einsum("ngk,gk->ng", error, importance)
     return total
-
-
-def _take(best: Rounded, candidate: Rounded, error: np.ndarray, least: np.ndarray) -> None:
-    better = error < least
-    least[better] = error[better]
-    best.q[better] = candidate.q[better]
-    best.scales[better] = candidate.scales[better]
-    if best.zero_points is not None and candidate.zero_points is not None:
-        best.zero_points[better] = candidate.zero_points[better]

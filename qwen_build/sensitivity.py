@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_build.calibrated_layers import new_array
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.config import ModelConfig
 from qwen_build.decoder_layer import (
@@ -36,7 +37,7 @@ from qwen_build.decoder_layer import (
 from qwen_build.factor_search import as_multiplied
 from qwen_build.layers import Choice
 from qwen_build.packed import read_linear
-from qwen_build.quantize import NativeInt, Scheme, Shape, StockInt
+from qwen_build.quantize import IntScheme, Scheme, Shape
 from qwen_build.weight_map import ALONE, EMBEDDING, FUSED, HEAD, LAYER
 from qwen_run.machine import physical_cores
 
@@ -206,10 +207,9 @@ class Probing:
         """The input of ``layer`` in each model, float32 (models, T, hidden_size); a file that is there is whole."""
         path = self._states_file(layer)
         shape = (models, self.token_ids.size, self.config.hidden_size)
-        file = np.lib.format.open_memmap(path.with_suffix(".new"), "w+", np.float32, shape)
+        file = new_array(path.with_suffix(".new"), shape)
         for i, hidden in enumerate(states):
             file[i] = hidden
-        file.flush()
         path.with_suffix(".new").replace(path)
 
     def _float_states(self) -> np.ndarray:
@@ -287,7 +287,7 @@ def kl_divergence(reference: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def rounded(scheme: Scheme, weight: np.ndarray) -> np.ndarray:
     """The weight float32 that an engine multiplies with where ``weight`` (out_features, in_features) is stored so."""
-    if isinstance(scheme, NativeInt | StockInt):
+    if isinstance(scheme, IntScheme):
         return scheme.grid.values(scheme.round(weight), weight.shape[1])
     return weight
 
@@ -300,7 +300,7 @@ def output_error(scheme: Scheme, weight: np.ndarray, inputs: np.ndarray, left: f
         inputs: x of some tokens, float32 (T, in_features); x' are those that the operator multiplies.
         left: the share of the first term that calibrated rounding leaves.
     """
-    if not isinstance(scheme, NativeInt | StockInt):
+    if not isinstance(scheme, IntScheme):
         return 0.0
     stored = rounded(scheme, weight)
     seen = as_multiplied(inputs, np.abs(inputs).max(axis=0), scheme)

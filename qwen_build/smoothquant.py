@@ -5,20 +5,13 @@ What is left of an outlier then costs the other columns of a row less of its int
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from qwen_build.config import ModelConfig
-from qwen_build.decoder_layer import INPUTS, LayerWeights
-from qwen_build.factor_search import IntScheme, least_error, normalised
-from qwen_build.folding import shared
-from qwen_build.grid import Rounded
-from qwen_build.statistics import Statistics
-
-DEFAULT_ALPHA: Literal["auto"] = "auto"
+from qwen_build.factor_search import least_error, normalised
+from qwen_build.method import Readers, Rtn
 
 # tried by "auto"
 ALPHAS = tuple(i / 10 for i in range(3, 11))
@@ -40,7 +33,7 @@ def smoothing_factors(activation_max: np.ndarray, weight_max: np.ndarray, alpha:
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(Rtn):
     """Smooths the inputs that only int8 linears round.
 
     ``alpha`` "auto" smooths each with what has the least output error of the ``ALPHAS`` and nothing at all. For the
@@ -52,40 +45,21 @@ class SmoothQuant:
     """
 
     alpha: float | Literal["auto"]
-    needs_second_moment = False
 
-    def fold(
-        self,
-        config: ModelConfig,
-        weights: LayerWeights,
-        statistics: Mapping[str, Statistics],
-        schemes: Mapping[str, IntScheme],
-    ) -> dict[str, np.ndarray]:
-        """The factor of each input of a layer that is smoothed, see :func:`qwen_build.folding.fold_inputs`."""
-        factors = {}
-        for name, linears in INPUTS.items():
-            readers = {linear: weights[f"{linear}.weight"] for linear in linears if linear in schemes}
-            if not readers or any(schemes[linear].grid.bits != 8 for linear in readers):
-                continue
-            own = statistics[name]
-            largest = own.largest, np.max([np.abs(weight).max(axis=0) for weight in readers.values()], axis=0)
-            if self.alpha != "auto":
-                x, w = (shared(config, name, size) for size in largest)
-                factors[name] = smoothing_factors(x, w, self.alpha)
-                continue
-            typical = (
-                np.mean(np.square(np.square(own.sample)), axis=0) ** 0.25,
-                np.sqrt(np.mean([np.square(weight).mean(axis=0) for weight in readers.values()], axis=0)),
-            )
-            candidates = [np.ones_like(own.largest)]
-            for sizes in (largest, typical):
-                x, w = (shared(config, name, size) for size in sizes)
-                candidates += [smoothing_factors(x, w, alpha) for alpha in ALPHAS]
-            factors[name] = least_error(candidates, readers, own, schemes)
-        return factors
-
-    def round(
-        self, weights: Mapping[str, np.ndarray], statistics: Statistics, schemes: Mapping[str, IntScheme]
-    ) -> dict[str, Rounded]:
-        """Each weight (N, K) to its nearest values."""
-        return {name: schemes[name].round(weight) for name, weight in weights.items()}
+    def factors(self, readers: Readers) -> np.ndarray | None:
+        if readers.bits != {8}:
+            return None
+        x, weights = readers.statistics, readers.weights.values()
+        largest = x.largest, np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
+        if self.alpha != "auto":
+            x_max, w_max = map(readers.shared, largest)
+            return smoothing_factors(x_max, w_max, self.alpha)
+        typical = (
+            np.mean(np.square(np.square(x.sample)), axis=0) ** 0.25,
+            np.sqrt(np.mean([np.square(weight).mean(axis=0) for weight in weights], axis=0)),
+        )
+        candidates = [np.ones_like(x.largest)]
+        for sizes in (largest, typical):
+            x_size, w_size = map(readers.shared, sizes)
+            candidates += [smoothing_factors(x_size, w_size, alpha) for alpha in ALPHAS]
+        return least_error(candidates, readers.weights, x, readers.schemes)

@@ -21,8 +21,8 @@ from qwen_engine.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
 from qwen_plugin import OPERATORS
 
 if TYPE_CHECKING:
-    from qwen_build.build import BuildOptions
     from qwen_build.locate import Located
+    from qwen_build.options import BuildOptions
 
 KEY_LENGTH = 16  # hexadecimal digits of a key in a directory's name
 READ_SUFFIXES = (".json", ".safetensors", ".jinja")  # of the files a build reads
@@ -38,7 +38,7 @@ def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None
 
     Args:
         source: an engine directory, a checkpoint directory or a Hub id.
-        options: fields of ``qwen_build.build.BuildOptions``; none for an engine.
+        options: fields of ``qwen_build.options.BuildOptions``; none for an engine.
         cache: where engines are kept; ``qwen-engine/engines`` in the user's cache directory if None.
 
     Raises:
@@ -72,7 +72,7 @@ def build_engine(checkpoint: Path, engine: Path, options: Mapping[str, Any]) -> 
     """Build ``checkpoint`` into the directory ``engine``, which must not exist and appears whole or not at all.
 
     Args:
-        options: fields of ``qwen_build.build.BuildOptions``.
+        options: fields of ``qwen_build.options.BuildOptions``.
 
     Raises:
         BuildError: an option is unknown, or the engine cannot be built.
@@ -92,7 +92,7 @@ def _build(located: Located, engine: Path, options: BuildOptions, replace: bool)
 
 def _build_options(options: Mapping[str, Any]) -> BuildOptions:
     """``exclude`` may be one pattern, ``quant_config`` and ``calibration`` paths, as on the command line."""
-    from qwen_build.build import BuildOptions
+    from qwen_build.options import BuildOptions
     from qwen_build.per_linear import read_rules
 
     if unknown := sorted(options.keys() - BuildOptions.__dataclass_fields__.keys()):

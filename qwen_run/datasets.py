@@ -157,6 +157,11 @@ def _text(value: Any, where: str) -> str:
         value = " ".join(value)
     if not isinstance(value, str):
         raise RequestError(f"{where} is {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        half = f"{where} has {value[error.start]!r} at character {error.start}"
+        raise RequestError(f"{half}, which stands for nothing alone; remove it") from error
     if not value.strip():
         raise RequestError(f"{where} is empty, expected text")
     return value

@@ -80,7 +80,7 @@ class EngineConfig:
 
     @property
     def build_options(self) -> dict[str, Any]:
-        """The fields of ``qwen_build.build.BuildOptions`` this config asks for."""
+        """The fields of ``qwen_build.options.BuildOptions`` this config asks for."""
         asked = {
             "quant": self.quantization,
             "max_seq_len": self.max_seq_len,

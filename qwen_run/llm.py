@@ -53,7 +53,7 @@ class LLM:
         cache_bytes: memory of the cache; chosen from the free memory if None.
         options: fields of :class:`~qwen_run.core.CoreOptions`, such as ``max_batch_size``; ``max_drafts`` is
             ``MAX_DRAFTS`` if left out: guessing costs little where it does not pay. For a checkpoint also those of
-            ``qwen_build.build.BuildOptions``, such as ``quant``.
+            ``qwen_build.options.BuildOptions``, such as ``quant``.
 
     Attributes:
         default_params: sampling as the checkpoint's ``generation_config.json`` asks for it.

@@ -63,8 +63,8 @@ def read_text_facts(checkpoint: Path) -> TextFacts:
     Raises:
         BuildError: a file of the checkpoint is missing or damaged.
     """
-    from qwen_build.build import end_of_sequence_ids
     from qwen_build.config import ModelConfig
+    from qwen_build.text_files import end_of_sequence_ids
 
     digests = {name: _sha256(checkpoint / name) for names in COPIED.values() for name in names}
     return TextFacts(

@@ -17,6 +17,11 @@ from qwen_run.report import Check
 # differing weights that a message names
 _SHOWN = 4
 
+# A calibrated row correlates so much with the checkpoint's or more: 4 bits leave above 0.9, another row has about 0.
+_RELATED = 0.5
+# Rows that are shorter than this share of a weight's root mean square are not judged: they may be rounded to nothing.
+_SHORT = 1e-3
+
 
 class CheckpointWeights:
     """Weights of a checkpoint, float32 and by Hugging Face's names, whether they are stored packed or not.
@@ -62,8 +67,8 @@ class CheckpointWeights:
 def compare_weights(engine: Path, checkpoint: Path) -> Check:
     """Whether the engine has the weights of the checkpoint, rounded as the manifest says, to the last bit.
 
-    Calibrated linears are not rounded to the nearest, or have factors of their inputs in them; they are left out, and
-    the message says how many.
+    Calibrated linears are not rounded to the nearest, and have factors of rows and columns in them that nobody keeps:
+    each row has to correlate with the checkpoint's. Norms are not compared then, they have such factors too.
 
     Raises:
         EngineError, CheckpointError: one of them cannot be read.
@@ -76,11 +81,39 @@ def compare_weights(engine: Path, checkpoint: Path) -> Check:
         differing = [name for name in vectors if not np.array_equal(found.vectors[name], expected.vector(name))]
         linears = [name for name, part in found.parts.items() if part.owner not in calibrated]
         differing += [name for name in linears if not all(_equal(name, found, expected))]
+        related = {n: _relation(n, found, expected) for n, part in found.parts.items() if part.owner in calibrated}
+        differing += [name for name, correlation in related.items() if not correlation >= _RELATED]
     if differing:
         shown = ", ".join(differing[:_SHOWN]) + (f" and {len(differing) - _SHOWN} more" if differing[_SHOWN:] else "")
         return Check("weights", False, f"the engine's differ from the checkpoint's, rounded as it is built: {shown}")
-    besides = f"; {len(calibrated)} calibrated linears were not compared" if calibrated else ""
+    besides = ""
+    if related:
+        besides = f"; rows of {len(related)} calibrated ones correlate with it by {min(related.values()):.3f} or more"
     return Check("weights", True, f"{len(linears)} linears equal the checkpoint's, rounded as it is built{besides}")
+
+
+def _relation(name: str, found: EngineWeights, expected: CheckpointWeights) -> float:
+    """The least correlation of a row with the checkpoint's, whose columns have the factors that fit best."""
+    part = found.parts[name]
+    shape = (part.stop - part.start, found.linears[part.owner].record.in_features)
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return ((values, expected.rows(name, shape, rows)) for rows, values in found.pieces(name))
+
+    products, squares = np.zeros(shape[1]), np.zeros(shape[1])
+    for values, weight in pairs():
+        products += (values * weight).sum(axis=0, dtype=np.float64)
+        squares += np.square(weight).sum(axis=0, dtype=np.float64)
+    factors = np.divide(products, squares, out=np.zeros_like(products), where=squares > 0)
+    sums = []
+    for values, weight in pairs():
+        scaled = weight * factors.astype(np.float32)
+        products_of = ((values, scaled), (values, values), (scaled, scaled), (weight, weight))
+        sums.append([np.einsum("nk,nk->n", a, b, dtype=np.float64) for a, b in products_of])
+    dots, own, others, lengths = np.concatenate(sums, axis=1)
+    sizes = np.sqrt(own * others)
+    correlations = np.divide(dots, sizes, out=np.zeros_like(dots), where=sizes > 0)
+    return float(correlations[lengths > _SHORT**2 * lengths.mean()].min(initial=1))
 
 
 def _equal(name: str, found: EngineWeights, expected: CheckpointWeights) -> Iterator[bool]:

@@ -1,13 +1,20 @@
-"""A tokenizer and a text that fit the tiny checkpoints: enough to calibrate with."""
+"""A tokenizer and a text that fit the tiny checkpoints, and what a method is given: enough to calibrate with."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+
+from qwen_build.config import ModelConfig
+from qwen_build.decoder_layer import INPUTS
+from qwen_build.method import Readers, Rtn
+from qwen_build.quantize import IntScheme
+from qwen_build.statistics import Statistics
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -29,3 +36,25 @@ def with_tokenizer(checkpoint: Path, copy: Path) -> Path:
     shutil.copytree(checkpoint, copy)
     letter_tokenizer().save(str(copy / "tokenizer.json"))
     return copy
+
+
+def layer_readers(
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    statistics: Mapping[str, Statistics],
+    schemes: Mapping[str, IntScheme],
+) -> dict[str, Readers]:
+    """The readers of every input of a layer that an integer linear reads; ``weights`` by their names in the layer."""
+    readers = {}
+    for key, linears in INPUTS.items():
+        own = {name: schemes[name] for name in linears if name in schemes}
+        if own:
+            read = {name: weights[f"{name}.weight"] for name in own}
+            readers[key] = Readers(config, key, statistics[key], read, own)
+    return readers
+
+
+def layer_factors(method: Rtn, readers: Mapping[str, Readers]) -> dict[str, np.ndarray]:
+    """What ``method`` divides the inputs of a layer by, those that it divides."""
+    found = {key: method.factors(one) for key, one in readers.items()}
+    return {key: s for key, s in found.items() if s is not None}

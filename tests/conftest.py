@@ -83,9 +83,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
 @pytest.fixture(scope="session")
 def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes ``build_engine(checkpoint_directory, **BuildOptions fields)``, the directory of a new engine."""
-    from qwen_build.build import BuildOptions, plan_build, write_engine
+    from qwen_build.build import plan_build, write_engine
     from qwen_build.checkpoint import Checkpoint
     from qwen_build.locate import resolve_checkpoint
+    from qwen_build.options import BuildOptions
 
     @cache
     def build(directory: Path, **options: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -20,10 +21,10 @@ from tokenizers import decoders, models
 from qwen_build import auto
 from qwen_build.auto import Search, build_auto, cheapest
 from qwen_build.auto_report import CHOICES_FILE, REPORT_FILE, Trial
-from qwen_build.build import BuildOptions
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.cli import main
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_build.per_linear import read_rules
 from qwen_build.sensitivity import Probing
 from qwen_engine.errors import BuildError
@@ -281,6 +282,11 @@ def test_the_end_of_a_text_is_held_out(checkpoint, tmp_path, monkeypatch):
     assert np.array_equal(seen[0], calibration[:1])
 
 
+@pytest.mark.parametrize("kl", [(0.1, math.nan), (math.nan, 0.1)])
+def test_a_measurement_that_failed_is_within_no_budget(kl):
+    assert not Trial((), 0.1, *kl, 1000).kl <= 1
+
+
 def _stop():
     raise KeyboardInterrupt
 
@@ -339,7 +345,9 @@ def test_one_line_says_what_is_wrong(arguments, message, checkpoint, tmp_path, m
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
-    assert not Path("engines").exists() or not list(Path("engines").iterdir())
+    left = list(Path("engines").iterdir()) if Path("engines").exists() else []
+    assert len(left) == ("What was finished is kept in" in result.stderr)
+    assert not any(list(path.rglob("*.bin")) for path in left), "figures alone"
 
 
 @pytest.mark.parametrize("size", ["much", "10", "0MB", "-1GB", "10 parsecs", "nan%", "1e400MB"])

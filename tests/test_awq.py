@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from calibration_case import layer_factors, layer_readers
 from conftest import FAMILIES, TINY
 
 from qwen_build.awq import Awq, awq_factors
@@ -46,13 +49,14 @@ def test_the_formula_by_hand():
 def test_scaled_columns_and_searched_scales_lower_the_output_error(group_size, symmetric, layer):
     config, weights, statistics = layer
     schemes = dict.fromkeys(linear_shapes(config), make_scheme("int4", group_size, symmetric, "float32", "native"))
-    factors = Awq().fold(config, weights, statistics, schemes)
+    readers = layer_readers(config, weights, statistics, schemes)
+    factors = layer_factors(Awq(), readers)
     assert factors.keys() == INPUTS.keys()
     for name, s in factors.items():
         assert not np.array_equal(s, np.ones_like(s))
         own, divided = statistics[name], statistics[name].divided(s)
         folded = {linear: weights[f"{linear}.weight"] * s for linear in INPUTS[name]}
-        rounded = Awq().round(folded, divided, schemes)
+        rounded = Awq().round(dataclasses.replace(readers[name], statistics=divided, weights=folded))
         assert rounded.keys() == folded.keys()
         for linear, weight in folded.items():
             original, scheme = weights[f"{linear}.weight"], schemes[linear]
@@ -70,8 +74,8 @@ def test_what_int8_linears_read_is_left_alone(layer):
     config, weights, statistics = layer
     schemes = dict.fromkeys(linear_shapes(config), make_scheme("int4", 32, None, None, "native"))
     schemes |= {"self_attn.v_proj": INT8, "mlp.down_proj": INT8}
-    assert Awq().fold(config, weights, statistics, schemes).keys() == {
+    assert layer_factors(Awq(), layer_readers(config, weights, statistics, schemes)).keys() == {
         "self_attn.o_proj.input",
         "post_attention_layernorm",
     }
-    assert Awq().fold(config, weights, statistics, {"mlp.down_proj": INT8}) == {}
+    assert not layer_factors(Awq(), layer_readers(config, weights, statistics, {"mlp.down_proj": INT8}))

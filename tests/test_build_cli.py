@@ -20,12 +20,14 @@ from tokenizers import decoders, models
 
 from qwen_build import export
 from qwen_build import output as output_module
-from qwen_build.build import BuildOptions, end_of_sequence_ids, plan_build, write_engine
+from qwen_build.build import plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.cli import main
 from qwen_build.config import ModelConfig
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_build.quantize import KERNELS, SCHEMES
+from qwen_build.text_files import end_of_sequence_ids
 from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest
 from qwen_run.parts import verify_parts

@@ -133,6 +133,7 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
         (b'{"documnet": "x", "b": 1}', "line 1 has no field 'document', only 'documnet', 'b'"),
         (b'{"document": "x", "summary": "s"}\n{"document": "y"}', "line 2 has no field 'summary', only 'document'"),
         (b'{"document": 3}', "'document' is int, expected text"),
+        (b'{"document": "a \\ud800"}', "'document' has '\\ud800' at character 2, which stands for nothing alone"),
         (b'{"document": " "}', "'document' is empty"),
         (b'{"document": "x", "summary": {}}', "'summary' is dict, expected text"),
         (b'{"id": 1, "document": "x"}\n{"id": "1", "document": "y"}', "line 2 has the id '1' of an earlier line"),

@@ -8,6 +8,7 @@ import pytest
 from qwen_build import gptq
 from qwen_build.gptq import Gptq, factorise, permute, round_with_feedback
 from qwen_build.grid import Grid
+from qwen_build.method import Readers
 from qwen_build.quantize import make_scheme
 from qwen_build.scale_search import search_scales
 from qwen_build.statistics import Statistics
@@ -17,7 +18,7 @@ K = 83
 
 @pytest.fixture(params=["blocks", "whole"])
 def blocks(request, monkeypatch):
-    """Constants so small that every loop over blocks has several turns, the last one shorter; and those of real use."""
+    """Constants so small that every halving and loop has several turns, the last one shorter; and those of real use."""
     if request.param == "blocks":
         for name, value in (("_FACTOR_COLUMNS", 16), ("_COLUMNS", 7), ("_ELEMENTS", 1000), ("_PANEL_ROWS", 10)):
             monkeypatch.setattr(gptq, name, value)
@@ -26,6 +27,11 @@ def blocks(request, monkeypatch):
 def inputs(random: np.random.Generator, tokens: int = 400) -> np.ndarray:
     """Correlated, and some much larger than others."""
     return (random.normal(size=(tokens, K)) @ random.normal(size=(K, K)) * random.lognormal(size=K)).astype(np.float32)
+
+
+def rounded_by_gptq(weights, statistics, schemes):
+    """What the method makes of linears that share an input; nothing of it depends on the model around them."""
+    return Gptq().round(Readers(None, "x", statistics, weights, schemes))
 
 
 def statistics_of(x: np.ndarray) -> Statistics:
@@ -45,6 +51,7 @@ def test_factorise(blocks):
     x = inputs(np.random.default_rng(0))
     matrix = x.T @ x / len(x)
     expected = matrix.astype(np.float64)
+    matrix[np.triu_indices(K, 1)] = np.nan  # what is above the diagonal is not read
     diagonal = factorise(matrix)
     lower = np.tril(matrix, -1).astype(np.float64) + np.eye(K)
     np.testing.assert_allclose(lower * diagonal @ lower.T, expected, atol=1e-5 * expected.max())
@@ -94,7 +101,7 @@ def test_the_output_error_falls_on_other_tokens_too(quant, symmetric, kernels):
     x = inputs(random, 3000)
     weights = {name: random.normal(size=(40, K)).astype(np.float32) for name in ("a", "b")}
     scheme = make_scheme(quant, 32, symmetric, None, kernels)
-    found = Gptq().round(weights, statistics_of(x[:2000]), dict.fromkeys(weights, scheme))
+    found = rounded_by_gptq(weights, statistics_of(x[:2000]), dict.fromkeys(weights, scheme))
     unseen = statistics_of(x[2000:])
     for name, weight in weights.items():
         before = unseen.output_error(weight, scheme.grid.values(scheme.round(weight), K))
@@ -108,9 +115,9 @@ def test_linears_that_share_an_input_are_rounded_as_if_alone():
     x = inputs(random)
     weights = {name: random.normal(size=(rows, K)).astype(np.float32) for name, rows in (("a", 3), ("b", 50))}
     schemes = {"a": make_scheme("int4", 32, None, None, "native"), "b": make_scheme("int8", 64, True, None, "stock")}
-    both = Gptq().round(weights, statistics_of(x), schemes)
+    both = rounded_by_gptq(weights, statistics_of(x), schemes)
     for name, weight in weights.items():
-        alone = Gptq().round({name: weight}, statistics_of(x), {name: schemes[name]})
+        alone = rounded_by_gptq({name: weight}, statistics_of(x), {name: schemes[name]})
         np.testing.assert_array_equal(both[name].q, alone[name].q)
 
 
@@ -121,7 +128,7 @@ def test_inputs_that_are_always_zero():
     x = inputs(random)
     x[:, ::2] = 0
     for tokens in (x, 0 * x, x[:20]):  # and fewer tokens than inputs
-        rounded = Gptq().round({"a": weight}, statistics_of(tokens), {"a": scheme})["a"]
+        rounded = rounded_by_gptq({"a": weight}, statistics_of(tokens), {"a": scheme})["a"]
         values = scheme.grid.values(rounded, K)
         step = rounded.scales.repeat(32, axis=1)[:, :K]
         silent = tokens.any(axis=0) == 0
@@ -134,7 +141,7 @@ def test_where_inputs_do_not_correlate_only_scales_are_searched(blocks):
     mean_square = random.lognormal(sigma=2, size=K).astype(np.float32)
     scheme = make_scheme("int4", 32, None, None, "native")
     statistics = Statistics(1, mean_square, mean_square, np.zeros((1, K), np.float32), np.diag(mean_square))
-    found = Gptq().round({"a": weight}, statistics, {"a": scheme})["a"]
-    expected = search_scales(weight, mean_square, scheme.grid, scheme.storable)
+    found = rounded_by_gptq({"a": weight}, statistics, {"a": scheme})["a"]
+    expected = search_scales(weight, mean_square, scheme)
     for part in ("q", "scales", "zero_points"):
         np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))

@@ -48,9 +48,10 @@ def checkpoint(tiny_checkpoint, tmp_path) -> Path:
 @pytest.fixture
 def engine(checkpoint, tmp_path) -> Path:
     """An engine of ``checkpoint``; built anew because the tests change it."""
-    from qwen_build.build import BuildOptions, plan_build, write_engine
+    from qwen_build.build import plan_build, write_engine
     from qwen_build.checkpoint import Checkpoint
     from qwen_build.locate import resolve_checkpoint
+    from qwen_build.options import BuildOptions
 
     with Checkpoint.open(checkpoint) as weights:
         plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions(quant="int8"))

@@ -16,9 +16,10 @@ import pytest
 from conftest import hf_logits, run_alone
 from safetensors.numpy import load_file, save_file
 
-from qwen_build.build import BuildOptions, Plan, plan_build
+from qwen_build.build import Plan, plan_build
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_build.packed import FORMATS, PackedFormat, integers
 from qwen_build.per_linear import Rule
 from qwen_engine.errors import BuildError, CheckpointError, QwenError, UnsupportedModel, WeightMismatch

@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner
 from conftest import FAMILIES, hf_logits, run_alone
 
-from qwen_build.build import BuildOptions, Plan, plan_build
+from qwen_build.build import Plan, plan_build
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.cli import main
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_build.per_linear import Rule, read_rules
 from qwen_build.quantize import make_scheme
 from qwen_engine.errors import BuildError

@@ -7,7 +7,7 @@ import pytest
 
 from qwen_build import scale_search
 from qwen_build.grid import Grid
-from qwen_build.quantize import SCHEMES, make_scheme
+from qwen_build.quantize import SCHEMES, StockInt, make_scheme
 from qwen_build.scale_search import search_scales
 
 CASES = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
@@ -27,7 +27,7 @@ def test_no_group_gets_worse_and_all_together_better(bits, symmetric, kernels, m
     weight = random.normal(size=(70, 80)).astype(np.float32) ** 3
     importance = random.lognormal(sigma=2, size=80).astype(np.float32)
     scheme = make_scheme(f"int{bits}", 32, symmetric, None, kernels)
-    found = search_scales(weight, importance, scheme.grid, scheme.storable)
+    found = search_scales(weight, importance, scheme)
     before = errors(weight, scheme.round(weight), scheme.grid, importance)
     after = errors(weight, found, scheme.grid, importance)
     assert (after <= before * 1.0001).all()
@@ -45,7 +45,7 @@ def test_an_outlier_that_nothing_multiplies_is_clipped():
     grid = Grid(4, 32, symmetric=True)
     importance = np.ones(32, np.float32)
     importance[3] = 0
-    found = search_scales(weight, importance, grid, lambda scales: scales)
+    found = search_scales(weight, importance, StockInt(grid, "int8"))
     assert (
         errors(weight, found, grid, importance).sum() < 0.1 * errors(weight, grid.round(weight), grid, importance).sum()
     )
@@ -55,7 +55,7 @@ def test_an_outlier_that_nothing_multiplies_is_clipped():
 def test_without_importance_the_largest_weight_decides():
     weight = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     grid = Grid(4, 64, symmetric=False)
-    found, plain = search_scales(weight, np.zeros(64, np.float32), grid, lambda scales: scales), grid.round(weight)
+    found, plain = search_scales(weight, np.zeros(64, np.float32), StockInt(grid, "int8")), grid.round(weight)
     np.testing.assert_array_equal(found.q, plain.q)
     np.testing.assert_array_equal(found.scales, plain.scales)
 
@@ -63,8 +63,15 @@ def test_without_importance_the_largest_weight_decides():
 def test_scales_that_groups_share_are_not_searched():
     weight = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     grid = Grid(8, 32, True, "channel")
-    found = search_scales(weight, np.ones(64, np.float32), grid, lambda scales: scales)
-    np.testing.assert_array_equal(found.scales, grid.round(weight).scales)
+    found = search_scales(weight, np.ones(64, np.float32), StockInt(grid, "int8"))
+    np.testing.assert_array_equal(found.scales, StockInt(grid, "int8").round(weight).scales)
+
+
+def test_a_weight_that_the_layout_cannot_hold_is_refused():
+    weight = np.ones((3, 32), np.float32)
+    weight[2, 5] = 1e6
+    with pytest.raises(OverflowError, match="1e\\+06 is too large for the native layout"):
+        search_scales(weight, np.ones(32, np.float32), make_scheme("int4", 32, None, None, "native"))
 
 
 def test_every_integer_scheme_has_searched_cases():

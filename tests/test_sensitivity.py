@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, hf_logits
 
-from qwen_build.build import BuildOptions, plan_build
+from qwen_build.build import plan_build
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.config import ModelConfig
 from qwen_build.factor_search import as_multiplied
 from qwen_build.layers import Choice
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_build.quantize import make_scheme
 from qwen_build.sensitivity import Probing, decision_units, kl_divergence, output_error, rounded
 from qwen_run.accuracy import FullLogits, compare

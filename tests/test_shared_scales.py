@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from conftest import FAMILIES, TinyCheckpoint, run_alone
 from test_reference import TOKENS, as_built, layer_outputs, relative_errors
 
-from qwen_build import build
-from qwen_build.build import BuildOptions, plan_build, write_engine
+from qwen_build import scheme_plan
+from qwen_build.build import plan_build, write_engine
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.cli import main
 from qwen_build.export import plan_layout
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_build.quantize import ACTIVATION_SCALES, WEIGHT_SCALES
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest
@@ -39,7 +40,7 @@ class Constant:
 @pytest.fixture
 def build_static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Makes an engine with static activation scales: each linear has another."""
-    monkeypatch.setattr(build, "_check_scales", lambda options: None)  # it asks for calibration
+    monkeypatch.setattr(scheme_plan, "_check_scales", lambda options: None)  # it asks for calibration
 
     def make(path: Path, **options: str) -> Path:
         with Checkpoint.open(path) as weights:

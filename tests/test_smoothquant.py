@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from calibration_case import layer_factors, layer_readers
 from click.testing import CliRunner
 from conftest import TINY, run_alone
 from tokenizers import decoders, models, pre_tokenizers
 
-from qwen_build.build import CALIBRATED, BuildOptions, plan_build
-from qwen_build.calibrate import METHODS
+from qwen_build.build import plan_build
+from qwen_build.calibration_plan import CALIBRATED, METHODS
 from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.cli import CALIBRATED as CLI_CALIBRATED
 from qwen_build.cli import main
@@ -21,6 +22,7 @@ from qwen_build.config import ModelConfig
 from qwen_build.decoder_layer import INPUTS, linear_shapes
 from qwen_build.factor_search import as_multiplied, least_error, normalised
 from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
 from qwen_build.per_linear import Rule
 from qwen_build.quantize import make_scheme
 from qwen_build.smoothquant import ALPHAS, SmoothQuant, smoothing_factors
@@ -80,12 +82,12 @@ def test_what_int4_linears_read_is_left_alone(layer):
     config, weights, statistics = layer
     int4 = make_scheme("int4", 32, None, None, "native")
     schemes = dict.fromkeys(linear_shapes(config), int8()) | {"self_attn.k_proj": int4, "mlp.down_proj": int4}
-    assert SmoothQuant(0.5).fold(config, weights, statistics, schemes).keys() == {
+    assert layer_factors(SmoothQuant(0.5), layer_readers(config, weights, statistics, schemes)).keys() == {
         "self_attn.o_proj.input",
         "post_attention_layernorm",
     }
     del schemes["self_attn.k_proj"], schemes["mlp.down_proj"], schemes["self_attn.o_proj"]  # float now
-    assert SmoothQuant(0.5).fold(config, weights, statistics, schemes).keys() == {
+    assert layer_factors(SmoothQuant(0.5), layer_readers(config, weights, statistics, schemes)).keys() == {
         "input_layernorm",
         "post_attention_layernorm",
     }
@@ -107,9 +109,10 @@ def test_auto_is_at_least_as_good_as_any_alpha_and_as_none(scales, layer):
             total += np.square(inputs.astype(np.float64) @ values.T - exact).sum() / np.square(exact).sum()
         return total
 
-    auto = SmoothQuant("auto").fold(config, weights, statistics, schemes)
+    readers = layer_readers(config, weights, statistics, schemes)
+    auto = layer_factors(SmoothQuant("auto"), readers)
     assert auto.keys() == INPUTS.keys()
-    fixed = [SmoothQuant(alpha).fold(config, weights, statistics, schemes) for alpha in ALPHAS]
+    fixed = [layer_factors(SmoothQuant(alpha), readers) for alpha in ALPHAS]
     for name, factors in auto.items():
         others = [factors_of[name] for factors_of in fixed] + [np.ones_like(factors)]
         # the search sums in float32
@@ -202,6 +205,17 @@ def test_static_scales_take_the_range_from_calibration(planted, divergence):
     static = {"weight_scales": "channel", "activation_scales": "static", "calibration_tokens": 1024}
     collapsed = divergence(planted[1], quant="int8", **W8A8)
     assert divergence(planted[1], quant="smoothquant", **static) < collapsed / 20
+
+
+def test_an_input_that_is_always_zero_has_a_static_scale_that_runs(planted, build_engine, tmp_path):
+    path = shutil.copytree(planted[0], tmp_path / "silent")
+    with Checkpoint.open(path) as checkpoint:
+        tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    for part in ("weight", "bias"):
+        tensors[f"model.layers.0.self_attn.v_proj.{part}"][:] = 0  # o_proj multiplies nothing but zeros
+    write_safetensors(path / "model.safetensors", tensors, "float32")
+    engine = build_engine(path, quant="smoothquant", activation_scales="static", calibration_tokens=1024)
+    assert np.isfinite(run_alone(Engine.load(engine, threads=1), [1, 2, 3])).all()
 
 
 def test_the_manifest_names_the_method_and_the_error(planted, build_engine):

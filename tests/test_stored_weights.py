@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 from test_packed import CASES, case_name, pack  # noqa: F401
 from test_reference import MIXED
 
+from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.export import SLICE_ELEMENTS
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_run import dequantize
 from qwen_run.dequantize import EngineWeights
+from qwen_run.report import Check
 from qwen_run.stored_weights import CheckpointWeights, compare_weights
 
 KINDS = {"none": {"quant": "none"}, "int4": {"quant": "int4"}, "int8": {"quant": "int8", "symmetric": False}, **MIXED}
@@ -52,19 +55,63 @@ def test_only_some_of_many_differing_weights_are_named(tiny_checkpoint, build_en
     assert check.message.endswith("model.layers.1.self_attn.q_proj.bias and 35 more")  # of 16 vectors and 23 linears
 
 
-def test_calibrated_linears_are_not_compared(tiny_checkpoint, build_engine, tmp_path):
-    path = tiny_checkpoint("qwen2").path
-    engine = Path(shutil.copytree(build_engine(path, quant="int8"), tmp_path / "engine"))
-    manifest = Manifest.read(engine)
-    linears = tuple(
-        dataclasses.replace(linear, output_error=0.01) if linear.name.endswith("down_proj") else linear
-        for linear in manifest.linears
+@pytest.fixture
+def as_calibrated(tiny_checkpoint, build_engine, tmp_path):
+    """Checks an int4 engine of a tiny checkpoint whose ``down_proj`` were changed and are said to be calibrated."""
+
+    def make(change) -> Check:
+        original, path = (
+            Path(shutil.copytree(tiny_checkpoint("qwen2").path, tmp_path / name)) for name in ("original", "changed")
+        )
+        with Checkpoint.open(path) as checkpoint:
+            tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        weights = [tensors[f"model.layers.{layer}.mlp.down_proj.weight"] for layer in range(3)]
+        for weight in weights:
+            weight[5] *= 1e-20  # which the engine's scales round to nothing
+        write_safetensors(original / "model.safetensors", tensors, "float32")
+        for weight in weights:
+            change(weight)
+        write_safetensors(path / "model.safetensors", tensors, "float32")
+        engine = Path(shutil.copytree(build_engine(path, quant="int4", group_size=128), tmp_path / "engine"))
+        manifest = Manifest.read(engine)
+        linears = tuple(
+            dataclasses.replace(linear, output_error=0.01) if linear.name.endswith("down_proj") else linear
+            for linear in manifest.linears
+        )
+        (engine / MANIFEST_FILE).write_text(dataclasses.replace(manifest, linears=linears).to_json())
+        return compare_weights(engine, original)
+
+    return make
+
+
+def scale(weight: np.ndarray) -> None:
+    """As folding does: every column, and every row."""
+    random = np.random.default_rng(0)
+    weight *= np.exp(random.normal(size=weight.shape[1])) * np.exp(random.normal(size=(len(weight), 1)))
+
+
+def test_calibrated_linears_have_to_correlate(as_calibrated):
+    check = as_calibrated(scale)
+    assert check.passed, check.message
+    assert re.fullmatch(
+        r"20 linears equal .*; rows of 3 calibrated ones correlate with it by 0\.9\d\d or more", check.message
     )
-    (engine / MANIFEST_FILE).write_text(dataclasses.replace(manifest, linears=linears).to_json())
-    check = compare_weights(engine, path)
-    assert check.passed
-    assert check.message.startswith("20 linears equal")
-    assert check.message.endswith("; 3 calibrated linears were not compared")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.__setitem__(slice(2), weight[1::-1].copy()),  # two rows change places
+        lambda weight: weight.__setitem__(slice(None), np.roll(weight, 32, axis=1)),
+        lambda weight: weight.__setitem__(slice(None), 0),
+        lambda weight: weight.__setitem__(7, -weight[7]),
+    ],
+    ids=["rows", "groups", "zero", "sign"],
+)
+def test_calibrated_linears_that_are_not_the_checkpoints(change, as_calibrated):
+    check = as_calibrated(change)
+    assert not check.passed
+    assert re.search(r": model\.layers\.0\.mlp\.down_proj, .*1.*, .*2\.mlp\.down_proj$", check.message), check.message
 
 
 def test_weights_that_are_cut_off_are_refused(tiny_checkpoint, build_engine, tmp_path):

@@ -1,0 +1,84 @@
+"""How every linear of a build is stored, as its options, their exceptions and the checkpoint decide."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qwen_build.calibration_plan import CALIBRATED
+from qwen_build.checkpoint import Checkpoint
+from qwen_build.config import ModelConfig
+from qwen_build.layers import Schemes
+from qwen_build.options import BuildOptions
+from qwen_build.packed import PackedFormat
+from qwen_build.per_linear import Rule, choose, excluding, packed_choices
+from qwen_build.quantize import Scheme, make_scheme
+from qwen_build.weight_map import linear_names
+from qwen_engine.errors import BuildError
+
+
+def as_packed(options: BuildOptions, packed: PackedFormat) -> BuildOptions:
+    """``options`` for a checkpoint that decided how its linears are stored.
+
+    Raises:
+        BuildError: they choose something else.
+    """
+    for name in ("quant", "group_size", "symmetric", "weight_scales"):
+        if (value := getattr(options, name)) is not None:
+            raise BuildError(
+                f"{name} {value} cannot be chosen, the checkpoint is stored as {packed.method} {packed.quant} already; "
+                "leave it out or build from the float checkpoint"
+            )
+    return dataclasses.replace(options, quant=packed.quant)
+
+
+def plan_schemes(options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint) -> Schemes:
+    """The scheme of every linear. What a packed checkpoint left float stays so.
+
+    Args:
+        options: resolved.
+
+    Raises:
+        BuildError: they contradict each other or the checkpoint, or a pattern decides nothing.
+    """
+
+    def scheme(quant: str, **chosen: Any) -> Scheme:
+        fields = {name: getattr(options, name) for name in ("group_size", "symmetric", "activations")}
+        fields |= {name: value for name, value in chosen.items() if value is not None}
+        return make_scheme(quant, kernels=options.kernels, **fields)
+
+    def scheme_of(rule: Rule) -> Scheme:
+        try:
+            return scheme(
+                rule.quant, group_size=rule.group_size, symmetric=rule.symmetric, activations=rule.activations
+            )
+        except BuildError as error:
+            raise BuildError(f"{rule.origin}: {rule.pattern!r}: {error}") from error
+
+    if options.exclude and options.quant == "none":
+        raise BuildError("--exclude keeps linears float, as --quant none keeps all of them; leave one out")
+    assert options.quant is not None
+    assert options.embedding_quant is not None
+    _check_scales(options)
+    scales = {"weight_scales": options.weight_scales, "activation_scales": options.activation_scales}
+    packed = {}
+    if config.packed:
+        grid = config.packed.grid
+        quantised = scheme(config.packed.quant, group_size=grid.group_size, symmetric=grid.symmetric, **scales)
+        packed = packed_choices(config, checkpoint, quantised)
+    rules = (*excluding(options.exclude), *options.quant_config)
+    return Schemes(
+        scheme("none" if config.packed else CALIBRATED.get(options.quant, options.quant), **scales),
+        scheme(options.embedding_quant),
+        choose(linear_names(config), packed, rules, scheme_of),
+    )
+
+
+def _check_scales(options: BuildOptions) -> None:
+    """Refuse scales that the weights do not have, or that only calibration finds."""
+    for name, calibrated in (("weight_scales", "tensor"), ("activation_scales", "static")):
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if options.quant == "none" and value != "group":
+            raise BuildError(f"{option} {value} says how integers are scaled, --quant none has none; leave one out")
+        if value == calibrated and options.quant not in CALIBRATED:
+            raise BuildError(f"{option} {value} needs calibration; add --quant {' or '.join(CALIBRATED)}")
