@@ -374,16 +374,17 @@ def test_an_output_that_cannot_be_written(checkpoint, tmp_path):
     assert "cannot be written" in result.stderr
 
 
-def slow_build(checkpoint: Path, output: Path) -> subprocess.Popen[str]:
-    """A real process that is in the middle of writing weights, which are made slow here."""
+def slow_build(checkpoint: Path, output: Path, seconds: float = 0.5) -> subprocess.Popen[str]:
+    """A real process that is in the middle of writing weights; each takes ``seconds`` to read."""
     program = (
         "import os, time\n"
         "from qwen_build import checkpoint, cli\n"
         "read = checkpoint.Checkpoint.read\n"
-        "def slow(*a):\n    os.write(1, b'reading\\n')\n    time.sleep(0.5)\n    return read(*a)\n"
+        "def slow(*a):\n    os.write(1, b'reading\\n')\n    time.sleep(SECONDS)\n    return read(*a)\n"
         "checkpoint.Checkpoint.read = slow\n"
         "cli.main()\n"
     )
+    program = program.replace("SECONDS", str(seconds))
     command = [sys.executable, "-c", program, str(checkpoint), "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -405,7 +406,7 @@ def test_an_interrupted_build_leaves_nothing(number, checkpoint, tmp_path):
 
 def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
     output = tmp_path / "out" / "engine"
-    killed, alive, other = (slow_build(checkpoint, path) for path in (output, output, output.parent / "engine.2"))
+    killed, alive, other = (slow_build(checkpoint, path, 5) for path in (output, output, output.parent / "engine.2"))
     left = set(output.parent.iterdir())
     assert len(left) == 3
     killed.kill()
