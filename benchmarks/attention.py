@@ -5,7 +5,8 @@
 
 Both do rotation, update of the cache and causal attention, from packed queries, keys and values of one sequence.
 A graph holds some layers, each with its own cache, so that these are not all in L1 or L2; the time of a run is
-divided by the number of layers. The variants and the limits take turns; the table gives medians.
+divided by the number of layers. The variants and the limits take turns, after pauses in which the threads of the one
+before stop spinning; the table gives medians.
 
 For one new token the limit is a plain read of as many bytes as the caches of all layers have: GB/s of keys, values
 and scales, and its share of that. For more, float32 multiply-adds on registers: GFLOP/s of queries with the keys they
@@ -150,12 +151,23 @@ def common(shape: Shape) -> Feeds:
     return {"query": query, "cos": np.cos(angles), "sin": np.sin(angles)}
 
 
+PAUSE_S = 0.1  # a turn's length, too
+
 VARIANTS = {
     "stock float32": (stock, "float32"),
     "paged float32": (paged, "float32"),
     "paged float16": (paged, "float16"),
     "paged int8": (paged, "int8"),
 }
+
+
+def take_turn(run: Callable[[], None]) -> Iterator[float]:
+    """Seconds of each run."""
+    time.sleep(PAUSE_S)
+    end = time.perf_counter() + PAUSE_S
+    while (start := time.perf_counter()) < end:
+        run()
+        yield time.perf_counter() - start
 
 
 def row(shape: Shape, layers: int, threads: int, seconds: float) -> Iterator[str]:
@@ -171,11 +183,10 @@ def row(shape: Shape, layers: int, threads: int, seconds: float) -> Iterator[str
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["paged int8"]) < 5:
         for dtype, data in reads.items():
+            time.sleep(PAUSE_S)
             limits[dtype].append(read_bytes_per_s(data, threads) if decode else float_operations_per_s(threads))
         for title, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[title].append((time.perf_counter() - start) / layers)
+            times[title] += [one / layers for one in take_turn(run)]
     yield f"{shape.past} + {shape.new}"
     yield f"{np.median([*limits['float16'], *limits['int8']]) / 1e9:.0f}"
     for found, dtype in zip(times.values(), dtypes, strict=True):

@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, default="0.5B")
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
     parser.add_argument("--precision", choices=("int8", "int8x2", "float32"), default="int8")
-    parser.add_argument("--isa", help="force kernels: amx, avx512, avxvnni, avx2, plain")
+    parser.add_argument("--isa", help="force kernels: amx, avx512, avxvnni, avx2, neon, plain")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=250, help="of weights")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each row of the table")

@@ -26,7 +26,7 @@ SOURCES = Path(__file__).parent / "csrc"
 # Sums must come out the same wherever they are computed: no contraction into FMA but where the source says so.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
 
-# Files for one instruction set, by the end of their name. On other processors only `_plain` is compiled.
+# Files for one instruction set, by the end of their name; compiled on processors of its kind alone.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 X86_FLAGS = {
@@ -34,8 +34,10 @@ X86_FLAGS = {
     "_avxvnni": (*AVX2, "-mavxvnni"),
     "_avx512": (*AVX2, *AVX512),
     "_avx512vnni": (*AVX2, *AVX512, "-mavx512vnni"),
-    "_amx": (*AVX2, *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+    "_amx": (*AVX2, *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
+ARM_FLAGS = {"_neon": (), "_neondot": ("-mcpu=generic+dotprod",)}  # zig has no -march
+PROCESSORS = {"x86_64": X86_FLAGS, "amd64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
 
 
 def find_compiler() -> list[str] | None:
@@ -53,12 +55,13 @@ def find_compiler() -> list[str] | None:
 
 def sources() -> dict[Path, Sequence[str]]:
     """Every file to compile on this processor and the flags that only it gets."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    own = PROCESSORS.get(platform.machine().lower(), {})
+    others = (X86_FLAGS.keys() | ARM_FLAGS.keys()) - own.keys()
     chosen: dict[Path, Sequence[str]] = {}
     for path in sorted(SOURCES.glob("*.cc")):
-        special = [flags for ending, flags in X86_FLAGS.items() if path.stem.endswith(ending)]
-        if is_x86 or not special:
-            chosen[path] = special[0] if special else ()
+        ending = "_" + path.stem.rpartition("_")[2]
+        if ending not in others:
+            chosen[path] = own.get(ending, ())
     return chosen
 
 

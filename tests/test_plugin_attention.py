@@ -48,7 +48,7 @@ ELEMENT_TYPES = {
 }
 # tests/sanitize.py puts another library here.
 LIBRARY = os.environ.get("QWEN_PLUGIN_LIBRARY") or str(library_path())
-FLAGS = {"avx2": "avx2", "avx512": "avx512_vnni", "amx": "amx_int8"}
+FLAGS = {"neon": "asimd", "avx2": "avx2", "avx512": "avx512_vnni", "amx": "amx_int8"}
 
 
 def supported() -> list[str]:
@@ -232,6 +232,9 @@ CASES = [
     Case(head_dim=80, rotary_dim=20, block_size=128, heads=3, kv_heads=3),
     Case(head_dim=128, rotary_dim=128, block_size=64, heads=7, kv_heads=1, norm=False),
     Case(head_dim=256, rotary_dim=64, heads=2, kv_heads=1, dtype="float16", norm=False),
+    Case(head_dim=8, rotary_dim=8, kv_heads=4, dtype="float16"),
+    Case(head_dim=72, rotary_dim=8, heads=48, past=(0,), new=(310,), dtype="float16"),  # the largest items
+    Case(head_dim=128, rotary_dim=64, heads=9, kv_heads=1, dtype="float16", window=70, past=(300,), new=(1,)),
     Case(window=20, heads=6),
     Case(window=1),
     Case(window=260, block_size=512, past=(0, 600), new=(290, 3), dtype="float16"),
@@ -270,6 +273,29 @@ def test_tiles_have_the_bits_of_vectors(head_dim: int, heads: int, block_size: i
     np.testing.assert_array_equal(run(make_feeds(case), case.node_attributes, "amx"), vectors)
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX tiles")
+@pytest.mark.parametrize("heads", [1, 7, 16, 17, 33])  # rows of a token: tiles have 16, and two are multiplied at once
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 72, 80, 96, 128, 200, 256])
+def test_bfloat16_tiles_are_as_good_as_stated(head_dim: int, heads: int) -> None:
+    """To about 1e-5 of the values: a query or softmax weight keeps 16 bits, a product misses 2^-15 at most."""
+    past, new = (0, 40, 255, 600), (1, 1, 3, 30)
+    case = Case(heads, 1, head_dim, 64, "float16", past, new, rotary_dim=head_dim, window=500)
+    vectors = run(make_feeds(case), case.node_attributes, "avx512")
+    difference = run(make_feeds(case), case.node_attributes, "amx") - vectors
+    assert np.linalg.norm(difference) < 1.5e-5 * np.linalg.norm(vectors)
+    assert np.abs(difference).max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_keys_far_below_the_largest_weigh_nothing(isa: str, dtype: str) -> None:
+    case = Case(rotary_dim=0, norm=False, scale=5.0, dtype=dtype)
+    feeds = make_feeds(case)
+    expected = paged_attention(case.attributes, **copy(feeds))
+    # Scores reach 300, where one unit in the last place of float32 is 3e-5; 2^-130 of a wrong exponent is 1e30.
+    np.testing.assert_allclose(run(feeds, case.node_attributes, isa), expected, rtol=0, atol=1e-2)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     head_dim = 8 * draw(st.sampled_from([1, 2, 3, 5, 8, 9, 10, 16, 17, 32]))
@@ -301,7 +327,8 @@ def test_equals_reference_for_any_shape(case: Case, isa: str) -> None:
 @pytest.mark.skipif("avx512" not in ISAS, reason="this machine has one vector instruction set at most")
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_vector_instruction_sets_give_the_same_bits(case: Case) -> None:
-    expected, *others = [run(make_feeds(case), case.node_attributes, isa) for isa in ISAS if isa != "plain"]
+    isas = [isa for isa in ISAS if isa != "plain" and (isa, case.dtype) != ("amx", "float16")]
+    expected, *others = [run(make_feeds(case), case.node_attributes, isa) for isa in isas]
     for output in others:
         np.testing.assert_array_equal(output, expected, strict=True)
 
@@ -324,6 +351,8 @@ INVARIANT_CASES = [
     Case(heads=5, kv_heads=1, head_dim=8, rotary_dim=0, block_size=128),
     Case(heads=14, kv_heads=2, head_dim=64, rotary_dim=64, dtype="int8", block_size=64),
     Case(heads=9, kv_heads=3, head_dim=72, rotary_dim=24, dtype="int8", window=70),
+    Case(heads=9, kv_heads=3, head_dim=72, rotary_dim=24, dtype="float16", window=70),
+    Case(heads=19, kv_heads=1, head_dim=128, rotary_dim=128, dtype="float16", block_size=64),
 ]
 
 
@@ -492,7 +521,30 @@ def test_a_number_that_is_not_finite_stays_so_in_an_int8_cache(isa: str, number:
     assert np.argwhere(broken).tolist() == [[4, 2], [4, 3], [5, 2], [5, 3]]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e5])  # 1e5 is infinite in float16
+def test_a_value_that_is_not_finite_stays_so_in_a_float16_cache(isa: str, number: float) -> None:
+    """In its channels of every row that sees it, and nowhere else: with a window, some come before and some after."""
+    feeds = make_feeds(case := Case(past=(0, 72), new=(3, 40), dtype="float16", norm=False, window=9))
+    broken_feeds = copy(feeds)
+    broken_feeds["query"].reshape(43, 8, 40)[3 + 20, 7, [3, 38]] = number
+    output = run(feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)
+    broken = run(broken_feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)
+    expected = np.ones(broken.shape, bool)
+    expected[23 : 23 + 9, 1, :, 3] = expected[23 : 23 + 9, 1, :, 38] = False
+    np.testing.assert_array_equal(np.isfinite(broken), expected)
+    np.testing.assert_array_equal(broken[expected], output[expected])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_key_that_is_not_a_number_stays_so_in_a_float16_cache(isa: str) -> None:
+    feeds = make_feeds(case := Case(past=(0, 70), new=(3, 40), dtype="float16", norm=False, window=9))
+    feeds["query"].reshape(43, 8, 40)[3 + 20, 5, 38] = np.nan
+    broken = np.isnan(run(feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)).all(axis=(-1, -2))
+    assert np.argwhere(broken).tolist() == [[row, 1] for row in range(23, 32)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_nan_score_reaches_the_output(dtype: str) -> None:
     """A broken activation is to be seen, in its own row and nowhere else."""
     feeds = make_feeds(case := Case(past=(0, 0), new=(3, 3), dtype=dtype))
@@ -712,7 +764,7 @@ def test_a_bad_attribute_is_named_when_the_session_is_created(attribute: str, va
 
 def test_an_unknown_instruction_set_is_refused_when_the_session_is_created() -> None:
     types = {name: (ELEMENT_TYPES[x.dtype], x.ndim) for name, x in make_feeds(GOOD).items()}
-    with pytest.raises(Exception, match=r"QWEN_PLUGIN_ISA is 'sse9', expected .*avx2 or plain"):
+    with pytest.raises(Exception, match=r"QWEN_PLUGIN_ISA is 'sse9', expected .*neon or plain"):
         new_session(types, GOOD.node_attributes, "sse9")
 
 

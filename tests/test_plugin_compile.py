@@ -69,15 +69,23 @@ def test_a_library_older_than_a_source_is_not_current(tmp_path: Path) -> None:
     assert not compiling.is_current(library)
 
 
-@pytest.mark.parametrize(("machine", "sets"), [("x86_64", {"amx", "avx2", "avx512", "plain"}), ("aarch64", {"plain"})])
+@pytest.mark.parametrize(
+    ("machine", "sets"),
+    [
+        ("x86_64", {"amx", "avx2", "avxvnni", "avx512", "avx512vnni", "plain"}),
+        ("aarch64", {"neon", "neondot", "plain"}),
+        ("arm64", {"neon", "neondot", "plain"}),
+        ("riscv64", {"plain"}),
+    ],
+)
 def test_only_this_processors_instruction_sets_are_compiled(
     machine: str, sets: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    kernels = {path.stem: flags for path, flags in compiling.sources().items() if path.stem.startswith("paged_")}
-    assert kernels.keys() == {"paged_attention", *(f"paged_attention_{isa}" for isa in sets)}
-    assert not kernels["paged_attention_plain"]
-    assert not kernels["paged_attention"]
+    flags = {path.stem: flags for path, flags in compiling.sources().items()}
+    assert {stem.split("_")[2] for stem in flags if stem.count("_") == 2} == sets  # paged_attention_*, quant_linear_*
+    assert not flags["paged_attention_plain"]
+    assert not flags["quant_linear"]
 
 
 def test_a_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ ELEMENT_TYPES = {
 }
 # tests/sanitize.py puts another library here.
 LIBRARY = os.environ.get("QWEN_PLUGIN_LIBRARY") or str(library_path())
-FLAGS = {"avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "amx": "amx_int8"}
+FLAGS = {"neon": "asimd", "avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "amx": "amx_int8"}
 
 
 def supported() -> list[str]:

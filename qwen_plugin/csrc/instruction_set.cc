@@ -13,12 +13,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace {
 
 struct Machine {
   InstructionSet best = InstructionSet::kPlain;
-  bool avx_vnni = false, avx512_vnni = false, amx = false;
+  bool neon_dot = false, avx_vnni = false, avx512_vnni = false, amx = false;
 };
 
 #if defined(__x86_64__)
@@ -39,7 +44,7 @@ Machine Look() {
   constexpr uint32_t kAvx2 = 1u << 5;                                             // leaf 7, ebx
   constexpr uint32_t kAvx512FDqBwVl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // leaf 7, ebx
   constexpr uint32_t kAvx512Vnni = 1u << 11;                                      // leaf 7, ecx
-  constexpr uint32_t kAmxTileInt8 = 1u << 24 | 1u << 25;                          // leaf 7, edx
+  constexpr uint32_t kAmxBf16TileInt8 = 1u << 22 | 1u << 24 | 1u << 25;           // leaf 7, edx
   constexpr uint32_t kAvxVnni = 1u << 4;                                          // leaf 7, subleaf 1, eax
   constexpr uint32_t kYmmState = 0x06, kZmmState = 0xe6;  // registers the operating system saves (xcr0)
   constexpr uint32_t kTileState = 0x60000;
@@ -55,9 +60,29 @@ Machine Look() {
   if (HasBits(ebx, kAvx512FDqBwVl) && HasBits(saved, kZmmState)) {
     machine.best = InstructionSet::kAvx512;
     machine.avx512_vnni = HasBits(ecx, kAvx512Vnni);
-    machine.amx = machine.avx512_vnni && HasBits(edx, kAmxTileInt8) && HasBits(saved, kTileState) && MayUseTiles();
+    machine.amx = machine.avx512_vnni && HasBits(edx, kAmxBf16TileInt8) && HasBits(saved, kTileState) && MayUseTiles();
   }
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) machine.avx_vnni = HasBits(eax, kAvxVnni);
+  return machine;
+}
+#elif defined(__aarch64__)
+bool HasDotProduct() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value == 1;
+#else
+  return false;
+#endif
+}
+
+Machine Look() {
+  Machine machine;
+  machine.best = InstructionSet::kNeon;  // every one of these processors has it
+  machine.neon_dot = HasDotProduct();
   return machine;
 }
 #else
@@ -82,10 +107,12 @@ Machine Allowed() {
     allowed.avx512_vnni = false;
     if (wanted == "avx2") allowed.avx_vnni = false;
     supported = machine.best >= InstructionSet::kAvx2 && (wanted == "avx2" || machine.avx_vnni);
+  } else if (wanted == "neon") {
+    supported = machine.best == InstructionSet::kNeon;
   } else if (wanted == "plain") {
     allowed = {};
   } else {
-    throw Error("QWEN_PLUGIN_ISA is '" + wanted + "', expected amx, avx512, avxvnni, avx2 or plain");
+    throw Error("QWEN_PLUGIN_ISA is '" + wanted + "', expected amx, avx512, avxvnni, avx2, neon or plain");
   }
   if (!supported) throw Error("QWEN_PLUGIN_ISA is " + wanted + ", this machine does not support it");
   return allowed;
@@ -98,6 +125,8 @@ InstructionSet ChooseInstructionSet() { return Allowed().best; }
 bool UsesExtension(Extension extension) {
   const Machine allowed = Allowed();
   switch (extension) {
+    case Extension::kNeonDot:
+      return allowed.neon_dot;
     case Extension::kAvxVnni:
       return allowed.avx_vnni;
     case Extension::kAvx512Vnni:

@@ -1,6 +1,6 @@
-// Sixteen float lanes in portable C++. The three lanes_*.h give the same bits.
+// Sixteen float lanes in portable C++. All lanes_*.h give the same bits.
 //
-// Like the other two, included by exactly one instruction set's sources: everything has internal linkage, so that
+// Like the others, included by exactly one instruction set's sources: everything has internal linkage, so that
 // the linker can never pick code compiled for a larger instruction set.
 #pragma once
 #include <cstdint>

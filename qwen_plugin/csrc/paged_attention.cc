@@ -318,10 +318,15 @@ Kernels ChooseKernels() {
 #if defined(__x86_64__)
   if (set == InstructionSet::kAvx512 && UsesExtension(Extension::kAvx512Vnni)) {
     Kernels kernels = kAvx512Kernels;
-    if (UsesExtension(Extension::kAmx)) kernels.attend[int(Element::kInt8)] = AmxAttendInt8;
+    if (UsesExtension(Extension::kAmx)) {
+      kernels.attend[int(Element::kInt8)] = AmxAttendInt8;
+      kernels.attend[int(Element::kFloat16)] = AmxAttendFloat16;
+    }
     return kernels;
   }
   if (set >= InstructionSet::kAvx2) return kAvx2Kernels;
+#elif defined(__aarch64__)
+  if (set == InstructionSet::kNeon) return kNeonKernels;
 #endif
   return kPlainKernels;
 }

@@ -10,7 +10,7 @@ constexpr int kTile = 32;  // keys that lie transposed together, (head_dim, 32)
 constexpr int kPartition = 256;
 constexpr int kTilesPerPartition = kPartition / kTile;
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxItemRows = 128, kMaxItemFloats = 8192;  // an item's queries: at most 32 KiB of stack
+constexpr int kMaxItemRows = 256, kMaxItemFloats = 16384;  // an item's queries: at most 64 KiB
 
 // One call of the operator; everything in it has been checked.
 //
@@ -82,6 +82,11 @@ extern const Kernels kPlainKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 // `attend` for int8 pools, to the same bits.
 void AmxAttendInt8(const Problem&, const Item&, PartitionRange, float* state);
+// `attend` for float16 pools, to other bits than the vector kernels', so for any number of rows. Queries and softmax
+// weights keep 16 of their 24 bits, which makes errors of about 1e-5 of the values.
+void AmxAttendFloat16(const Problem&, const Item&, PartitionRange, float* state);
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
 #endif
 
 // The operator. `api` must outlive it.

@@ -3,7 +3,7 @@
 // The two bytes of every query and softmax weight, 256 * high + low, are rows of a tile operand (A), or with many rows
 // of two; keys and values, just as the pools hold them, are the other (B): lines of 16 tokens or channels by 4 numbers
 // to sum over.
-#include <immintrin.h>
+#include "paged_attention_amx.h"
 
 #include "paged_attention_kernels.h"
 #include "vector_avx512.h"
@@ -11,26 +11,8 @@
 namespace paged_attention {
 namespace {
 
-constexpr int kLine = 64;          // bytes of a line of a tile, and numbers that a product of tiles sums over at most
 constexpr int kLanes = 16;         // int32 of a line
 constexpr int kRowsOfOneTile = 8;  // whose high and low bytes fit
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t line_bytes[16] = {};
-  uint8_t lines[16] = {};
-
-  // 0 to 3 are sums, 4 and 5 A, 6 and 7 B, for products that sum over `chunk` numbers.
-  TileConfig(int rows, int chunk) {
-    for (int tile = 0; tile < 8; ++tile) {
-      line_bytes[tile] = uint16_t(tile == 4 || tile == 5 ? chunk : kLine);
-      lines[tile] = uint8_t(tile >= 6 ? chunk / 4 : rows <= kRowsOfOneTile ? 2 * rows : rows);
-    }
-  }
-};
-
-// What tile instructions read must be in memory before them, which g++ 12 does not see.
-inline void KeepStores() { asm volatile("" ::: "memory"); }
 
 // Row `row` of A (chunks, high and low, rows, 64) from its int16 numbers, whose count is a multiple of 32.
 template <int kChunk>
@@ -121,7 +103,8 @@ struct AmxRows {
     alignas(64) int16_t words[kMaxRows * kPartition];
     alignas(64) int8_t weights[2 * kMaxRows * kPartition * (kLine / kChunk)];
     float steps[kMaxRows];
-    const TileConfig for_scores(rows, kLine), for_values(rows, kChunk);
+    const int lines = kOneTile ? 2 * rows : rows;
+    const TileConfig for_scores(lines, lines, kLine), for_values(lines, lines, kChunk);
     KeepStores();
     _tile_loadconfig(&for_scores);
     const Seen seen(g, rows);

@@ -77,7 +77,7 @@ void Attend(const Problem& p, const Item& item, PartitionRange partitions, float
   const int64_t past = p.past[item.sequence];
   const auto position = [&](int64_t row) { return past + (item.first + row) / p.group; };
 
-  alignas(64) float queries[kMaxItemFloats + kMaxItemRows];
+  alignas(64) float queries[kMaxItemFloats / 2 * 3];  // with what QueryFloats adds
   float* next_queries = queries;
   for (int group = 0; group < groups; ++group) {
     const int start = group_start(group), count = group_start(group + 1) - start;
@@ -100,6 +100,9 @@ void Attend(const Problem& p, const Item& item, PartitionRange partitions, float
       tiles.next_keys[i] = next.keys[i] ? next.keys[i] : tiles.keys[i];
       if (sizeof(T) == 1) Prefetch(tiles.value_scales[i]), Prefetch(next.key_scales[i]);
     }
+    tiles.first = int(first - base), tiles.last = int(last - base), tiles.keep = groups > 1;
+    tiles.all_first = int(Max(FirstKey(p, position(rows - 1)) - base, 0));
+    tiles.all_last = int(Min(position(0) + 1 - base, kPartition));
     const float* group_queries = queries;
     for (int group = 0; group < groups; ++group) {
       const int start = group_start(group), count = group_start(group + 1) - start;

@@ -60,6 +60,13 @@ struct Tiles {
   const char* next_keys[kTilesPerPartition];  // keys of the partition that comes next, to be fetched on the way
   const float *key_scales[kTilesPerPartition], *value_scales[kTilesPerPartition];  // of an int8 cache
   bool fetch;
+
+  // For kernels that bring tiles into another form, once for all rows of the item.
+  int first, last;                    // keys that some row sees
+  int all_first, all_last;            // keys that every row sees
+  bool keep;                          // more rows than one group's come
+  unsigned keys_ready, values_ready;  // bit i: tile i has that form
+  unsigned broken;                    // bit i: values of tile i are not all finite
 };
 
 // The scales of a tile.
@@ -73,7 +80,7 @@ inline void Prefetch(const char* address, size_t bytes) {
 
 // A few rows over one partition, of which row r sees keys [begin[r], end[r]).
 struct Group {
-  const Tiles& tiles;
+  Tiles& tiles;
   const int *begin, *end;
   const float* queries;    // as Load of its kind of rows lays them out
   int D;                   // head_dim

@@ -142,6 +142,8 @@ const Kernels& ChooseKernels() {
   if (UsesExtension(Extension::kAvx512Vnni)) return kAvx512VnniKernels;
   if (UsesExtension(Extension::kAvxVnni)) return kAvxVnniKernels;
   if (ChooseInstructionSet() >= InstructionSet::kAvx2) return kAvx2Kernels;
+#elif defined(__aarch64__)
+  if (UsesExtension(Extension::kNeonDot)) return kNeonDotKernels;
 #endif
   return kPlainKernels;
 }

@@ -66,6 +66,8 @@ float* RowScratch(int64_t floats);
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512VnniKernels, kAmxKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonDotKernels;
 #endif
 
 }  // namespace quant_linear

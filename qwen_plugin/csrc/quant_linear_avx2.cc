@@ -10,7 +10,7 @@ namespace {
 
 struct Avx2 : Avx2Eight {
   static constexpr int kMaxRows[] = {4, 2}, kMostRows[] = {4, 2};
-  static constexpr uint32_t kHighFactor = 1;
+  static constexpr uint32_t kHighFactor = 1, kByteOffset = 0;
 
   static Ints AddWords(Ints c, Ints a, Ints b) { return AddInts(c, _mm256_madd_epi16(a, b)); }
   static void SplitNibbles(Ints v, Ints* q) {

@@ -1,5 +1,6 @@
 // qwen::QuantLinear's kernels, for any instruction set I (quant_linear_<set>.cc) of kLanes integers a vector
-// and tiles of kMaxRows rows, one alone of kMostRows: for int8 and for int8x2.
+// and tiles of kMaxRows rows, one alone of kMostRows: for int8 and for int8x2. Its Dot multiplies high nibbles times
+// kHighFactor, and bytes less kByteOffset.
 //
 // A tile of activations is a stream of its groups, each
 //   [group_size / 4 steps][rows][4 columns] bytes, [2 halves][rows] int32 starts, [rows] float32 scales
@@ -75,7 +76,8 @@ void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, cha
     for (int plane = 0; plane < kPlanes; ++plane) {
       char* const bytes = tile + 4 * (first + plane);
       for (int64_t j = 0; j < steps; ++j) std::memcpy(bytes + 4 * all * j, planes[plane] + 4 * j, 4);
-      const uint32_t sum = uint32_t(group.sums[plane]), zero_point = uint32_t(SymmetricZeroPoint(p));
+      const uint32_t sum = uint32_t(group.sums[plane]);
+      const uint32_t zero_point = uint32_t(SymmetricZeroPoint(p)) - (p.bits == 8 ? I::kByteOffset : 0);
       for (int half = 0; half < 2; ++half) {
         const uint32_t factor = half == 1 && p.bits == 4 ? I::kHighFactor : 1;
         const uint32_t start = p.symmetric ? (kPlanes == 1 ? uint32_t(kFloatStart) : 0) - zero_point * factor * sum
