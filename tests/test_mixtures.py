@@ -19,4 +19,5 @@ def test_any_mixture_answers_as_each_request_alone(family, options, tiny_checkpo
     path = tiny_checkpoint(family).path
     directory = build_engine(path, max_seq_len=MAX_SEQ_LEN, block_size=32, **options)
     text = random.Random(0).choices(range(131), k=1000)
-    assert_mixtures_answer_as_alone(directory, range(SCHEDULES), text)
+    happened = assert_mixtures_answer_as_alone(directory, range(SCHEDULES), text)
+    assert len(happened) == 7, happened

@@ -18,7 +18,7 @@ from qwen_run.text import TextModel
 DATA = Path(__file__).parent / "data"
 ANSWER_TOKENS = 64
 WINDOW = 1024
-SCHEDULES = 12  # a second or two each
+SCHEDULES = 16  # a second or two each
 
 
 @pytest.fixture(scope="module")
@@ -134,4 +134,5 @@ def test_the_int4_demo_knows_the_capital_of_france(checkpoint, build_engine):
 def test_any_mixture_answers_as_each_request_alone(options, checkpoint, windows, build_engine):
     """Chunks of all lengths, and so kernels of all kinds, in a pool that is too small for what comes."""
     directory = build_engine(checkpoint, max_seq_len=MAX_SEQ_LEN, block_size=32, **options)
-    assert_mixtures_answer_as_alone(directory, range(SCHEDULES), windows[0].tolist())
+    happened = assert_mixtures_answer_as_alone(directory, range(SCHEDULES), windows[0].tolist())
+    assert {"found in the cache", "guessed wrongly", "guessed rightly", "ended by stop"} <= set(happened)

@@ -125,12 +125,15 @@ def assert_streamed(sequence: Sequence, tokens: list[Token]) -> None:
     assert not tokens or (reasons[-1] or "abort") == sequence.finish_reason
 
 
-def assert_mixtures_answer_as_alone(directory: Path, seeds: Iterable[int], text: list[int]) -> None:
+def assert_mixtures_answer_as_alone(directory: Path, seeds: Iterable[int], text: list[int]) -> Counter[str]:
     """Play a schedule of each seed on the engine in ``directory``, whose sequences have ``MAX_SEQ_LEN`` tokens.
 
     Args:
         directory: with blocks of 32 tokens.
         text: 1,000 token ids to make prompts of.
+
+    Returns:
+        What happened to requests, and how often.
     """
     happened: Counter[str] = Counter()
     for num_blocks in (6, 7, 8, 9):
@@ -138,7 +141,7 @@ def assert_mixtures_answer_as_alone(directory: Path, seeds: Iterable[int], text:
         for seed in seeds:
             if seed % 4 == num_blocks - 6:
                 happened += play_mixture(engine, random.Random(seed), text)
-    assert len(happened) == 7, happened
+    return happened
 
 
 def play_mixture(engine: Engine, rng: random.Random, text: list[int]) -> Counter[str]:
