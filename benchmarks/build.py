@@ -1,8 +1,8 @@
 """Time and memory of building an engine, of loading it and of answering with it.
 
-    python -m benchmarks.random_checkpoint qwen2.5-7b /tmp/7b
-    python -m benchmarks.build /tmp/7b
-    python -m benchmarks.build /tmp/7b --group-size 64 --int4-method gptq
+    python -m benchmarks.random_checkpoint qwen2.5-7b build/7b
+    python -m benchmarks.build build/7b
+    python -m benchmarks.build build/7b --group-size 64 --int4-method gptq
 
 The build is `qwen-build`, with the options behind the checkpoint, in a process of its own. Then a new process loads
 the engine, feeds 512 prompt tokens and answers with 32, greedy. Peak memory is VmHWM of each process: resident pages,

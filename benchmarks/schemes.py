@@ -66,6 +66,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "float": {"float32": "--quant none"},
     "int8": {
         **{f"int8 g{size}": f"--quant int8 --group-size {size}" for size in GROUP_SIZES},
+        "int8 g32 asymmetric": "--quant int8 --asymmetric",
         "int8 channel/token": f"--quant int8 {W8A8}",
     },
     "smoothquant": {
@@ -120,19 +121,35 @@ person's summary. prefill: a prompt of 512 tokens; decode: 64 tokens after it, o
 all schemes run in turn. build: seconds, calibration included."""
 
 
-def build(checkpoint: str | None, options: str, output: Path) -> dict[str, Any]:
-    """Run ``qwen-build`` in a process of its own; what it says with ``--json``.
+class Engines:
+    """The checkpoint's engines, each kept in a directory that its options name."""
 
-    Raises:
-        QwenError: it failed; its message.
-    """
-    command = [sys.executable, "-m", "qwen_build.cli", *([checkpoint] if checkpoint else []), *shlex.split(options)]
-    command += ["--output", str(output), "--force", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise QwenError((done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("Error: "))
-    summary: dict[str, Any] = json.loads(done.stdout)
-    return summary
+    def __init__(self, checkpoint: str | None, directory: Path) -> None:
+        self.checkpoint, self.directory = checkpoint, directory
+
+    def path(self, options: str) -> Path:
+        return self.directory / re.sub(r"[^\w.]+", "-", options).strip("-")
+
+    def build(self, options: str) -> dict[str, Any]:
+        """Run ``qwen-build`` in a process of its own; what it says with ``--json``.
+
+        Raises:
+            QwenError: it failed; its message.
+        """
+        checkpoint = [self.checkpoint] if self.checkpoint else []
+        command = [sys.executable, "-m", "qwen_build.cli", *checkpoint, *shlex.split(options)]
+        command += ["--output", str(self.path(options)), "--force", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise QwenError((done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("Error: "))
+        summary: dict[str, Any] = json.loads(done.stdout)
+        return summary
+
+    def ready(self, options: str) -> Path:
+        """The engine's directory, built if it is not there."""
+        if not self.path(options).exists():
+            self.build(options)
+        return self.path(options)
 
 
 def held_out_windows(tokenizer: Tokenizer, count: int, length: int) -> np.ndarray:
@@ -270,7 +287,7 @@ def family(name: str) -> str:
     return name.split()[0].rstrip(",")
 
 
-def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+def table_lines(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The lines of a Markdown table, a row a scheme."""
     summaries = any("summaries.kl_mean" in result["metrics"] for result in results.values())
     head = ["scheme", "MB", "bits", "KL", "top-1", "ppl", "ratio", "weights"]
@@ -320,14 +337,67 @@ def write_report(path: Path, head: str, results: dict[str, Any], failed: dict[st
     if any(is_same_grid(*row) for row in results.items()):
         notes.append("\\* Not a result: the checkpoint's weights lie on this grid already, rounding loses nothing.")
     notes += [f"Not built: {name}: {message}" for name, message in failed.items()]
-    lines = [head, "", *table(results), "", *("\n\n".join(notes).splitlines())]
+    lines = [head, "", *table_lines(results), "", *("\n\n".join(notes).splitlines())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if any(family(name) != "float32" for name in results):
         path.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
 
 
-def main() -> None:
+class Table:
+    """The schemes measured so far, and the report of them, written anew after each.
+
+    Attributes:
+        results: scheme -> its figures, in the order of the table.
+        failed: scheme -> why it could not be built.
+        engines: scheme -> its engine.
+    """
+
+    def __init__(self, engines: Engines, comparison: Comparison, journal: Journal, located: Path) -> None:
+        """``located``: the checkpoint's directory."""
+        self._engines, self._comparison, self._journal, self._located = engines, comparison, journal, located
+        self.results: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+        self.engines: dict[str, Path] = {}
+
+    def add(self, name: str, options: str) -> bool:
+        """Measure a scheme, or take from the journal what is known of it.
+
+        Args:
+            name: of the row.
+            options: of ``qwen-build``; ``{NAME}`` in them is the size of the engine of row NAME.
+
+        Returns:
+            Whether it had to be measured.
+        """
+        try:
+            options = options.format_map({other: f"{one['bytes'] / 1e6:.2f}MB" for other, one in self.results.items()})
+            known = self._journal.has("scheme", options)
+            self.results[name] = dict(self._journal.do("scheme", options, lambda: self._measure(options)))
+            self.engines[name] = self._engines.ready(options)
+            return not known
+        except KeyError as error:
+            self.failed[name] = f"it is to be as large as {error}, which is not among the groups"
+        except QwenError as error:
+            self.failed[name] = str(error)
+        return False
+
+    def _measure(self, options: str) -> dict[str, Any]:
+        summary = self._engines.build(options)
+        engine = self._engines.path(options)
+        continuations = [
+            self._journal.do("continuation", paper.id, lambda paper=paper: self._comparison.continuation(paper))
+            for paper in self._comparison.papers
+        ]
+        return {
+            **self._comparison.measure(engine, continuations),
+            "weight_error": weight_error(engine, self._located),
+            "build_s": summary["seconds"],
+            "build_memory_bytes": summary["peak_memory_bytes"],
+        }
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"some of: {', '.join(GROUPS)}")
     parser.add_argument("--checkpoint", help="directory or Hub id; the demo if left out")
@@ -341,17 +411,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; choose from {', '.join(GROUPS)}")
-    schemes = {name: options for group in arguments.groups or DEFAULT_GROUPS for name, options in GROUPS[group].items()}
+    return arguments
 
+
+def main() -> None:
+    arguments = parse_arguments()
     located = resolve_checkpoint(arguments.checkpoint)
     work = arguments.work / located.name
-
-    def engine_of(options: str) -> Path:
-        return work / "engines" / re.sub(r"[^\w.]+", "-", options).strip("-")
-
-    reference = engine_of(GROUPS["float"]["float32"])
-    if not reference.exists():
-        build(arguments.checkpoint, GROUPS["float"]["float32"], reference)
+    engines = Engines(arguments.checkpoint, work / "engines")
+    reference = engines.ready(GROUPS["float"]["float32"])
     windows = held_out_windows(Tokenizer.load(located.path), arguments.windows, arguments.window)
     papers = [paper for paper in built_in_documents("scitldr") if paper.summary][: arguments.summaries]
     settings = {
@@ -368,56 +436,32 @@ def main() -> None:
         f"{located.name}, {arguments.windows} x {arguments.window} held-out tokens of WikiText-2, "
         f"{len(papers)} papers; {processor_name()}, {arguments.threads} threads, onnxruntime {version('onnxruntime')}"
     )
-    results: dict[str, dict[str, Any]] = {}
-    failed: dict[str, str] = {}
-    engines: dict[str, Path] = {}
+    schemes = {name: options for group in arguments.groups or DEFAULT_GROUPS for name, options in GROUPS[group].items()}
+    spent: list[float] = []
     with Journal(work / f"results-{digest}.jsonl", settings, resume=True) as journal:
-
-        def measured(options: str) -> dict[str, Any]:
-            engine = engine_of(options)
-            summary = build(arguments.checkpoint, options, engine)
-            continuations = [
-                journal.do("continuation", paper.id, lambda paper=paper: comparison.continuation(paper))
-                for paper in papers
-            ]
-            return {
-                **comparison.measure(engine, continuations),
-                "weight_error": weight_error(engine, located.path),
-                "build_s": summary["seconds"],
-                "build_memory_bytes": summary["peak_memory_bytes"],
-            }
-
-        spent: list[float] = []
+        table = Table(engines, comparison, journal, located.path)
         for number, (name, options) in enumerate(schemes.items(), start=1):
             started = time.perf_counter()
-            try:
-                options = options.format_map({other: f"{one['bytes'] / 1e6:.2f}MB" for other, one in results.items()})
-                known = journal.has("scheme", options)
-                results[name] = dict(journal.do("scheme", options, lambda options=options: measured(options)))
-                engines[name] = engine_of(options)
-                if not engines[name].exists():  # removed since
-                    build(arguments.checkpoint, options, engines[name])
-            except KeyError as error:
-                failed[name] = f"it is to be as large as {error}, which is not among the groups"
-            except QwenError as error:
-                failed[name] = str(error)
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
-            else:
-                if not known:
-                    spent.append(time.perf_counter() - started)
-                    left = statistics.mean(spent) * (len(schemes) - number) / 60
-                    kl = results[name]["metrics"]["original.kl_mean"][0]
-                    print(f"{name}: KL {kl:.3e}; {spent[-1]:.0f} s, about {left:.0f} minutes left", file=sys.stderr)
-                    sys.stderr.flush()
-                write_report(report, head, results, failed)
+            if table.add(name, options):
+                spent.append(time.perf_counter() - started)
+                left = statistics.mean(spent) * (len(schemes) - number) / 60
+                kl = table.results[name]["metrics"]["original.kl_mean"][0]
+                say(f"{name}: KL {kl:.3e}; {spent[-1]:.0f} s, at most {left:.0f} minutes left")
+            elif name in table.failed:
+                say(f"{name}: {table.failed[name]}")
+            write_report(report, head, table.results, table.failed)
     shutil.rmtree(logits, ignore_errors=True)
-    if not results:
+    if not table.results:
         sys.exit("Error: no scheme could be built")
-    print("speeds", file=sys.stderr, flush=True)
-    for name, pair in speeds(engines, windows[0], arguments.threads, arguments.rounds).items():
-        results[name]["speeds"] = pair
-    write_report(report, head, results, failed)
+    say("speeds")
+    for name, pair in speeds(table.engines, windows[0], arguments.threads, arguments.rounds).items():
+        table.results[name]["speeds"] = pair
+    write_report(report, head, table.results, table.failed)
     print(report.read_text(encoding="utf-8"), end="")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ MIN_SEQUENCES = 2
 # A token stands for fewer characters on average: what a long text has beyond is not even tokenised.
 _MOST_CHARACTERS = 64
 
-
 # Of a text that is one document, one sequence in so many is held out.
 _HELD_OUT = 4
 

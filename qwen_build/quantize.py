@@ -340,7 +340,7 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
 class SchemeRow:
     """A choice of ``--quant``: its bits (0: float32), whether its grid is symmetric unless asked, what it is for.
 
-    A zero point takes a quarter of int4's KL off and nothing of int8's, see ``benchmarks/results/accuracy.md``.
+    A zero point takes a quarter of int4's KL off and nothing of int8's: tables of ``benchmarks/schemes.py``.
     """
 
     bits: int
