@@ -28,7 +28,7 @@ KERNELS = ("native", "stock")
 ACTIVATIONS = ("int8", "int8x2", "float32")
 INT4_METHODS = ("rtn", "awq", "gptq")
 WEIGHT_SCALES = ("group", "channel", "tensor")
-ACTIVATION_SCALES = ("group", "token", "static")
+ACTIVATION_SCALES = ("group", "block", "token", "static")
 CACHE_DTYPES = ("float32", "float16", "int8")
 ENGINES = Path("engines")
 
@@ -122,8 +122,8 @@ class Size(click.ParamType[Any]):
 @click.option(
     "--activation-scales",
     type=click.Choice(ACTIVATION_SCALES),
-    help="The same of what it is multiplied with: each group, each token, or a constant (calibrated).  "
-    "[default: group]",
+    help="The same of what it is multiplied with: each group, each block of 128 columns (int4), each token, or a "
+    "constant (calibrated).  [default: block with int4, else group]",
 )
 @click.option(
     "--alpha",

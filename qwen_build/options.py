@@ -23,7 +23,7 @@ class BuildOptions:
     stores the embedding in int8 and the cache in float16, whose error is far below that of its linears.
     The default of ``activations`` goes with ``kernels``, see ``quantize.KERNELS``. ``weight_scales`` and
     ``activation_scales`` are those of the linears that ``quant`` speaks of: embedding, head and what ``quant_config``
-    names have a scale for each group. ``alpha`` is that of "smoothquant", from 0 to 1, or "auto".
+    names have the usual ones, see ``quantize.make_scheme``. ``alpha`` is that of "smoothquant", from 0 to 1, or "auto".
     ``block_size`` is tokens a cache block: attention over long contexts is a tenth slower with 32 and hardly faster
     with 128, see ``benchmarks/results/attention.md``.
     """
@@ -53,7 +53,6 @@ class BuildOptions:
             "quant": self.quant or "int4",
             "group_size": self.group_size or DEFAULT_GROUP_SIZE,
             "weight_scales": self.weight_scales or "group",
-            "activation_scales": self.activation_scales or "group",
             "alpha": DEFAULT_ALPHA if self.alpha is None and self.quant == "smoothquant" else self.alpha,
             "int4_method": self.int4_method or "rtn",
             "embedding_quant": self.embedding_quant or ("none" if exact else "int8"),

@@ -21,7 +21,16 @@ from qwen_build.grid import Grid, Rounded
 from qwen_engine.errors import BuildError
 from qwen_engine.graph_io import PLUGIN_DOMAIN
 from qwen_engine.manifest import Quantization
-from qwen_plugin.layout import PANEL, pack_panels, panel_bytes, round_scales, unpack_panels
+from qwen_plugin.layout import (
+    BLOCK_COLUMNS,
+    LEAST_SCALE,
+    PANEL,
+    pack_panels,
+    panel_bytes,
+    round_block_scales,
+    round_scales,
+    unpack_panels,
+)
 
 MICROSOFT = "com.microsoft"
 
@@ -141,6 +150,8 @@ class StockInt:
         """The nearest scales that can be stored: all."""
         return scales
 
+    storable_alone = storable
+
     def quantize(self, weight: np.ndarray) -> Tensors:
         return self.store(self.round(weight))
 
@@ -211,7 +222,9 @@ class NativeInt:
 
     Scales are rounded to what a panel holds before q is computed. ``activations`` "int8" rounds each input row to
     int8 before it is multiplied; "int8x2" to about 15 bits. ``activation_scales``: each "group" of a row has a scale
-    of its own, a row has one ("token"), or the linear has a constant one ("static"), which comes from calibration.
+    of its own, a "block" of 128 columns has one, a row ("token"), or the linear has a constant one ("static"), which
+    comes from calibration. Blocks are for 4 bits in groups of 32 or 64 and int8 alone, and make the weight's scales
+    whole multiples of a power of two: sums over a block are then exact, which makes long prompts several times faster.
     """
 
     grid: Grid
@@ -238,8 +251,15 @@ class NativeInt:
         return rounded
 
     def storable(self, scales: np.ndarray) -> np.ndarray:
-        """The nearest scales that can be stored."""
+        """The nearest scales (out_features, groups) that can be stored."""
+        if self.activation_scales == "block":
+            return round_block_scales(scales, self.grid.group_size)
         return round_scales(scales)
+
+    def storable_alone(self, scales: np.ndarray) -> np.ndarray:
+        """The nearest scales that can be stored of groups for themselves, whatever others of a block have."""
+        alone = round_scales(scales)
+        return alone.clip(min=LEAST_SCALE) if self.activation_scales == "block" else alone
 
     def quantize(self, weight: np.ndarray) -> Tensors:
         return self.store(self.round(weight))
@@ -250,7 +270,7 @@ class NativeInt:
         Raises:
             OverflowError: the layout cannot hold a scale exactly.
         """
-        lost = round_scales(rounded.scales) != rounded.scales
+        lost = self.storable(rounded.scales) != rounded.scales
         if lost.any():
             raise OverflowError(f"the native layout's float16 scales cannot hold the scale {rounded.scales[lost][0]:g}")
         q = rounded.q.reshape(len(rounded.q), -1)
@@ -371,7 +391,7 @@ GROUP_SIZES = (32, 64, 128)
 
 # see Grid and NativeInt
 WEIGHT_SCALES = ("group", "channel", "tensor")
-ACTIVATION_SCALES = ("group", "token", "static")
+ACTIVATION_SCALES = ("group", "block", "token", "static")
 
 
 def make_scheme(
@@ -381,9 +401,11 @@ def make_scheme(
     activations: str | None,
     kernels: str,
     weight_scales: str = "group",
-    activation_scales: str = "group",
+    activation_scales: str | None = None,
 ) -> Scheme:
     """The scheme called ``name`` on the command line; None is the default of the tables.
+
+    ``activation_scales`` are of a "block" by default where that is possible, and of a "group" elsewhere.
 
     Raises:
         BuildError: an option is not one of its table, or does not go with ``kernels``.
@@ -393,7 +415,7 @@ def make_scheme(
         ("group-size", group_size, GROUP_SIZES),
         ("kernels", kernels, tuple(KERNELS)),
         ("weight-scales", weight_scales, WEIGHT_SCALES),
-        ("activation-scales", activation_scales, ACTIVATION_SCALES),
+        ("activation-scales", activation_scales or "group", ACTIVATION_SCALES),
     ):
         if value not in choices:
             raise BuildError(f"--{option} {value} is not one of {', '.join(map(str, choices))}")
@@ -408,10 +430,25 @@ def make_scheme(
     grid = Grid(row.bits, group_size, shared or row.symmetric if symmetric is None else symmetric, weight_scales)
     activations = activations or precisions[0]
     if store is StockInt:
-        for option, value in (("weight-scales", weight_scales), ("activation-scales", activation_scales)):
-            if value != "group":
-                raise BuildError(f"--kernels stock has no --{option} {value}; use --kernels native")
+        for option, chosen in (("weight-scales", weight_scales), ("activation-scales", activation_scales)):
+            if chosen not in (None, "group"):
+                raise BuildError(f"--kernels stock has no --{option} {chosen}; use --kernels native")
         return StockInt(grid, activations)
-    if activations == "float32" and activation_scales != "group":
+    return _native_int(grid, activations, activation_scales)
+
+
+def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> NativeInt:
+    if activations == "float32" and activation_scales not in (None, "group"):
         raise BuildError(f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2")
-    return NativeInt(grid, activations, activation_scales)
+    has_blocks = (grid.bits, activations, grid.weight_scales) == (
+        4,
+        "int8",
+        "group",
+    ) and grid.group_size < BLOCK_COLUMNS
+    if activation_scales == "block" and not has_blocks:
+        raise BuildError(
+            "--activation-scales block goes with int4 in groups of 32 or 64, a scale for each group and --activations "
+            f"int8, found int{grid.bits} in groups of {grid.group_size}, a scale for each {grid.weight_scales} and "
+            f"{activations}; choose group, or leave it out"
+        )
+    return NativeInt(grid, activations, activation_scales or ("block" if has_blocks else "group"))

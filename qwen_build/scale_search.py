@@ -7,6 +7,7 @@ import numpy as np
 from qwen_build.export import in_threads
 from qwen_build.grid import Grid, Rounded
 from qwen_build.quantize import IntScheme
+from qwen_plugin.layout import block_units
 
 # Parts of a group's range that are tried: what lies beyond is clipped, and all else has finer steps.
 SHRINKS = tuple(float(part) for part in np.linspace(1, 0.5, 21))
@@ -56,13 +57,32 @@ def _search_slice(values: np.ndarray, importance: np.ndarray, scheme: IntScheme)
     least = np.full(lowest.shape, np.inf, np.float32)
     scales, zero_points = np.empty_like(least), None if grid.symmetric else np.empty(lowest.shape, np.uint8)
     for shrink in SHRINKS:
-        tried, zero = grid.reaching(lowest * np.float32(shrink), highest * np.float32(shrink), scheme.storable)
+        tried, zero = grid.reaching(lowest * np.float32(shrink), highest * np.float32(shrink), scheme.storable_alone)
         error = _error(values, importance, grid, tried, zero)
         better = error < least
         least[better], scales[better] = error[better], tried[better]
         if zero_points is not None and zero is not None:
             zero_points[better] = zero[better]
-    return grid.nearest(values, scales, zero_points)
+    together = scheme.storable(scales)
+    if not np.array_equal(together, scales):
+        together = _nearby(values, importance, grid, together, zero_points)
+    return grid.nearest(values, together, zero_points)
+
+
+def _nearby(
+    values: np.ndarray, importance: np.ndarray, grid: Grid, scales: np.ndarray, zero_points: np.ndarray | None
+) -> np.ndarray:
+    """``scales`` that go together in blocks, each the best of those one unit below and above that do so too."""
+    units, largest = block_units(scales, grid.group_size)
+    least, best = _error(values, importance, grid, scales, zero_points), scales.copy()
+    for step in (-units, units):
+        tried = np.where(
+            (scales == largest) | (scales + step > largest) | (scales + step < units), scales, scales + step
+        )
+        error = _error(values, importance, grid, tried, zero_points)
+        better = error < least
+        least[better], best[better] = error[better], tried[better]
+    return best
 
 
 def _error(

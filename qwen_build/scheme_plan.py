@@ -29,7 +29,12 @@ def as_packed(options: BuildOptions, packed: PackedFormat) -> BuildOptions:
                 f"{name} {value} cannot be chosen, the checkpoint is stored as {packed.method} {packed.quant} already; "
                 "leave it out or build from the float checkpoint"
             )
-    return dataclasses.replace(options, quant=packed.quant)
+    if options.activation_scales == "block":
+        raise BuildError(
+            f"--activation-scales block needs weight scales of its own, the checkpoint has those of {packed.method}; "
+            "leave it out or build from the float checkpoint"
+        )
+    return dataclasses.replace(options, quant=packed.quant, activation_scales=options.activation_scales or "group")
 
 
 def plan_schemes(options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint) -> Schemes:
@@ -78,7 +83,7 @@ def _check_scales(options: BuildOptions) -> None:
     """Refuse scales that the weights do not have, or that only calibration finds."""
     for name, calibrated in (("weight_scales", "tensor"), ("activation_scales", "static")):
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        if options.quant == "none" and value != "group":
+        if options.quant == "none" and value not in (None, "group"):
             raise BuildError(f"{option} {value} says how integers are scaled, --quant none has none; leave one out")
         if value == calibrated and options.quant not in CALIBRATED:
             raise BuildError(f"{option} {value} needs calibration; add --quant {' or '.join(CALIBRATED)}")

@@ -68,9 +68,9 @@ class Quantization:
     (``group_size`` 0). ``activations`` is the precision in which inputs enter the product. ``kernels``
     says whose operator multiplies, ``layout`` how the bytes lie that it reads. ``weight_scales`` says what has a scale
     of its own: each "group", each output ("channel"), or the whole weight ("tensor"); ``activation_scales`` the same
-    of an input that is rounded: each "group", each row ("token"), or the linear, a constant ("static"). ``method`` is
-    how the weight was rounded: "rtn" (to the nearest), a method that calibrates, or "imported" as it was; for float32
-    "none", or "folded" if factors of its inputs or outputs went into it.
+    of an input that is rounded: each "group", each "block" of 128 columns, each row ("token"), or the linear, a
+    constant ("static"). ``method`` is how the weight was rounded: "rtn" (to the nearest), a method that calibrates, or
+    "imported" as it was; for float32 "none", or "folded" if factors of its inputs or outputs went into it.
     """
 
     scheme: str
@@ -90,7 +90,9 @@ class Quantization:
         if not self.group_size:
             return "float32"
         scales = f"g{self.group_size}" if self.weight_scales == "group" else f"per {self.weight_scales}"
-        rounded = {"group": "", "token": " per token", "static": " static"}[self.activation_scales]
+        rounded = {"group": "", "block": " per block", "token": " per token", "static": " static"}[
+            self.activation_scales
+        ]
         grid = "symmetric" if self.symmetric else "asymmetric"
         method = "" if self.method == "rtn" else f" {self.method}"
         return f"{self.scheme} {scales} {grid}{method} x {self.activations}{rounded}, {self.kernels}"

@@ -26,6 +26,14 @@ ZERO_POINTS = {4: 8, 8: 128}  # bits -> the zero point of symmetric weights
 # Scales are stored as float16 times this, so that those of small weights are not subnormal.
 SCALE_FACTOR = 2.0**10
 
+# Columns that share a scale of the activations where ``activation_scales`` are of a "block", and the multiple of its
+# unit that the largest of a weight's scales in it is: sums over a block are then below 2**22 units.
+BLOCK_COLUMNS, MOST_UNITS = 128, 16
+# Significant bits of a unit, of which float16 holds all multiples, and the largest unit of that kind.
+_UNIT_BITS, _LARGEST_UNIT = 7, 127 * 2.0**5 / SCALE_FACTOR
+# The least scale above 0 that can be stored, and the least unit.
+LEAST_SCALE = 2.0**-24 / SCALE_FACTOR
+
 _ALIGNMENT = 64
 
 
@@ -40,6 +48,40 @@ def round_scales(scales: Floats) -> Floats:
     with np.errstate(over="ignore"):
         stored = (scales * np.float32(SCALE_FACTOR)).astype(np.float16)
     return stored.astype(np.float32) / np.float32(SCALE_FACTOR)
+
+
+def round_block_scales(scales: Floats, group_size: int) -> Floats:
+    """The nearest scales that go with ``activation_scales`` "block", as :func:`round_scales` has them too.
+
+    Within each block they are 1 to 16 times its unit, the largest one 16 times. Infinite where they are too large.
+
+    Args:
+        scales: (out_features, G); what is 0 becomes the least.
+
+    >>> round_block_scales(np.array([[16.01, 8.6, 0.001, 0]], np.float32), 32)
+    array([[16.,  9.,  1.,  1.]], dtype=float32)
+    """
+    stored = round_scales(scales)
+    largest = _largest_of_block(stored, group_size)
+    finite = np.where(np.isfinite(largest), largest, 0)
+    _, exponent = np.frexp(finite / MOST_UNITS)
+    step = np.ldexp(np.float32(1), exponent - _UNIT_BITS).clip(min=LEAST_SCALE)
+    unit = (np.rint(finite / MOST_UNITS / step).clip(min=1) * step).clip(max=_LARGEST_UNIT)
+    units = np.where(stored == largest, MOST_UNITS, np.rint(np.minimum(stored, finite) / unit).clip(1, MOST_UNITS))
+    return np.asarray(np.where(np.isfinite(stored), units * unit, np.inf), np.float32)
+
+
+def block_units(scales: Floats, group_size: int) -> tuple[Floats, Floats]:
+    """The unit and the largest scale of the block of each of ``scales``, which :func:`round_block_scales` left."""
+    largest = _largest_of_block(scales, group_size)
+    return largest / np.float32(MOST_UNITS), largest
+
+
+def _largest_of_block(scales: Floats, group_size: int) -> Floats:
+    """``scales`` (out_features, G), each replaced by the largest of its block."""
+    groups, together = scales.shape[1], BLOCK_COLUMNS // group_size
+    blocks = np.pad(scales, ((0, 0), (0, -groups % together))).reshape(len(scales), -1, together)
+    return np.asarray(blocks.max(axis=-1).repeat(together, axis=1)[:, :groups])
 
 
 def pack_panels(q: Bytes, scales: Floats, zero_points: Bytes | None, bits: int, group_size: int) -> Bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_plugin.layout import ZERO_POINTS, unpack_panels
+from qwen_plugin.layout import BLOCK_COLUMNS, ZERO_POINTS, unpack_panels
 
 Array = NDArray[Any]
 
@@ -44,21 +44,23 @@ def dequantize(weight: Array, attributes: QuantLinearAttributes) -> Array:
 def quantize_rows(attributes: QuantLinearAttributes, x: Array, input_scale: Array | None = None) -> Array:
     """``x`` (T, K) as the product sees it, float64: each group rounded to whole multiples of its scale.
 
-    ``activation_scales``: "group" and "token" make the largest column of a group or of a row the largest integer;
+    ``activation_scales``: "group", "block" and "token" make the largest column of a group, of 128 or of a row the
+    largest integer;
     "static" takes ``input_scale`` (1) for all, whatever lies beyond 127 of it is clipped.
     """
     a = attributes
     if a.precision == "float32":
         return x.astype(np.float64)
     rows, columns = x.shape
-    groups = np.pad(x.astype(np.float32), ((0, 0), (0, -columns % a.group_size))).reshape(rows, -1, a.group_size)
+    size = {"block": BLOCK_COLUMNS, "token": columns}.get(a.activation_scales, a.group_size)
+    groups = np.pad(x.astype(np.float32), ((0, 0), (0, -columns % size))).reshape(rows, -1, size)
     limit = np.float32(LIMITS[a.precision])
     with np.errstate(divide="ignore", over="ignore"):
         if a.activation_scales == "static":
             assert input_scale is not None
             scale, inverse = input_scale * (127 / limit), limit / 127 / input_scale
         else:
-            largest = np.abs(groups).max(axis=-1 if a.activation_scales == "group" else (-2, -1), keepdims=True)
+            largest = np.abs(groups).max(axis=-1, keepdims=True)
             scale, inverse = largest / limit, limit / largest
     steps = (groups * np.where(np.isinf(inverse), 0, inverse)).clip(-limit, limit)
     return np.asarray(np.rint(steps).astype(np.float64) * scale).reshape(rows, -1)[:, :columns]

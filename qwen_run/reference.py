@@ -22,6 +22,7 @@ import numpy as np
 from qwen_engine.errors import CheckpointError, RequestError
 from qwen_engine.graph_io import LOGITS
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
+from qwen_plugin.layout import BLOCK_COLUMNS
 from qwen_run.accuracy import FullLogits, ReferenceLogits
 from qwen_run.dequantize import HEAD, EngineWeights, StoredLinear, parts, slices
 from qwen_run.stored_weights import CheckpointWeights
@@ -311,7 +312,8 @@ def _rounding_hook(torch: Any, quantization: Quantization, linear: StoredLinear)
     def rounded(x: Any) -> Any:
         if quantization.activation_scales == "static":
             return round_statically(x, torch.tensor(linear.tensors["input_scale"]), most)
-        group_size = x.shape[-1] if quantization.activation_scales == "token" else quantization.group_size
+        sizes = {"block": BLOCK_COLUMNS, "token": x.shape[-1]}
+        group_size = sizes.get(quantization.activation_scales, quantization.group_size)
         return round_activations(torch, x, group_size, most)
 
     if linear.permutation is None:

@@ -118,7 +118,7 @@ def test_dry_run_shows_a_person_every_linear(checkpoint):
     description = json.loads(build(checkpoint, "--dry-run", "--json").stdout)
     table = build(checkpoint, "--dry-run").stdout
     assert all(linear["name"] in table for linear in description["linears"])
-    assert "int4 g32 asymmetric x int8, native" in table
+    assert "int4 g32 asymmetric x int8 per block, native" in table
     assert "build memory" in table
 
 

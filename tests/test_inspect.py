@@ -62,7 +62,7 @@ def test_the_table_has_a_row_for_each_linear_and_the_totals(engine):
     assert result.exit_code == 0, result.output
     for linear in Manifest.read(engine).linears:
         assert f"{linear.name} " in result.stdout
-    assert "int4 g32 asymmetric x int8, native" in result.stdout
+    assert "int4 g32 asymmetric x int8 per block, native" in result.stdout
     assert "bits a weight" in result.stdout
     assert " error" not in result.stdout
     data = json.loads(inspect(engine, "--json").stdout)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_plugin.layout import GROUP_SIZES, PANEL, pack_panels, panel_bytes, round_scales, unpack_panels
+from qwen_plugin.layout import (
+    GROUP_SIZES,
+    PANEL,
+    pack_panels,
+    panel_bytes,
+    round_block_scales,
+    round_scales,
+    unpack_panels,
+)
 
 
 def draw(out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int = 0):  # type: ignore[no-untyped-def]
@@ -93,3 +101,30 @@ def test_scales_are_rounded_to_float16_of_1024_times_their_value() -> None:
     assert np.isinf(rounded[3])
     assert rounded[4] == 0
     assert np.array_equal(round_scales(rounded), rounded)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("size", [1e-11, 1e-6, 1e-2, 60])
+def test_the_scales_of_a_block_are_whole_multiples_of_its_unit(group_size, size):
+    together = 128 // group_size
+    scales = (size * np.random.default_rng(0).uniform(1e-3, 1, (9, 4 * together - 1))).astype(np.float32)
+    scales[0, 0] = 0
+    rounded = round_block_scales(scales, group_size)
+    assert np.array_equal(round_scales(rounded), rounded)
+    assert np.array_equal(round_block_scales(rounded, group_size), rounded)
+    for i in range(0, scales.shape[1], together):
+        block, found = scales[:, i : i + together], rounded[:, i : i + together]
+        unit = found.max(axis=1, keepdims=True) / 16
+        multiples = found / unit
+        assert np.array_equal(multiples, np.rint(multiples))
+        assert multiples.min() >= 1
+        assert np.all(np.abs(found - block)[block > unit] <= 0.57 * unit.repeat(together)[: block.size].max())
+        if size > 1e-3:  # smaller ones have fewer bits
+            largest = block.max(axis=1)
+            assert np.allclose(found.max(axis=1), largest, rtol=2**-7, atol=0)
+
+
+def test_scales_of_a_block_that_are_too_large_become_infinite():
+    rounded = round_block_scales(np.array([[64.0, 1], [63.9, 1]], np.float32), 32)
+    assert np.isinf(rounded[0, 0])
+    assert np.array_equal(rounded[1], [63.5, 63.5 / 16])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plugin_linear import ACTIVATION_SCALES, ISAS, draw_feeds, run
+from test_plugin_linear import ISAS, activation_scales, draw_feeds, run
 
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_plugin.reference_linear import QuantLinearAttributes
@@ -26,14 +26,16 @@ def attributes_with(**changes: Any) -> QuantLinearAttributes:
 
 @st.composite
 def attributes(draw: st.DrawFn) -> QuantLinearAttributes:
+    bits, group_size = draw(st.sampled_from((4, 8))), draw(st.sampled_from(GROUP_SIZES))
+    precision = draw(st.sampled_from(("int8", "int8x2")))
     return QuantLinearAttributes(
         N=draw(st.integers(1, 100)),
         K=draw(st.integers(1, 1300)),
-        bits=draw(st.sampled_from((4, 8))),
-        group_size=draw(st.sampled_from(GROUP_SIZES)),
+        bits=bits,
+        group_size=group_size,
         symmetric=draw(st.sampled_from((0, 1))),
-        precision=draw(st.sampled_from(("int8", "int8x2"))),
-        activation_scales=draw(st.sampled_from(ACTIVATION_SCALES)),
+        precision=precision,
+        activation_scales=draw(st.sampled_from(activation_scales(bits, group_size, precision))),
     )
 
 
@@ -56,17 +58,19 @@ def test_tiles_have_the_bits_of_plain_kernels(a: QuantLinearAttributes, rows: in
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, 1), (4, 0), (8, 1), (8, 0)])
 def test_long_rows(bits: int, symmetric: int, group_size: int, precision: str) -> None:
-    a = attributes_with(N=33, K=18_944 - 5, bits=bits, symmetric=symmetric, group_size=group_size, precision=precision)
-    feeds = draw_feeds(a, 35)
-    assert_same_bits(run(a, feeds, "amx", 2)[0], run(a, feeds, "plain")[0])
+    for scales in activation_scales(bits, group_size, precision)[:2]:
+        a = QuantLinearAttributes(33, 18_944 - 5, bits, group_size, symmetric, precision, scales)
+        feeds = draw_feeds(a, 35)
+        assert_same_bits(run(a, feeds, "amx", 2)[0], run(a, feeds, "plain")[0])
 
 
 @pytest.mark.parametrize("out_features", [4096, 4112, 4100])
 def test_a_large_output(out_features: int) -> None:
     """8 MiB and more are written past the caches, unless the rows' ends are not those of cache lines."""
-    a = attributes_with(N=out_features, K=40)
-    feeds = draw_feeds(a, 512, ("bias", "residual"))
-    assert_same_bits(run(a, feeds, "amx", 2)[0], run(a, feeds, "plain")[0])
+    for scales in ("group", "block"):
+        a = attributes_with(N=out_features, K=40, activation_scales=scales)
+        feeds = draw_feeds(a, 512, ("bias", "residual"))
+        assert_same_bits(run(a, feeds, "amx", 2)[0], run(a, feeds, "plain")[0])
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
@@ -100,7 +104,8 @@ def test_a_row_is_the_same_alone(group_size: int, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, 1), (8, 0)])
 def test_extreme_rows(bits: int, symmetric: int, precision: str) -> None:
-    a = attributes_with(bits=bits, symmetric=symmetric, precision=precision)
+    scales = activation_scales(bits, 32, precision)[1]  # of a block, where they can be
+    a = attributes_with(bits=bits, symmetric=symmetric, precision=precision, activation_scales=scales)
     feeds = draw_feeds(a, 40)
     values = [0.0, -0.0, 1e-45, 1e-38, -1e-30, 1e30, 3e38, np.inf, -np.inf, np.nan]
     for row, value in enumerate(values):

@@ -4,6 +4,7 @@ whatever the instruction set, the rows beside it and the threads."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from qwen_plugin import library_path
-from qwen_plugin.layout import GROUP_SIZES, pack_panels, round_scales
+from qwen_plugin.layout import GROUP_SIZES, MOST_UNITS, pack_panels, round_block_scales, round_scales
 from qwen_plugin.reference_linear import QuantLinearAttributes, dequantize, quant_embedding, quant_linear
 
 OPTIONAL = ("bias", "norm_weight", "residual", "permutation")
@@ -45,10 +46,18 @@ def supported() -> list[str]:
 
 ISAS = supported()
 PRECISIONS = ("int8", "int8x2", "float32")
-ACTIVATION_SCALES = ("group", "token", "static")
+# precision and activation scales of int4
+ROUNDINGS = (("int8", "group"), ("int8", "block"), ("int8x2", "group"), ("float32", "group"))
+ACTIVATION_SCALES = ("group", "block", "token", "static")
 # Of y, relative to the sum of its products' magnitudes: one float32 rounding or two for each group (int8), column
 # (float32); a few hundred of one sign drift.
 TOLERANCE = {"int8": 1e-6, "int8x2": 1e-6, "float32": 5e-6}
+
+
+def activation_scales(bits: int, group_size: int, precision: str) -> tuple[str, ...]:
+    """Those of ``ACTIVATION_SCALES`` that the operator has then."""
+    has_blocks = bits == 4 and group_size < 128 and precision == "int8"
+    return ACTIVATION_SCALES if has_blocks else tuple(one for one in ACTIVATION_SCALES if one != "block")
 
 
 def new_session(
@@ -94,7 +103,8 @@ def run(
 def draw_weight(a: QuantLinearAttributes, rng: np.random.Generator, scale: float = 1e-2) -> np.ndarray:
     groups = -(-a.K // a.group_size)
     q = rng.integers(0, 2**a.bits, (a.N, a.K)).astype(np.uint8)
-    scales = round_scales((scale * rng.uniform(0.5, 1, (a.N, groups))).astype(np.float32))
+    scales = (scale * rng.uniform(0.01, 1, (a.N, groups))).astype(np.float32)
+    scales = round_block_scales(scales, a.group_size) if a.activation_scales == "block" else round_scales(scales)
     zero_points = None if a.symmetric else rng.integers(0, 2**a.bits, (a.N, groups)).astype(np.uint8)
     return pack_panels(q, scales, zero_points, a.bits, a.group_size)
 
@@ -137,14 +147,15 @@ def assert_reference(
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[QuantLinearAttributes, int, list[str], int]:
     swiglu = draw(st.booleans())
+    stored = draw(st.sampled_from((4, 8))), draw(st.sampled_from(GROUP_SIZES)), draw(st.sampled_from(PRECISIONS))
     attributes = QuantLinearAttributes(
         N=draw(st.integers(1, 130)),
         K=draw(st.integers(1, 400)),
-        bits=draw(st.sampled_from((4, 8))),
-        group_size=draw(st.sampled_from(GROUP_SIZES)),
+        bits=stored[0],
+        group_size=stored[1],
         symmetric=int(draw(st.booleans())),
-        precision=draw(st.sampled_from(PRECISIONS)),
-        activation_scales=draw(st.sampled_from(ACTIVATION_SCALES)),
+        precision=stored[2],
+        activation_scales=draw(st.sampled_from(activation_scales(*stored))),
         swiglu=int(swiglu),
         epsilon=draw(st.sampled_from((1e-6, 0.1))),
     )
@@ -176,20 +187,21 @@ def test_every_instruction_set_computes_the_reference_with_the_same_bits(
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_number_of_rows_in_a_tile(isa: str, bits: int, group_size: int, precision: str) -> None:
     """And a row's bits do not depend on how many they are."""
-    for symmetric in (0, 1):
-        attributes = QuantLinearAttributes(37, 270, bits, group_size, symmetric, precision)
+    kinds = [scales for scales in ("group", "block") if scales in activation_scales(bits, group_size, precision)]
+    for symmetric, scales in itertools.product((0, 1), kinds):
+        attributes = QuantLinearAttributes(37, 270, bits, group_size, symmetric, precision, scales)
         feeds = draw_feeds(attributes, 40, ["norm_weight", "bias"])
         y, product_input = run(attributes, feeds, isa)
         assert_reference(attributes, feeds, y, product_input)
         for rows in (*range(1, 20), 31, 33):
             alone, _ = run(attributes, feeds | {"x": feeds["x"][:rows]}, isa)
-            assert np.array_equal(alone, y[:rows]), (symmetric, rows)
+            assert np.array_equal(alone, y[:rows]), (symmetric, rows, scales)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "scales"), ROUNDINGS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, precision: str) -> None:
-    attributes = QuantLinearAttributes(96, 160, 4, 32, 1, precision, swiglu=1)
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, precision: str, scales: str) -> None:
+    attributes = QuantLinearAttributes(96, 160, 4, 32, 1, precision, scales, swiglu=1)
     feeds = draw_feeds(attributes, 70, ["residual"])
     y, _ = run(attributes, feeds, isa)
     rng = np.random.default_rng(1)
@@ -199,10 +211,10 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, precision: str) -
         assert np.array_equal(run(attributes, other, isa)[0], y[chosen])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "scales"), ROUNDINGS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_a_bit(isa: str, precision: str) -> None:
-    attributes = QuantLinearAttributes(900, 1100, 4, 64, 0, precision, swiglu=1)
+def test_threads_do_not_change_a_bit(isa: str, precision: str, scales: str) -> None:
+    attributes = QuantLinearAttributes(900, 1100, 4, 64, 0, precision, scales, swiglu=1)
     for rows in (1, 7, 100):
         feeds = draw_feeds(attributes, rows, ["bias", "residual", "permutation"])
         alone, alone_input = run(attributes, feeds, isa, threads=1)
@@ -245,6 +257,27 @@ def test_the_largest_products(isa: str, bits: int, precision: str) -> None:
             assert_reference(attributes, feeds, y, product_input)
 
 
+@pytest.mark.parametrize("symmetric", [0, 1])
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_largest_sum_of_a_block(isa: str, group_size: int, symmetric: int) -> None:
+    """As the sum of its groups is exact, a block with a scale of its own is off by two roundings alone."""
+    a = QuantLinearAttributes(64, 128, 4, group_size, symmetric, "int8", "block")
+    rng = np.random.default_rng(0)
+    groups = 128 // group_size
+    for zero_point, q in ((0, 15), (15, 0)):
+        zero_points = None if symmetric else np.full((64, groups), zero_point, np.uint8)
+        scales = np.full((64, groups), MOST_UNITS / 2**13, np.float32)
+        scales[1::2, 1:] = rng.integers(1, MOST_UNITS, (32, groups - 1)) / 2**13
+        weight = pack_panels(np.full((64, 128), q, np.uint8), scales, zero_points, 4, group_size)
+        x = np.full((20, 128), 127, np.float32)
+        x[1::2] *= rng.choice(np.float32([-1, 1, 126 / 127]), (10, 128))
+        expected, _ = quant_linear(a, x, weight)
+        for rows in (3, 20):  # with tiles and without
+            y, _ = run(a, {"x": x[:rows], "weight": weight}, isa)
+            assert np.array_equal(y, expected[:rows])  # the scale is 1, and the sums have 24 bits
+
+
 @pytest.mark.parametrize("rows", [2, 20])  # 20 are multiplied with tiles, where there are any
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
 @pytest.mark.parametrize("isa", ISAS)
@@ -272,6 +305,8 @@ def test_where_the_scale_of_an_input_comes_from(isa: str, precision: str, rows: 
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_no_scale_hides_what_is_not_finite(isa: str, precision: str, scales: str, value: float) -> None:
+    if scales not in activation_scales(4, 32, precision):
+        return
     attributes = QuantLinearAttributes(40, 150, 4, 32, 0, precision, scales)
     for rows in (3, 40):
         feeds = draw_feeds(attributes, rows)
@@ -294,10 +329,10 @@ def test_extreme_static_scales(isa: str, precision: str, scale: float) -> None:
     assert (scale == 1e-30) == bool(y.any())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "scales"), ROUNDINGS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_extreme_inputs(isa: str, precision: str) -> None:
-    attributes = QuantLinearAttributes(40, 192, 4, 64, 1, precision)
+def test_extreme_inputs(isa: str, precision: str, scales: str) -> None:
+    attributes = QuantLinearAttributes(40, 192, 4, 64, 1, precision, scales)
     feeds = draw_feeds(attributes, 8)
     x = feeds["x"]
     x[0] = 0
@@ -320,10 +355,12 @@ def test_extreme_inputs(isa: str, precision: str) -> None:
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 60.0])
 @pytest.mark.parametrize("isa", ISAS)
 def test_tiny_and_huge_scales(isa: str, bits: int, scale: float, precision: str) -> None:
-    attributes = QuantLinearAttributes(40, 100, bits, 32, 0, precision)
-    feeds = draw_feeds(attributes, 5, scale=scale)
-    y, product_input = run(attributes, feeds, isa)
-    assert_reference(attributes, feeds, y, product_input)
+    for scales in activation_scales(bits, 32, precision):
+        attributes = QuantLinearAttributes(40, 100, bits, 32, 0, precision, scales)
+        for rows in (5, 20):
+            feeds = draw_feeds(attributes, rows, scale=scale)
+            y, product_input = run(attributes, feeds, isa)
+            assert_reference(attributes, feeds, y, product_input)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -487,7 +524,19 @@ GOOD = QuantLinearAttributes(70, 100, 4, 32, 0)
         (r"attribute precision is 'int4', expected int8, int8x2 or float32", {"precision": "int4"}),
         (r"attribute precision is '', expected int8, int8x2 or float32", {"precision": None}),
         (r"attribute precision is of another type, expected a string", {"precision": 1}),
-        (r"attribute activation_scales is 'row', expected group, token or static", {"activation_scales": "row"}),
+        (r"attribute activation_scales is 'row', expected group, block, token or static", {"activation_scales": "row"}),
+        (
+            r"attribute activation_scales is 'block', expected another: it goes",
+            {"activation_scales": "block", "bits": 8},
+        ),
+        (
+            r"attribute activation_scales is 'block', expected another: it goes",
+            {"activation_scales": "block", "group_size": 128},
+        ),
+        (
+            r"attribute activation_scales is 'block', expected another: it goes",
+            {"activation_scales": "block", "precision": "int8x2"},
+        ),
         (r"attribute activation_scales is of another type, expected a string", {"activation_scales": 1}),
         (r"attribute swiglu is 3, expected 0 to 1", {"swiglu": 3}),
         (r"attribute epsilon is -1.0+, expected 0 or more", {"epsilon": -1.0}),

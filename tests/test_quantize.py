@@ -175,7 +175,7 @@ def test_a_weight_beyond_the_scales_of_a_panel():
     largest = 65504 / 2**10 * 7  # float16's largest number, times 2^-10, is the largest scale
     w = np.zeros((40, 64), np.float32)
     w[3, 4] = largest
-    scheme = make_scheme("int4", 32, True, None, "native")
+    scheme = make_scheme("int4", 32, True, "float32", "native")
     assert scheme.dequantize(scheme.quantize(w), w.shape)[3, 4] == pytest.approx(largest)
     w[3, 4] = 1.01 * largest
     with pytest.raises(OverflowError, match="is too large for the native layout"):
@@ -274,13 +274,34 @@ def test_shared_scales_make_the_grid_symmetric():
     ("arguments", "message"),
     [
         (("int8", 32, None, None, "native", "row"), "--weight-scales row is not one of group, channel, tensor"),
-        (("int8", 32, None, None, "native", "group", "row"), "--activation-scales row is not one of group, token, st"),
+        (("int8", 32, None, None, "native", "group", "row"), "--activation-scales row is not one of group, block, t"),
         (("int8", 32, False, None, "native", "channel"), "--weight-scales channel goes with symmetric grids only"),
         (("int8", 32, None, None, "stock", "channel"), "--kernels stock has no --weight-scales channel"),
         (("int8", 32, None, None, "stock", "group", "token"), "--kernels stock has no --activation-scales token"),
         (("int8", 32, None, "float32", "native", "group", "token"), "--activations float32 has no --activation-scales"),
+        (("int8", 32, None, None, "native", "group", "block"), "--activation-scales block goes with int4 in groups"),
+        (("int4", 128, None, None, "native", "group", "block"), "found int4 in groups of 128, a scale for each group"),
+        (("int4", 32, None, "int8x2", "native", "group", "block"), "and --activations int8, found .* and int8x2"),
+        (
+            ("int4", 32, None, None, "native", "channel", "block"),
+            "found int4 in groups of 32, a scale for each channel",
+        ),
     ],
 )
 def test_scales_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(BuildError, match=message):
         make_scheme(*arguments)
+
+
+def test_int4_has_scales_for_blocks_where_it_can():
+    found = {
+        (name, size, activations): make_scheme(name, size, None, activations, "native").record.activation_scales
+        for name, size, activations in [
+            ("int4", 32, None), ("int4", 64, "int8"), ("int4", 128, None), ("int4", 32, "int8x2"),
+            ("int4", 32, "float32"), ("int8", 32, None),
+        ]
+    }  # fmt: skip
+    assert [key for key, scales in found.items() if scales == "block"] == [("int4", 32, None), ("int4", 64, "int8")]
+    assert set(found.values()) == {"block", "group"}
+    assert make_scheme("int4", 32, None, None, "native", "group", "group").record.activation_scales == "group"
+    assert make_scheme("int4", 32, None, None, "stock").record.activation_scales == "group"

@@ -26,7 +26,7 @@ def test_no_group_gets_worse_and_all_together_better(bits, symmetric, kernels, m
     random = np.random.default_rng(0)
     weight = random.normal(size=(70, 80)).astype(np.float32) ** 3
     importance = random.lognormal(sigma=2, size=80).astype(np.float32)
-    scheme = make_scheme(f"int{bits}", 32, symmetric, None, kernels)
+    scheme = make_scheme(f"int{bits}", 32, symmetric, "float32", kernels)
     found = search_scales(weight, importance, scheme)
     before = errors(weight, scheme.round(weight), scheme.grid, importance)
     after = errors(weight, found, scheme.grid, importance)
@@ -36,6 +36,25 @@ def test_no_group_gets_worse_and_all_together_better(bits, symmetric, kernels, m
     scheme.store(found)
     nearest = scheme.grid.nearest(np.pad(weight, ((0, 0), (0, 16))).reshape(70, 3, 32), found.scales, found.zero_points)
     np.testing.assert_array_equal(found.q, nearest.q)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_scales_that_go_together_in_blocks_cost_little(group_size, symmetric):
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(200, 448)).astype(np.float32)
+    importance = random.lognormal(sigma=1, size=448).astype(np.float32)
+    together, apart = (
+        make_scheme("int4", group_size, symmetric, None, "native", "group", scales) for scales in ("block", "group")
+    )
+    found = search_scales(weight, importance, together)
+    together.store(found)  # does not refuse them
+    weight[:, group_size : 2 * group_size] = 0
+    found = search_scales(weight, importance, together)  # whose scales say nothing to the others of their block
+    assert not together.grid.values(found, 448)[:, group_size : 2 * group_size].any()
+    total = errors(weight, found, together.grid, importance).sum()
+    assert total < errors(weight, together.round(weight), together.grid, importance).sum() * 0.97
+    assert total < errors(weight, search_scales(weight, importance, apart), apart.grid, importance).sum() * 1.03
 
 
 def test_an_outlier_that_nothing_multiplies_is_clipped():

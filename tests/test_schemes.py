@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import hf_logits, run_alone
 
-from benchmarks.schemes import GROUPS, Comparison, family, is_same_grid, plot, speeds, table, weight_error
+from benchmarks.schemes import GROUPS, Comparison, family, is_same_grid, plot, speeds, table_lines, weight_error
 from qwen_build.cli import main as qwen_build
 from qwen_run.accuracy import FullLogits, compare
 from qwen_run.engine import Engine
@@ -71,7 +71,7 @@ def test_weights_on_the_grid_are_told_from_rounded_ones(measured, build_engine):
     engines = {"float32": build_engine(checkpoint.path, quant="none")}
     assert min(speeds(engines, windows[0], 2, rounds=2)["float32"]) > 0
     results["float32"]["speeds"] = (1000.0, 10.0)
-    rows = list(table(results))
+    rows = list(table_lines(results))
     assert [row.split("|")[-4:-2] for row in rows[2:]] == [[" 1000 ", " 10.0 "], ["  ", "  "], ["  ", "  "]]
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["float32", "int8 g32", "int4 g32 *"]
     assert "int8" in plot(results)

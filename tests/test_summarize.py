@@ -298,7 +298,8 @@ def test_an_engine_of_several_schemes_is_named_by_all(checkpoint, build_engine):
     assert engine_info(engine, Manifest.read(engine)).quantization == (
         "64% of the layers' weights int8, groups of 32, symmetric, int8 activations; "
         "21% of the layers' weights float32; "
-        "15% of the layers' weights int4, groups of 32, asymmetric, int8 activations; head int8; float16 cache"
+        "15% of the layers' weights int4, groups of 32, asymmetric, int8 per block activations; "
+        "head int8; float16 cache"
     )
     uniform = build_engine(checkpoint, quant="int8")
     assert engine_info(uniform, Manifest.read(uniform)).quantization == (

@@ -42,12 +42,19 @@ Problem ReadSettings(const Attributes& attributes) {
   else
     attributes.Refuse("precision", "'" + precision + "'", "int8, int8x2 or float32");
   const std::string scales = attributes.String("activation_scales");
-  if (scales == "token")
+  if (scales == "block")
+    p.activation_scales = ActivationScales::kBlock;
+  else if (scales == "token")
     p.activation_scales = ActivationScales::kToken;
   else if (scales == "static")
     p.activation_scales = ActivationScales::kStatic;
   else if (!scales.empty() && scales != "group")
-    attributes.Refuse("activation_scales", "'" + scales + "'", "group, token or static");
+    attributes.Refuse("activation_scales", "'" + scales + "'", "group, block, token or static");
+  const bool blocks = p.activation_scales == ActivationScales::kBlock;
+  if (blocks && (p.precision == Precision::kInt8x2 || p.bits != 4 || p.group_size >= kBlockColumns))
+    attributes.Refuse("activation_scales", "'block'",
+                      "another: it goes with 4 bits, groups of 32 or 64 and precision int8");
+  p.block_groups = blocks ? kBlockColumns / p.group_size : 1;
   p.swiglu = attributes.Int("swiglu", 0, 0, 1) == 1;
   p.epsilon = attributes.Float("epsilon", 1e-6f);
   if (!std::isfinite(p.epsilon) || p.epsilon < 0) attributes.Refuse("epsilon", std::to_string(p.epsilon), "0 or more");
@@ -151,7 +158,8 @@ const Kernels& ChooseKernels() {
 // The kernels for kTileRows and more.
 const Kernels& ChooseTileKernels(const Problem& p) {
 #if defined(__x86_64__)
-  if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx)) return kAmxKernels;
+  if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx))
+    return p.activation_scales == ActivationScales::kBlock ? kAmxBlockKernels : kAmxKernels;
 #endif
   return ChooseKernels();
 }

@@ -13,6 +13,10 @@
 //   amax is that of the group; with activation_scales "token" that of the row. With "static", where s is limit / 127:
 //   inverse = s / input_scale; a = rint(x * inverse clipped to +-limit); scale = input_scale / s
 //   dot = sum (q - zero_point) * a, exact in int32; y = fma(float(dot) * weight_scale, scale, y), groups ascending
+//   activation_scales "block", for int8 and 4 bits alone: blocks of 128 columns have a scale, amax is theirs. The
+//   weight scales of a block are 1 to 16 times its unit, the largest 16 times: sum of dot * weight_scale / unit is an
+//   integer below 2^22, exact in any order; y = fma(float(that sum) * unit, scale, y), blocks ascending
+//
 //   float32: y = fma((q - zero_point) * weight_scale, x, y), columns ascending
 // and at last y + bias + residual, from left to right.
 #pragma once
@@ -21,14 +25,18 @@
 namespace quant_linear {
 
 enum class Precision { kInt8, kInt8x2, kFloat32 };
-enum class ActivationScales { kGroup, kToken, kStatic };
+enum class ActivationScales { kGroup, kBlock, kToken, kStatic };
+
+constexpr int64_t kBlockColumns = 128;
+constexpr float kMostUnits = 16.f;
 
 // One call of the operator; everything in it has been checked.
 struct Problem : QuantWeight {
   int64_t rows;
   Precision precision;
   ActivationScales activation_scales;
-  float input_scale;  // of the static ones
+  int64_t block_groups;  // that share a scale of the activations, 1 unless they are of kBlock
+  float input_scale;     // of the static ones
   bool swiglu;
   float epsilon;
 
@@ -65,7 +73,7 @@ float* RowScratch(int64_t floats);
 
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512VnniKernels, kAmxKernels;
+extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512VnniKernels, kAmxKernels, kAmxBlockKernels;
 #elif defined(__aarch64__)
 extern const Kernels kNeonDotKernels;
 #endif

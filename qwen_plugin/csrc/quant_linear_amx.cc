@@ -1,4 +1,4 @@
-// qwen::QuantLinear with AMX tiles, for int8 and int8x2.
+// qwen::QuantLinear with AMX tiles, for int8 and int8x2; quant_linear_blocks_amx.cc has it for blocks.
 //
 // A tile of activations is 8 or 12 rows, those that are missing zero; with columns = min(group_size, 64):
 //   [in_features / columns][planes][rows][columns] bytes, [groups][rows] float32 scales,
@@ -6,67 +6,20 @@
 // Weights are unpacked, a chunk of columns of a panel at a time, into bytes with a sign: q - zero point with 4 bits,
 // q - 128 with 8. A tile product leaves sums of the rows and 16 outputs over one group in memory, from where vectors
 // take them into y, which stays in registers for a chunk.
-#include <immintrin.h>
-
-#include "lanes_avx512.h"
-#include "quant_linear_kernels.h"
-
-#define INLINE inline __attribute__((always_inline))
+#include "quant_linear_amx.h"
 
 namespace quant_linear {
 namespace {
 
-using Lanes = Avx512Lanes;
-
-constexpr int kLanes = 16, kHalves = kPanel / kLanes;
 constexpr int kFewRows = 8, kManyRows = 12;  // of a tile: y of more would not leave registers for anything else
 constexpr int kMaxColumns = 64;              // of a tile of activations
 constexpr int kChunkColumns = 512;           // a chunk of a panel, 16 KiB unpacked, stays in the first-level cache
 constexpr int kMaxTiles = 64;                // whose totals, 96 KiB, stay in the second-level cache
-constexpr int64_t kStreamBytes = 8 << 20;    // of y, from which it is written past the caches, measured
-
-// ---- Tile registers. The intrinsics take their numbers from literals only.
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-enum Register { kSums = 0, kActivations = 4, kWeights = 6 };  // the first of each kind
-
-void ConfigureTiles(int rows, int columns) {
-  TileConfig config;
-  for (int i = kSums; i < kActivations; ++i) config.rows[i] = uint8_t(rows), config.row_bytes[i] = 4 * kLanes;
-  for (int i = kActivations; i < kWeights; ++i) config.rows[i] = uint8_t(rows), config.row_bytes[i] = uint16_t(columns);
-  for (int i = kWeights; i < 8; ++i) config.rows[i] = uint8_t(columns / 4), config.row_bytes[i] = 4 * kLanes;
-  asm volatile("ldtilecfg %0" : : "m"(config));
-}
-
-template <int kTile>
-INLINE void ZeroTile() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
-// kStride: bytes from row to row.
-template <int kTile, int kStride>
-INLINE void LoadTile(const void* p) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(int64_t{kStride}), "i"(kTile) : "memory");
-}
-template <int kTile>
-INLINE void StoreTile(void* p) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(int64_t{4 * kLanes}), "i"(kTile) : "memory");
-}
-template <int kSum, int kA, int kB>
-INLINE void AddProduct() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
-}
 
 // ---- Preparing
 
 int Planes(const Problem& p) { return p.precision == Precision::kInt8 ? 1 : 2; }
 bool HasCorrection(const Problem& p) { return p.bits == 8 && !p.symmetric; }
-
-int64_t CeilDiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
 
 int64_t TileRows(const Problem& p) {
   const bool as_few_tiles = CeilDiv(p.rows, kFewRows) == CeilDiv(p.rows, kManyRows);
@@ -85,7 +38,7 @@ void PrepareRowAmx(const Problem& p, const float* x, int64_t row, char* tile) {
   const int64_t rows = TileRows(p), columns = p.group_size < kMaxColumns ? p.group_size : kMaxColumns;
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
   int32_t* const factors = reinterpret_cast<int32_t*>(scales + p.groups * rows);
-  const RowQuantizer<Lanes, kPlanes> quantizer(p, x);
+  RowQuantizer<Lanes, kPlanes> quantizer(p, x);
   char* values = tile + row * columns;
   for (int64_t g = 0; g < p.groups; ++g) {
     alignas(64) int8_t planes[kPlanes][kMaxGroup];
@@ -124,12 +77,6 @@ struct Chunk {
   alignas(64) int8_t weights[kChunkColumns * kPanel];  // (groups, 2 halves, group_size / 4, 16 outputs, 4 columns)
   GroupFactors factors[kChunkColumns / 32];
 };
-
-// Every byte in the four bytes of a lane.
-__m512i FourTimes(const uint8_t* bytes) {
-  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  return _mm512_mullo_epi32(_mm512_cvtepu8_epi32(v), _mm512_set1_epi32(0x01010101));
-}
 
 // Groups [first, first + count) of a panel.
 void Unpack(const Problem& p, const uint8_t* panel, int64_t first, int64_t count, Chunk& chunk) {
@@ -311,33 +258,6 @@ struct Product {
     UNROLL_FOR(r, kRows) UNROLL_FOR(h, kHalves) _mm512_store_ps(total[r] + h * kLanes, y[r][h]);
   }
 };
-
-// Whether y is written past the caches, which could not hold it, instead of being read into them first.
-bool Streams(const Problem& p) {
-  return p.rows * p.out_features * int64_t(sizeof(float)) >= kStreamBytes && p.out_features % kLanes == 0 &&
-         reinterpret_cast<uintptr_t>(p.y) % 64 == 0;
-}
-
-// y of a tile's rows and a panel, from their totals.
-void FinishRows(const Problem& p, Range rows, int64_t panel, const float (*totals)[kPanel]) {
-  const bool stream = Streams(p);
-  for (int h = 0; h < kHalves; ++h) {
-    const int64_t column = panel * kPanel + h * kLanes, left = p.out_features - column;
-    const __mmask16 mask = left >= kLanes ? 0xffff : left <= 0 ? 0 : __mmask16((1 << left) - 1);
-    const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + column);
-    for (int64_t row = rows.first; row < rows.last; ++row) {
-      const int64_t at = row * p.out_features + column;
-      __m512 y = _mm512_load_ps(totals[row - rows.first] + h * kLanes);
-      if (p.bias != nullptr) y = _mm512_add_ps(y, bias);
-      if (p.residual != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p.residual + at));
-      if (stream && mask == 0xffff) {
-        _mm512_stream_ps(p.y + at, y);
-      } else {
-        _mm512_mask_storeu_ps(p.y + at, mask, y);
-      }
-    }
-  }
-}
 
 // Adds groups [first, first + count) of a panel, which `chunk` holds, to the totals of tiles; after the last ones they
 // become y, whose memory, far apart, is fetched before.

@@ -109,40 +109,43 @@ float Largest(const float* x, int64_t size) {
   return largest;
 }
 
-// Quantises the groups of a row of p.groups * p.group_size columns.
+// Quantises the groups of a row of p.groups * p.group_size columns, one after the other.
 template <class L, int kPlanes>
 class RowQuantizer {
  public:
   RowQuantizer(const Problem& p, const float* x)
       : x_(x),
         size_(p.group_size),
+        groups_(p.groups),
+        block_groups_(p.block_groups),
         scales_(p.activation_scales),
         input_scale_(p.input_scale),
-        row_largest_(scales_ == ActivationScales::kToken ? Largest<L>(x, p.groups * size_) : 0) {}
+        largest_(scales_ == ActivationScales::kToken ? Largest<L>(x, p.groups * size_) : 0) {}
 
   // Into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2). Where a column that decides the
   // scale is not finite, or with a static scale any of the group, the scale is NaN and the bytes are 0.
-  QuantizedGroup Quantize(int64_t group, int8_t (*planes)[kMaxGroup]) const;
+  QuantizedGroup Quantize(int64_t group, int8_t (*planes)[kMaxGroup]);
 
  private:
   const float* x_;
-  int64_t size_;
+  int64_t size_, groups_, block_groups_;
   ActivationScales scales_;
-  float input_scale_, row_largest_;
+  float input_scale_, largest_;  // largest: of the columns that share the present scale
 };
 
 template <class L, int kPlanes>
-QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, int8_t (*planes)[kMaxGroup]) const {
+QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, int8_t (*planes)[kMaxGroup]) {
   constexpr float kSteps = kPlanes == 1 ? 1.f : 256.f, kLimit = 127.f * kSteps;
   const float* const x = x_ + group * size_;
-  const float largest = scales_ == ActivationScales::kToken ? row_largest_ : Largest<L>(x, size_);
-  if (!(largest <= __FLT_MAX__)) {
+  if (scales_ != ActivationScales::kToken && group % block_groups_ == 0)
+    largest_ = Largest<L>(x, (group + block_groups_ < groups_ ? block_groups_ : groups_ - group) * size_);
+  if (!(largest_ <= __FLT_MAX__)) {
     std::memset(planes, 0, sizeof(*planes) * kPlanes);
     return {__builtin_nanf(""), {0, 0}};
   }
   const bool is_static = scales_ == ActivationScales::kStatic;
-  float inverse = is_static ? kSteps / input_scale_ : kLimit / largest;
-  float scale = is_static ? input_scale_ / kSteps : largest / kLimit;
+  float inverse = is_static ? kSteps / input_scale_ : kLimit / largest_;
+  float scale = is_static ? input_scale_ / kSteps : largest_ / kLimit;
   if (!(inverse <= __FLT_MAX__)) inverse = scale = 0;
 
   auto high_sum = L::Zero(), low_sum = L::Zero();

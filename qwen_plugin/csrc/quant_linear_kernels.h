@@ -21,6 +21,7 @@ namespace {
 // within 2^22 turns into a float for nothing. 255 * 127 * 128 does.
 constexpr int32_t kFloatStart = 0x4b400000;
 constexpr float kFloatStartValue = 12582912.f;
+constexpr float kLeastScale = 1.f / (1 << 24);  // above 0 that can be stored
 
 constexpr int kMaxFloatRows = 4, kMaxTileRows = 8;
 constexpr int64_t kStreamAhead = 8192;  // bytes
@@ -68,7 +69,7 @@ template <class I, int kPlanes>
 void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, char* tile) {
   using L = typename I::Lanes;
   const int64_t steps = p.group_size / 4, all = rows * kPlanes, first = row * kPlanes;
-  const RowQuantizer<L, kPlanes> quantizer(p, x);
+  RowQuantizer<L, kPlanes> quantizer(p, x);
   for (int64_t g = 0; g < p.groups; ++g, tile += GroupBytes(p, rows, kPlanes)) {
     alignas(64) int8_t planes[kPlanes][kMaxGroup];
     const QuantizedGroup group = quantizer.Quantize(g, planes);
@@ -109,8 +110,36 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
 
 // ---- Multiplying
 
-// A tile of kRows rows times a panel: the sums without bias and residual.
-template <class I, int kBits, bool kSymmetric, int kPlanes, int kRows>
+// What a block's sums are multiplied with, for the outputs of one pass.
+template <class I>
+struct BlockFactors {
+  typename I::Floats units[2];
+  typename I::Floats multiples[kBlockColumns / 32][2];  // of the unit, of each group; over kHighFactor where Dot has it
+};
+
+// For `groups` groups, the first of which has its stored scales of these outputs at `scales`.
+template <class I>
+inline __attribute__((always_inline)) BlockFactors<I> FindFactors(const uint8_t* scales, int64_t groups,
+                                                                  int64_t block_bytes) {
+  BlockFactors<I> found;
+  UNROLL_FOR(h, 2) {
+    const float one = h == 0 ? 1.f : 1.f / I::kHighFactor;
+    auto largest = I::Set(kLeastScale);  // outputs beyond the last have 0
+    for (int64_t g = 0; g < groups; ++g) {
+      found.multiples[g][h] = I::LoadHalves(scales + g * block_bytes + 32 * h);
+      largest = I::Max(found.multiples[g][h], largest);
+    }
+    found.units[h] = I::Mul(largest, I::Set(kScaleUnit / kMostUnits));
+    const auto inverse = I::Mul(I::Reciprocal(largest), I::Set(kMostUnits * one));
+    const auto start = I::Set(kFloatStartValue * one);  // to which a sum is rounded to a whole number of ones
+    for (int64_t g = 0; g < groups; ++g)
+      found.multiples[g][h] = I::Add(I::Fma(found.multiples[g][h], inverse, start), I::Set(-kFloatStartValue * one));
+  }
+  return found;
+}
+
+// A tile of kRows rows times a panel: the sums without bias and residual. kBlocks: activation_scales are of blocks.
+template <class I, int kBits, bool kSymmetric, int kPlanes, bool kBlocks, int kRows>
 __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* panel, const char* tile, Stream& stream,
                                             float (*out)[kPanel]) {
   using Ints = typename I::Ints;
@@ -118,13 +147,20 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
   constexpr int kAll = kRows * kPlanes, kPasses = 16 / I::kLanes;
   constexpr float kHighUnit = kScaleUnit / (kBits == 4 ? I::kHighFactor : 1);
   const int64_t steps = p.group_size / 4, group_bytes = GroupBytes(p, kRows, kPlanes);
-  Floats totals[kPasses][kRows][2];
-  UNROLL_FOR(pass, kPasses) UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) totals[pass][r][h] = I::Set(0.f);
+  Floats totals[kPasses][kRows][2], blocks[kPasses][kRows][2];
+  UNROLL_FOR(pass, kPasses)
+  UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) totals[pass][r][h] = blocks[pass][r][h] = I::Set(0.f);
+  BlockFactors<I> block_factors[kPasses];
+  int64_t block_begin = 0, block_end = 0;
   const uint8_t* block = panel + p.zero_point_bytes;
   for (int64_t g = 0; g < p.groups; ++g, block += p.block_bytes, tile += group_bytes) {
     const int32_t* const values = reinterpret_cast<const int32_t*>(tile);
     const int32_t* const starts = values + steps * kAll;
     const float* const scales = reinterpret_cast<const float*>(starts + 2 * kAll);
+    if (kBlocks && g == block_end) {
+      block_begin = g;
+      block_end = g + p.block_groups < p.groups ? g + p.block_groups : p.groups;
+    }
     stream.StartGroup();
     stream.Fetch<1>();  // for the scales
     if (!kSymmetric && g % (16 / kBits) == 0) stream.Fetch<1>();
@@ -142,6 +178,24 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
       }
       I::template Dot<kBits, kAll>(block + 2 * kPanel, steps, pass, values, sums, stream);
 
+      if constexpr (kBlocks) {
+        BlockFactors<I>& factors = block_factors[pass];
+        if (g == block_begin) factors = FindFactors<I>(block + 2 * pass * I::kLanes, block_end - g, p.block_bytes);
+        UNROLL_FOR(h, 2) {
+          const Floats multiple = factors.multiples[g - block_begin][h];
+          UNROLL_FOR(r, kRows) {
+            const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
+            blocks[pass][r][h] = I::Fma(dot, multiple, blocks[pass][r][h]);
+          }
+        }
+        if (g + 1 < block_end) continue;
+        UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
+          const Floats product = I::Mul(blocks[pass][r][h], factors.units[h]);  // rounded once
+          totals[pass][r][h] = I::Fma(product, I::Set(scales[r]), totals[pass][r][h]);
+          blocks[pass][r][h] = I::Set(0.f);
+        }
+        continue;
+      }
       Floats units[2], offsets[2];
       UNROLL_FOR(h, 2) {
         const Floats stored = I::LoadHalves(block + 32 * h + 2 * pass * I::kLanes);
@@ -197,12 +251,12 @@ void MultiplyFloatTile(const Problem& p, const uint8_t* panel, const char* tile,
 }
 
 // The kernel for `rows` of at most kRows.
-template <class I, int kBits, bool kSymmetric, int kPlanes, int kRows = I::kMostRows[kPlanes - 1]>
+template <class I, int kBits, bool kSymmetric, int kPlanes, bool kBlocks, int kRows = I::kMostRows[kPlanes - 1]>
 void MultiplySomeRows(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows, Stream& stream,
                       float (*out)[kPanel]) {
-  if (rows == kRows) return MultiplyTile<I, kBits, kSymmetric, kPlanes, kRows>(p, panel, tile, stream, out);
+  if (rows == kRows) return MultiplyTile<I, kBits, kSymmetric, kPlanes, kBlocks, kRows>(p, panel, tile, stream, out);
   if constexpr (kRows > 1)
-    MultiplySomeRows<I, kBits, kSymmetric, kPlanes, kRows - 1>(p, panel, tile, rows, stream, out);
+    MultiplySomeRows<I, kBits, kSymmetric, kPlanes, kBlocks, kRows - 1>(p, panel, tile, rows, stream, out);
 }
 
 template <class I, int kBits, int kRows = kMaxFloatRows>
@@ -215,13 +269,18 @@ void MultiplySomeFloatRows(const Problem& p, const uint8_t* panel, const char* t
 template <class I, int kBits>
 void MultiplyAnyTile(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows, Stream& stream,
                      float (*out)[kPanel]) {
+  if constexpr (kBits == 4) {
+    if (p.activation_scales == ActivationScales::kBlock && p.precision == Precision::kInt8)
+      return (p.symmetric ? MultiplySomeRows<I, 4, true, 1, true>
+                          : MultiplySomeRows<I, 4, false, 1, true>)(p, panel, tile, rows, stream, out);
+  }
   switch (p.precision) {
     case Precision::kInt8:
-      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 1>
-                          : MultiplySomeRows<I, kBits, false, 1>)(p, panel, tile, rows, stream, out);
+      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 1, false>
+                          : MultiplySomeRows<I, kBits, false, 1, false>)(p, panel, tile, rows, stream, out);
     case Precision::kInt8x2:
-      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 2>
-                          : MultiplySomeRows<I, kBits, false, 2>)(p, panel, tile, rows, stream, out);
+      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 2, false>
+                          : MultiplySomeRows<I, kBits, false, 2, false>)(p, panel, tile, rows, stream, out);
     case Precision::kFloat32:
       return MultiplySomeFloatRows<I, kBits>(p, panel, tile, rows, out);
   }

@@ -17,7 +17,10 @@ struct NeonDot {
   static void Store(float* p, Floats v) { vst1q_f32(p, v); }
   static Floats LoadHalves(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
   static Floats Set(float x) { return vdupq_n_f32(x); }
+  static Floats Add(Floats a, Floats b) { return vaddq_f32(a, b); }
   static Floats Mul(Floats a, Floats b) { return vmulq_f32(a, b); }
+  static Floats Reciprocal(Floats a) { return vrecpeq_f32(a); }
+  static Floats Max(Floats a, Floats b) { return vmaxq_f32(a, b); }
   static Floats Fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats ToFloats(Ints a) { return vcvtq_f32_s32(a); }
   static Floats BitsToFloats(Ints a) { return vreinterpretq_f32_s32(a); }

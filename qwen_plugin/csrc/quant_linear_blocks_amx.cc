@@ -1,0 +1,226 @@
+// qwen::QuantLinear with AMX tiles, where blocks of 128 columns share a scale of the activations.
+//
+// A block's weight scales are 1 to 16 times its unit. So each weight is a whole number of units, at most 240, and the
+// sum of two bytes: tiles add the products with both. Vectors then see a block's sums once, where the groups of
+// quant_linear_amx.cc take four turns.
+//
+// A tile of activations is 16 rows, those that are missing zero, as are columns beyond the last group:
+//   [blocks][2][rows][64 columns] bytes, [blocks][rows] float32 scales
+// Weights are unpacked, a few blocks of a panel at a time. y lies in totals, in the first- or second-level cache.
+#include "quant_linear_amx.h"
+
+namespace quant_linear {
+namespace {
+
+constexpr int kRows = 16;        // of a tile
+constexpr int kColumns = 64;     // of a tile
+constexpr int kParts = 2;        // tiles of columns of a block
+constexpr int kPlanes = 2;       // of weights
+constexpr int kChunkBlocks = 2;  // that are unpacked, 16 KiB
+constexpr int kMaxTiles = 64;    // whose totals, 128 KiB, stay in the second-level cache
+constexpr int kTileSize = kRows * kColumns;
+
+int64_t Blocks(const Problem& p) { return CeilDiv(p.groups, p.block_groups); }
+int64_t ValueBytes(const Problem& p) { return Blocks(p) * kParts * kTileSize; }
+
+int64_t TileRows(const Problem&) { return kRows; }
+int64_t TileBytes(const Problem& p) { return ValueBytes(p) + Blocks(p) * kRows * int64_t(sizeof(float)); }
+
+// ---- Preparing
+
+void PrepareRow(const Problem& p, const float* x, int64_t row, char* tile) {
+  float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
+  RowQuantizer<Lanes, 1> quantizer(p, x);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    alignas(64) int8_t plane[1][kMaxGroup];
+    scales[g / p.block_groups * kRows] = quantizer.Quantize(g, plane).scale;
+    for (int64_t i = 0; i < p.group_size; i += 32) {
+      const int64_t k = g * p.group_size + i;
+      std::memcpy(tile + k / kColumns * kTileSize + row * kColumns + k % kColumns, plane[0] + i, 32);
+    }
+  }
+}
+
+void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
+  for (int64_t t = range.first; t < range.last; ++t) {
+    const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
+    char* const tile = activations + t * TileBytes(p);
+    if (rows < kRows || p.groups * p.group_size % kColumns != 0) std::memset(tile, 0, size_t(TileBytes(p)));
+    for (int64_t r = 0; r < rows; ++r) PrepareRow(p, InputRow<Lanes>(p, begin + r), r, tile);
+  }
+}
+
+// ---- Multiplying
+
+struct Block {
+  alignas(64) int8_t weights[kHalves][kParts][kPlanes][kTileSize];  // tiles (columns / 4, 16 outputs, 4 columns)
+  __m512 units[kHalves], offsets[kHalves];  // offsets: what turns a sum at kFloatStart into one at 0
+  int parts;                                // that have columns
+};
+
+// Bytes, none above 15, times the word in both words of their lane, none above 8.
+INLINE __m512i Times(__m512i bytes, __m512i words) { return _mm512_mullo_epi16(bytes, words); }
+
+// Unpacks a block of a panel.
+void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
+  const int64_t first = block * p.block_groups;
+  const int64_t groups = p.groups - first < p.block_groups ? p.groups - first : p.block_groups;
+  const uint8_t* const stored = panel + p.zero_point_bytes + first * p.block_bytes;
+  const __m512i low_nibbles = _mm512_set1_epi8(15), all = _mm512_set1_epi32(0x00010001);
+  __m512 inverses[kHalves];
+  for (int h = 0; h < kHalves; ++h) {
+    __m512 largest = Lanes::Set(kLeastScale);
+    for (int64_t g = 0; g < groups; ++g)
+      largest = Lanes::Max(Lanes::LoadHalves(stored + g * p.block_bytes + 32 * h), largest);
+    inverses[h] = Lanes::Div(Lanes::Set(kMostUnits), largest);
+    out.units[h] = Lanes::Mul(largest, Lanes::Set(kScaleUnit / kMostUnits));
+    out.offsets[h] = Lanes::Mul(out.units[h], Lanes::Set(-kFloatStartValue));  // exact
+  }
+  out.parts = int(CeilDiv(groups * p.group_size, kColumns));
+  int64_t step = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* const group = stored + g * p.block_bytes;
+    __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)};
+    if (!p.symmetric) {
+      const __m512i both = FourTimes(panel + (first + g) * 16);
+      zero_points[0] = _mm512_and_si512(both, low_nibbles);
+      zero_points[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
+    }
+    __m512i factors[kHalves][kPlanes], less[kHalves][kPlanes];
+    for (int h = 0; h < kHalves; ++h) {
+      const __m512i multiple = Lanes::Round(Lanes::Mul(Lanes::LoadHalves(group + 32 * h), inverses[h]));
+      const __m512i half = _mm512_srli_epi32(multiple, 1);
+      factors[h][0] = _mm512_mullo_epi32(half, all);
+      factors[h][1] = _mm512_mullo_epi32(_mm512_sub_epi32(multiple, half), all);
+      for (int plane = 0; plane < kPlanes; ++plane) less[h][plane] = Times(zero_points[h], factors[h][plane]);
+    }
+    for (int64_t i = 0; i < p.group_size / 4; ++i, ++step) {
+      const __m512i v = _mm512_loadu_si512(group + 2 * kPanel + 64 * i);
+      const __m512i q[kHalves] = {_mm512_and_si512(v, low_nibbles),
+                                  _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibbles)};
+      UNROLL_FOR(h, kHalves)
+      UNROLL_FOR(plane, kPlanes)
+      _mm512_store_si512(out.weights[h][step / 16][plane] + step % 16 * 64,
+                         _mm512_sub_epi8(Times(q[h], factors[h][plane]), less[h][plane]));
+    }
+  }
+  for (; step < 16 * out.parts; ++step)
+    for (int h = 0; h < kHalves; ++h)
+      for (int plane = 0; plane < kPlanes; ++plane)
+        _mm512_store_si512(out.weights[h][step / 16][plane] + step % 16 * 64, _mm512_setzero_si512());
+}
+
+using Sums = int32_t[kRows][kLanes];
+
+// Sums start here: as many integers kFloatStart as a tile has.
+struct Start {
+  alignas(64) int32_t lanes[kRows * kLanes];
+  constexpr Start() : lanes() {
+    for (int32_t& lane : lanes) lane = kFloatStart;
+  }
+};
+constexpr Start kStart;
+
+// A half's product of a tile and a block, in a register for sums of its own.
+template <int kHalf>
+INLINE void MultiplyHalf(const Block& block, const char* values) {
+  constexpr int kSum = kSums + kHalf;
+  LoadTile<kSum, kColumns>(kStart.lanes);
+  const auto& weights = block.weights[kHalf];
+  if (kHalf == 0) LoadTile<kActivations, kColumns>(values);
+  LoadTile<kWeights, kColumns>(weights[0][0]);
+  AddProduct<kSum, kActivations, kWeights>();
+  LoadTile<kWeights + 1, kColumns>(weights[0][1]);
+  AddProduct<kSum, kActivations, kWeights + 1>();
+  if (block.parts == 1) return;
+  if (kHalf == 0) LoadTile<kActivations + 1, kColumns>(values + kTileSize);
+  LoadTile<kWeights, kColumns>(weights[1][0]);
+  AddProduct<kSum, kActivations + 1, kWeights>();
+  LoadTile<kWeights + 1, kColumns>(weights[1][1]);
+  AddProduct<kSum, kActivations + 1, kWeights + 1>();
+}
+
+// Where a product's sums go.
+struct Target {
+  const Block* block;
+  const float* scales;
+  float (*totals)[kPanel];
+  bool first;  // the totals start here
+};
+
+template <int kHalf>
+INLINE void AddHalf(const Sums& from, const Target& to) {
+  const __m512 unit = to.block->units[kHalf], offset = to.block->offsets[kHalf];
+  UNROLL_FOR(r, kRows) {
+    const __m512 sum = _mm512_castsi512_ps(_mm512_load_si512(from[r]));
+    const __m512 product = _mm512_fmadd_ps(sum, unit, offset);  // rounded once
+    float* const total = to.totals[r] + kHalf * kLanes;
+    const __m512 before = to.first ? _mm512_setzero_ps() : _mm512_load_ps(total);
+    _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(to.scales[r]), before));
+  }
+}
+
+// Adds the products of tiles and a panel's blocks [first, first + count) to totals; after the last they become y.
+void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, int64_t panel, int64_t tiles,
+                   Range of_tiles, const char* activations, float (*totals)[kPanel]) {
+  alignas(64) Sums sums[kHalves];
+  const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
+  const bool last = first + count == Blocks(p);
+  const uint8_t* fetch = PanelOf(p, panel) + p.zero_point_bytes + (first + count) * p.block_groups * p.block_bytes;
+  const int64_t fetch_bytes = kChunkBlocks * p.block_groups * p.block_bytes;
+  const int64_t step_bytes = CeilDiv(fetch_bytes, (of_tiles.last - of_tiles.first) * count * 64) * 64;
+  const uint8_t* const fetch_last = fetch + fetch_bytes;
+  const auto finish = [&](int64_t t) {
+    if (last) FinishRows(p, {RowBegin(p, tiles, t), RowBegin(p, tiles, t + 1)}, panel, totals - kRows);
+  };
+  activations += of_tiles.first * tile_bytes;
+  Target target = {};
+  for (int64_t t = of_tiles.first; t < of_tiles.last; ++t, activations += tile_bytes, totals += kRows) {
+    const char* values = activations + first * kParts * kTileSize;
+    const float* scales = reinterpret_cast<const float*>(activations + value_bytes) + first * kRows;
+    for (int64_t b = 0; b < count; ++b, values += kParts * kTileSize, scales += kRows) {
+      // While tile registers multiply a half, vectors add the one before.
+      MultiplyHalf<0>(blocks[b], values);
+      if (target.block != nullptr) {
+        StoreTile<kSums + 1>(sums[1]);
+        AddHalf<0>(sums[0], target);
+      }
+      MultiplyHalf<1>(blocks[b], values);
+      StoreTile<kSums>(sums[0]);
+      if (target.block != nullptr) AddHalf<1>(sums[1], target);
+      if (b == 0 && t > of_tiles.first) finish(t - 1);
+      target = {blocks + b, scales, totals, first + b == 0};
+      const uint8_t* const fetch_end = fetch + step_bytes;
+      for (; fetch < fetch_end && fetch < fetch_last; fetch += 64) __builtin_prefetch(fetch, 0, 2);
+    }
+  }
+  StoreTile<kSums + 1>(sums[1]);
+  AddHalf<0>(sums[0], target);
+  AddHalf<1>(sums[1], target);
+  finish(of_tiles.last - 1);
+}
+
+void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
+  const int64_t blocks = Blocks(p);
+  ConfigureTiles(kRows, kColumns);
+  for (int64_t first = of_tiles.first; first < of_tiles.last; first += kMaxTiles) {
+    const Range some_tiles = {first, first + kMaxTiles < of_tiles.last ? first + kMaxTiles : of_tiles.last};
+    for (int64_t n = of_panels.first; n < of_panels.last; ++n) {
+      alignas(64) float totals[kMaxTiles * kRows][kPanel];
+      for (int64_t b = 0; b < blocks; b += kChunkBlocks) {
+        const int64_t count = blocks - b < kChunkBlocks ? blocks - b : kChunkBlocks;
+        Block chunk[kChunkBlocks];
+        for (int64_t i = 0; i < count; ++i) Unpack(p, PanelOf(p, n), b + i, chunk[i]);
+        MultiplyChunk(p, chunk, b, count, n, tiles, some_tiles, activations, totals);
+      }
+    }
+  }
+  asm volatile("tilerelease");
+  _mm_sfence();  // other threads shall see what was streamed
+}
+
+}  // namespace
+
+const Kernels kAmxBlockKernels = {TileRows, TileBytes, Prepare, Multiply};
+
+}  // namespace quant_linear
