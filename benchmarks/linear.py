@@ -104,7 +104,7 @@ def own(a: argparse.Namespace, layers: int, rows: int) -> Variant:
 
     def attributes(in_features: int, out_features: int) -> dict[str, Any]:
         shape = {"N": out_features, "K": in_features, "bits": 4, "group_size": a.group_size, "symmetric": 1}
-        return {**shape, "precision": a.precision}
+        return {**shape, "precision": a.precision, "activation_scales": a.activation_scales}
 
     variant = build(a, layers, rows, ("qwen", "QuantLinear"), sizes, attributes)
     variant.weights.reshape(-1, block)[:, : 2 * PANEL] = np.ones(PANEL, "<f2").view(
@@ -197,17 +197,20 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, default="0.5B")
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
     parser.add_argument("--precision", choices=("int8", "int8x2", "float32"), default="int8")
+    parser.add_argument("--activation-scales", choices=("group", "block"), help="default: as the builder has it")
     parser.add_argument("--isa", help="force kernels: amx, avx512, avxvnni, avx2, neon, plain")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=250, help="of weights")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each row of the table")
     a = parser.parse_args()
+    has_blocks = (a.precision, a.group_size) == ("int8", 32)
+    a.activation_scales = a.activation_scales or ("block" if has_blocks else "group")
     if a.isa:
         os.environ["QWEN_PLUGIN_ISA"] = a.isa
     weights = sum(k * n for k, n in SHAPES[a.shapes])
     layers = max(1, round(a.megabytes * 2e6 / weights))
     vnni = VnniPeak(a.threads)
-    print(f"{layers} layers of {a.shapes}, 4 bits, group size {a.group_size}, {a.precision}, "
+    print(f"{layers} layers of {a.shapes}, 4 bits, group size {a.group_size}, {a.precision} per {a.activation_scales}, "
           f"{a.isa or 'best'} kernels, {a.threads} threads, onnxruntime {ort.__version__}\n")  # fmt: skip
     print("| rows | ms | GB/s | of a plain read | GOPS | of the VNNI peak | MatMulNBits ms | over QuantLinear |")
     print("|---|---|---|---|---|---|---|---|")

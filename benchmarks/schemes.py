@@ -91,9 +91,17 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "auto-kl": {f"auto, KL {kl}": f"--quant auto --max-kl {kl}" for kl in (0.2, 0.05, 0.01)},
     "activations": {
-        f"{quant} g32, {activations} activations": f"--quant {quant} --activations {activations}"
-        for quant in ("int8", "int4")
-        for activations in ("int8x2", "float32")
+        **{
+            f"{quant} g32, {activations} activations": f"--quant {quant} --activations {activations}"
+            for quant in ("int8", "int4")
+            for activations in ("int8x2", "float32")
+        },
+        # where the default is a scale for a block
+        **{
+            f"int4 g32 asymmetric {method}, group activations": "--quant int4 --group-size 32 --asymmetric "
+            f"--int4-method {method} --activation-scales group"
+            for method in ("rtn", "gptq")
+        },
     },
     "cache": {
         **{f"float32, {dtype} cache": f"--quant none --kv-cache-dtype {dtype}" for dtype in ("float16", "int8")},
@@ -283,7 +291,7 @@ def weight_error(engine: Path, checkpoint: Path) -> float | None:
 def family(name: str) -> str:
     """The series of the plot that a scheme belongs to."""
     if name.startswith("int4"):
-        return next((f"int4 {method}" for method in ("awq", "gptq") if name.endswith(method)), "int4 rtn")
+        return next((f"int4 {method}" for method in ("awq", "gptq") if f" {method}" in name), "int4 rtn")
     return name.split()[0].rstrip(",")
 
 
