@@ -45,7 +45,7 @@ class Grid:
         """Round ``weight`` (out_features, in_features) float32 to the nearest values, without calibration.
 
         Args:
-            storable: the scales (float32, any shape) that the store has for given ones; q belongs to those.
+            storable: the scales (out_features, groups) that the store has for given ones; q belongs to those.
         """
         padding = -weight.shape[1] % self.group_size
         groups = (np.pad(weight, ((0, 0), (0, padding))) if padding else weight).reshape(

@@ -224,8 +224,7 @@ class NativeInt:
     int8 before it is multiplied; "int8x2" to about 15 bits. ``activation_scales``: each "group" of a row has a scale
     of its own, a "block" of 128 columns has one, a row ("token"), or the linear has a constant one ("static"), which
     comes from calibration. Blocks are for 4 bits in groups of 32 or 64 and int8 alone, and make the weight's scales
-    small whole multiples of a unit: sums over a block are then exact, which makes long prompts a third faster in
-    groups of 32.
+    small whole multiples of a unit: sums over a block are then exact, in whatever order AMX tiles take them.
     """
 
     grid: Grid

@@ -85,17 +85,20 @@ class Quantization:
     method: str
 
     @property
+    def activation_words(self) -> str:
+        """How inputs are rounded, in a few words."""
+        scales = {"group": "", "block": " per block", "token": " per token", "static": " static"}
+        return f"{self.activations}{scales[self.activation_scales]}"
+
+    @property
     def words(self) -> str:
         """How a weight is stored and multiplied, in a few words."""
         if not self.group_size:
             return "float32"
         scales = f"g{self.group_size}" if self.weight_scales == "group" else f"per {self.weight_scales}"
-        rounded = {"group": "", "block": " per block", "token": " per token", "static": " static"}[
-            self.activation_scales
-        ]
         grid = "symmetric" if self.symmetric else "asymmetric"
         method = "" if self.method == "rtn" else f" {self.method}"
-        return f"{self.scheme} {scales} {grid}{method} x {self.activations}{rounded}, {self.kernels}"
+        return f"{self.scheme} {scales} {grid}{method} x {self.activation_words}, {self.kernels}"
 
 
 @dataclass(frozen=True)

@@ -354,8 +354,7 @@ def _scheme_words(stored: Quantization) -> str:
         return "float32"
     grid = "symmetric" if stored.symmetric else "asymmetric"
     scales = f"groups of {stored.group_size}" if stored.weight_scales == "group" else f"per {stored.weight_scales}"
-    rounded = {"group": "", "block": " per block", "token": " per token", "static": " static"}[stored.activation_scales]
-    return f"{stored.scheme}, {scales}, {grid}, {stored.activations}{rounded} activations"
+    return f"{stored.scheme}, {scales}, {grid}, {stored.activation_words} activations"
 
 
 def sample_results(

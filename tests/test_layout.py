@@ -118,7 +118,9 @@ def test_the_scales_of_a_block_are_whole_multiples_of_its_unit(group_size, size)
         multiples = found / unit
         assert np.array_equal(multiples, np.rint(multiples))
         assert multiples.min() >= 1
-        assert np.all(np.abs(found - block)[block > unit] <= 0.57 * unit.repeat(together)[: block.size].max())
+        others = (block > unit) & (multiples < 16)  # neither too small for a multiple nor what the unit comes from
+        # half a unit, and the rounding to float16 before: 2**-11 of at most 16 units
+        assert np.all((np.abs(found - block) <= 0.51 * unit)[others])
         if size > 1e-3:  # smaller ones have fewer bits
             largest = block.max(axis=1)
             assert np.allclose(found.max(axis=1), largest, rtol=2**-7, atol=0)
