@@ -85,7 +85,7 @@ class Plan:
                 name.removesuffix(".weight"),
                 in_features=module.shape[1],
                 out_features=module.shape[0],
-                quantization=dataclasses.replace(module.scheme.record, method=self._method(name)),
+                quantization=dataclasses.replace(module.record, method=self._method(name)),
                 stored_bytes=sum(part.size_bytes for part in module.scheme.parts(module.shape).values()),
             )
             for name, module in self.graph.stored.items()

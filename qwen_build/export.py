@@ -25,6 +25,7 @@ from qwen_build.model import Graph
 from qwen_build.quantize import Float32, NativeInt, Scheme, StockInt, StoredPart, Tensors
 from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import WEIGHTS_FILE
+from qwen_plugin.layout import PANEL
 from qwen_run.machine import physical_cores
 
 Result = TypeVar("Result")
@@ -70,6 +71,22 @@ class PlannedWeight:
     shape: tuple[int, ...]
     scheme: Scheme
     places: Mapping[str, Place]
+    gated_panels: bool = False
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray | Rounded:
+        """Rows [start, stop) in the order they are stored in: as the source has them, or in gated panels."""
+        if not self.gated_panels:
+            return self.source.read(checkpoint, start, stop)
+        half = self.shape[0] // 2
+        gates, others = (self.source.read(checkpoint, first + start // 2, first + stop // 2) for first in (0, half))
+        if isinstance(gates, Rounded) and isinstance(others, Rounded):
+            zero_points = None
+            if gates.zero_points is not None and others.zero_points is not None:
+                zero_points = take_turns(gates.zero_points, others.zero_points)
+            return Rounded(take_turns(gates.q, others.q), take_turns(gates.scales, others.scales), zero_points)
+        assert isinstance(gates, np.ndarray), "what is fused is rounded alike"
+        assert isinstance(others, np.ndarray), "what is fused is rounded alike"
+        return take_turns(gates, others)
 
     def slices(self) -> Iterator[tuple[int, int]]:
         """Row ranges of whole blocks: at most ``SLICE_ELEMENTS`` elements, or one block."""
@@ -77,6 +94,16 @@ class PlannedWeight:
         block = self.scheme.block_rows
         step = max(1, SLICE_ELEMENTS // math.prod(rest) // block if rest else rows) * block
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def take_turns(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Rows of two arrays alike, half a panel of each in turn.
+
+    >>> take_turns(np.arange(32), 100 + np.arange(32))[[0, 15, 16, 31, 32]].tolist()
+    [0, 15, 100, 115, 16]
+    """
+    halves = [array.reshape(-1, PANEL // 2, *array.shape[1:]) for array in (first, second)]
+    return np.stack(halves, axis=1).reshape(-1, *first.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -118,7 +145,7 @@ def plan_layout(graph: Graph, sources: Mapping[str, WeightSource]) -> Layout:
         key = sources[name], module.scheme
         if key not in planned:
             places_of = {part: put(stored) for part, stored in module.scheme.parts(module.shape).items()}
-            planned[key] = PlannedWeight(sources[name], module.shape, module.scheme, places_of)
+            planned[key] = PlannedWeight(sources[name], module.shape, module.scheme, places_of, module.gated_panels)
         for part, value in module.parts.items():
             places[value.name] = planned[key].places[part]
     return Layout(tuple(planned.values()), tuple(constants), places, end)
@@ -164,7 +191,7 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
 
         def write_slice(weight: PlannedWeight, start: int, stop: int) -> int:
             try:
-                rows = weight.source.read(checkpoint, start, stop)
+                rows = weight.read(checkpoint, start, stop)
                 tensors = _store(weight.scheme, rows) if isinstance(rows, Rounded) else weight.scheme.quantize(rows)
             except OverflowError as error:
                 name = " or ".join(name for name, _ in weight.source.shapes)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from qwen_build.config import ModelConfig
-from qwen_build.quantize import Fusion, NativeInt, Norm, Scheme
+from qwen_build.quantize import GATED_PANELS, Fusion, NativeInt, Norm, Scheme
 from qwen_build.weight_map import EMBEDDING, FUSED, HEAD
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
@@ -27,6 +27,8 @@ from qwen_engine.graph_io import (
     value_cache_name,
     value_scale_name,
 )
+from qwen_engine.manifest import Quantization
+from qwen_plugin.layout import PANEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,8 @@ class Step:
 class Stored(nn.Module):
     """A weight (out_features, in_features) as its scheme stores it."""
 
+    gated_panels = False  # whether rows of two halves take turns, see export.py
+
     def __init__(self, out_features: int, in_features: int, scheme: Scheme):
         super().__init__()
         self.shape, self.scheme = (out_features, in_features), scheme
@@ -102,6 +106,12 @@ class Stored(nn.Module):
     def declared_shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the operator of this module wants a part."""
         return stored
+
+    @property
+    def record(self) -> Quantization:
+        """The weight as the manifest describes it."""
+        record = self.scheme.record
+        return replace(record, layout=GATED_PANELS) if self.gated_panels else record
 
     @property
     def parts(self) -> dict[str, ir.Value]:
@@ -115,6 +125,7 @@ class Linear(Stored):
 
     Args:
         permutation: of the input's columns, see :class:`Choice`.
+        gated: whether outputs are silu of the product's first half times its second.
         input_name: the name under which the layers graph exposes the product's input; None: not at all.
         output_name: the same of the product.
     """
@@ -127,9 +138,11 @@ class Linear(Stored):
         bias: bool = False,
         input_name: str | None = None,
         output_name: str | None = None,
+        gated: bool = False,
     ):
         super().__init__(out_features, in_features, choice.scheme)
-        self.permutation = choice.permutation
+        self.permutation, self.gated = choice.permutation, gated
+        self.gated_panels = gated and isinstance(choice.scheme, NativeInt) and out_features % PANEL == 0
         self.bias = nn.Parameter((out_features,)) if bias else None
         is_static = isinstance(choice.scheme, NativeInt) and choice.scheme.activation_scales == "static"
         self.input_scale = nn.Parameter((1,)) if is_static else None
@@ -141,46 +154,59 @@ class Linear(Stored):
         x: ir.Value,
         step: Step,
         norm: Norm | None = None,
-        swiglu: bool = False,
         residual: ir.Value | None = None,
     ) -> ir.Value:
-        """``residual + linear(norm(x))``; with ``swiglu``, x is (T, 2 in_features) and linear reads its gated half."""
+        """``residual + linear(norm(x))``"""
         permutation = None if self.permutation is None else op.initializer(ir.tensor(self.permutation), "permutation")
         if not isinstance(self.scheme, NativeInt):
             if norm is not None:
                 x = op.RMSNormalization(x, norm.weight, axis=-1, epsilon=norm.eps)
-            if swiglu:
-                gate, up = op.Split(x, axis=-1, num_outputs=2, _outputs=2)
-                x = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
             step.expose(self.input_name, x)
             if permutation is not None:
                 x = op.Gather(x, permutation, axis=1)
-            product = step.expose(self.output_name, self.scheme.linear(op, x, self.parts, self.bias, self.shape))
+            product = self._gate(op, self.scheme.linear(op, x, self.parts, self.bias, self.shape))
+            step.expose(self.output_name, product)
             return product if residual is None else op.Add(residual, product)
 
         # A layers graph shows what the operator has inside; only the residual is added outside, to the same bits.
-        changes_input = norm is not None or swiglu
-        fusion = Fusion(norm, swiglu, None if step.exposing else residual, permutation, self.input_scale)
+        fusion = Fusion(norm, self.gated_panels, None if step.exposing else residual, permutation, self.input_scale)
         product, changed = self.scheme.fused_linear(
-            op, x, self.parts, self.bias, self.shape, fusion, with_input=step.exposing and changes_input
+            op, x, self.parts, self.bias, self.shape, fusion, with_input=step.exposing and norm is not None
         )
+        product = product if self.gated_panels else self._gate(op, product)
         step.expose(self.input_name, changed or x)
         step.expose(self.output_name, product)
         return op.Add(residual, product) if step.exposing and residual is not None else product
 
+    def _gate(self, op: OpBuilder, product: ir.Value) -> ir.Value:
+        return swiglu(op, *op.Split(product, axis=-1, num_outputs=2, _outputs=2)) if self.gated else product
+
+
+def swiglu(op: OpBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """``silu(gate) * up`` (Shazeer, arXiv 2002.05202, eq. 6)"""
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
 
 def side_by_side(
-    config: ModelConfig, path: str, fused: str, in_features: int, schemes: Schemes, bias: bool, input_name: str
+    config: ModelConfig,
+    path: str,
+    fused: str,
+    in_features: int,
+    schemes: Schemes,
+    bias: bool,
+    input_name: str,
+    gated: bool = False,
 ) -> dict[str, Linear]:
     """The linears of a row of ``FUSED`` in the layer ``path``, by the names they have in the graph.
 
-    One whose outputs are those of all, where all are stored alike; else one for each.
+    One whose outputs are those of all, where all are stored alike, and with ``gated`` the first gates the second; else
+    one for each.
     """
     parts = FUSED[fused](config)
     parent, _, name = fused.rpartition(".")
     choices = [schemes.of(f"{path}.{parent}.{part}") for part in parts]
     if schemes.fuse and all(choices[0].agrees(choice) for choice in choices):
-        return {name: Linear(in_features, sum(parts.values()), choices[0], bias, input_name)}
+        return {name: Linear(in_features, sum(parts.values()), choices[0], bias, input_name, gated=gated)}
     exposing = [input_name, *(None for _ in choices[1:])]  # they have one input
     return {
         part: Linear(in_features, rows, choice, bias, exposed)
@@ -217,14 +243,14 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv 2002.05202, eq. 6)."""
+    """``down(silu(gate(x)) * up(x))``"""
 
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__()
         hidden, inner, path = config.hidden_size, config.intermediate_size, f"model.layers.{layer}"
         self.gate_up = side_by_side(
             config, path, "mlp.gate_up_proj", hidden, schemes,
-            bias=False, input_name=f"{path}.post_attention_layernorm",
+            bias=False, input_name=f"{path}.post_attention_layernorm", gated=True,
         )  # fmt: skip
         for name, linear in self.gate_up.items():
             setattr(self, name, linear)
@@ -235,8 +261,9 @@ class MLP(nn.Module):
 
     def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: Step) -> ir.Value:
         """``x + mlp(norm(x))``"""
-        gate_up = concatenated(op, self.gate_up.values(), x, step, norm)  # (T, 2I)
-        return self.down_proj(op, gate_up, step, swiglu=True, residual=x)
+        outputs = [linear(op, x, step, norm=norm) for linear in self.gate_up.values()]
+        gated = outputs[0] if len(outputs) == 1 else swiglu(op, *outputs)  # (T, I)
+        return self.down_proj(op, gated, step, residual=x)
 
 
 class Attention(nn.Module):

@@ -56,6 +56,8 @@ ACCURACY_LEVELS = {"int8": 4, "float32": 1}
 
 # Names of layouts in the manifest: row after row, or panels of qwen_plugin/layout.py.
 ROWS, PANELS = "rows", "panels32"
+# Panels of 16 rows of the first half of a weight and the 16 that they gate, of the second.
+GATED_PANELS = "panels32-gated"
 
 
 class Scheme(Protocol):
@@ -203,10 +205,10 @@ class Norm:
 class Fusion:
     """What the native operator computes along with a product.
 
-    The product's input is ``norm`` of x; or, with ``swiglu``, silu of the first half of x's (T, 2 in_features) times
-    the second. ``residual`` (T, out_features) is added last. With ``permutation`` int32 (in_features), stored column k
-    multiplies column permutation[k] of the input. ``input_scale`` float32 (1) is what a scheme whose activation scales
-    are static rounds the input with.
+    The product's input is ``norm`` of x. With ``permutation`` int32 (in_features), stored column k multiplies column
+    permutation[k] of the input. ``input_scale`` float32 (1) is what a scheme whose activation scales are static rounds
+    the input with. At last ``residual`` (T, out_features) is added; or, with ``swiglu`` and a weight in gated panels,
+    silu of the product's first half is multiplied with the second.
     """
 
     norm: Norm | None = None

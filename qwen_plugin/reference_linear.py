@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_plugin.layout import BLOCK_COLUMNS, ZERO_POINTS, unpack_panels
+from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, ZERO_POINTS, unpack_panels
 
 Array = NDArray[Any]
 
@@ -79,30 +79,32 @@ def quant_linear(
     """The product of rows with a quantised weight, and what was multiplied.
 
     Args:
-        attributes: its ``swiglu`` and ``norm_weight`` exclude each other.
-        x: float32 (T, K), finite; (T, 2 K) with ``swiglu``: silu(x[:, :K]) * x[:, K:] is multiplied.
+        attributes: with its ``swiglu``, outputs 0 to 15 of each 32 are gates of the 16 behind them.
+        x: float32 (T, K), finite.
         weight: its panels, see :mod:`qwen_plugin.layout`.
         bias: (N).
         norm_weight: (K), RMS norm of x first.
-        residual: (T, N), added last.
+        residual: (T, N), added last; not with ``swiglu``.
         permutation: int32 (K), stored column k multiplies input column ``permutation[k]``.
         input_scale: (1), with ``activation_scales`` "static" alone, see :func:`quantize_rows`.
 
     Returns:
-        y float64 (T, N) and the product's input float32 (T, K), before it is permuted and quantised.
+        y float64 (T, N), (T, N / 2) with ``swiglu``: silu(gate) * up; and the product's input float32 (T, K), before it
+        is permuted and quantised.
     """
     a = attributes
     source = x.astype(np.float64)
     if norm_weight is not None:
         source = source / np.sqrt(np.mean(source**2, axis=-1, keepdims=True) + a.epsilon) * norm_weight
-    elif a.swiglu:
-        gate = np.clip(source[:, : a.K], -88, None)
-        source = gate / (1 + np.exp(-gate)) * source[:, a.K :]
     product_input = source.astype(np.float32)
     stored_order = product_input if permutation is None else product_input[:, permutation]
     y = quantize_rows(a, stored_order, input_scale) @ dequantize(weight, a).T.astype(np.float64)
     for addend in (bias, residual):
         y = y if addend is None else y + addend
+    if a.swiglu:
+        gate, up = y.reshape(len(y), -1, 2, PANEL // 2).swapaxes(1, 2).reshape(len(y), 2, -1).swapaxes(0, 1)
+        gate = gate.clip(min=-88)
+        y = gate / (1 + np.exp(-gate)) * up
     return y, product_input
 
 

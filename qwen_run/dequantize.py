@@ -67,7 +67,8 @@ class StoredLinear:
         stored = self.record.quantization
         if not stored.group_size:
             return self.tensors["weight"][start:stop]
-        read = {"panels32": self._read_panels, "rows": self._read_rows}[stored.layout]
+        readers = {"panels32": self._read_panels, "panels32-gated": self._read_gated, "rows": self._read_rows}
+        read = readers[stored.layout]
         q, scales, zero_points = read(start, stop)  # (R, G x group_size), (R, G), (R, G)
         zero = np.uint8(ZERO_POINTS[stored.bits]) if zero_points is None else zero_points[..., None]
         weight = q.reshape(*scales.shape, stored.group_size).astype(np.float32)
@@ -88,6 +89,17 @@ class StoredLinear:
         )
         skip = start - first * PANEL
         return q[skip:], scales[skip:], None if zero_points is None else zero_points[skip:]
+
+    def _read_gated(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Of panels which hold 16 rows of the first half of the weight and the 16 of the second that these gate."""
+        half = self.record.out_features // 2
+        rows = np.arange(start, stop)
+        second, row = np.divmod(rows, half)
+        places = row // (PANEL // 2) * PANEL + row % (PANEL // 2) + second * (PANEL // 2)
+        first = int(places.min()) // PANEL * PANEL
+        q, scales, zero_points = self._read_panels(first, int(places.max()) + 1)
+        places -= first
+        return q[places], scales[places], None if zero_points is None else zero_points[places]
 
     def _read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """As ``MatMulNBits`` and ``GatherBlockQuantized`` read them: at 4 bits, the even column in the low half."""

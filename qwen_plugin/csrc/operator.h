@@ -240,21 +240,31 @@ struct Declaration : OrtCustomOp {
   }
 };
 
-// Gives output 0 the shape (rows of input 0, attribute `width`), where both are known.
-inline void InferRows(const OrtApi& api, OrtShapeInferContext* context, const char* width) {
+// Gives output 0 the shape (rows of input 0, attribute `width`), where both are known; half of that where the attribute
+// `halves` is 1.
+inline void InferRows(const OrtApi& api, OrtShapeInferContext* context, const char* width,
+                      const char* halves = nullptr) {
   OrtTensorTypeAndShapeInfo *input, *output;
   Check(api.ShapeInferContext_GetInputTypeShape(context, 0, &input));
-  size_t rank, size;
+  size_t rank;
   Check(api.GetDimensionsCount(input, &rank));
   if (rank < 1 || rank > 2) return;  // unknown, or Compute will say what is wrong
   int64_t dims[2];
   const char* names[2];
   Check(api.GetDimensions(input, dims, rank));
   Check(api.GetSymbolicDimensions(input, names, rank));
-  const OrtOpAttr* attribute;
-  OrtStatus* absent = api.ShapeInferContext_GetAttribute(context, width, &attribute);
-  if (absent != nullptr) return api.ReleaseStatus(absent);
-  Check(api.ReadOpAttr(attribute, kOrtInteger, &dims[1], sizeof dims[1], &size));
+  const auto read = [&](const char* name, int64_t absent) {
+    const OrtOpAttr* attribute;
+    if (OrtStatus* status = api.ShapeInferContext_GetAttribute(context, name, &attribute)) {
+      api.ReleaseStatus(status);
+      return absent;
+    }
+    size_t size;
+    int64_t value;
+    Check(api.ReadOpAttr(attribute, kOrtInteger, &value, sizeof value, &size));
+    return value;
+  };
+  dims[1] = read(width, 0) / (halves != nullptr && read(halves, 0) == 1 ? 2 : 1);
   if ((dims[0] < 0 && *names[0] == '\0') || dims[1] < 1) return;
   names[1] = "";
   Check(api.CreateTensorTypeAndShapeInfo(&output));

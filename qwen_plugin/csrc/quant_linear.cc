@@ -1,4 +1,4 @@
-// qwen::QuantLinear version 1: checks every input, divides the work, calls the kernels.
+// qwen::QuantLinear version 2: checks every input, divides the work, calls the kernels.
 #include "quant_linear.h"
 
 #include <algorithm>
@@ -24,8 +24,6 @@ constexpr const char* kInputNames[kInputCount] = {"x",        "weight",      "bi
 // A task multiplies about this many bytes of weights, with at least one panel: small enough that the threads end
 // together, large enough that the memory's streams are long.
 constexpr int64_t kTaskBytes = 128 << 10;
-// Rows whose activations stay in the second-level cache while panels pass by.
-constexpr int64_t kBlockBytes = 1 << 20;
 // Below this many multiply-adds (of a task: at least) a parallel region costs more than it brings.
 constexpr int64_t kSerialWork = 100'000;
 
@@ -56,6 +54,9 @@ Problem ReadSettings(const Attributes& attributes) {
                       "another: it goes with 4 bits, groups of 32 or 64 and precision int8");
   p.block_groups = blocks ? kBlockColumns / p.group_size : 1;
   p.swiglu = attributes.Int("swiglu", 0, 0, 1) == 1;
+  if (p.swiglu && p.out_features % kPanel != 0)
+    attributes.Refuse("N", std::to_string(p.out_features), "a multiple of 32, as swiglu is 1");
+  p.width = p.out_features / (p.swiglu ? 2 : 1);
   p.epsilon = attributes.Float("epsilon", 1e-6f);
   if (!std::isfinite(p.epsilon) || p.epsilon < 0) attributes.Refuse("epsilon", std::to_string(p.epsilon), "0 or more");
   return p;
@@ -68,9 +69,7 @@ void SetInputs(const OrtApi& api, const OrtKernelContext* context, Problem& p) {
                residual = input(kResidual), permutation = input(kPermutation), input_scale = input(kInputScale);
   x.Require();
   x.ExpectType(operators::kFloat32);
-  const int64_t width = p.in_features * (p.swiglu ? 2 : 1);
-  if (x.rank != 2 || x.dims[1] != width)
-    x.RefuseShape("(T, " + std::to_string(width) + ") = " + (p.swiglu ? "(T, 2 * K), as swiglu is 1" : "(T, K)"));
+  if (x.rank != 2 || x.dims[1] != p.in_features) x.RefuseShape("(T, " + std::to_string(p.in_features) + ") = (T, K)");
   p.rows = x.dims[0];
   SetWeight(p, weight);
   bias.Expect(operators::kFloat32, {p.out_features}, "(N)");
@@ -78,7 +77,7 @@ void SetInputs(const OrtApi& api, const OrtKernelContext* context, Problem& p) {
   residual.Expect(operators::kFloat32, {p.rows, p.out_features}, "(T, N)");
   permutation.Expect(operators::kInt32, {p.in_features}, "(K)");
   input_scale.Expect(operators::kFloat32, {1}, "(1)");
-  if (norm.given && p.swiglu) throw Error("norm_weight is given, expected to be absent: swiglu is 1");
+  if (residual.given && p.swiglu) throw Error("residual is given, expected to be absent: swiglu is 1");
   const bool is_static = p.activation_scales == ActivationScales::kStatic;
   if (input_scale.given != is_static)
     throw Error(is_static ? "input_scale is missing, activation_scales static needs it"
@@ -130,9 +129,11 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
     operators::ParallelFor(api, context, tiles, [&](int64_t t) { kernels.prepare(p, tiles, {t, t + 1}, activations); });
   }
 
-  const int64_t blocks = CeilDiv(tiles, std::max<int64_t>(1, kBlockBytes / tile_bytes));
+  const Share share = kernels.share(p);
+  const int64_t blocks = CeilDiv(tiles, share.tiles);
   const int64_t work = p.rows * p.groups * p.group_size * p.panels * kPanel;
-  const int64_t wanted = std::min(work / kSerialWork, p.panels * p.panel_bytes / kTaskBytes);
+  const int64_t wanted = share.panels > 0 ? CeilDiv(p.panels, share.panels)
+                                          : std::min(work / kSerialWork, p.panels * p.panel_bytes / kTaskBytes);
   const int64_t chunks = std::min(p.panels, std::max<int64_t>(1, wanted));
   operators::ParallelFor(api, context, blocks * chunks, [&](int64_t i) {
     const int64_t block = i / chunks, chunk = i % chunks;
@@ -178,7 +179,7 @@ struct Kernel {
   void Compute(OrtKernelContext* context) const {
     Problem p = settings;
     SetInputs(api, context, p);
-    p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.out_features});
+    p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.width});
     p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
     const bool few_rows = p.rows < kTileRows[p.precision == Precision::kInt8x2];
     if (p.rows > 0) Run(api, context, few_rows ? kernels : tile_kernels, p);
@@ -187,14 +188,21 @@ struct Kernel {
 
 struct QuantLinear {
   static constexpr const char* kName = "QuantLinear";
-  static constexpr int kVersion = 1;
+  static constexpr int kVersion = 2;
   static constexpr size_t kInputs = kInputCount, kOutputs = 2;
-  static void InferShape(const OrtApi& api, OrtShapeInferContext* context) { operators::InferRows(api, context, "N"); }
+  static void InferShape(const OrtApi& api, OrtShapeInferContext* context) {
+    operators::InferRows(api, context, "N", "swiglu");
+  }
 };
 
 }  // namespace
 
 float* RowScratch(int64_t floats) {
+  thread_local Scratch scratch;
+  return static_cast<float*>(scratch.Get(floats * int64_t(sizeof(float))));
+}
+
+float* TotalScratch(int64_t floats) {
   thread_local Scratch scratch;
   return static_cast<float*>(scratch.Get(floats * int64_t(sizeof(float))));
 }

@@ -18,7 +18,8 @@
 //   integer below 2^22, exact in any order; y = fma(float(that sum) * unit, scale, y), blocks ascending
 //
 //   float32: y = fma((q - zero_point) * weight_scale, x, y), columns ascending
-// and at last y + bias + residual, from left to right.
+// and at last y + bias + residual, from left to right. With swiglu, for which the builder puts 16 outputs of the gate
+// and the 16 that they gate into a panel: silu(y + bias of its first half) * (y + bias of its second).
 #pragma once
 #include "quant_weight.h"
 
@@ -38,14 +39,15 @@ struct Problem : QuantWeight {
   int64_t block_groups;  // that share a scale of the activations, 1 unless they are of kBlock
   float input_scale;     // of the static ones
   bool swiglu;
+  int64_t width;  // columns of y: out_features, or half of them with swiglu
   float epsilon;
 
-  const float* x;  // (rows, in_features), or twice as wide with swiglu
+  const float* x;  // (rows, in_features)
   // The following may be null.
-  const float *bias, *norm_weight, *residual;  // (out_features), (in_features), (rows, out_features)
+  const float *bias, *norm_weight, *residual;  // (out_features), (in_features), (rows, width)
   const int32_t* permutation;                  // (in_features)
-  float* y;                                    // (rows, out_features)
-  float* input;                                // (rows, in_features), or null: the product's input, normalised or gated
+  float* y;                                    // (rows, width)
+  float* input;                                // (rows, in_features), or null: the product's input, normalised
 };
 
 struct Range {
@@ -55,6 +57,14 @@ struct Range {
 // The rows are cut evenly into tiles: tile t is rows [RowBegin(p, tiles, t), RowBegin(p, tiles, t + 1)).
 static inline int64_t RowBegin(const Problem& p, int64_t tiles, int64_t tile) { return p.rows * tile / tiles; }
 
+// What `multiply` is given at a time, at most; panels 0: a few, so that the threads end together.
+struct Share {
+  int64_t tiles, panels;
+};
+
+// Activations that stay in the second-level cache while panels pass by.
+constexpr int64_t kCachedBytes = 1 << 20;
+
 // Kernels keep a call's activations in one buffer, a tile after the other, in a form of their own.
 // `tiles` is the number of all tiles; ranges are of tiles and of panels. Both functions run on several threads at
 // once, on different ranges. They don't throw.
@@ -62,14 +72,17 @@ struct Kernels {
   int64_t (*max_tile_rows)(const Problem& p);
   // Bytes of one tile in the buffer, a multiple of 64; the buffer is aligned to 64.
   int64_t (*tile_bytes)(const Problem& p);
-  // Normalises or gates rows of x (and writes p.input), permutes and quantises them into the buffer.
+  // Normalises rows of x (and writes p.input), permutes and quantises them into the buffer.
   void (*prepare)(const Problem& p, int64_t tiles, Range of_tiles, char* activations);
-  // Multiplies tiles with panels into p.y, bias and residual added.
+  Share (*share)(const Problem& p);
+  // Multiplies tiles with panels into p.y, bias and residual added, or gated.
   void (*multiply)(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations);
 };
 
-// Memory of the calling thread for that many floats; what it held before is lost.
+// Memory of the calling thread for that many floats, aligned to 64; what it held before is lost. For a row, and for
+// totals.
 float* RowScratch(int64_t floats);
+float* TotalScratch(int64_t floats);
 
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)

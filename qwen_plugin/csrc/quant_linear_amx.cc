@@ -14,7 +14,6 @@ namespace {
 constexpr int kFewRows = 8, kManyRows = 12;  // of a tile: y of more would not leave registers for anything else
 constexpr int kMaxColumns = 64;              // of a tile of activations
 constexpr int kChunkColumns = 512;           // a chunk of a panel, 16 KiB unpacked, stays in the first-level cache
-constexpr int kMaxTiles = 64;                // whose totals, 96 KiB, stay in the second-level cache
 
 // ---- Preparing
 
@@ -260,10 +259,10 @@ struct Product {
 };
 
 // Adds groups [first, first + count) of a panel, which `chunk` holds, to the totals of tiles; after the last ones they
-// become y, whose memory, far apart, is fetched before.
+// become y, whose memory, far apart, is fetched before. Meanwhile it fetches the weights at `fetch`.
 template <int kRows, int kGroup, int kPlanes, bool kCorrection>
 void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t count, int64_t panel, int64_t tiles,
-                   Range of_tiles, const char* activations, float* totals) {
+                   Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
   using P = Product<kRows, kGroup, kPlanes, kCorrection>;
   const int64_t row = first * kRows, tile_bytes = TileBytesAmx(p), value_bytes = ValueBytes(p);
   const bool last = first + count == p.groups, fetch_y = last && !Streams(p);
@@ -271,23 +270,21 @@ void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t 
   const char* const values = tile + row * kGroup * kPlanes;
   alignas(64) typename P::GroupSums sums[2];
   const P product = {chunk, count, tile_bytes, values + (of_tiles.last - of_tiles.first - 1) * tile_bytes, sums};
-  const uint8_t* const fetch = PanelOf(p, panel) + p.zero_point_bytes + (first + count) * p.block_bytes;
   const int64_t fetch_bytes = p.zero_point_bytes + kChunkColumns / kGroup * p.block_bytes,
                 steps = (of_tiles.last - of_tiles.first) * count;
   typename P::Cursor at = {values, 0, fetch, fetch + fetch_bytes, CeilDiv(fetch_bytes, steps * 64) * 64};
   product.Start(at);
   int64_t begin = RowBegin(p, tiles, of_tiles.first);
-  for (int64_t t = of_tiles.first; t < of_tiles.last; ++t, tile += tile_bytes, totals += kRows * kPanel) {
+  for (int64_t t = of_tiles.first; t < of_tiles.last; ++t, tile += tile_bytes, totals += kRows) {
     const int64_t end = RowBegin(p, tiles, t + 1);
     const float* const scales = reinterpret_cast<const float*>(tile + value_bytes);
     const int32_t* const row_factors = reinterpret_cast<const int32_t*>(scales + p.groups * kRows);
-    auto* const total = reinterpret_cast<float (*)[kPanel]>(totals);
     for (int64_t r = begin; fetch_y && r < end; ++r) {
-      __builtin_prefetch(p.y + r * p.out_features + panel * kPanel, 1);
-      __builtin_prefetch(p.y + r * p.out_features + panel * kPanel + kLanes, 1);
+      const float* const y = p.y + r * p.width + panel * (p.swiglu ? kLanes : kPanel);
+      __builtin_prefetch(y, 1), __builtin_prefetch(y + kLanes, 1);
     }
-    product.AddTile(at, scales + row, row_factors + row, first == 0, total);
-    if (last) FinishRows(p, {begin, end}, panel, total);
+    product.AddTile(at, scales + row, row_factors + row, first == 0, totals);
+    if (last) FinishRows(p, {begin, end}, panel, totals);
     begin = end;
   }
 }
@@ -308,28 +305,26 @@ ChunkMultiplier ChooseGroup(const Problem& p) {
                               : ChoosePrecision<kRows, 128>(p);
 }
 
+int64_t ChunkGroups(const Problem& p) { return kChunkColumns / p.group_size; }
+
+Share ShareOf(const Problem& p) { return ShareOf(p, TileRows(p), TileBytesAmx(p), ChunkGroups(p)); }
+
 void MultiplyAmx(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
-  const int64_t rows = TileRows(p), chunk_groups = kChunkColumns / p.group_size;
+  const int64_t rows = TileRows(p);
   const ChunkMultiplier multiply = rows == kFewRows ? ChooseGroup<kFewRows>(p) : ChooseGroup<kManyRows>(p);
   ConfigureTiles(int(rows), int(p.group_size < kMaxColumns ? p.group_size : kMaxColumns));
-  for (int64_t first = of_tiles.first; first < of_tiles.last; first += kMaxTiles) {
-    const Range some_tiles = {first, first + kMaxTiles < of_tiles.last ? first + kMaxTiles : of_tiles.last};
-    for (int64_t n = of_panels.first; n < of_panels.last; ++n) {
-      alignas(64) float totals[kMaxTiles * kManyRows * kPanel];
-      for (int64_t g = 0; g < p.groups; g += chunk_groups) {
-        const int64_t count = p.groups - g < chunk_groups ? p.groups - g : chunk_groups;
-        Chunk chunk;
-        Unpack(p, PanelOf(p, n), g, count, chunk);
-        multiply(p, chunk, g, count, n, tiles, some_tiles, activations, totals);
-      }
-    }
-  }
+  TakeTurns(p, of_tiles, of_panels, rows, TileBytesAmx(p), ChunkGroups(p),
+            [&](int64_t panel, int64_t first, int64_t count, const uint8_t* next, float (*totals)[kPanel]) {
+              Chunk chunk;
+              Unpack(p, PanelOf(p, panel), first, count, chunk);
+              multiply(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
+            });
   asm volatile("tilerelease");
   _mm_sfence();  // other threads shall see what was streamed
 }
 
 }  // namespace
 
-const Kernels kAmxKernels = {TileRows, TileBytesAmx, PrepareAmx, MultiplyAmx};
+const Kernels kAmxKernels = {TileRows, TileBytesAmx, PrepareAmx, ShareOf, MultiplyAmx};
 
 }  // namespace quant_linear

@@ -13,9 +13,52 @@ namespace {
 using Lanes = Avx512Lanes;
 
 constexpr int kLanes = 16, kHalves = kPanel / kLanes;
+constexpr int kMaxTiles = 64;  // of rows at a time: totals of a panel take at most 128 KiB
+constexpr int64_t kTotalBytes =
+    512 << 10;                             // of totals of panels that take turns: with activations, in a cache of 2 MiB
+constexpr int64_t kLeastTasks = 6;         // of such panels, so that the threads end together
 constexpr int64_t kStreamBytes = 8 << 20;  // of y, from which it is written past the caches, measured
 
 inline int64_t CeilDiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
+
+// ---- Turns. Where the activations of all rows do not stay in the second-level cache, panels take turns after a range
+// of columns, and the weights are unpacked once for all rows; or, if there are few panels, rows are given in blocks.
+
+// Groups of a turn, a multiple of `unit`.
+inline int64_t TurnGroups(const Problem& p, int64_t tiles, int64_t tile_bytes, int64_t unit) {
+  const int64_t turns = CeilDiv(tiles * tile_bytes, kCachedBytes);
+  return CeilDiv(CeilDiv(p.groups, turns), unit) * unit;
+}
+
+inline Share ShareOf(const Problem& p, int64_t tile_rows, int64_t tile_bytes, int64_t unit) {
+  const int64_t all = CeilDiv(p.rows, tile_rows), tiles = all < kMaxTiles ? all : kMaxTiles;
+  const int64_t panels = kTotalBytes / (tiles * tile_rows * kPanel * int64_t(sizeof(float)));
+  if (TurnGroups(p, tiles, tile_bytes, unit) < p.groups && CeilDiv(p.panels, panels) >= kLeastTasks)
+    return {kMaxTiles, panels};
+  const int64_t cached = kCachedBytes / tile_bytes;
+  return {cached > kMaxTiles ? kMaxTiles : cached > 1 ? cached : 1, 0};
+}
+
+// Calls multiply(panel, first group, count, weights that are wanted next, totals (rows of the tiles, 32)) for chunks of
+// `unit` groups, turn by turn.
+template <class Function>
+inline void TakeTurns(const Problem& p, Range of_tiles, Range of_panels, int64_t tile_rows, int64_t tile_bytes,
+                      int64_t unit, const Function& multiply) {
+  const int64_t tiles = of_tiles.last - of_tiles.first, turn = TurnGroups(p, tiles, tile_bytes, unit);
+  const int64_t floats = tiles * tile_rows * kPanel, kept = turn < p.groups ? floats : 0;  // between panels
+  float* const totals = TotalScratch(kept > 0 ? (of_panels.last - of_panels.first) * floats : floats);
+  for (int64_t begin = 0; begin < p.groups; begin += turn) {
+    const int64_t end = begin + turn < p.groups ? begin + turn : p.groups;
+    for (int64_t n = of_panels.first; n < of_panels.last; ++n)
+      for (int64_t g = begin; g < end; g += unit) {
+        const bool more = g + unit < end;  // of this panel
+        const uint8_t* const next =
+            PanelOf(p, n + !more) + p.zero_point_bytes + (more ? g + unit : begin) * p.block_bytes;
+        multiply(n, g, end - g < unit ? end - g : unit, next,
+                 reinterpret_cast<float (*)[kPanel]>(totals + (n - of_panels.first) * kept));
+      }
+  }
+}
 
 // ---- Tile registers. The intrinsics take their numbers from literals only.
 
@@ -61,19 +104,43 @@ inline __m512i FourTimes(const uint8_t* bytes) {
 
 // Whether y is written past the caches, which could not hold it, instead of being read into them first.
 inline bool Streams(const Problem& p) {
-  return p.rows * p.out_features * int64_t(sizeof(float)) >= kStreamBytes && p.out_features % kLanes == 0 &&
+  return p.rows * p.width * int64_t(sizeof(float)) >= kStreamBytes && p.width % kLanes == 0 &&
          reinterpret_cast<uintptr_t>(p.y) % 64 == 0;
+}
+
+// Which of the outputs of a half of a panel there are.
+inline __mmask16 OutputMask(const Problem& p, int64_t column) {
+  const int64_t left = p.out_features - column;
+  return left >= kLanes ? 0xffff : left <= 0 ? 0 : __mmask16((1 << left) - 1);
 }
 
 // y of a tile's rows and a panel, from their totals.
 inline void FinishRows(const Problem& p, Range rows, int64_t panel, const float (*totals)[kPanel]) {
   const bool stream = Streams(p);
+  if (p.swiglu) {
+    const float* const bias = p.bias + panel * kPanel;
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      __m512 halves[kHalves];
+      for (int h = 0; h < kHalves; ++h) {
+        halves[h] = _mm512_load_ps(totals[row - rows.first] + h * kLanes);
+        if (p.bias != nullptr) halves[h] = _mm512_add_ps(halves[h], _mm512_loadu_ps(bias + h * kLanes));
+      }
+      const __m512 y = Gate<Lanes>(halves[0], halves[1]);
+      float* const at = p.y + row * p.width + panel * kLanes;
+      if (stream) {
+        _mm512_stream_ps(at, y);
+      } else {
+        _mm512_storeu_ps(at, y);
+      }
+    }
+    return;
+  }
   for (int h = 0; h < kHalves; ++h) {
-    const int64_t column = panel * kPanel + h * kLanes, left = p.out_features - column;
-    const __mmask16 mask = left >= kLanes ? 0xffff : left <= 0 ? 0 : __mmask16((1 << left) - 1);
+    const int64_t column = panel * kPanel + h * kLanes;
+    const __mmask16 mask = OutputMask(p, column);
     const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + column);
     for (int64_t row = rows.first; row < rows.last; ++row) {
-      const int64_t at = row * p.out_features + column;
+      const int64_t at = row * p.width + column;
       __m512 y = _mm512_load_ps(totals[row - rows.first] + h * kLanes);
       if (p.bias != nullptr) y = _mm512_add_ps(y, bias);
       if (p.residual != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p.residual + at));

@@ -17,7 +17,6 @@ constexpr int kColumns = 64;     // of a tile
 constexpr int kParts = 2;        // tiles of columns of a block
 constexpr int kPlanes = 2;       // of weights
 constexpr int kChunkBlocks = 2;  // that are unpacked, 16 KiB
-constexpr int kMaxTiles = 64;    // whose totals, 128 KiB, stay in the second-level cache
 constexpr int kTileSize = kRows * kColumns;
 
 int64_t Blocks(const Problem& p) { return CeilDiv(p.groups, p.block_groups); }
@@ -161,12 +160,12 @@ INLINE void AddHalf(const Sums& from, const Target& to) {
 }
 
 // Adds the products of tiles and a panel's blocks [first, first + count) to totals; after the last they become y.
+// Meanwhile it fetches the weights at `fetch`.
 void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, int64_t panel, int64_t tiles,
-                   Range of_tiles, const char* activations, float (*totals)[kPanel]) {
+                   Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
   alignas(64) Sums sums[kHalves];
   const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
   const bool last = first + count == Blocks(p);
-  const uint8_t* fetch = PanelOf(p, panel) + p.zero_point_bytes + (first + count) * p.block_groups * p.block_bytes;
   const int64_t fetch_bytes = kChunkBlocks * p.block_groups * p.block_bytes;
   const int64_t step_bytes = CeilDiv(fetch_bytes, (of_tiles.last - of_tiles.first) * count * 64) * 64;
   const uint8_t* const fetch_last = fetch + fetch_bytes;
@@ -200,27 +199,25 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
   finish(of_tiles.last - 1);
 }
 
+int64_t ChunkGroups(const Problem& p) { return kChunkBlocks * p.block_groups; }
+
+Share ShareOf(const Problem& p) { return ShareOf(p, kRows, TileBytes(p), ChunkGroups(p)); }
+
 void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
-  const int64_t blocks = Blocks(p);
   ConfigureTiles(kRows, kColumns);
-  for (int64_t first = of_tiles.first; first < of_tiles.last; first += kMaxTiles) {
-    const Range some_tiles = {first, first + kMaxTiles < of_tiles.last ? first + kMaxTiles : of_tiles.last};
-    for (int64_t n = of_panels.first; n < of_panels.last; ++n) {
-      alignas(64) float totals[kMaxTiles * kRows][kPanel];
-      for (int64_t b = 0; b < blocks; b += kChunkBlocks) {
-        const int64_t count = blocks - b < kChunkBlocks ? blocks - b : kChunkBlocks;
-        Block chunk[kChunkBlocks];
-        for (int64_t i = 0; i < count; ++i) Unpack(p, PanelOf(p, n), b + i, chunk[i]);
-        MultiplyChunk(p, chunk, b, count, n, tiles, some_tiles, activations, totals);
-      }
-    }
-  }
+  TakeTurns(p, of_tiles, of_panels, kRows, TileBytes(p), ChunkGroups(p),
+            [&](int64_t panel, int64_t group, int64_t groups, const uint8_t* next, float (*totals)[kPanel]) {
+              const int64_t first = group / p.block_groups, count = CeilDiv(groups, p.block_groups);
+              Block chunk[kChunkBlocks];
+              for (int64_t i = 0; i < count; ++i) Unpack(p, PanelOf(p, panel), first + i, chunk[i]);
+              MultiplyChunk(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
+            });
   asm volatile("tilerelease");
   _mm_sfence();  // other threads shall see what was streamed
 }
 
 }  // namespace
 
-const Kernels kAmxBlockKernels = {TileRows, TileBytes, Prepare, Multiply};
+const Kernels kAmxBlockKernels = {TileRows, TileBytes, Prepare, ShareOf, Multiply};
 
 }  // namespace quant_linear

@@ -10,27 +10,6 @@
 namespace quant_linear {
 namespace {
 
-// exp(x) for x from -87 to 88, relative error below 3e-7.
-template <class L>
-typename L::Floats Exp(typename L::Floats x) {
-  const auto n = L::Round(L::Mul(x, L::Set(1.44269504f)));
-  const auto whole = L::ToFloats(n);
-  auto r = L::Fma(whole, L::Set(-0.693145752f), x);  // ln 2 in two parts
-  r = L::Fma(whole, L::Set(-1.42860677e-6f), r);
-  auto series = L::Set(1.3981999e-3f);
-  constexpr float kSeries[] = {8.3334519e-3f, 4.1665796e-2f, 1.6666666e-1f, .5f, 1.f, 1.f};
-  for (const float coefficient : kSeries) series = L::Fma(series, r, L::Set(coefficient));
-  return L::Mul(series, L::PowerOfTwo(n));
-}
-
-// gate / (1 + exp(-gate)) * up; a gate below -88 counts as -88, which gives 5e-37.
-template <class L>
-typename L::Floats Gate(typename L::Floats gate, typename L::Floats up) {
-  gate = L::Max(L::Set(-88.f), gate);
-  const auto power = L::Max(L::Set(-87.f), L::Negate(gate));
-  return L::Mul(L::Div(gate, L::Add(L::Set(1.f), Exp<L>(power))), up);
-}
-
 // Calls function(k, load, store) for every sixteen columns of `count`, where load reads a row's and store writes them.
 template <class L, class Function>
 void ForLanes(int64_t count, Function function) {
@@ -72,16 +51,14 @@ template <class L>
 const float* InputRow(const Problem& p, int64_t row) {
   const int64_t K = p.in_features, padded = p.groups * p.group_size;
   float* const scratch = RowScratch(2 * padded);
-  const float* x = p.x + row * K * (p.swiglu ? 2 : 1);
+  const float* x = p.x + row * K;
   float* const out = p.input == nullptr ? scratch : p.input + row * K;
   if (p.norm_weight != nullptr) {
     Normalize<L>(p, x, out);
-  } else if (p.swiglu) {
-    ForLanes<L>(K, [&](auto load, auto store) { store(out, Gate<L>(load(x), load(x + K))); });
   } else if (p.input != nullptr) {
     std::memcpy(out, x, size_t(K) * sizeof(float));
   }
-  if (p.norm_weight != nullptr || p.swiglu) x = out;
+  if (p.norm_weight != nullptr) x = out;
   if (p.permutation == nullptr && padded == K) return x;
   float* const last = scratch + padded;
   if (p.permutation == nullptr) {
