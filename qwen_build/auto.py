@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,31 +195,60 @@ class Search:
         return float(last.predicted_kl * (kl / last.kl) ** (1 / power))
 
     def within_bytes(self, max_bytes: int) -> Trial:
-        """The engine predicted to be the most accurate one of at most ``max_bytes``, all files together.
+        """The most accurate engine found of at most ``max_bytes``, all files together.
+
+        That is the one predicted to be; or, as predictions are some percent off, the best one of those that store all
+        linears of the layers alike, where it measures better.
 
         Raises:
             BuildError: the smallest one is larger.
         """
         smallest = tuple(sizes.index(min(sizes)) for sizes in self.stored_bytes)
         others = self._other_bytes(smallest)
+        every = [range(len(unit.schemes)) for unit in self.units]
         while True:
-            choice = cheapest(self.kl, self.stored_bytes, max_bytes - others)
+            choice = self._most_accurate(every, max_bytes - others)
             if choice is None:
                 least = others + sum(map(min, self.stored_bytes))
                 raise BuildError(
                     f"--max-size is {megabytes(max_bytes)}, the smallest engine has {megabytes(least)}; allow as much"
                 )
-            trial = self.trial(choice)
-            if trial.size_bytes <= max_bytes:
-                return trial
-            others += trial.size_bytes - max_bytes
+            best = self.trial(choice)
+            if best.size_bytes <= max_bytes:
+                break
+            others += best.size_bytes - max_bytes
+        alike = [self._most_accurate(some, max_bytes - others) for some in self._alike()]
+        fitting = [choice for choice in alike if choice is not None]
+        if fitting and (choice := min(fitting, key=self._predicted)) != best.choice:
+            other = self.trial(choice)
+            if other.size_bytes <= max_bytes and other.kl < best.kl:
+                return other
+        return best
+
+    def _most_accurate(self, allowed: Sequence[Sequence[int]], limit: int) -> tuple[int, ...] | None:
+        """The choice of ``allowed`` schemes of each unit that is predicted to be, of at most ``limit`` stored bytes."""
+        costs, weights = (
+            [[values[i] for i in some] for values, some in zip(table, allowed, strict=True)]
+            for table in (self.kl, self.stored_bytes)
+        )
+        picked = cheapest(costs, weights, limit)
+        return None if picked is None else tuple(some[i] for some, i in zip(allowed, picked, strict=True))
+
+    def _alike(self) -> Iterator[Sequence[Sequence[int]]]:
+        """For every scheme: it alone for the layers' units that have a choice, and all for the others."""
+        every = [range(len(unit.schemes)) for unit in self.units]
+        chosen = [unit.layer is not None and len(unit.schemes) > 1 for unit in self.units]
+        for scheme in range(max(map(len, every))):
+            yield [[scheme] if one else some for one, some in zip(chosen, every, strict=True)]
+
+    def _predicted(self, choice: Sequence[int]) -> float:
+        return sum(kl[i] for kl, i in zip(self.kl, choice, strict=True))
 
     def trial(self, choice: tuple[int, ...]) -> Trial:
         """Build and measure the engine of a choice."""
         label = f"Trying engine {len(self.trials) + 1}"
         measured = kept(self.scratch / f"{self._directory(choice).name}.json", lambda: self._measure(choice, label))
-        predicted = sum(kl[i] for kl, i in zip(self.kl, choice, strict=True))
-        self.trials.append(Trial(choice, predicted, **measured))
+        self.trials.append(Trial(choice, self._predicted(choice), **measured))
         return self.trials[-1]
 
     def engine(self, choice: tuple[int, ...], label: str) -> Path:

@@ -26,7 +26,8 @@ from qwen_build.cli import main
 from qwen_build.locate import resolve_checkpoint
 from qwen_build.options import BuildOptions
 from qwen_build.per_linear import read_rules
-from qwen_build.sensitivity import Probing
+from qwen_build.quantize import Scheme, make_scheme
+from qwen_build.sensitivity import Probing, Unit
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_run.accuracy import FullLogits, compare
@@ -83,6 +84,10 @@ def test_many_small_weights_do_not_add_up_to_more_than_the_limit():
     assert 0.9 * 400 < sum(chosen) <= 400
 
 
+def make_scheme_of(i: int) -> Scheme:
+    return make_scheme(("int4", "int8")[i % 2], (32, 64, 128)[i // 2], True, None, "native")
+
+
 class Scripted(Search):
     """A search whose engines need not be built: their KLs are a power of what was predicted, and the texts differ."""
 
@@ -92,13 +97,17 @@ class Scripted(Search):
         kl = np.sort(rng.gamma(0.3, 1e-3, (30, 5)), axis=1)
         kl[:, 0] = 0
         self.kl, self.stored_bytes, self.trials = kl.tolist(), sizes.tolist(), []
+        self.units = [
+            Unit(str(i), None if i == 0 else i, (), (), tuple(map(make_scheme_of, range(5)))) for i in range(30)
+        ]
         self.power, self.calibration, self.held_out = power, calibration, held_out
+        self.alike = 1.0  # what engines whose layers are stored alike have of the KL that others would
         self.scratch = Path("nowhere")
 
     def trial(self, choice: tuple[int, ...]) -> Trial:
         predicted = sum(kl[i] for kl, i in zip(self.kl, choice, strict=True))
         size = sum(sizes[i] for sizes, i in zip(self.stored_bytes, choice, strict=True))
-        actual = predicted**self.power + 1e-7
+        actual = (predicted**self.power + 1e-7) * (self.alike if len(set(choice[1:])) == 1 else 1)
         self.trials.append(Trial(choice, predicted, self.calibration * actual, self.held_out * actual, size + 5000))
         return self.trials[-1]
 
@@ -141,6 +150,20 @@ def test_a_size_holds_for_what_was_written():
         assert 0.99 * size < search.within_bytes(size).size_bytes <= size
     with pytest.raises(BuildError, match=r"--max-size is 0\.1 MB, the smallest engine has 0\.1 MB"):
         search.within_bytes(least + 4999)
+
+
+def test_layers_stored_alike_are_taken_where_they_measure_better():
+    search = Scripted(1, 1, 1)
+    size = sum(sizes[2] for sizes in search.stored_bytes) + 5000
+    mixed = search.within_bytes(size)
+    assert len(set(mixed.choice[1:])) > 1
+    assert mixed.kl == min(trial.kl for trial in search.trials if trial.size_bytes <= size)
+    search = Scripted(1, 1, 1)
+    search.alike = 1e-3
+    best = search.within_bytes(size)
+    assert set(best.choice[1:]) == {2}
+    assert best.size_bytes <= size
+    assert best.kl < mixed.kl
 
 
 @pytest.fixture(scope="module")
