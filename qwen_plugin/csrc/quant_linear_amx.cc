@@ -38,13 +38,12 @@ void PrepareRowAmx(const Problem& p, const float* x, int64_t row, char* tile) {
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
   int32_t* const factors = reinterpret_cast<int32_t*>(scales + p.groups * rows);
   RowQuantizer<Lanes, kPlanes> quantizer(p, x);
-  char* values = tile + row * columns;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    alignas(64) int8_t planes[kPlanes][kMaxGroup];
-    const QuantizedGroup group = quantizer.Quantize(g, planes);
-    for (int64_t k = 0; k < p.group_size; k += columns)
-      for (int plane = 0; plane < kPlanes; ++plane, values += rows * columns)
-        for (int64_t i = 0; i < columns; i += 32) std::memcpy(values + i, planes[plane] + k + i, 32);
+  int8_t* values = reinterpret_cast<int8_t*>(tile) + row * columns;
+  for (int64_t g = 0; g < p.groups; ++g, values += p.group_size * kPlanes * rows) {
+    const QuantizedGroup group = quantizer.Quantize(g, [&](int plane, int64_t k) {
+      const int64_t part = k >= columns;  // of at most two
+      return values + (part * kPlanes + plane) * rows * columns + k - part * columns;
+    });
     scales[g * rows] = group.scale;
     if (HasCorrection(p)) {
       const uint32_t low = uint32_t(group.sums[kPlanes - 1]), high = kPlanes == 1 ? 0 : uint32_t(group.sums[0]);

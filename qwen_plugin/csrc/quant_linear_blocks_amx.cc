@@ -31,12 +31,9 @@ void PrepareRow(const Problem& p, const float* x, int64_t row, char* tile) {
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
   RowQuantizer<Lanes, 1> quantizer(p, x);
   for (int64_t g = 0; g < p.groups; ++g) {
-    alignas(64) int8_t plane[1][kMaxGroup];
-    scales[g / p.block_groups * kRows] = quantizer.Quantize(g, plane).scale;
-    for (int64_t i = 0; i < p.group_size; i += 32) {
-      const int64_t k = g * p.group_size + i;
-      std::memcpy(tile + k / kColumns * kTileSize + row * kColumns + k % kColumns, plane[0] + i, 32);
-    }
+    const int64_t k = g * p.group_size;  // no group lies in two tiles
+    auto* const to = reinterpret_cast<int8_t*>(tile + k / kColumns * kTileSize + row * kColumns + k % kColumns);
+    scales[g / p.block_groups * kRows] = quantizer.Quantize(g, [to](int, int64_t i) { return to + i; }).scale;
   }
 }
 

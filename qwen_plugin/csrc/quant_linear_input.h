@@ -99,9 +99,11 @@ class RowQuantizer {
         input_scale_(p.input_scale),
         largest_(scales_ == ActivationScales::kToken ? Largest<L>(x, p.groups * size_) : 0) {}
 
-  // Into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2). Where a column that decides the
-  // scale is not finite, or with a static scale any of the group, the scale is NaN and the bytes are 0.
-  QuantizedGroup Quantize(int64_t group, int8_t (*planes)[kMaxGroup]);
+  // Into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2); place(plane, k) says where sixteen
+  // columns from k of the group on go. Where a column that decides the scale is not finite, or with a static scale any
+  // of the group, the scale is NaN and the bytes are 0.
+  template <class Place>
+  QuantizedGroup Quantize(int64_t group, const Place& place);
 
  private:
   const float* x_;
@@ -111,13 +113,15 @@ class RowQuantizer {
 };
 
 template <class L, int kPlanes>
-QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, int8_t (*planes)[kMaxGroup]) {
+template <class Place>
+QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, const Place& place) {
   constexpr float kSteps = kPlanes == 1 ? 1.f : 256.f, kLimit = 127.f * kSteps;
   const float* const x = x_ + group * size_;
   if (scales_ != ActivationScales::kToken && group % block_groups_ == 0)
     largest_ = Largest<L>(x, (group + block_groups_ < groups_ ? block_groups_ : groups_ - group) * size_);
   if (!(largest_ <= __FLT_MAX__)) {
-    std::memset(planes, 0, sizeof(*planes) * kPlanes);
+    for (int plane = 0; plane < kPlanes; ++plane)
+      for (int64_t k = 0; k < size_; k += 16) std::memset(place(plane, k), 0, 16);
     return {__builtin_nanf(""), {0, 0}};
   }
   const bool is_static = scales_ == ActivationScales::kStatic;
@@ -132,12 +136,12 @@ QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, int8_t (*planes
     if (is_static) steps = L::Negate(L::Max(L::Negate(L::Max(steps, least)), least));  // clipped at both ends
     const auto a = L::Round(steps);
     if constexpr (kPlanes == 1) {
-      L::template StoreBytes<0>(planes[0] + k, a);
+      L::template StoreBytes<0>(place(0, k), a);
       high_sum = L::AddInts(high_sum, a);
     } else {
       const auto high = L::HighPart(a), low = L::SubInts(a, high);
-      L::template StoreBytes<8>(planes[0] + k, high);
-      L::template StoreBytes<0>(planes[1] + k, low);
+      L::template StoreBytes<8>(place(0, k), high);
+      L::template StoreBytes<0>(place(1, k), low);
       high_sum = L::AddInts(high_sum, high);
       low_sum = L::AddInts(low_sum, low);
     }

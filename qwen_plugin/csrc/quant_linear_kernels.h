@@ -72,7 +72,7 @@ void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, cha
   RowQuantizer<L, kPlanes> quantizer(p, x);
   for (int64_t g = 0; g < p.groups; ++g, tile += GroupBytes(p, rows, kPlanes)) {
     alignas(64) int8_t planes[kPlanes][kMaxGroup];
-    const QuantizedGroup group = quantizer.Quantize(g, planes);
+    const QuantizedGroup group = quantizer.Quantize(g, [&](int plane, int64_t k) { return planes[plane] + k; });
     char* const starts = tile + 4 * steps * all;
     for (int plane = 0; plane < kPlanes; ++plane) {
       char* const bytes = tile + 4 * (first + plane);
