@@ -70,6 +70,9 @@ const float* InputRow(const Problem& p, int64_t row) {
   return last;
 }
 
+// What a row quantiser fetches ahead, of this row and the next: their floats come from far away.
+constexpr int64_t kFloatsAhead = 512;
+
 struct QuantizedGroup {
   float scale;
   int32_t sums[2];  // of the values in each plane
@@ -117,8 +120,11 @@ template <class Place>
 QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, const Place& place) {
   constexpr float kSteps = kPlanes == 1 ? 1.f : 256.f, kLimit = 127.f * kSteps;
   const float* const x = x_ + group * size_;
-  if (scales_ != ActivationScales::kToken && group % block_groups_ == 0)
-    largest_ = Largest<L>(x, (group + block_groups_ < groups_ ? block_groups_ : groups_ - group) * size_);
+  if (scales_ != ActivationScales::kToken && group % block_groups_ == 0) {
+    const int64_t columns = (group + block_groups_ < groups_ ? block_groups_ : groups_ - group) * size_;
+    for (int64_t k = 0; k < columns; k += 16) __builtin_prefetch(x + k + kFloatsAhead);
+    largest_ = Largest<L>(x, columns);
+  }
   if (!(largest_ <= __FLT_MAX__)) {
     for (int plane = 0; plane < kPlanes; ++plane)
       for (int64_t k = 0; k < size_; k += 16) std::memset(place(plane, k), 0, 16);
