@@ -14,6 +14,10 @@ namespace {
 constexpr int kLanes = 16;         // int32 of a line
 constexpr int kRowsOfOneTile = 8;  // whose high and low bytes fit
 
+// Lines fetched at a time, by how long the steps take: for half a tile of keys and 64 channels, a turn of a row's
+// softmax, and 16 channels of values. Together they fetch a partition's values and the next one's keys.
+constexpr int kLinesInScores = 8, kLinesInSoftmax = 12, kLinesInValues = 40;
+
 // Row `row` of A (chunks, high and low, rows, 64) from its int16 numbers, whose count is a multiple of 32.
 template <int kChunk>
 inline void SplitRow(const int16_t* numbers, int count, int row, int rows, int8_t* a) {
@@ -108,19 +112,20 @@ struct AmxRows {
     KeepStores();
     _tile_loadconfig(&for_scores);
     const Seen seen(g, rows);
-    Scores<kOneTile>(rows, g, seen, scores);
-    RoundedSoftmax<I>(g, rows, scores, words, steps);
+    Fetcher fetcher(g.tiles, seen.first / kTile, (seen.last + kTile - 1) / kTile, g.D / 2);
+    Scores<kOneTile>(rows, g, seen, scores, fetcher);
+    RoundedSoftmax<I>(g, rows, scores, words, steps, [&] { fetcher.FetchLines(kLinesInSoftmax); });
     for (int r = 0; r < rows; ++r) SplitRow<kChunk>(words + r * kPartition, kPartition, r, rows, weights);
     KeepStores();
     if (kChunk != kLine) _tile_loadconfig(&for_values);
-    AddValues<kOneTile, kChunk>(rows, g, seen, weights, steps);
+    AddValues<kOneTile, kChunk>(rows, g, seen, weights, steps, fetcher);
     _tile_release();
   }
 
   // scores (rows of 256) of the tiles that some row sees. Two multiplications are always under way, so that neither
   // tiles nor vectors wait.
   template <bool kOneTile>
-  static void Scores(int rows, const Group& g, const Seen& seen, float* scores) {
+  static void Scores(int rows, const Group& g, const Seen& seen, float* scores, Fetcher& fetcher) {
     using Even = EvenSums<kOneTile>;
     using Odd = OddSums<kOneTile>;
     const auto* a = reinterpret_cast<const int8_t*>(g.queries + 16);
@@ -140,9 +145,10 @@ struct AmxRows {
     KeepStores();
     Multiply<Even>(a, rows, keys, 0, chunks, 4 * kTile);
     for (int tile = first; tile < last; ++tile) {
-      if (g.tiles.fetch) Prefetch(g.tiles.values[tile], size_t(g.D) * kTile);
+      fetcher.FetchLines(kLinesInScores * chunks);
       Multiply<Odd>(a, rows, keys, kLine, chunks, 4 * kTile);
       TakeSums<Even>(rows, take(tile, 0));
+      fetcher.FetchLines(kLinesInScores * chunks);
       if (tile + 1 < last) {
         find(tile + 1);
         Multiply<Even>(a, rows, keys, 0, chunks, 4 * kTile);
@@ -153,7 +159,8 @@ struct AmxRows {
 
   // out (rows of head_dim): weights * values of the chunks that some row sees.
   template <bool kOneTile, int kChunk>
-  static void AddValues(int rows, const Group& g, const Seen& seen, const int8_t* weights, const float* steps) {
+  static void AddValues(int rows, const Group& g, const Seen& seen, const int8_t* weights, const float* steps,
+                        Fetcher& fetcher) {
     using Even = EvenSums<kOneTile>;
     using Odd = OddSums<kOneTile>;
     const int first = seen.first / kChunk, chunks = (seen.last + kChunk - 1) / kChunk - first;
@@ -164,17 +171,16 @@ struct AmxRows {
       // A chunk's tiles lie in one block, one after the other, whether seen or not.
       values[i] = g.tiles.values[tile] ? g.tiles.values[tile] : g.tiles.values[tile + 1] - g.D * kTile;
     }
-    const char* const* next = g.tiles.next_keys + first * kChunk / kTile;
     const auto take = [&](int d) {
       return [=, &g](int r, I::Vector sums) { I::Store(g.out + r * g.D + d, I::Mul(sums, I::Set1(steps[r]))); };
     };
     KeepStores();
     Multiply<Even>(a, rows, values, 0, chunks, 4 * g.D);
     for (int d = 0; d < g.D; d += 2 * kLanes) {
-      for (int i = 0; g.tiles.fetch && i < chunks * kChunk / kTile; ++i)
-        Prefetch(next[i] + d * kTile, 2 * kLanes * kTile);
+      fetcher.FetchLines(kLinesInValues);
       Multiply<Odd>(a, rows, values, 4 * d + kLine, chunks, 4 * g.D);
       TakeSums<Even>(rows, take(d));
+      fetcher.FetchLines(kLinesInValues);
       if (d + 2 * kLanes < g.D) Multiply<Even>(a, rows, values, 4 * d + 2 * kLine, chunks, 4 * g.D);
       TakeSums<Odd>(rows, take(d + kLanes));
     }

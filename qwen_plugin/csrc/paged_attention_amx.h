@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "paged_attention_softmax.h"
+
 namespace paged_attention {
 namespace {
 
@@ -26,6 +28,35 @@ struct alignas(64) TileConfig {
 
 // What tile instructions read must be in memory before them, which g++ 12 does not see.
 inline void KeepStores() { asm volatile("" ::: "memory"); }
+
+// What a partition's first group fetches meanwhile: the values, then the next partition's keys. At an even pace all
+// along, softmax included, as a core waits for no more than some 16 lines at a time.
+class Fetcher {
+ public:
+  Fetcher(const Tiles& tiles, int first, int last, int lines_of_tile) : lines_of_tile_(lines_of_tile) {
+    if (!tiles.fetch) return;
+    for (int i = first; i < last; ++i) tiles_[count_++] = tiles.values[i];
+    for (const char* keys : tiles.next_keys)
+      if (keys != nullptr) tiles_[count_++] = keys;
+  }
+
+  void FetchTwoLines() {
+    if (lines_ == 0) {
+      if (next_ == count_) return;
+      at_ = tiles_[next_++], lines_ = lines_of_tile_;
+    }
+    Prefetch(at_, 2 * kLine);
+    at_ += 2 * kLine, lines_ -= 2;
+  }
+  void FetchLines(int count) {
+    for (; count > 0; count -= 2) FetchTwoLines();
+  }
+
+ private:
+  const char *tiles_[2 * kTilesPerPartition], *at_ = nullptr;
+  int count_ = 0, next_ = 0, lines_ = 0;
+  const int lines_of_tile_;
+};
 
 }  // namespace
 }  // namespace paged_attention

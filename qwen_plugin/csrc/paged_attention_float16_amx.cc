@@ -53,32 +53,6 @@ inline void StorePairs(__m512 even, __m512 odd, Bfloat16* high, Bfloat16* low) {
   _mm512_store_si512(low, Interleave(AddInts(even_low, kHalf), AddInts(odd_low, kHalf)));
 }
 
-// What a partition's first group fetches meanwhile: the values, then the next partition's keys. At an even pace all
-// along, softmax included, as a core waits for no more than some 16 lines at a time.
-class Fetcher {
- public:
-  Fetcher(const Tiles& tiles, int first, int last, int D) : lines_of_tile_(D) {
-    if (!tiles.fetch) return;
-    for (int i = first; i < last; ++i) tiles_[count_++] = tiles.values[i];
-    for (const char* keys : tiles.next_keys)
-      if (keys != nullptr) tiles_[count_++] = keys;
-  }
-
-  void FetchTwoLines() {
-    if (lines_ == 0) {
-      if (next_ == count_) return;
-      at_ = tiles_[next_++], lines_ = lines_of_tile_;
-    }
-    Prefetch(at_, 2 * kLine);
-    at_ += 2 * kLine, lines_ -= 2;
-  }
-
- private:
-  const char *tiles_[2 * kTilesPerPartition], *at_ = nullptr;
-  int count_ = 0, next_ = 0, lines_ = 0;
-  const int lines_of_tile_;  // float16 (head_dim, 32)
-};
-
 // ---- B
 
 // A block from 32 lines of 32 columns, `stride` apart.
@@ -230,7 +204,7 @@ struct Float16AmxRows {
     _tile_loadconfig(&config);
     const Seen seen(g, rows);
     const int first = seen.first / kTile, last = (seen.last + kTile - 1) / kTile;
-    Fetcher fetcher(g.tiles, first, last, g.D);
+    Fetcher fetcher(g.tiles, first, last, g.D);  // float16 (head_dim, 32)
     Scores<kTiles>(g, first, last, scores, fetcher);
     for (int r = 0; r < rows; ++r)
       g.max[r] = g.Sees(r) ? LargestScore<Avx512>(scores + r * kPartition, g.begin[r], g.end[r]) : 0;

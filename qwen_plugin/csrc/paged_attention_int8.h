@@ -44,13 +44,18 @@ __attribute__((noinline)) void Int8Scores(const Tiles& tiles, int first, int las
   }
 }
 
-// Softmax of some rows (of 256): their weights times the values' scales, as multiples of a step for each row.
-template <class I>
-__attribute__((noinline)) void RoundedSoftmax(const Group& g, int rows, float* scores, int16_t* weights, float* steps) {
+// Softmax of some rows (of 256): their weights times the values' scales, as multiples of a step for each row. Calls
+// between() three times a row.
+template <class I, class Between>
+__attribute__((noinline)) void RoundedSoftmax(const Group& g, int rows, float* scores, int16_t* weights, float* steps,
+                                              const Between& between) {
   float inverses[kMostRows];
-  for (int r = 0; r < rows; ++r)
-    if (g.Sees(r)) g.max[r] = LargestScore<I>(scores + r * kPartition, g.begin[r], g.end[r]);
   for (int r = 0; r < rows; ++r) {
+    between();
+    if (g.Sees(r)) g.max[r] = LargestScore<I>(scores + r * kPartition, g.begin[r], g.end[r]);
+  }
+  for (int r = 0; r < rows; ++r) {
+    between();
     g.sum[r] = steps[r] = 0;
     if (!g.Sees(r)) continue;
     float* row = scores + r * kPartition;
@@ -67,6 +72,7 @@ __attribute__((noinline)) void RoundedSoftmax(const Group& g, int rows, float* s
   }
   std::memset(weights, 0, sizeof(int16_t) * kPartition * size_t(rows));
   for (int r = 0; r < rows; ++r) {
+    between();
     if (!g.Sees(r)) continue;
     const int first = g.begin[r] / kTile * kTile, last = (g.end[r] + kTile - 1) / kTile * kTile;
     for (int t = r * kPartition + first; t < r * kPartition + last; t += I::kLanes)
@@ -130,7 +136,7 @@ struct Int8Rows {
     auto* score = g.tiles.fetch ? Int8Scores<I, R, true> : Int8Scores<I, R, false>;
     score(g.tiles, seen.first / kTile, (seen.last + kTile - 1) / kTile, reinterpret_cast<const int16_t*>(g.queries + R),
           g.queries, g.D, scores);
-    RoundedSoftmax<I>(g, R, scores, weights, steps);
+    RoundedSoftmax<I>(g, R, scores, weights, steps, [] {});
     const int first = seen.first / 4 * 4, last = (seen.last + 3) / 4 * 4;
     auto* add = g.tiles.fetch ? AddInt8Channels<I, R, true> : AddInt8Channels<I, R, false>;
     int d = 0;
