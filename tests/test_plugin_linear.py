@@ -401,14 +401,14 @@ def test_what_is_not_finite_stays_in_its_row(isa: str, precision: str, value: fl
 @pytest.mark.parametrize("isa", ISAS)
 def test_silu_at_its_ends(isa: str) -> None:
     gate = np.float32([-1e30, -200, -88, -20, -1e-20, 0, 1e-20, 20, 88, 200, 1e30, -0.5, 0.5, 3, -3, 7])
-    attributes = QuantLinearAttributes(32, 8, 8, 32, 1, "float32", swiglu=1)
-    for rows in (1, 20):
-        feeds = draw_feeds(attributes, rows) | {"x": np.zeros((rows, 8), np.float32)}
-        feeds["bias"] = np.concatenate([gate, np.ones_like(gate)])
-        y, _ = run(attributes, feeds, isa)
     exact = gate.astype(np.float64) / (1 + np.exp(-np.maximum(gate.astype(np.float64), -700)))
     expected = np.where(gate < -88, 0, exact)
-    assert np.all(np.abs(y - expected) <= np.maximum(1e-6 * np.abs(expected), 1e-36))
+    for rows, precision in itertools.product((1, 20), PRECISIONS):
+        attributes = QuantLinearAttributes(32, 8, 8, 32, 1, precision, swiglu=1)
+        feeds = draw_feeds(attributes, rows) | {"x": np.zeros((rows, 8), np.float32)}
+        feeds["bias"] = np.concatenate([gate, np.ones_like(gate)])  # all there is
+        y, _ = run(attributes, feeds, isa)
+        assert np.all(np.abs(y - expected) <= np.maximum(1e-6 * np.abs(expected), 1e-36))
 
 
 @pytest.mark.parametrize("isa", ISAS)

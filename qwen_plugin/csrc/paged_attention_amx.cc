@@ -14,9 +14,9 @@ namespace {
 constexpr int kLanes = 16;         // int32 of a line
 constexpr int kRowsOfOneTile = 8;  // whose high and low bytes fit
 
-// Lines fetched at a time, by how long the steps take: for half a tile of keys and 64 channels, a turn of a row's
-// softmax, and 16 channels of values. Together they fetch a partition's values and the next one's keys.
-constexpr int kLinesInScores = 8, kLinesInSoftmax = 12, kLinesInValues = 40;
+// Lines fetched meanwhile for each 64 channels: a partition's values in its scores and softmax, the next one's keys
+// while values are added. A tile has 32 of them.
+constexpr int kLinesInHalfTile = 8, kLinesInSoftmax = 128, kLinesInChannels = 64;  // of scores, in all, of 16 channels
 
 // Row `row` of A (chunks, high and low, rows, 64) from its int16 numbers, whose count is a multiple of 32.
 template <int kChunk>
@@ -114,7 +114,8 @@ struct AmxRows {
     const Seen seen(g, rows);
     Fetcher fetcher(g.tiles, seen.first / kTile, (seen.last + kTile - 1) / kTile, g.D / 2);
     Scores<kOneTile>(rows, g, seen, scores, fetcher);
-    RoundedSoftmax<I>(g, rows, scores, words, steps, [&] { fetcher.FetchLines(kLinesInSoftmax); });
+    const int lines = kLinesInSoftmax * g.D / kLine / (3 * rows) + 1;
+    RoundedSoftmax<I>(g, rows, scores, words, steps, [&] { fetcher.FetchLines(lines); });
     for (int r = 0; r < rows; ++r) SplitRow<kChunk>(words + r * kPartition, kPartition, r, rows, weights);
     KeepStores();
     if (kChunk != kLine) _tile_loadconfig(&for_values);
@@ -145,10 +146,10 @@ struct AmxRows {
     KeepStores();
     Multiply<Even>(a, rows, keys, 0, chunks, 4 * kTile);
     for (int tile = first; tile < last; ++tile) {
-      fetcher.FetchLines(kLinesInScores * chunks);
+      fetcher.FetchLines(kLinesInHalfTile * chunks);
       Multiply<Odd>(a, rows, keys, kLine, chunks, 4 * kTile);
       TakeSums<Even>(rows, take(tile, 0));
-      fetcher.FetchLines(kLinesInScores * chunks);
+      fetcher.FetchLines(kLinesInHalfTile * chunks);
       if (tile + 1 < last) {
         find(tile + 1);
         Multiply<Even>(a, rows, keys, 0, chunks, 4 * kTile);
@@ -177,10 +178,10 @@ struct AmxRows {
     KeepStores();
     Multiply<Even>(a, rows, values, 0, chunks, 4 * g.D);
     for (int d = 0; d < g.D; d += 2 * kLanes) {
-      fetcher.FetchLines(kLinesInValues);
+      fetcher.FetchLines(kLinesInChannels);
       Multiply<Odd>(a, rows, values, 4 * d + kLine, chunks, 4 * g.D);
       TakeSums<Even>(rows, take(d));
-      fetcher.FetchLines(kLinesInValues);
+      fetcher.FetchLines(kLinesInChannels);
       if (d + 2 * kLanes < g.D) Multiply<Even>(a, rows, values, 4 * d + 2 * kLine, chunks, 4 * g.D);
       TakeSums<Odd>(rows, take(d + kLanes));
     }
