@@ -114,8 +114,8 @@ struct AmxRows {
     const Seen seen(g, rows);
     Fetcher fetcher(g.tiles, seen.first / kTile, (seen.last + kTile - 1) / kTile, g.D / 2);
     Scores<kOneTile>(rows, g, seen, scores, fetcher);
-    const int lines = kLinesInSoftmax * g.D / kLine / (3 * rows) + 1;
-    RoundedSoftmax<I>(g, rows, scores, words, steps, [&] { fetcher.FetchLines(lines); });
+    const int in_turn = kLinesInSoftmax * g.D / kLine / (3 * rows) + 1;
+    RoundedSoftmax<I>(g, rows, scores, words, steps, [&] { fetcher.FetchLines(in_turn); });
     for (int r = 0; r < rows; ++r) SplitRow<kChunk>(words + r * kPartition, kPartition, r, rows, weights);
     KeepStores();
     if (kChunk != kLine) _tile_loadconfig(&for_values);
