@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.export import Layout, reserve
-from qwen_build.grid import Rounded
+from qwen_build.grid import Rounded, joined
 from qwen_build.quantize import pack, unpack
 from qwen_build.weight_map import LAYER, Shape, row_ranges
 
@@ -57,13 +57,7 @@ class CalibratedSource:
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray | Rounded:
         """Rows [start, stop): rounded where the calibrated weight is, else float32."""
         pieces = [self._read_one(checkpoint, *rows) for rows in row_ranges(self.shapes, start, stop)]
-        arrays = [piece for piece in pieces if not isinstance(piece, Rounded)]
-        if arrays:
-            assert len(arrays) == len(pieces), "what is fused is rounded alike"
-            return np.concatenate(arrays)
-        q, scales, zero_points = ([getattr(piece, part) for piece in pieces] for part in ("q", "scales", "zero_points"))
-        whole = None if zero_points[0] is None else np.concatenate(zero_points)
-        return Rounded(np.concatenate(q), np.concatenate(scales), whole)
+        return joined(pieces, np.concatenate)
 
     def _read_one(self, checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray | Rounded:
         def rows(ending: str) -> np.ndarray | None:

@@ -20,12 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_build.checkpoint import Checkpoint
-from qwen_build.grid import Rounded
+from qwen_build.grid import Rounded, joined
 from qwen_build.model import Graph
 from qwen_build.quantize import Float32, NativeInt, Scheme, StockInt, StoredPart, Tensors
 from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import WEIGHTS_FILE
-from qwen_plugin.layout import PANEL
+from qwen_plugin.layout import gated_order
 from qwen_run.machine import physical_cores
 
 Result = TypeVar("Result")
@@ -78,15 +78,9 @@ class PlannedWeight:
         if not self.gated_panels:
             return self.source.read(checkpoint, start, stop)
         half = self.shape[0] // 2
-        gates, others = (self.source.read(checkpoint, first + start // 2, first + stop // 2) for first in (0, half))
-        if isinstance(gates, Rounded) and isinstance(others, Rounded):
-            zero_points = None
-            if gates.zero_points is not None and others.zero_points is not None:
-                zero_points = take_turns(gates.zero_points, others.zero_points)
-            return Rounded(take_turns(gates.q, others.q), take_turns(gates.scales, others.scales), zero_points)
-        assert isinstance(gates, np.ndarray), "what is fused is rounded alike"
-        assert isinstance(others, np.ndarray), "what is fused is rounded alike"
-        return take_turns(gates, others)
+        halves = [self.source.read(checkpoint, first + start // 2, first + stop // 2) for first in (0, half)]
+        order = gated_order(0, stop - start, stop - start)
+        return joined(halves, lambda arrays: np.concatenate(arrays)[order])
 
     def slices(self) -> Iterator[tuple[int, int]]:
         """Row ranges of whole blocks: at most ``SLICE_ELEMENTS`` elements, or one block."""
@@ -94,16 +88,6 @@ class PlannedWeight:
         block = self.scheme.block_rows
         step = max(1, SLICE_ELEMENTS // math.prod(rest) // block if rest else rows) * block
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def take_turns(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Rows of two arrays alike, half a panel of each in turn.
-
-    >>> take_turns(np.arange(32), 100 + np.arange(32))[[0, 15, 16, 31, 32]].tolist()
-    [0, 15, 100, 115, 16]
-    """
-    halves = [array.reshape(-1, PANEL // 2, *array.shape[1:]) for array in (first, second)]
-    return np.stack(halves, axis=1).reshape(-1, *first.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,22 @@ class Rounded:
     q: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray | None
+
+
+def joined(
+    pieces: Sequence[np.ndarray | Rounded], join: Callable[[list[np.ndarray]], np.ndarray]
+) -> np.ndarray | Rounded:
+    """Pieces of one weight, their outputs as ``join`` puts them together; all are rounded, or none."""
+    rounded = [piece for piece in pieces if isinstance(piece, Rounded)]
+    if not rounded:
+        return join([piece for piece in pieces if isinstance(piece, np.ndarray)])
+    assert len(rounded) == len(pieces), "what is fused is rounded alike"
+    zero_points = [piece.zero_points for piece in rounded if piece.zero_points is not None]
+    return Rounded(
+        join([piece.q for piece in rounded]),
+        join([piece.scales for piece in rounded]),
+        join(zero_points) if zero_points else None,
+    )
 
 
 @dataclass(frozen=True)

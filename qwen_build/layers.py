@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from qwen_build.config import ModelConfig
-from qwen_build.quantize import GATED_PANELS, Fusion, NativeInt, Norm, Scheme
+from qwen_build.quantize import Fusion, NativeInt, Norm, Scheme
 from qwen_build.weight_map import EMBEDDING, FUSED, HEAD
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
@@ -28,7 +28,7 @@ from qwen_engine.graph_io import (
     value_scale_name,
 )
 from qwen_engine.manifest import Quantization
-from qwen_plugin.layout import PANEL
+from qwen_plugin.layout import GATED_PANELS, PANEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class Step:
 class Stored(nn.Module):
     """A weight (out_features, in_features) as its scheme stores it."""
 
-    gated_panels = False  # whether rows of two halves take turns, see export.py
+    gated_panels = False  # whether rows of two halves take turns, see qwen_plugin/layout.py
 
     def __init__(self, out_features: int, in_features: int, scheme: Scheme):
         super().__init__()
@@ -173,13 +173,15 @@ class Linear(Stored):
         product, changed = self.scheme.fused_linear(
             op, x, self.parts, self.bias, self.shape, fusion, with_input=step.exposing and norm is not None
         )
-        product = product if self.gated_panels else self._gate(op, product)
+        product = self._gate(op, product)
         step.expose(self.input_name, changed or x)
         step.expose(self.output_name, product)
         return op.Add(residual, product) if step.exposing and residual is not None else product
 
     def _gate(self, op: OpBuilder, product: ir.Value) -> ir.Value:
-        return swiglu(op, *op.Split(product, axis=-1, num_outputs=2, _outputs=2)) if self.gated else product
+        if not self.gated or self.gated_panels:  # where the operator does it
+            return product
+        return swiglu(op, *op.Split(product, axis=-1, num_outputs=2, _outputs=2))
 
 
 def swiglu(op: OpBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:

@@ -25,6 +25,7 @@ from qwen_plugin.layout import (
     BLOCK_COLUMNS,
     LEAST_SCALE,
     PANEL,
+    PANELS,
     pack_panels,
     panel_bytes,
     round_block_scales,
@@ -54,10 +55,8 @@ class StoredPart:
 # activation precision -> accuracy_level of MatMulNBits. Levels 0 to 3 are the same on CPU.
 ACCURACY_LEVELS = {"int8": 4, "float32": 1}
 
-# Names of layouts in the manifest: row after row, or panels of qwen_plugin/layout.py.
-ROWS, PANELS = "rows", "panels32"
-# Panels of 16 rows of the first half of a weight and the 16 that they gate, of the second.
-GATED_PANELS = "panels32-gated"
+# The layout in the manifest that is not of qwen_plugin/layout.py: row after row.
+ROWS = "rows"
 
 
 class Scheme(Protocol):

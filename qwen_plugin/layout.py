@@ -8,6 +8,9 @@ With G groups of ``group_size`` input columns, a panel is a run of bytes::
 Step j holds the columns 4j to 4j+3 of its group. At 4 bits, byte 4i+c has column 4j+c of output i in its low nibble and
 of output i+16 in its high one (byte i of the zero points alike). At 8 bits, byte 64h+4i+c has column 4j+c of output
 16h+i. A weight is (q - zero point) * scale, and the zero point of symmetric weights is 8 or 128.
+
+Gated panels are of a weight whose outputs are two halves: 16 of the first, the gates, and the 16 of the second that
+they gate, in turns.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+
+# Names of the layouts in the manifest.
+PANELS, GATED_PANELS = "panels32", "panels32-gated"
 
 PANEL = 32
 GROUP_SIZES = (32, 64, 128)
@@ -141,6 +147,28 @@ def unpack_panels(
     lanes = panels[:, : groups * 4 * bits].reshape(count, groups, -1, 16, 1)
     zero_points = _split(lanes, bits).transpose(0, 2, 3, 1, 4).reshape(count * PANEL, groups)
     return np.ascontiguousarray(q), scales, zero_points[:out_features]
+
+
+def gated_order(first: int, last: int, out_features: int) -> NDArray[np.int64]:
+    """Which outputs gated panels have at the places [first, last).
+
+    >>> gated_order(14, 34, 96).tolist()
+    [14, 15, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 16, 17]
+    """
+    panel, lane = np.divmod(np.arange(first, last), PANEL)
+    second, row = np.divmod(lane, PANEL // 2)
+    return np.asarray(second * (out_features // 2) + panel * (PANEL // 2) + row)
+
+
+def gated_places(first: int, last: int, out_features: int) -> NDArray[np.int64]:
+    """The inverse of :func:`gated_order`: the places of the outputs [first, last).
+
+    >>> gated_places(48, 50, 96).tolist()
+    [16, 17]
+    """
+    second, row = np.divmod(np.arange(first, last), out_features // 2)
+    panel, lane = np.divmod(row, PANEL // 2)
+    return np.asarray(panel * PANEL + second * (PANEL // 2) + lane)
 
 
 def _join(lanes: Bytes, bits: int) -> Bytes:

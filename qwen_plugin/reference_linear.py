@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, ZERO_POINTS, unpack_panels
+from qwen_plugin.layout import BLOCK_COLUMNS, ZERO_POINTS, gated_places, unpack_panels
 
 Array = NDArray[Any]
 
@@ -102,7 +102,7 @@ def quant_linear(
     for addend in (bias, residual):
         y = y if addend is None else y + addend
     if a.swiglu:
-        gate, up = y.reshape(len(y), -1, 2, PANEL // 2).swapaxes(1, 2).reshape(len(y), 2, -1).swapaxes(0, 1)
+        gate, up = np.split(y[:, gated_places(0, a.N, a.N)], 2, axis=1)
         gate = gate.clip(min=-88)
         y = gate / (1 + np.exp(-gate)) * up
     return y, product_input

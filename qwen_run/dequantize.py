@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import GRAPH_FILE, WEIGHTS_FILE, LinearRecord, Manifest, ModelSizes
-from qwen_plugin.layout import PANEL, ZERO_POINTS, unpack_panels
+from qwen_plugin.layout import GATED_PANELS, PANEL, PANELS, ZERO_POINTS, gated_places, unpack_panels
 from qwen_run.onnx_file import Tensor, read_graph
 
 # linear of the engine -> the modules of Hugging Face whose rows follow each other in it, and how many each has
@@ -67,7 +67,7 @@ class StoredLinear:
         stored = self.record.quantization
         if not stored.group_size:
             return self.tensors["weight"][start:stop]
-        readers = {"panels32": self._read_panels, "panels32-gated": self._read_gated, "rows": self._read_rows}
+        readers = {PANELS: self._read_panels, GATED_PANELS: self._read_gated, "rows": self._read_rows}
         read = readers[stored.layout]
         q, scales, zero_points = read(start, stop)  # (R, G x group_size), (R, G), (R, G)
         zero = np.uint8(ZERO_POINTS[stored.bits]) if zero_points is None else zero_points[..., None]
@@ -91,11 +91,7 @@ class StoredLinear:
         return q[skip:], scales[skip:], None if zero_points is None else zero_points[skip:]
 
     def _read_gated(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Of panels which hold 16 rows of the first half of the weight and the 16 of the second that these gate."""
-        half = self.record.out_features // 2
-        rows = np.arange(start, stop)
-        second, row = np.divmod(rows, half)
-        places = row // (PANEL // 2) * PANEL + row % (PANEL // 2) + second * (PANEL // 2)
+        places = gated_places(start, stop, self.record.out_features)
         first = int(places.min()) // PANEL * PANEL
         q, scales, zero_points = self._read_panels(first, int(places.max()) + 1)
         places -= first

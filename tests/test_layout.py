@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from qwen_plugin.layout import (
     GROUP_SIZES,
     PANEL,
+    gated_order,
+    gated_places,
     pack_panels,
     panel_bytes,
     round_block_scales,
@@ -130,3 +132,16 @@ def test_scales_of_a_block_that_are_too_large_become_infinite():
     rounded = round_block_scales(np.array([[64.0, 1], [63.9, 1]], np.float32), 32)
     assert np.isinf(rounded[0, 0])
     assert np.array_equal(rounded[1], [63.5, 63.5 / 16])
+
+
+@given(st.integers(1, 9), st.data())
+def test_gated_panels_have_sixteen_gates_and_what_they_gate_in_turns(panels, data):  # type: ignore[no-untyped-def]
+    outputs = panels * PANEL
+    order, places = gated_order(0, outputs, outputs), gated_places(0, outputs, outputs)
+    halves = order.reshape(panels, 2, 16)
+    assert np.array_equal(halves[:, 0].ravel(), np.arange(outputs // 2))
+    assert np.array_equal(halves[:, 1], halves[:, 0] + outputs // 2)
+    assert np.array_equal(order[places], np.arange(outputs))
+    first, last = sorted(data.draw(st.tuples(st.integers(0, outputs), st.integers(0, outputs))))
+    assert np.array_equal(gated_order(first, last, outputs), order[first:last])
+    assert np.array_equal(gated_places(first, last, outputs), places[first:last])
