@@ -18,9 +18,7 @@ Times are seconds of the work alone. Prompts are random and new each time, but f
 
 import json
 import os
-import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 from importlib import metadata
@@ -29,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 FIRST_ID = 10  # of random prompts, and the whole prompt of one
-MATRICES = ("QuantLinear", "MatMulNBits", "MatMul", "Gemm")  # operators that multiply with weights
 BATCH_TOKENS = 512  # most tokens of a step of those that mix prompts with answers
 
 
@@ -73,28 +70,10 @@ class Engine:
         return self.generate([prompt], count)[0]
 
     def overhead(self, past, count):
+        from benchmarks.overhead import measure_matrices, products
+
         step_s = self.decode(past, count) / count
-        unprofiled, make_options = self.engine, self.engine_module._session_options
-        with tempfile.TemporaryDirectory() as scratch:
-
-            def profiled_options(*arguments):
-                options = make_options(*arguments)
-                options.enable_profiling, options.profile_file_prefix = True, f"{scratch}/profile"
-                return options
-
-            self.engine_module._session_options = profiled_options
-            try:
-                self.load(0)
-                self.decode(past, count)
-                events = json.loads(Path(self.engine._session.end_profiling()).read_text("utf-8"))
-            finally:
-                self.engine, self.engine_module._session_options = unprofiled, make_options
-        times = {}  # of every matrix, in order of time
-        for event in events:
-            if event.get("args", {}).get("op_name") in MATRICES and event["name"].endswith("_kernel_time"):
-                times.setdefault(event["name"], []).append(event["dur"] / 1e6)
-        matrices_s = sum(statistics.median(each[-count:]) for each in times.values())
-        return 1 - matrices_s / step_s
+        return 1 - measure_matrices(products(self.model, self.threads), count) / 1e3 / step_s
 
     def generate(self, prompts, new, batch=1):
         """The tokens of the last prompt, and when each step was done."""
