@@ -172,16 +172,14 @@ class Search:
                 if trial.kl >= _GOOD_ENOUGH * max_kl or not trial.predicted_kl:
                     return best
             elif choice == most_accurate:
-                shutil.rmtree(self._directory(choice), ignore_errors=True)
+                self._remove_all_but(None)
                 raise BuildError(
                     f"--max-kl {max_kl:g} cannot be reached: the most accurate engine, {megabytes(trial.size_bytes)}, "
                     f"has a KL of {trial.kl:.2g}; allow that much"
                 )
             else:
                 high = min(high, trial.predicted_kl)
-            for other in self.trials:
-                if other is not best:
-                    shutil.rmtree(self._directory(other.choice), ignore_errors=True)
+            self._remove_all_but(best)
             limit = self._predicted_for(_AIM * max_kl)
             if not low < limit < high:
                 limit = math.sqrt(low * high) if low else high / 2
@@ -217,12 +215,14 @@ class Search:
             if best.size_bytes <= max_bytes:
                 break
             others += best.size_bytes - max_bytes
+            self._remove_all_but(None)
         alike = [self._most_accurate(some, max_bytes - others) for some in self._alike()]
         fitting = [choice for choice in alike if choice is not None]
         if fitting and (choice := min(fitting, key=self._predicted)) != best.choice:
             other = self.trial(choice)
             if other.size_bytes <= max_bytes and other.kl < best.kl:
-                return other
+                best = other
+        self._remove_all_but(best)
         return best
 
     def _most_accurate(self, allowed: Sequence[Sequence[int]], limit: int) -> tuple[int, ...] | None:
@@ -284,6 +284,12 @@ class Search:
         ]
         options = self.options if "int4" in layers else without_calibration(self.options)
         return dataclasses.replace(options, quant=None, exclude=(), quant_config=self.rules(choice))
+
+    def _remove_all_but(self, best: Trial | None) -> None:
+        """Engines that lost; what they measured stays."""
+        for trial in self.trials:
+            if trial is not best:
+                shutil.rmtree(self._directory(trial.choice), ignore_errors=True)
 
     def _directory(self, choice: tuple[int, ...]) -> Path:
         # A directory further down, because building locks the one around the engine, and the search holds its own.

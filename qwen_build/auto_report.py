@@ -113,8 +113,8 @@ def to_html(report: AutoReport) -> str:
         f"<p>The mean KL of this engine is {report.best.held_out_kl:.3g} on {report.held_out_tokens:,} tokens of "
         f"{html.escape(report.held_out)}, and {report.best.calibration_kl:.3g} on calibration text.</p>",
         "<p>KL is the mean over tokens of KL(float model || engine), in nats. That of a linear is predicted from a "
-        "probe in which it alone was rounded; those of an engine's linears add up to its prediction. What the engines "
-        "built first had in fact corrected what was asked of the next.</p>",
+        "probe in which it alone was rounded; those of an engine's linears add up to its prediction. As predictions "
+        "are some percent off, every engine below was built and measured.</p>",
         f"<p>The same engine without a search:</p><pre>{html.escape(report.rebuild)}</pre>",
         f"<figure>{_front(report)}</figure>",
         "<h2>Engines built</h2>" + _table(("size", "KL predicted", "calibration text", "held-out text"), trials),
