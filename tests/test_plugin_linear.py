@@ -61,7 +61,13 @@ def activation_scales(bits: int, group_size: int, precision: str) -> tuple[str, 
 
 
 def new_session(
-    operator: str, attributes: dict[str, Any], types: dict[str, int], outputs: Sequence[str], isa: str, threads: int = 1
+    operator: str,
+    attributes: dict[str, Any],
+    types: dict[str, int],
+    outputs: Sequence[str],
+    isa: str,
+    threads: int = 1,
+    x_shape: Sequence[str | int] | None = None,
 ) -> ort.InferenceSession:
     """A session of one node with the inputs in ``types`` (element types); "" leaves an input or output out."""
     names = list(INPUTS if operator == "QuantLinear" else types)
@@ -70,7 +76,7 @@ def new_session(
     graph = helper.make_graph(
         [helper.make_node(operator, [n if n in types else "" for n in names], outputs, domain="qwen", **attributes)],
         "linear",
-        [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()],
+        [helper.make_tensor_value_info(name, kind, x_shape if name == "x" else None) for name, kind in types.items()],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen", 1)]
@@ -232,6 +238,14 @@ def test_threads_do_not_change_a_bit(isa: str, precision: str, scales: str) -> N
                 y, product_input = run(attributes, feeds, isa, threads)
                 assert np.array_equal(y, alone)
                 assert np.array_equal(product_input, alone_input)
+
+
+@pytest.mark.parametrize(("swiglu", "width"), [(0, 96), (1, 48)])
+def test_output_shape_is_inferred(swiglu: int, width: int) -> None:
+    attributes = dataclasses.asdict(QuantLinearAttributes(96, 160, 4, 32, 1, swiglu=swiglu))
+    types = {"x": TensorProto.FLOAT, "weight": TensorProto.UINT8}
+    session = new_session("QuantLinear", attributes, types, ("y",), "plain", x_shape=["T", 160])
+    assert session.get_outputs()[0].shape == ["T", width]
 
 
 @pytest.mark.parametrize("swiglu", [0, 1])
