@@ -31,7 +31,7 @@ from onnx import TensorProto, helper
 from benchmarks.limits import read_bytes_per_s
 from qwen_plugin import library_path
 from qwen_plugin.compile import find_compiler
-from qwen_plugin.layout import PANEL, panel_bytes
+from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes
 
 # name -> (in_features, out_features) of a layer's q/k/v, o, gate/up and down
 SHAPES = {
@@ -97,19 +97,21 @@ def draw_bytes(*shape: int) -> np.ndarray:
 
 
 def own(a: argparse.Namespace, layers: int, rows: int) -> Variant:
-    block = 2 * PANEL + 16 * a.group_size
+    blocks = a.activation_scales == "block"
+
+    def bytes_of_panel(in_features: int) -> int:
+        return panel_bytes(in_features, 4, a.group_size, symmetric=True, blocks=blocks)
 
     def sizes(in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-        return {"weight": (-(-out_features // PANEL), panel_bytes(in_features, 4, a.group_size, symmetric=True))}
+        return {"weight": (-(-out_features // PANEL), bytes_of_panel(in_features))}
 
     def attributes(in_features: int, out_features: int) -> dict[str, Any]:
         shape = {"N": out_features, "K": in_features, "bits": 4, "group_size": a.group_size, "symmetric": 1}
         return {**shape, "precision": a.precision, "activation_scales": a.activation_scales}
 
     variant = build(a, layers, rows, ("qwen", "QuantLinear"), sizes, attributes)
-    variant.weights.reshape(-1, block)[:, : 2 * PANEL] = np.ones(PANEL, "<f2").view(
-        np.uint8
-    )  # random scales may be NaN
+    parts = variant.weights.reshape(-1, bytes_of_panel(BLOCK_COLUMNS if blocks else a.group_size))
+    parts[:, : 2 * PANEL] = np.ones(PANEL, "<f2").view(np.uint8)  # random scales may be NaN
     return variant
 
 

@@ -236,7 +236,8 @@ class NativeInt:
 
     def parts(self, shape: Shape) -> dict[str, StoredPart]:
         out_features, in_features = shape
-        bytes_each = panel_bytes(in_features, self.grid.bits, self.grid.group_size, self.grid.symmetric)
+        grid = self.grid
+        bytes_each = panel_bytes(in_features, grid.bits, grid.group_size, grid.symmetric, self._blocks)
         return {"panels": StoredPart((-(-out_features // PANEL), bytes_each), ir.DataType.UINT8)}
 
     def round(self, weight: np.ndarray) -> Rounded:
@@ -253,14 +254,14 @@ class NativeInt:
 
     def storable(self, scales: np.ndarray) -> np.ndarray:
         """The nearest scales (out_features, groups) that can be stored."""
-        if self.activation_scales == "block":
+        if self._blocks:
             return round_block_scales(scales, self.grid.group_size)
         return round_scales(scales)
 
     def storable_alone(self, scales: np.ndarray) -> np.ndarray:
         """The nearest scales that can be stored of groups for themselves, whatever others of a block have."""
         alone = round_scales(scales)
-        return alone.clip(min=LEAST_SCALE) if self.activation_scales == "block" else alone
+        return alone.clip(min=LEAST_SCALE) if self._blocks else alone
 
     def quantize(self, weight: np.ndarray) -> Tensors:
         return self.store(self.round(weight))
@@ -275,14 +276,15 @@ class NativeInt:
         if lost.any():
             raise OverflowError(f"the native layout's float16 scales cannot hold the scale {rounded.scales[lost][0]:g}")
         q = rounded.q.reshape(len(rounded.q), -1)
-        panels = pack_panels(q, rounded.scales, rounded.zero_points, self.grid.bits, self.grid.group_size)
+        grid = self.grid
+        panels = pack_panels(q, rounded.scales, rounded.zero_points, grid.bits, grid.group_size, self._blocks)
         return {"panels": panels}
 
     def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
         bits, group_size = self.grid.bits, self.grid.group_size
         padded = -(-shape[1] // group_size) * group_size
         q, scales, zero_points = unpack_panels(
-            tensors["panels"], shape[0], padded, bits, group_size, self.grid.symmetric
+            tensors["panels"], shape[0], padded, bits, group_size, self.grid.symmetric, self._blocks
         )
         return self.grid.values(Rounded(q.reshape(*scales.shape, group_size), scales, zero_points), shape[1])
 
@@ -311,7 +313,9 @@ class NativeInt:
         return (outputs[0], outputs[1]) if with_input else (outputs, None)
 
     def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
-        return op.QuantEmbedding(token_ids, weight["panels"], **self._attributes(shape), _domain=PLUGIN_DOMAIN)
+        return op.QuantEmbedding(
+            token_ids, weight["panels"], **self._attributes(shape), blocks=int(self._blocks), _domain=PLUGIN_DOMAIN
+        )
 
     def _attributes(self, shape: Shape) -> dict[str, int]:
         grid = self.grid
@@ -322,6 +326,10 @@ class NativeInt:
             "group_size": grid.group_size,
             "symmetric": int(grid.symmetric),
         }
+
+    @property
+    def _blocks(self) -> bool:
+        return self.activation_scales == "block"
 
     @property
     def record(self) -> Quantization:

@@ -9,6 +9,14 @@ Step j holds the columns 4j to 4j+3 of its group. At 4 bits, byte 4i+c has colum
 of output i+16 in its high one (byte i of the zero points alike). At 8 bits, byte 64h+4i+c has column 4j+c of output
 16h+i. A weight is (q - zero point) * scale, and the zero point of symmetric weights is 8 or 128.
 
+Where ``activation_scales`` are of a "block", which is for 4 bits, scales are 1 to 16 times the unit of their block of
+128 columns. With B groups in a block, a panel then is blocks, the last of which may have fewer groups::
+
+    [32 float16 units, times 2**10][B x 16 bytes of multiples, less 1][B x 16 bytes of zero points if asymmetric]
+    [padding to 64 bytes][groups of steps]
+
+and byte i of the multiples lies as one of the zero points does.
+
 Gated panels are of a weight whose outputs are two halves: 16 of the first, the gates, and the 16 of the second that
 they gate, in turns.
 """
@@ -32,8 +40,8 @@ ZERO_POINTS = {4: 8, 8: 128}  # bits -> the zero point of symmetric weights
 # Scales are stored as float16 times this, so that those of small weights are not subnormal.
 SCALE_FACTOR = 2.0**10
 
-# Columns that share a scale of the activations where ``activation_scales`` are of a "block", and the multiple of its
-# unit that the largest of a weight's scales in it is: sums over a block are then below 2**22 units.
+# Columns of a block, and the multiple of its unit that the largest of a weight's scales in it is: sums over a block of
+# rounded activations, which share a scale, are then below 2**22 units.
 BLOCK_COLUMNS, MOST_UNITS = 128, 16
 # Significant bits of a unit, of which float16 holds all multiples, and the largest unit of that kind.
 _UNIT_BITS, _LARGEST_UNIT = 7, 127 * 2.0**5 / SCALE_FACTOR
@@ -43,10 +51,13 @@ LEAST_SCALE = 2.0**-24 / SCALE_FACTOR
 _ALIGNMENT = 64
 
 
-def panel_bytes(in_features: int, bits: int, group_size: int, symmetric: bool) -> int:
+def panel_bytes(in_features: int, bits: int, group_size: int, symmetric: bool, blocks: bool = False) -> int:
     """Bytes of one panel, a multiple of 64."""
     groups = _ceil_div(in_features, group_size)
-    return _zero_point_bytes(groups, bits, symmetric) + groups * _block_bytes(bits, group_size)
+    if blocks:
+        headers = _ceil_div(in_features, BLOCK_COLUMNS) * _header_bytes(group_size, symmetric)
+        return headers + groups * _step_bytes(bits, group_size)
+    return _zero_point_bytes(groups, bits, symmetric) + groups * (2 * PANEL + _step_bytes(bits, group_size))
 
 
 def round_scales(scales: Floats) -> Floats:
@@ -90,15 +101,19 @@ def _largest_of_block(scales: Floats, group_size: int) -> Floats:
     return np.asarray(blocks.max(axis=-1).repeat(together, axis=1)[:, :groups])
 
 
-def pack_panels(q: Bytes, scales: Floats, zero_points: Bytes | None, bits: int, group_size: int) -> Bytes:
+def pack_panels(
+    q: Bytes, scales: Floats, zero_points: Bytes | None, bits: int, group_size: int, blocks: bool = False
+) -> Bytes:
     """The weight as the operators read it; columns are padded to whole groups and outputs to whole panels.
 
     Args:
         q: (out_features, in_features), below 2**bits.
-        scales: (out_features, G), each one that :func:`round_scales` leaves as it is.
+        scales: (out_features, G), each one that :func:`round_scales` leaves as it is; with blocks,
+            :func:`round_block_scales`.
         zero_points: (out_features, G), below 2**bits; None: symmetric.
         bits: 4 or 8.
         group_size: 32, 64 or 128.
+        blocks: whether the scales are those of blocks.
 
     Returns:
         (panels, panel_bytes).
@@ -109,44 +124,82 @@ def pack_panels(q: Bytes, scales: Floats, zero_points: Bytes | None, bits: int, 
     if zero_points is None:
         zero_points = np.full(scales.shape, ZERO_POINTS[bits], np.uint8)
     assert scales.shape == zero_points.shape == (out_features, groups)
-    assert np.array_equal(round_scales(scales), scales)
+    assert np.array_equal(round_block_scales(scales, group_size) if blocks else round_scales(scales), scales)
     assert max(q.max(initial=0), zero_points.max(initial=0)) < 2**bits
 
     filling = zero_points[:, -1:].repeat(groups * group_size - in_features, axis=1)
     padded = _pad_rows(np.concatenate([q, filling], axis=1), panels)
     steps = padded.reshape(panels, 2, 16, groups, group_size // 4, 4).transpose(0, 3, 4, 1, 2, 5)  # (P, G, J, 2, 16, 4)
-    stored = _pad_rows(scales * np.float32(SCALE_FACTOR), panels).astype("<f2")
-    stored = np.ascontiguousarray(stored.reshape(panels, PANEL, groups).swapaxes(1, 2))  # (P, G, 32)
+    steps = _join(steps, bits).reshape(panels, groups, -1)
+    lanes = None if symmetric else _join_lanes(zero_points, bits)
 
+    if blocks:
+        return _pack_blocks(scales, steps, lanes, group_size)
     packed = np.zeros((panels, panel_bytes(in_features, bits, group_size, symmetric)), np.uint8)
-    prefix = _zero_point_bytes(groups, bits, symmetric)
-    blocks = packed[:, prefix:].reshape(panels, groups, _block_bytes(bits, group_size))
-    blocks[:, :, : 2 * PANEL] = stored.view(np.uint8)
-    blocks[:, :, 2 * PANEL :] = _join(steps, bits).reshape(panels, groups, -1)
-    if not symmetric:
-        lanes = _pad_rows(zero_points, panels).reshape(panels, 2, 16, groups).transpose(0, 3, 1, 2)  # (P, G, 2, 16)
-        joined = _join(lanes[..., None], bits).reshape(panels, -1)
-        packed[:, : joined.shape[1]] = joined
+    parts = packed[:, _zero_point_bytes(groups, bits, symmetric) :].reshape(panels, groups, -1)
+    parts[:, :, : 2 * PANEL] = _store_scales(scales)
+    parts[:, :, 2 * PANEL :] = steps
+    if lanes is not None:
+        packed[:, : groups * 4 * bits] = lanes.reshape(panels, -1)
     return packed
 
 
 def unpack_panels(
-    panels: Bytes, out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool
+    panels: Bytes,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    blocks: bool = False,
 ) -> tuple[Bytes, Floats, Bytes | None]:
     """The inverse of :func:`pack_panels`: q, scales and zero points (None if symmetric)."""
     groups, count = _ceil_div(in_features, group_size), len(panels)
-    assert panels.shape == (_ceil_div(out_features, PANEL), panel_bytes(in_features, bits, group_size, symmetric))
-    prefix = _zero_point_bytes(groups, bits, symmetric)
-    blocks = panels[:, prefix:].reshape(count, groups, -1)
-    stored = np.ascontiguousarray(blocks[:, :, : 2 * PANEL]).view("<f2")  # (P, G, 32)
-    scales = stored.swapaxes(1, 2).reshape(-1, groups)[:out_features].astype(np.float32) / np.float32(SCALE_FACTOR)
-    steps = _split(blocks[:, :, 2 * PANEL :].reshape(count, groups, group_size // 4, -1, 16, 4), bits)
-    q = steps.transpose(0, 3, 4, 1, 2, 5).reshape(count * PANEL, -1)[:out_features, :in_features]
-    if symmetric:
-        return np.ascontiguousarray(q), scales, None
-    lanes = panels[:, : groups * 4 * bits].reshape(count, groups, -1, 16, 1)
-    zero_points = _split(lanes, bits).transpose(0, 2, 3, 1, 4).reshape(count * PANEL, groups)
-    return np.ascontiguousarray(q), scales, zero_points[:out_features]
+    size = panel_bytes(in_features, bits, group_size, symmetric, blocks)
+    assert panels.shape == (_ceil_div(out_features, PANEL), size)
+    if blocks:
+        scales, steps, lanes = _unpack_blocks(panels, groups, group_size, symmetric)
+    else:
+        parts = panels[:, _zero_point_bytes(groups, bits, symmetric) :].reshape(count, groups, -1)
+        scales, steps, lanes = _load_scales(parts[:, :, : 2 * PANEL]), parts[:, :, 2 * PANEL :], panels
+    q = _split(steps.reshape(count, groups, group_size // 4, -1, 16, 4), bits)
+    q = q.transpose(0, 3, 4, 1, 2, 5).reshape(count * PANEL, -1)[:out_features, :in_features]
+    zero_points = None if symmetric else _split_lanes(lanes, groups, bits)[:out_features]
+    return np.ascontiguousarray(q), scales[:out_features], zero_points
+
+
+def _pack_blocks(scales: Floats, steps: Bytes, lanes: Bytes | None, group_size: int) -> Bytes:
+    """Panels of blocks from scales (N, G), steps (P, G, n) and, of zero points, lanes (P, G, 16)."""
+    panels, groups, step_bytes = steps.shape
+    together, header = BLOCK_COLUMNS // group_size, _header_bytes(group_size, lanes is None)
+    units, _ = block_units(scales, group_size)
+    multiples = _join_lanes((scales / units - 1).astype(np.uint8), 4)
+
+    def of_blocks(array: Bytes) -> Bytes:
+        return np.pad(array, ((0, 0), (0, -groups % together), (0, 0))).reshape(panels, -1, together * array.shape[2])
+
+    packed = np.zeros((panels, _ceil_div(groups, together), header + together * step_bytes), np.uint8)
+    packed[:, :, : 2 * PANEL] = _store_scales(units[:, ::together])
+    packed[:, :, 2 * PANEL :][:, :, : 16 * together] = of_blocks(multiples)
+    if lanes is not None:
+        packed[:, :, 2 * PANEL + 16 * together :][:, :, : 16 * together] = of_blocks(lanes)
+    packed[:, :, header:] = of_blocks(steps)
+    return np.ascontiguousarray(packed.reshape(panels, -1)[:, : packed[0].size - -groups % together * step_bytes])
+
+
+def _unpack_blocks(panels: Bytes, groups: int, group_size: int, symmetric: bool) -> tuple[Floats, Bytes, Bytes]:
+    """The inverse of :func:`_pack_blocks`; lanes of something else if symmetric."""
+    together, header, step_bytes = BLOCK_COLUMNS // group_size, _header_bytes(group_size, symmetric), 16 * group_size
+    missing = -groups % together * step_bytes
+    blocks = np.pad(panels, ((0, 0), (0, missing))).reshape(len(panels), -1, header + together * step_bytes)
+
+    def of_groups(start: int, bytes_each: int) -> Bytes:
+        part = blocks[:, :, start : start + together * bytes_each]
+        return part.reshape(len(panels), -1, bytes_each)[:, :groups]
+
+    multiples = _split_lanes(of_groups(2 * PANEL, 16), groups, 4) + np.float32(1)
+    units = _load_scales(blocks[:, :, : 2 * PANEL]).repeat(together, axis=1)[:, :groups]
+    return multiples * units, of_groups(header, step_bytes), of_groups(2 * PANEL + 16 * together, 16)
 
 
 def gated_order(first: int, last: int, out_features: int) -> NDArray[np.int64]:
@@ -181,6 +234,32 @@ def _split(joined: Bytes, bits: int) -> Bytes:
     return np.concatenate([joined & 15, joined >> 4], axis=-3) if bits == 4 else joined
 
 
+def _join_lanes(numbers: Bytes, bits: int) -> Bytes:
+    """One number of each output and group (N, G), as zero points lie: (P, G, 4 * bits)."""
+    panels, groups = _ceil_div(len(numbers), PANEL), numbers.shape[1]
+    lanes = _pad_rows(numbers, panels).reshape(panels, 2, 16, groups).transpose(0, 3, 1, 2)  # (P, G, 2, 16)
+    return _join(lanes[..., None], bits).reshape(panels, groups, -1)
+
+
+def _split_lanes(joined: Bytes, groups: int, bits: int) -> Bytes:
+    """The inverse of :func:`_join_lanes`: (P * 32, G)."""
+    lanes = joined.reshape(len(joined), -1)[:, : groups * 4 * bits].reshape(len(joined), groups, -1, 16, 1)
+    return _split(lanes, bits).transpose(0, 2, 3, 1, 4).reshape(len(joined) * PANEL, groups)
+
+
+def _store_scales(scales: Floats) -> Bytes:
+    """Of scales (N, G) the bytes (P, G, 64)."""
+    panels = _ceil_div(len(scales), PANEL)
+    stored = _pad_rows(scales * np.float32(SCALE_FACTOR), panels).astype("<f2")
+    return np.ascontiguousarray(stored.reshape(panels, PANEL, -1).swapaxes(1, 2)).view(np.uint8)
+
+
+def _load_scales(stored: Bytes) -> Floats:
+    """The inverse of :func:`_store_scales`: (P * 32, G)."""
+    scales = np.ascontiguousarray(stored).view("<f2").swapaxes(1, 2)
+    return scales.reshape(-1, stored.shape[1]).astype(np.float32) / np.float32(SCALE_FACTOR)
+
+
 def _pad_rows(rows: NDArray[Any], panels: int) -> NDArray[Any]:
     return np.pad(rows, ((0, panels * PANEL - len(rows)), (0, 0)))
 
@@ -189,8 +268,14 @@ def _zero_point_bytes(groups: int, bits: int, symmetric: bool) -> int:
     return 0 if symmetric else _ceil_div(groups * 4 * bits, _ALIGNMENT) * _ALIGNMENT
 
 
-def _block_bytes(bits: int, group_size: int) -> int:
-    return 2 * PANEL + group_size * 4 * bits
+def _header_bytes(group_size: int, symmetric: bool) -> int:
+    """Of a block, what precedes its groups."""
+    numbers = BLOCK_COLUMNS // group_size * (16 if symmetric else 32)
+    return 2 * PANEL + _ceil_div(numbers, _ALIGNMENT) * _ALIGNMENT
+
+
+def _step_bytes(bits: int, group_size: int) -> int:
+    return group_size * 4 * bits
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:

@@ -34,7 +34,8 @@ class QuantLinearAttributes:
 def dequantize(weight: Array, attributes: QuantLinearAttributes) -> Array:
     """The weight float32 (N, K) whose panels these are, with its columns in the order they are stored in."""
     a = attributes
-    q, scales, zero_points = unpack_panels(weight, a.N, a.K, a.bits, a.group_size, bool(a.symmetric))
+    blocks = a.activation_scales == "block"
+    q, scales, zero_points = unpack_panels(weight, a.N, a.K, a.bits, a.group_size, bool(a.symmetric), blocks)
     if zero_points is None:
         zero_points = np.full(scales.shape, ZERO_POINTS[a.bits], np.uint8)
     columns = np.arange(a.K) // a.group_size

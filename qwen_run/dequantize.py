@@ -84,8 +84,9 @@ class StoredLinear:
     def _read_panels(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         stored, first = self.record.quantization, start // PANEL
         panels = self.tensors["panels"][first : -(-stop // PANEL)]
+        blocks = stored.activation_scales == "block"
         q, scales, zero_points = unpack_panels(
-            panels, stop - first * PANEL, self._padded, stored.bits, stored.group_size, stored.symmetric
+            panels, stop - first * PANEL, self._padded, stored.bits, stored.group_size, stored.symmetric, blocks
         )
         skip = start - first * PANEL
         return q[skip:], scales[skip:], None if zero_points is None else zero_points[skip:]

@@ -20,27 +20,40 @@ from qwen_plugin.layout import (
 )
 
 
-def draw(out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int = 0):  # type: ignore[no-untyped-def]
+def draw(  # type: ignore[no-untyped-def]
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    seed: int = 0,
+    blocks: bool = False,
+):
     rng = np.random.default_rng(seed)
     groups = -(-in_features // group_size)
     q = rng.integers(0, 2**bits, (out_features, in_features)).astype(np.uint8)
-    scales = round_scales(rng.uniform(1e-4, 1e-1, (out_features, groups)).astype(np.float32))
+    scales = rng.uniform(1e-4, 1e-1, (out_features, groups)).astype(np.float32)
+    scales = round_block_scales(scales, group_size) if blocks else round_scales(scales)
     zero_points = None if symmetric else rng.integers(0, 2**bits, (out_features, groups)).astype(np.uint8)
     return q, scales, zero_points
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric", "expected"),
+    ("bits", "group_size", "symmetric", "blocks", "expected"),
     [
-        (4, 32, True, 3 * (64 + 8 * 64)),  # 70 columns are 3 groups
-        (4, 64, True, 2 * (64 + 16 * 64)),
-        (8, 32, True, 3 * (64 + 8 * 128)),
-        (4, 32, False, 64 + 3 * (64 + 8 * 64)),  # 3 x 16 bytes of zero points
-        (8, 32, False, 128 + 3 * (64 + 8 * 128)),  # 3 x 32
+        (4, 32, True, False, 3 * (64 + 8 * 64)),  # 70 columns are 3 groups
+        (4, 64, True, False, 2 * (64 + 16 * 64)),
+        (8, 32, True, False, 3 * (64 + 8 * 128)),
+        (4, 32, False, False, 64 + 3 * (64 + 8 * 64)),  # 3 x 16 bytes of zero points
+        (8, 32, False, False, 128 + 3 * (64 + 8 * 128)),  # 3 x 32
+        (4, 32, True, True, 64 + 64 + 3 * 8 * 64),
+        (4, 32, False, True, 64 + 2 * 64 + 3 * 8 * 64),
+        (4, 64, True, True, 64 + 64 + 2 * 16 * 64),  # 2 x 16 bytes of multiples
+        (4, 64, False, True, 64 + 64 + 2 * 16 * 64),  # and as many of zero points
     ],
 )
-def test_the_size_of_a_panel(bits: int, group_size: int, symmetric: bool, expected: int) -> None:
-    assert panel_bytes(70, bits, group_size, symmetric) == expected
+def test_the_size_of_a_panel(bits: int, group_size: int, symmetric: bool, blocks: bool, expected: int) -> None:
+    assert panel_bytes(70, bits, group_size, symmetric, blocks) == expected
 
 
 def test_every_byte_at_four_bits() -> None:
@@ -56,6 +69,26 @@ def test_every_byte_at_four_bits() -> None:
     assert block[64 + 15 * 64 + 4 * 7 + 3] == zero_points[7, 1] | zero_points[16 + 7, 1] << 4
     assert not panels[1, 64 : 64 + 64].view(np.float16)[8:].any()
     assert panels[1, 64 : 64 + 64].view(np.float16)[:8].all()
+
+
+def test_every_byte_of_blocks() -> None:
+    q, scales, zero_points = draw(40, 300, 4, 32, symmetric=False, blocks=True)
+    panels = pack_panels(q, scales, zero_points, 4, 32, blocks=True)
+    header = 64 + 2 * 64
+    assert panels.shape == (2, 3 * header + 10 * 8 * 64)  # of 10 groups the last block has 2
+    block = panels[0, header + 4 * 8 * 64 :]  # the second one
+    units = scales[:32, 4:8].max(axis=1) / 16
+    assert np.array_equal(block[:64].view(np.float16), (units * 1024).astype(np.float16))
+    multiples, zero_bytes = block[64 + 2 * 16 :], block[128 + 2 * 16 :]  # of group 6
+    assert multiples[7] == round(scales[7, 6] / units[7]) - 1 | round(scales[23, 6] / units[23]) - 1 << 4
+    assert zero_bytes[7] == zero_points[7, 6] | zero_points[16 + 7, 6] << 4
+    step = block[header + 2 * 8 * 64 + 5 * 64 :]  # columns 192 + 20 to 192 + 23
+    assert step[4 * 7 + 2] == q[7, 214] | q[16 + 7, 214] << 4
+    last = panels[1, 2 * (header + 4 * 8 * 64) :]
+    assert last[:64].view(np.float16)[:8].all()
+    assert not last[:64].view(np.float16)[8:].any()
+    assert not last[64 + 2 * 16 : 128].any()  # groups that are not there
+    assert last[header + 8 * 64 + 2 * 64 + 4 * 7 + 1] == q[39, 297]
 
 
 def test_every_byte_at_eight_bits() -> None:
@@ -77,17 +110,19 @@ def test_every_byte_at_eight_bits() -> None:
     group_size=st.sampled_from(GROUP_SIZES),
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
+    blocks=st.booleans(),
 )
 def test_unpacking_is_the_inverse(
-    out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int
+    out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int, blocks: bool
 ) -> None:
-    q, scales, zero_points = draw(out_features, in_features, bits, group_size, symmetric, seed)
-    panels = pack_panels(q, scales, zero_points, bits, group_size)
-    expected_bytes = panel_bytes(in_features, bits, group_size, symmetric)
+    blocks = blocks and bits == 4 and group_size < 128
+    q, scales, zero_points = draw(out_features, in_features, bits, group_size, symmetric, seed, blocks)
+    panels = pack_panels(q, scales, zero_points, bits, group_size, blocks)
+    expected_bytes = panel_bytes(in_features, bits, group_size, symmetric, blocks)
     assert panels.shape == (-(-out_features // PANEL), expected_bytes)
     assert expected_bytes % 64 == 0
     assert panels.flags.c_contiguous
-    found = unpack_panels(panels, out_features, in_features, bits, group_size, symmetric)
+    found = unpack_panels(panels, out_features, in_features, bits, group_size, symmetric, blocks)
     assert np.array_equal(found[0], q)
     assert np.array_equal(found[1], scales)
     assert (found[2] is None) == symmetric

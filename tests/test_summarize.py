@@ -20,7 +20,7 @@ from scripted import write_text_files
 from qwen_build.per_linear import Rule
 from qwen_build.rope import rope_tables
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
-from qwen_plugin.layout import pack_panels, round_scales, unpack_panels
+from qwen_plugin.layout import pack_panels, round_block_scales, round_scales, unpack_panels
 from qwen_run.assess import engine_info
 from qwen_run.parts import measure_part
 from qwen_run.report import Report
@@ -125,11 +125,13 @@ def change_panels(engine: Path, linear: str, change: Callable[[np.ndarray, np.nd
     grid = record.quantization
     padded = -(-record.in_features // grid.group_size) * grid.group_size
     panels = Weights(engine)[f"{linear}.panels"]
+    blocks = grid.activation_scales == "block"
     q, scales, zero_points = unpack_panels(
-        panels, record.out_features, padded, grid.bits, grid.group_size, grid.symmetric
+        panels, record.out_features, padded, grid.bits, grid.group_size, grid.symmetric, blocks
     )
     change(q, scales)
-    panels[:] = pack_panels(q, round_scales(scales), zero_points, grid.bits, grid.group_size)
+    scales = round_block_scales(scales, grid.group_size) if blocks else round_scales(scales)
+    panels[:] = pack_panels(q, scales, zero_points, grid.bits, grid.group_size, blocks)
 
 
 def swap_halves_of_bytes(engine: Path) -> None:

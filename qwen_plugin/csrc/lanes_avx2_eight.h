@@ -18,8 +18,6 @@ struct Avx2Eight {
   static Floats Set(float x) { return _mm256_set1_ps(x); }
   static Floats Add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats Mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-  static Floats Reciprocal(Floats a) { return _mm256_rcp_ps(a); }
-  static Floats Max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats ToFloats(Ints a) { return _mm256_cvtepi32_ps(a); }
   static Floats BitsToFloats(Ints a) { return _mm256_castsi256_ps(a); }

@@ -1,4 +1,4 @@
-// qwen::QuantEmbedding version 1: rows of the dequantised weight of a qwen::QuantLinear, bit for bit.
+// qwen::QuantEmbedding version 2: rows of the dequantised weight of a qwen::QuantLinear, bit for bit.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -17,13 +17,18 @@ void Dequantize(const QuantWeight& w, int64_t output, float* row) {
   const uint8_t* const panel = PanelOf(w, output / kPanel);
   const auto nibble = [&](uint8_t byte) { return half ? byte >> 4 : byte & 15; };
   for (int64_t g = 0; g < w.groups; ++g) {
-    const uint8_t* const block = panel + w.zero_point_bytes + g * w.block_bytes;
-    const uint8_t* const steps = block + 2 * kPanel;
+    const int64_t of_block = g % w.block_groups;
+    const uint8_t* const block = BlockOf(w, panel, g / w.block_groups);
+    const uint8_t* const steps = StepsOf(w, block, of_block);
     uint16_t stored;
     std::memcpy(&stored, block + 2 * lane, sizeof stored);
-    const float scale = HalfToFloat(stored) * kScaleUnit;
+    float scale = HalfToFloat(stored) * kScaleUnit;
+    if (w.block_groups > 1) scale *= float(nibble(MultiplesOf(block, of_block)[low]) + 1);
     int zero_point = SymmetricZeroPoint(w);
-    if (!w.symmetric) zero_point = w.bits == 4 ? nibble(panel[g * 16 + low]) : panel[g * 32 + lane];
+    if (!w.symmetric) {
+      const uint8_t* const zero_points = ZeroPointsOf(w, panel, g);
+      zero_point = w.bits == 4 ? nibble(zero_points[low]) : zero_points[lane];
+    }
     const int64_t first = g * w.group_size, last = std::min(first + w.group_size, w.in_features);
     for (int64_t k = first; k < last; ++k) {
       const int64_t j = (k - first) / 4, c = 4 * low + k % 4;
@@ -37,7 +42,8 @@ struct Kernel {
   OrtApi api;
   QuantWeight settings;
 
-  Kernel(const OrtApi& ort, const operators::Attributes& attributes) : api(ort), settings(ReadWeight(attributes)) {}
+  Kernel(const OrtApi& ort, const operators::Attributes& attributes)
+      : api(ort), settings(ReadWeight(attributes, attributes.Int("blocks", 0, 0, 1) == 1)) {}
 
   void Compute(OrtKernelContext* context) const {
     QuantWeight w = settings;
@@ -59,7 +65,7 @@ struct Kernel {
 
 struct QuantEmbedding {
   static constexpr const char* kName = "QuantEmbedding";
-  static constexpr int kVersion = 1;
+  static constexpr int kVersion = 2;
   static constexpr size_t kInputs = 2, kOutputs = 1;
   static void InferShape(const OrtApi& api, OrtShapeInferContext* context) { operators::InferRows(api, context, "K"); }
 };

@@ -1,4 +1,4 @@
-// qwen::QuantLinear version 2: checks every input, divides the work, calls the kernels.
+// qwen::QuantLinear version 3: checks every input, divides the work, calls the kernels.
 #include "quant_linear.h"
 
 #include <algorithm>
@@ -29,7 +29,8 @@ constexpr int64_t kSerialWork = 100'000;
 
 Problem ReadSettings(const Attributes& attributes) {
   Problem p = {};
-  static_cast<QuantWeight&>(p) = ReadWeight(attributes);
+  const std::string scales = attributes.String("activation_scales");
+  static_cast<QuantWeight&>(p) = ReadWeight(attributes, scales == "block");
   const std::string precision = attributes.String("precision");
   if (precision == "int8")
     p.precision = Precision::kInt8;
@@ -39,7 +40,6 @@ Problem ReadSettings(const Attributes& attributes) {
     p.precision = Precision::kFloat32;
   else
     attributes.Refuse("precision", "'" + precision + "'", "int8, int8x2 or float32");
-  const std::string scales = attributes.String("activation_scales");
   if (scales == "block")
     p.activation_scales = ActivationScales::kBlock;
   else if (scales == "token")
@@ -48,11 +48,8 @@ Problem ReadSettings(const Attributes& attributes) {
     p.activation_scales = ActivationScales::kStatic;
   else if (!scales.empty() && scales != "group")
     attributes.Refuse("activation_scales", "'" + scales + "'", "group, block, token or static");
-  const bool blocks = p.activation_scales == ActivationScales::kBlock;
-  if (blocks && (p.precision == Precision::kInt8x2 || p.bits != 4 || p.group_size >= kBlockColumns))
-    attributes.Refuse("activation_scales", "'block'",
-                      "another: it goes with 4 bits, groups of 32 or 64 and precision int8");
-  p.block_groups = blocks ? kBlockColumns / p.group_size : 1;
+  if (p.activation_scales == ActivationScales::kBlock && p.precision == Precision::kInt8x2)
+    attributes.Refuse("activation_scales", "'block'", "another: it does not go with precision int8x2");
   p.swiglu = attributes.Int("swiglu", 0, 0, 1) == 1;
   if (p.swiglu && p.out_features % kPanel != 0)
     attributes.Refuse("N", std::to_string(p.out_features), "a multiple of 32, as swiglu is 1");
@@ -188,7 +185,7 @@ struct Kernel {
 
 struct QuantLinear {
   static constexpr const char* kName = "QuantLinear";
-  static constexpr int kVersion = 2;
+  static constexpr int kVersion = 3;
   static constexpr size_t kInputs = kInputCount, kOutputs = 2;
   static void InferShape(const OrtApi& api, OrtShapeInferContext* context) {
     operators::InferRows(api, context, "N", "swiglu");

@@ -1,12 +1,5 @@
 // qwen::QuantLinear: what the operator (quant_linear.cc) hands to its kernels (one set an instruction set).
 //
-// A panel of the weight is 32 outputs; with G = groups:
-//   [zero points: G x 16 (4 bits) or 32 bytes, padded to 64; only if asymmetric]
-//   G x [32 float16 scales * 2^10][group_size / 4 steps of 64 (4 bits) or 128 bytes]
-// Step j holds columns 4j..4j+3 of the group. Byte 4i+c has, at 4 bits, in its low nibble column 4j+c of output i and
-// in its high one that of output i+16 (zero point byte i alike); at 8 bits, line h has output 16h+i. Columns beyond
-// in_features hold the zero point, outputs beyond out_features have scale 0.
-//
 // Arithmetic, the same bits whatever the kernels, the rows beside and the threads; per row and group:
 //   amax = largest |x|; inverse = limit / amax; a = rint(x * inverse); scale = amax / limit; all 0 where inverse is inf
 //   int8: limit 127, a is one byte. int8x2: limit 127 * 256, a = 256 * high + low, each one byte with a sign.
@@ -14,7 +7,7 @@
 //   inverse = s / input_scale; a = rint(x * inverse clipped to +-limit); scale = input_scale / s
 //   dot = sum (q - zero_point) * a, exact in int32; y = fma(float(dot) * weight_scale, scale, y), groups ascending
 //   activation_scales "block", for int8 and 4 bits alone: blocks of 128 columns have a scale, amax is theirs. The
-//   weight scales of a block are 1 to 16 times its unit, the largest 16 times: sum of dot * weight_scale / unit is an
+//   weight scales of a block are 1 to 16 times its unit: sum of dot * weight_scale / unit is an
 //   integer below 2^22, exact in any order; y = fma(float(that sum) * unit, scale, y), blocks ascending
 //
 //   float32: y = fma((q - zero_point) * weight_scale, x, y), columns ascending
@@ -28,16 +21,12 @@ namespace quant_linear {
 enum class Precision { kInt8, kInt8x2, kFloat32 };
 enum class ActivationScales { kGroup, kBlock, kToken, kStatic };
 
-constexpr int64_t kBlockColumns = 128;
-constexpr float kMostUnits = 16.f;
-
 // One call of the operator; everything in it has been checked.
 struct Problem : QuantWeight {
   int64_t rows;
   Precision precision;
   ActivationScales activation_scales;
-  int64_t block_groups;  // that share a scale of the activations, 1 unless they are of kBlock
-  float input_scale;     // of the static ones
+  float input_scale;  // of the static ones
   bool swiglu;
   int64_t width;  // columns of y: out_features, or half of them with swiglu
   float epsilon;

@@ -82,11 +82,11 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t first, int64_t count
   int8_t* out = chunk.weights;
   const int64_t half = p.group_size * kLanes;
   for (int64_t g = 0; g < count; ++g, out += 2 * half) {
-    const uint8_t* block = panel + p.zero_point_bytes + (first + g) * p.block_bytes;
+    const uint8_t* const block = BlockOf(p, panel, first + g);  // of one group
     GroupFactors& factors = chunk.factors[g];
     __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)};
     if (p.bits == 4 && !p.symmetric) {
-      const __m512i both = FourTimes(panel + (first + g) * 16);
+      const __m512i both = FourTimes(ZeroPointsOf(p, panel, first + g));
       zero_points[0] = _mm512_and_si512(both, low_nibbles);
       zero_points[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
     }
@@ -94,22 +94,22 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t first, int64_t count
       factors.units[h] = Lanes::Mul(Lanes::LoadHalves(block + 32 * h), Lanes::Set(kScaleUnit));
       factors.offsets[h] = Lanes::Mul(factors.units[h], Lanes::Set(-kFloatStartValue));  // exact
       if (HasCorrection(p)) {
-        const uint8_t* const bytes = panel + (first + g) * 32 + 16 * h;
+        const uint8_t* const bytes = ZeroPointsOf(p, panel, first + g) + 16 * h;
         const __m512i less = _mm512_sub_epi32(
             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))), _mm512_set1_epi32(128));
         factors.zero_points[h] = _mm512_mask_mov_epi16(_mm512_slli_epi32(less, 24), 0x55555555, less);
       }
     }
-    block += 2 * kPanel;
+    const uint8_t* const steps = StepsOf(p, block, 0);
     for (int64_t i = 0; i < half; i += 64) {
       if (p.bits == 4) {
-        const __m512i v = _mm512_loadu_si512(block + i), high = _mm512_srli_epi16(v, 4);
+        const __m512i v = _mm512_loadu_si512(steps + i), high = _mm512_srli_epi16(v, 4);
         _mm512_store_si512(out + i, _mm512_sub_epi8(_mm512_and_si512(v, low_nibbles), zero_points[0]));
         _mm512_store_si512(out + half + i, _mm512_sub_epi8(_mm512_and_si512(high, low_nibbles), zero_points[1]));
       } else {
         for (int h = 0; h < kHalves; ++h)
           _mm512_store_si512(out + half * h + i,
-                             _mm512_xor_si512(_mm512_loadu_si512(block + 2 * i + 64 * h), _mm512_set1_epi8(-128)));
+                             _mm512_xor_si512(_mm512_loadu_si512(steps + 2 * i + 64 * h), _mm512_set1_epi8(-128)));
       }
     }
   }
@@ -269,7 +269,7 @@ void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t 
   const char* const values = tile + row * kGroup * kPlanes;
   alignas(64) typename P::GroupSums sums[2];
   const P product = {chunk, count, tile_bytes, values + (of_tiles.last - of_tiles.first - 1) * tile_bytes, sums};
-  const int64_t fetch_bytes = p.zero_point_bytes + kChunkColumns / kGroup * p.block_bytes,
+  const int64_t fetch_bytes = p.prefix_bytes + kChunkColumns / kGroup * p.block_bytes,
                 steps = (of_tiles.last - of_tiles.first) * count;
   typename P::Cursor at = {values, 0, fetch, fetch + fetch_bytes, CeilDiv(fetch_bytes, steps * 64) * 64};
   product.Start(at);

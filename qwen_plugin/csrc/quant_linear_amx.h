@@ -52,8 +52,7 @@ inline void TakeTurns(const Problem& p, Range of_tiles, Range of_panels, int64_t
     for (int64_t n = of_panels.first; n < of_panels.last; ++n)
       for (int64_t g = begin; g < end; g += unit) {
         const bool more = g + unit < end;  // of this panel
-        const uint8_t* const next =
-            PanelOf(p, n + !more) + p.zero_point_bytes + (more ? g + unit : begin) * p.block_bytes;
+        const uint8_t* const next = BlockOf(p, PanelOf(p, n + !more), (more ? g + unit : begin) / p.block_groups);
         multiply(n, g, end - g < unit ? end - g : unit, next,
                  reinterpret_cast<float (*)[kPanel]>(totals + (n - of_panels.first) * kept));
       }

@@ -11,7 +11,6 @@ struct Avx512Vnni : Avx512Lanes {
   static constexpr uint32_t kHighFactor = 16, kByteOffset = 0;  // high nibbles are used in place
 
   static Ints SetInts(int32_t x) { return _mm512_set1_epi32(x); }
-  static Floats Reciprocal(Floats a) { return _mm512_rcp14_ps(a); }
   static Floats BitsToFloats(Ints v) { return _mm512_castsi512_ps(v); }
   template <int kBits>
   static Ints ShiftLeft(Ints v) {

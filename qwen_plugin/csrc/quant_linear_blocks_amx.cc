@@ -19,11 +19,10 @@ constexpr int kPlanes = 2;       // of weights
 constexpr int kChunkBlocks = 2;  // that are unpacked, 16 KiB
 constexpr int kTileSize = kRows * kColumns;
 
-int64_t Blocks(const Problem& p) { return CeilDiv(p.groups, p.block_groups); }
-int64_t ValueBytes(const Problem& p) { return Blocks(p) * kParts * kTileSize; }
+int64_t ValueBytes(const Problem& p) { return p.blocks * kParts * kTileSize; }
 
 int64_t TileRows(const Problem&) { return kRows; }
-int64_t TileBytes(const Problem& p) { return ValueBytes(p) + Blocks(p) * kRows * int64_t(sizeof(float)); }
+int64_t TileBytes(const Problem& p) { return ValueBytes(p) + p.blocks * kRows * int64_t(sizeof(float)); }
 
 // ---- Preparing
 
@@ -61,39 +60,34 @@ INLINE __m512i Times(__m512i bytes, __m512i words) { return _mm512_mullo_epi16(b
 void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
   const int64_t first = block * p.block_groups;
   const int64_t groups = p.groups - first < p.block_groups ? p.groups - first : p.block_groups;
-  const uint8_t* const stored = panel + p.zero_point_bytes + first * p.block_bytes;
-  const __m512i low_nibbles = _mm512_set1_epi8(15), all = _mm512_set1_epi32(0x00010001);
-  __m512 inverses[kHalves];
+  const uint8_t* const stored = BlockOf(p, panel, block);
+  const __m512i low_nibbles = _mm512_set1_epi8(15), low_bytes = _mm512_set1_epi16(15), one = _mm512_set1_epi16(1);
   for (int h = 0; h < kHalves; ++h) {
-    __m512 largest = Lanes::Set(kLeastScale);
-    for (int64_t g = 0; g < groups; ++g)
-      largest = Lanes::Max(Lanes::LoadHalves(stored + g * p.block_bytes + 32 * h), largest);
-    inverses[h] = Lanes::Div(Lanes::Set(kMostUnits), largest);
-    out.units[h] = Lanes::Mul(largest, Lanes::Set(kScaleUnit / kMostUnits));
+    out.units[h] = Lanes::Mul(Lanes::LoadHalves(stored + 32 * h), Lanes::Set(kScaleUnit));
     out.offsets[h] = Lanes::Mul(out.units[h], Lanes::Set(-kFloatStartValue));  // exact
   }
   out.parts = int(CeilDiv(groups * p.group_size, kColumns));
   int64_t step = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* const group = stored + g * p.block_bytes;
-    __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)};
-    if (!p.symmetric) {
-      const __m512i both = FourTimes(panel + (first + g) * 16);
-      zero_points[0] = _mm512_and_si512(both, low_nibbles);
-      zero_points[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
-    }
+    const uint8_t* const steps = StepsOf(p, stored, g);
+    const auto split = [&](__m512i v, __m512i* q) {
+      q[0] = _mm512_and_si512(v, low_nibbles);
+      q[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibbles);
+    };
+    __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)}, multiples[kHalves];
+    if (!p.symmetric) split(FourTimes(ZeroPointsOf(p, panel, first + g)), zero_points);
+    split(FourTimes(MultiplesOf(stored, g)), multiples);
     __m512i factors[kHalves][kPlanes], less[kHalves][kPlanes];
     for (int h = 0; h < kHalves; ++h) {
-      const __m512i multiple = Lanes::Round(Lanes::Mul(Lanes::LoadHalves(group + 32 * h), inverses[h]));
-      const __m512i half = _mm512_srli_epi32(multiple, 1);
-      factors[h][0] = _mm512_mullo_epi32(half, all);
-      factors[h][1] = _mm512_mullo_epi32(_mm512_sub_epi32(multiple, half), all);
+      const __m512i multiple = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
+      const __m512i half = _mm512_srli_epi16(multiple, 1);
+      factors[h][0] = half;
+      factors[h][1] = _mm512_sub_epi16(multiple, half);
       for (int plane = 0; plane < kPlanes; ++plane) less[h][plane] = Times(zero_points[h], factors[h][plane]);
     }
     for (int64_t i = 0; i < p.group_size / 4; ++i, ++step) {
-      const __m512i v = _mm512_loadu_si512(group + 2 * kPanel + 64 * i);
-      const __m512i q[kHalves] = {_mm512_and_si512(v, low_nibbles),
-                                  _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibbles)};
+      __m512i q[kHalves];
+      split(_mm512_loadu_si512(steps + 64 * i), q);
       UNROLL_FOR(h, kHalves)
       UNROLL_FOR(plane, kPlanes)
       _mm512_store_si512(out.weights[h][step / 16][plane] + step % 16 * 64,
@@ -162,8 +156,8 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
                    Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
   alignas(64) Sums sums[kHalves];
   const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
-  const bool last = first + count == Blocks(p);
-  const int64_t fetch_bytes = kChunkBlocks * p.block_groups * p.block_bytes;
+  const bool last = first + count == p.blocks;
+  const int64_t fetch_bytes = kChunkBlocks * p.block_bytes;
   const int64_t step_bytes = CeilDiv(fetch_bytes, (of_tiles.last - of_tiles.first) * count * 64) * 64;
   const uint8_t* const fetch_last = fetch + fetch_bytes;
   const auto finish = [&](int64_t t) {

@@ -21,7 +21,6 @@ namespace {
 // within 2^22 turns into a float for nothing. 255 * 127 * 128 does.
 constexpr int32_t kFloatStart = 0x4b400000;
 constexpr float kFloatStartValue = 12582912.f;
-constexpr float kLeastScale = 1.f / (1 << 24);  // above 0 that can be stored
 
 constexpr int kMaxFloatRows = 4, kMaxTileRows = 8;
 constexpr int64_t kStreamAhead = 8192;  // bytes
@@ -110,32 +109,16 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
 
 // ---- Multiplying
 
-// What a block's sums are multiplied with, for the outputs of one pass.
+// The multiples of a block's unit that a group's scales are, for the outputs of one pass; over kHighFactor where Dot
+// has that.
 template <class I>
-struct BlockFactors {
-  typename I::Floats units[2];
-  typename I::Floats multiples[kBlockColumns / 32][2];  // of the unit, of each group; over kHighFactor where Dot has it
-};
-
-// For `groups` groups, the first of which has its stored scales of these outputs at `scales`.
-template <class I>
-inline __attribute__((always_inline)) BlockFactors<I> FindFactors(const uint8_t* scales, int64_t groups,
-                                                                  int64_t block_bytes) {
-  BlockFactors<I> found;
+inline __attribute__((always_inline)) void LoadMultiples(const uint8_t* stored, int pass, typename I::Floats* out) {
+  typename I::Ints less_one[2];  // high ones times kHighFactor
+  I::template LoadZeroPoints<4>(stored + pass * I::kLanes, less_one);
   UNROLL_FOR(h, 2) {
     const float one = h == 0 ? 1.f : 1.f / I::kHighFactor;
-    auto largest = I::Set(kLeastScale);  // outputs beyond the last have 0
-    for (int64_t g = 0; g < groups; ++g) {
-      found.multiples[g][h] = I::LoadHalves(scales + g * block_bytes + 32 * h);
-      largest = I::Max(found.multiples[g][h], largest);
-    }
-    found.units[h] = I::Mul(largest, I::Set(kScaleUnit / kMostUnits));
-    const auto inverse = I::Mul(I::Reciprocal(largest), I::Set(kMostUnits * one));
-    const auto start = I::Set(kFloatStartValue * one);  // to which a sum is rounded to a whole number of ones
-    for (int64_t g = 0; g < groups; ++g)
-      found.multiples[g][h] = I::Add(I::Fma(found.multiples[g][h], inverse, start), I::Set(-kFloatStartValue * one));
+    out[h] = I::Fma(I::ToFloats(less_one[h]), I::Set(one * one), I::Set(one));
   }
-  return found;
 }
 
 // A tile of kRows rows times a panel: the sums without bias and residual. kBlocks: activation_scales are of blocks.
@@ -150,47 +133,46 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
   Floats totals[kPasses][kRows][2], blocks[kPasses][kRows][2];
   UNROLL_FOR(pass, kPasses)
   UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) totals[pass][r][h] = blocks[pass][r][h] = I::Set(0.f);
-  BlockFactors<I> block_factors[kPasses];
-  int64_t block_begin = 0, block_end = 0;
-  const uint8_t* block = panel + p.zero_point_bytes;
-  for (int64_t g = 0; g < p.groups; ++g, block += p.block_bytes, tile += group_bytes) {
+  int64_t of_block = 0;
+  const uint8_t *block = nullptr, *next = panel + p.prefix_bytes;
+  for (int64_t g = 0; g < p.groups; ++g, next += p.group_bytes, tile += group_bytes) {
     const int32_t* const values = reinterpret_cast<const int32_t*>(tile);
     const int32_t* const starts = values + steps * kAll;
     const float* const scales = reinterpret_cast<const float*>(starts + 2 * kAll);
-    if (kBlocks && g == block_end) {
-      block_begin = g;
-      block_end = g + p.block_groups < p.groups ? g + p.block_groups : p.groups;
-    }
     stream.StartGroup();
-    stream.Fetch<1>();  // for the scales
-    if (!kSymmetric && g % (16 / kBits) == 0) stream.Fetch<1>();
+    if (!kBlocks || of_block == 0) {
+      block = next;
+      next += p.header_bytes;
+      stream.Fetch<kBlocks ? (kSymmetric ? 2 : 3) : 1>();
+    }
+    if (!kBlocks && !kSymmetric && g % (16 / kBits) == 0) stream.Fetch<1>();
+    const uint8_t* const zero_bytes =
+        kBlocks ? MultiplesOf(block, p.block_groups + of_block) : panel + g * (kBits == 4 ? 16 : 32);
     UNROLL_FOR(pass, kPasses) {
       Ints sums[kAll][2];
       if constexpr (kSymmetric) {
         UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = I::SetInts(starts[h * kAll + r]);
       } else {
         Ints zero_points[2];
-        I::template LoadZeroPoints<kBits>(panel + g * (kBits == 4 ? 16 : 32) + pass * I::kLanes, zero_points);
+        I::template LoadZeroPoints<kBits>(zero_bytes + pass * I::kLanes, zero_points);
         UNROLL_FOR(r, kAll)
         UNROLL_FOR(h, 2)
         sums[r][h] =
             I::AddWords(I::SetInts(kPlanes == 1 ? kFloatStart : 0), zero_points[h], I::SetInts(starts[h * kAll + r]));
       }
-      I::template Dot<kBits, kAll>(block + 2 * kPanel, steps, pass, values, sums, stream);
+      I::template Dot<kBits, kAll>(next, steps, pass, values, sums, stream);
 
       if constexpr (kBlocks) {
-        BlockFactors<I>& factors = block_factors[pass];
-        if (g == block_begin) factors = FindFactors<I>(block + 2 * pass * I::kLanes, block_end - g, p.block_bytes);
-        UNROLL_FOR(h, 2) {
-          const Floats multiple = factors.multiples[g - block_begin][h];
-          UNROLL_FOR(r, kRows) {
-            const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
-            blocks[pass][r][h] = I::Fma(dot, multiple, blocks[pass][r][h]);
-          }
-        }
-        if (g + 1 < block_end) continue;
+        Floats multiples[2];
+        LoadMultiples<I>(MultiplesOf(block, of_block), pass, multiples);
         UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
-          const Floats product = I::Mul(blocks[pass][r][h], factors.units[h]);  // rounded once
+          const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
+          blocks[pass][r][h] = I::Fma(dot, multiples[h], blocks[pass][r][h]);
+        }
+        if (of_block + 1 < p.block_groups && g + 1 < p.groups) continue;
+        UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
+          const Floats unit = I::Mul(I::LoadHalves(block + 32 * h + 2 * pass * I::kLanes), I::Set(kScaleUnit));
+          const Floats product = I::Mul(blocks[pass][r][h], unit);  // rounded once
           totals[pass][r][h] = I::Fma(product, I::Set(scales[r]), totals[pass][r][h]);
           blocks[pass][r][h] = I::Set(0.f);
         }
@@ -213,6 +195,7 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
         totals[pass][r][h] = I::Fma(product, I::Set(scales[r]), totals[pass][r][h]);
       }
     }
+    if (kBlocks) of_block = of_block + 1 < p.block_groups ? of_block + 1 : 0;
   }
   UNROLL_FOR(pass, kPasses)
   UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) I::Store(out[r] + 16 * h + pass * I::kLanes, totals[pass][r][h]);
@@ -223,25 +206,28 @@ template <class I, int kBits, int kRows>
 void MultiplyFloatTile(const Problem& p, const uint8_t* panel, const char* tile, float (*out)[kPanel]) {
   using L = typename I::Lanes;
   const float* x = reinterpret_cast<const float*>(tile);
-  const uint8_t* block = panel + p.zero_point_bytes;
   typename L::Floats sums[kRows][2];
   for (auto& row : sums) row[0] = row[1] = L::Set(0.f);
-  for (int64_t g = 0; g < p.groups; ++g, block += p.block_bytes) {
-    float minus_zero_points[kPanel];
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t of_block = g % p.block_groups;
+    const uint8_t* const block = BlockOf(p, panel, g / p.block_groups);
+    const uint8_t *const multiples = MultiplesOf(block, of_block), *const zero_points = ZeroPointsOf(p, panel, g);
+    float minus_zero_points[kPanel], units[kPanel];
     for (int i = 0; i < kPanel; ++i) {
+      const int shift = i < 16 ? 0 : 4;
       int zero_point = SymmetricZeroPoint(p);
-      if (!p.symmetric && kBits == 4) zero_point = panel[g * 16 + i % 16] >> (i < 16 ? 0 : 4) & 15;
-      if (!p.symmetric && kBits == 8) zero_point = panel[g * 32 + i];
+      if (!p.symmetric) zero_point = kBits == 4 ? zero_points[i % 16] >> shift & 15 : zero_points[i];
       minus_zero_points[i] = float(-zero_point);
+      units[i] = kScaleUnit * (p.block_groups == 1 ? 1.f : float((multiples[i % 16] >> shift & 15) + 1));
     }
     for (int64_t k = 0; k < p.group_size; ++k, x += kRows) {
-      const uint8_t* const step = block + 2 * kPanel + k / 4 * (16 * kBits);
+      const uint8_t* const step = StepsOf(p, block, of_block) + k / 4 * (16 * kBits);
       for (int h = 0; h < 2; ++h) {
         const auto q =
             kBits == 4 ? L::Column(step, int(k % 4), 4 * h, 15) : L::Column(step + 64 * h, int(k % 4), 0, 255);
         const auto centred = L::Add(L::ToFloats(q), L::Load(minus_zero_points + 16 * h));
-        const auto unit = L::Mul(L::LoadHalves(block + 32 * h), L::Set(kScaleUnit));
-        const auto weight = L::Mul(centred, unit);
+        const auto scale = L::Mul(L::LoadHalves(block + 32 * h), L::Load(units + 16 * h));  // exact
+        const auto weight = L::Mul(centred, scale);
         for (int r = 0; r < kRows; ++r) sums[r][h] = L::Fma(weight, L::Set(x[r]), sums[r][h]);
       }
     }

@@ -19,8 +19,6 @@ struct NeonDot {
   static Floats Set(float x) { return vdupq_n_f32(x); }
   static Floats Add(Floats a, Floats b) { return vaddq_f32(a, b); }
   static Floats Mul(Floats a, Floats b) { return vmulq_f32(a, b); }
-  static Floats Reciprocal(Floats a) { return vrecpeq_f32(a); }
-  static Floats Max(Floats a, Floats b) { return vmaxq_f32(a, b); }
   static Floats Fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats ToFloats(Ints a) { return vcvtq_f32_s32(a); }
   static Floats BitsToFloats(Ints a) { return vreinterpretq_f32_s32(a); }

@@ -15,7 +15,6 @@ struct Plain : PlainLanes {
     for (uint32_t& lane : v.lane) lane = uint32_t(x);
     return v;
   }
-  static Floats Reciprocal(Floats a) { return Div(Set(1), a); }
   static Floats BitsToFloats(Ints v) {
     Floats floats;
     std::memcpy(&floats, &v, sizeof v);
