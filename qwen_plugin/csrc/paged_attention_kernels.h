@@ -27,32 +27,47 @@ struct State {
       : max(floats + rows * p.head_dim), sum(max + rows), out(floats) {}
 };
 
-// Row r of `into` becomes that of its own and of row o of `from`.
+// Rows [first, first + rows) of `into` become those of their own and of the first rows of `from`.
 template <class I>
-void MergeRow(const State& into, int64_t r, const State& from, int64_t o, int D) {
+void MergeRows(const State& into, int64_t first, const State& from, int64_t rows, int D) {
   using N = typename I::Narrow;
-  if (from.sum[o] == 0) return;
-  if (into.sum[r] == 0) {
-    into.max[r] = from.max[o], into.sum[r] = from.sum[o];
-    std::memcpy(into.out + r * D, from.out + o * D, sizeof(float) * size_t(D));
-    return;
+  constexpr int L = N::kLanes;
+  for (int64_t begin = 0; begin < rows; begin += L) {
+    const int64_t count = Min(L, rows - begin);
+    float old_weights[L] = {}, new_weights[L] = {}, largest[L];
+    for (int64_t i = 0; i < count; ++i) {
+      const float max = into.max[first + begin + i];
+      const float other = from.max[begin + i];
+      largest[i] = other > max ? other : max;
+      old_weights[i] = max - largest[i], new_weights[i] = other - largest[i];
+    }
+    N::Store(old_weights, Exp<N>(N::Load(old_weights))), N::Store(new_weights, Exp<N>(N::Load(new_weights)));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + begin + i, o = begin + i;
+      float *const out = into.out + r * D, *const other = from.out + o * D;
+      if (from.sum[o] == 0) continue;
+      if (into.sum[r] == 0) {
+        into.max[r] = from.max[o], into.sum[r] = from.sum[o];
+        std::memcpy(out, other, sizeof(float) * size_t(D));
+        continue;
+      }
+      into.max[r] = largest[i];
+      into.sum[r] = into.sum[r] * old_weights[i] + from.sum[o] * new_weights[i];
+      int d = 0;
+      for (; d + I::kLanes <= D; d += I::kLanes)
+        I::Store(out + d, I::Fma(I::Load(other + d), I::Set1(new_weights[i]),
+                                 I::Mul(I::Load(out + d), I::Set1(old_weights[i]))));
+      for (; d < D; d += L)
+        N::Store(out + d, N::Fma(N::Load(other + d), N::Set1(new_weights[i]),
+                                 N::Mul(N::Load(out + d), N::Set1(old_weights[i]))));
+    }
   }
-  const float max = from.max[o] > into.max[r] ? from.max[o] : into.max[r];
-  const auto old_weight = Exp<N>(N::Set1(into.max[r] - max)), new_weight = Exp<N>(N::Set1(from.max[o] - max));
-  float weights[2][N::kLanes];
-  N::Store(weights[0], old_weight), N::Store(weights[1], new_weight);
-  into.max[r] = max;
-  into.sum[r] = into.sum[r] * weights[0][0] + from.sum[o] * weights[1][0];
-  for (int d = 0; d < D; d += N::kLanes)
-    N::Store(into.out + r * D + d,
-             N::Fma(N::Load(from.out + o * D + d), new_weight, N::Mul(N::Load(into.out + r * D + d), old_weight)));
 }
 
 template <class I>
 void Merge(const Problem& p, const Item& item, float* state, const float* other) {
   const int64_t rows = item.last - item.first;
-  const State into(p, state, rows), from(p, const_cast<float*>(other), rows);
-  for (int64_t r = 0; r < rows; ++r) MergeRow<I>(into, r, from, r, int(p.head_dim));
+  MergeRows<I>(State(p, state, rows), 0, State(p, const_cast<float*>(other), rows), rows, int(p.head_dim));
 }
 
 // Tiles of the positions [begin, end) of one partition.
@@ -119,7 +134,7 @@ void Attend(const Problem& p, const Item& item, PartitionRange partitions, float
         alignas(64) float floats_of_part[Rows::kMaxRows * (kMaxHeadDim + 2)];
         const State part(p, floats_of_part, count);
         Rows::Attend(count, {tiles, begin, end, group_queries, D, p.block_size, part.max, part.sum, part.out});
-        for (int r = 0; r < count; ++r) MergeRow<I>(state, start + r, part, r, D);
+        MergeRows<I>(state, start, part, count, D);
       }
       group_queries += Rows::QueryFloats(count, D);
     }
