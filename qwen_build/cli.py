@@ -65,7 +65,12 @@ class Size(click.ParamType[Any]):
     "the weights (calibrated); auto: each as a budget allows, see --max-kl.  [default: int4; as they are in a GPTQ or "
     "AWQ checkpoint]",
 )
-@click.option("--group-size", type=click.Choice(GROUP_SIZES), help="Inputs that share a scale.  [default: 32]")
+@click.option(
+    "--group-size",
+    type=click.Choice(GROUP_SIZES),
+    help="Inputs that share a scale.  [default: 32; beside int4 linears, "
+    "the largest that divides their inputs for embedding and head in int8]",
+)
 @click.option(
     "--symmetric/--asymmetric",
     default=None,

@@ -47,11 +47,14 @@ class BuildOptions:
     calibration_tokens: int | None = None
 
     def resolved(self) -> BuildOptions:
-        """The options with every default filled in but ``max_seq_len``, which the checkpoint decides."""
+        """The options with every default filled in but those that the checkpoint decides.
+
+        These are ``max_seq_len`` and ``group_size``, which is 32; but where the linears are int4, embedding and head in
+        int8 have the largest groups that need no padding, see ``scheme_plan.py``.
+        """
         exact = self.quant == "none"
         fields = vars(self) | {
             "quant": self.quant or "int4",
-            "group_size": self.group_size or DEFAULT_GROUP_SIZE,
             "weight_scales": self.weight_scales or "group",
             "alpha": DEFAULT_ALPHA if self.alpha is None and self.quant == "smoothquant" else self.alpha,
             "int4_method": self.int4_method or "rtn",

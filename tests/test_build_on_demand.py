@@ -35,7 +35,7 @@ def test_built_once_and_found_again(checkpoint, tmp_path, built, monkeypatch):
     cache = tmp_path / "cache"
     engine = engine_of(checkpoint, {"quant": "int8"}, cache)
     assert Manifest.read(engine).name == "checkpoint"
-    assert engine_of(str(checkpoint), {"quant": "int8", "group_size": 32}, cache) == engine  # 32 is the default
+    assert engine_of(str(checkpoint), {"quant": "int8", "embedding_quant": "int8"}, cache) == engine  # the default
     assert built == [engine]
     monkeypatch.setattr("qwen_build.checkpoint.digest_files", None)  # nor are unchanged files read again
     assert engine_of(checkpoint, {"quant": "int8"}, cache) == engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from conftest import FAMILIES, hf_logits, run_alone
 from qwen_build.build import Plan, plan_build
 from qwen_build.checkpoint import Checkpoint
 from qwen_build.cli import main
+from qwen_build.config import ModelConfig
 from qwen_build.locate import resolve_checkpoint
 from qwen_build.options import BuildOptions
 from qwen_build.per_linear import Rule, read_rules
 from qwen_build.quantize import make_scheme
+from qwen_build.scheme_plan import plan_schemes
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE
 from qwen_run.engine import Engine
@@ -215,3 +218,24 @@ def test_the_command_refuses_in_one_line(options, tiny_checkpoint, tmp_path):
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden_size", "expected"),
+    [
+        ({}, 128, 128),
+        ({}, 64, 64),
+        ({}, 80, 32),  # which pads
+        ({"group_size": 32}, 128, 32),
+        ({"group_size": 128}, 80, 128),
+        ({"quant": "int8"}, 128, 32),
+        ({"embedding_quant": "int4"}, 128, 32),
+    ],
+)
+def test_embedding_and_head_have_the_largest_groups_beside_int4(tiny_checkpoint, options, hidden_size, expected):
+    tiny = tiny_checkpoint("qwen2")
+    config = dataclasses.replace(ModelConfig.from_hf(tiny.path), hidden_size=hidden_size)
+    with Checkpoint.open(tiny.path) as weights:
+        found = plan_schemes(BuildOptions(**options).resolved(), config, weights)
+    assert found.embedding.record.group_size == expected
+    assert found.linear.record.group_size == options.get("group_size", 32)
