@@ -90,8 +90,10 @@ def _add_tokenizer(writer: Any, checkpoint: Path, config: dict[str, Any]) -> Non
         merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
     else:
         named = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
-        special, merges = {config["eos_token_id"]}, ["a b"]
-        named["ab"] = len(named)
+        special, merges = {config["eos_token_id"]}, []
+    if not merges:  # no reader takes a file without
+        merges = ["a b"]
+        named["ab"] = max(named.values()) + 1
     by_id = {index: token for token, index in named.items()}
     ids = range(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
