@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def test_threads_write_across_pieces_in_any_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     data = rng.integers(0, 256, SIZE, np.uint8)
     cuts = [0, *sorted(rng.choice(SIZE, 40, replace=False).tolist()), SIZE]
-    parts = [(data[start:stop], start) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [(data[start:stop], start) for start, stop in pairwise(cuts)]
     rng.shuffle(parts)  # type: ignore[arg-type]
     with closing(WeightsFile(tmp_path / "weights.bin", SIZE)) as file, ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda part: file.write(*part), parts))
