@@ -65,9 +65,13 @@ def test_contradictions(options, message):
 
 
 def test_what_goes_together():
-    SamplingParams(**BEAMS, n=3, length_penalty=-1, early_stopping="never", min_tokens=4, repetition_penalty=1.1)
-    SamplingParams(**BEAMS, top_k=50, prompt_logprobs=2, ignore_eos=True, stop_token_ids=[3])
-    SamplingParams(n=7, min_tokens=512)
+    for options in (
+        BEAMS | {"n": 3, "length_penalty": -1, "early_stopping": "never", "min_tokens": 4, "repetition_penalty": 1.1},
+        BEAMS | {"top_k": 50, "prompt_logprobs": 2, "ignore_eos": True, "stop_token_ids": (3,)},
+        {"n": 7, "min_tokens": 512},
+    ):
+        params = SamplingParams(**options)
+        assert {name: getattr(params, name) for name in options} == options
 
 
 def test_collections_are_kept_in_one_form():

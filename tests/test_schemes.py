@@ -24,7 +24,8 @@ def test_every_scheme_has_a_name_and_options_of_its_own():
 @pytest.mark.parametrize("options", SCHEMES.values())
 def test_qwen_build_knows_the_options(options):
     sizes = dict.fromkeys(SCHEMES, "100.00MB")
-    qwen_build.make_context("qwen-build", shlex.split(options.format_map(sizes)))
+    context = qwen_build.make_context("qwen-build", shlex.split(options.format_map(sizes)))
+    assert context.params["quant"] in options
 
 
 @pytest.fixture(scope="module")
