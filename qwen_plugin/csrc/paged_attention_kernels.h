@@ -36,8 +36,8 @@ void MergeRows(const State& into, int64_t first, const State& from, int64_t rows
     const int64_t count = Min(L, rows - begin);
     float old_weights[L] = {}, new_weights[L] = {}, largest[L];
     for (int64_t i = 0; i < count; ++i) {
-      const float max = into.max[first + begin + i];
-      const float other = from.max[begin + i];
+      if (from.sum[begin + i] == 0 || into.sum[first + begin + i] == 0) continue;  // which then have no maximum
+      const float max = into.max[first + begin + i], other = from.max[begin + i];
       largest[i] = other > max ? other : max;
       old_weights[i] = max - largest[i], new_weights[i] = other - largest[i];
     }
