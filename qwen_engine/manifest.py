@@ -69,8 +69,9 @@ class Quantization:
     says whose operator multiplies, ``layout`` how the bytes lie that it reads. ``weight_scales`` says what has a scale
     of its own: each "group", each output ("channel"), or the whole weight ("tensor"); ``activation_scales`` the same
     of an input that is rounded: each "group", each "block" of 128 columns, each row ("token"), or the linear, a
-    constant ("static"). ``method`` is how the weight was rounded: "rtn" (to the nearest), a method that calibrates, or
-    "imported" as it was; for float32 "none", or "folded" if factors of its inputs or outputs went into it.
+    constant ("static"); where it is a block, panels hold the weight's scales as multiples of a unit of the block.
+    ``method`` is how the weight was rounded: "rtn" (to the nearest), a method that calibrates, or "imported" as it was;
+    for float32 "none", or "folded" if factors of its inputs or outputs went into it.
     """
 
     scheme: str

@@ -13,6 +13,7 @@ from qwen_engine.errors import EngineError
 from qwen_engine.manifest import GRAPH_FILE, WEIGHTS_FILE, LinearRecord, Manifest, ModelSizes
 from qwen_plugin.layout import GATED_PANELS, PANEL, PANELS, ZERO_POINTS, gated_places, unpack_panels
 from qwen_run.onnx_file import Tensor, read_graph
+from qwen_run.parts import check_operators
 
 # linear of the engine -> the modules of Hugging Face whose rows follow each other in it, and how many each has
 FUSED: dict[str, Callable[[ModelSizes], dict[str, int]]] = {
@@ -133,11 +134,13 @@ class EngineWeights:
         engine: its directory; the files are read where they are, a slice at a time.
 
     Raises:
-        EngineError: a file cannot be read, or has something else than the manifest says.
+        EngineError: a file cannot be read, or has something else than the manifest says, or this installation has its
+            operators in other versions.
     """
 
     def __init__(self, engine: Path) -> None:
         self.manifest = Manifest.read(engine)
+        check_operators(engine, self.manifest)
         initializers = read_graph(engine / GRAPH_FILE).initializers
         file = _map(engine / WEIGHTS_FILE)
         self.linears: dict[str, StoredLinear] = {}

@@ -26,7 +26,7 @@ from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest
 from qwen_run.float_activations import with_float_activations
 from qwen_run.kv_cache import KVCache, choose_num_blocks
 from qwen_run.machine import available_bytes, physical_cores
-from qwen_run.parts import check_parts
+from qwen_run.parts import check_operators, check_parts
 
 # ONNX Runtime's exceptions have no common base of their own; a bound run raises RuntimeError.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -101,7 +101,7 @@ class Engine:
         if graph not in manifest.parts:
             raise EngineError(f"{directory} has no part {graph}; build the engine again")
         check_parts(directory, manifest)
-        _check_operators(directory, manifest)
+        check_operators(directory, manifest)
         num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes(), cache_bytes)
         try:
             options = _session_options(manifest, threads or physical_cores())
@@ -176,19 +176,6 @@ def newest_engine(root: Path) -> Path:
     if not written:
         raise EngineError(f"no engine in {root}; make one with qwen-build, or name one with --engine")
     return max(written, key=written.__getitem__)
-
-
-def _check_operators(directory: Path, manifest: Manifest) -> None:
-    lacking = [
-        f"{operator.domain}::{operator.name} version {operator.version}"
-        for operator in manifest.operators
-        if qwen_plugin.OPERATORS.get((operator.domain, operator.name)) != operator.version
-    ]
-    if lacking:
-        raise EngineError(
-            f"{directory} needs {', '.join(lacking)}, which this installation's plugin does not have; "
-            "build the engine again with the qwen-build of this installation"
-        )
 
 
 def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOptions:

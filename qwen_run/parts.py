@@ -1,4 +1,4 @@
-"""The files of an engine and what they must hash to: measured by the builder, checked by the runtime."""
+"""What an engine needs to be read: its files, what they must hash to, and the operators that know their layout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import qwen_plugin
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import TEXT_FILES, Manifest, Part
 
@@ -35,6 +36,24 @@ def check_parts(directory: Path, manifest: Manifest) -> None:
     _check_sizes(directory, manifest)
     changed = [name for name, part in manifest.parts.items() if _crc32(directory / name) != part.crc32]
     _refuse(directory, [f"{name} has changed since it was built (its crc32 differs)" for name in changed])
+
+
+def check_operators(directory: Path, manifest: Manifest) -> None:
+    """Check that this installation has the engine's operators in its versions, which also say how weights lie.
+
+    Raises:
+        EngineError: names those it lacks.
+    """
+    lacking = [
+        f"{operator.domain}::{operator.name} version {operator.version}"
+        for operator in manifest.operators
+        if qwen_plugin.OPERATORS.get((operator.domain, operator.name)) != operator.version
+    ]
+    if lacking:
+        raise EngineError(
+            f"{directory} needs {', '.join(lacking)}, which this installation's plugin does not have; "
+            "build the engine again with the qwen-build of this installation"
+        )
 
 
 def verify_parts(directory: Path, manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ import pytest
 from test_packed import CASES, case_name, pack  # noqa: F401
 from test_reference import MIXED
 
+import qwen_plugin
 from qwen_build.checkpoint import Checkpoint, write_safetensors
 from qwen_build.export import SLICE_ELEMENTS
 from qwen_engine.errors import EngineError
@@ -119,4 +120,12 @@ def test_weights_that_are_cut_off_are_refused(tiny_checkpoint, build_engine, tmp
     with (engine / WEIGHTS_FILE).open("r+b") as file:
         file.truncate(70000)
     with pytest.raises(EngineError, match=r"lies beyond the end of weights\.bin; build the engine again"):
+        EngineWeights(engine)
+
+
+def test_weights_of_other_operators_are_refused(tiny_checkpoint, build_engine, monkeypatch):
+    """Their bytes may lie in another order."""
+    engine = build_engine(tiny_checkpoint("qwen2").path, quant="int4")
+    monkeypatch.setattr(qwen_plugin, "OPERATORS", qwen_plugin.OPERATORS | {("qwen", "QuantLinear"): 99})
+    with pytest.raises(EngineError, match=r"needs qwen::QuantLinear version \d+, which .* build the engine again"):
         EngineWeights(engine)
