@@ -224,8 +224,8 @@ class NativeInt:
     Scales are rounded to what a panel holds before q is computed. ``activations`` "int8" rounds each input row to
     int8 before it is multiplied; "int8x2" to about 15 bits. ``activation_scales``: each "group" of a row has a scale
     of its own, a "block" of 128 columns has one, a row ("token"), or the linear has a constant one ("static"), which
-    comes from calibration. Blocks are for 4 bits in groups of 32 or 64 and int8 alone, and make the weight's scales
-    small whole multiples of a unit: sums over a block are then exact, in whatever order AMX tiles take them.
+    comes from calibration. Blocks are for 4 bits in groups of 32 or 64 alone, and make the weight's scales small whole
+    multiples of a unit: sums over a block are then exact, in whatever order AMX tiles take them.
     """
 
     grid: Grid
@@ -449,16 +449,13 @@ def make_scheme(
 def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> NativeInt:
     if activations == "float32" and activation_scales not in (None, "group"):
         raise BuildError(f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2")
-    has_blocks = (grid.bits, activations, grid.weight_scales) == (
-        4,
-        "int8",
-        "group",
-    ) and grid.group_size < BLOCK_COLUMNS
+    has_groups_of_blocks = grid.weight_scales == "group" and grid.group_size < BLOCK_COLUMNS
+    has_blocks = grid.bits == 4 and has_groups_of_blocks and activations != "float32"
     if activation_scales == "block" and not has_blocks:
         raise BuildError(
-            "--activation-scales block goes with int4 in groups of 32 or 64, a scale for each group and --activations "
-            f"int8, found int{grid.bits} in groups of {grid.group_size}, a scale for each {grid.weight_scales} and "
-            f"{activations}; choose group, or leave it out"
+            "--activation-scales block goes with int4 in groups of 32 or 64 and a scale for each group, found "
+            f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, or "
+            "leave it out"
         )
     pays = has_blocks and grid.group_size == 32  # prefill is as fast without where groups are larger
     return NativeInt(grid, activations, activation_scales or ("block" if pays else "group"))

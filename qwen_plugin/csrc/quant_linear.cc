@@ -48,8 +48,6 @@ Problem ReadSettings(const Attributes& attributes) {
     p.activation_scales = ActivationScales::kStatic;
   else if (!scales.empty() && scales != "group")
     attributes.Refuse("activation_scales", "'" + scales + "'", "group, block, token or static");
-  if (p.activation_scales == ActivationScales::kBlock && p.precision == Precision::kInt8x2)
-    attributes.Refuse("activation_scales", "'block'", "another: it does not go with precision int8x2");
   p.swiglu = attributes.Int("swiglu", 0, 0, 1) == 1;
   if (p.swiglu && p.out_features % kPanel != 0)
     attributes.Refuse("N", std::to_string(p.out_features), "a multiple of 32, as swiglu is 1");

@@ -5,7 +5,8 @@
 // quant_linear_amx.cc take four turns.
 //
 // A tile of activations is 16 rows, those that are missing zero, as are columns beyond the last group:
-//   [blocks][2][rows][64 columns] bytes, [blocks][rows] float32 scales
+//   [blocks][2][planes][rows][64 columns] bytes, [blocks][rows] float32 scales
+// with one plane (int8) or the high and the low parts (int8x2).
 // Weights are unpacked, a few blocks of a panel at a time. y lies in totals, in the first- or second-level cache.
 #include "quant_linear_amx.h"
 
@@ -15,24 +16,29 @@ namespace {
 constexpr int kRows = 16;        // of a tile
 constexpr int kColumns = 64;     // of a tile
 constexpr int kParts = 2;        // tiles of columns of a block
-constexpr int kPlanes = 2;       // of weights
+constexpr int kSummands = 2;     // bytes that add up to a weight
 constexpr int kChunkBlocks = 2;  // that are unpacked, 16 KiB
 constexpr int kTileSize = kRows * kColumns;
 
-int64_t ValueBytes(const Problem& p) { return p.blocks * kParts * kTileSize; }
+int Planes(const Problem& p) { return p.precision == Precision::kInt8 ? 1 : 2; }
+
+int64_t ValueBytes(const Problem& p) { return p.blocks * kParts * Planes(p) * kTileSize; }
 
 int64_t TileRows(const Problem&) { return kRows; }
 int64_t TileBytes(const Problem& p) { return ValueBytes(p) + p.blocks * kRows * int64_t(sizeof(float)); }
 
 // ---- Preparing
 
+template <int kPlanes>
 void PrepareRow(const Problem& p, const float* x, int64_t row, char* tile) {
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
-  RowQuantizer<Lanes, 1> quantizer(p, x);
+  RowQuantizer<Lanes, kPlanes> quantizer(p, x);
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t k = g * p.group_size;  // no group lies in two tiles
-    auto* const to = reinterpret_cast<int8_t*>(tile + k / kColumns * kTileSize + row * kColumns + k % kColumns);
-    scales[g / p.block_groups * kRows] = quantizer.Quantize(g, [to](int, int64_t i) { return to + i; }).scale;
+    char* const part = tile + k / kColumns * kPlanes * kTileSize;
+    auto* const to = reinterpret_cast<int8_t*>(part + row * kColumns + k % kColumns);
+    const auto place = [to](int plane, int64_t i) { return to + plane * kTileSize + i; };
+    scales[g / p.block_groups * kRows] = quantizer.Quantize(g, place).scale;
   }
 }
 
@@ -41,14 +47,15 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
     const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
     char* const tile = activations + t * TileBytes(p);
     if (rows < kRows || p.groups * p.group_size % kColumns != 0) std::memset(tile, 0, size_t(TileBytes(p)));
-    for (int64_t r = 0; r < rows; ++r) PrepareRow(p, InputRow<Lanes>(p, begin + r), r, tile);
+    for (int64_t r = 0; r < rows; ++r)
+      (Planes(p) == 1 ? PrepareRow<1> : PrepareRow<2>)(p, InputRow<Lanes>(p, begin + r), r, tile);
   }
 }
 
 // ---- Multiplying
 
 struct Block {
-  alignas(64) int8_t weights[kHalves][kParts][kPlanes][kTileSize];  // tiles (columns / 4, 16 outputs, 4 columns)
+  alignas(64) int8_t weights[kHalves][kParts][kSummands][kTileSize];  // tiles (columns / 4, 16 outputs, 4 columns)
   __m512 units[kHalves], offsets[kHalves];  // offsets: what turns a sum at kFloatStart into one at 0
   int parts;                                // that have columns
 };
@@ -77,30 +84,28 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
     __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)}, multiples[kHalves];
     if (!p.symmetric) split(FourTimes(ZeroPointsOf(p, panel, first + g)), zero_points);
     split(FourTimes(MultiplesOf(stored, g)), multiples);
-    __m512i factors[kHalves][kPlanes], less[kHalves][kPlanes];
+    __m512i factors[kHalves][kSummands], less[kHalves][kSummands];
     for (int h = 0; h < kHalves; ++h) {
       const __m512i multiple = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
       const __m512i half = _mm512_srli_epi16(multiple, 1);
       factors[h][0] = half;
       factors[h][1] = _mm512_sub_epi16(multiple, half);
-      for (int plane = 0; plane < kPlanes; ++plane) less[h][plane] = Times(zero_points[h], factors[h][plane]);
+      for (int s = 0; s < kSummands; ++s) less[h][s] = Times(zero_points[h], factors[h][s]);
     }
     for (int64_t i = 0; i < p.group_size / 4; ++i, ++step) {
       __m512i q[kHalves];
       split(_mm512_loadu_si512(steps + 64 * i), q);
       UNROLL_FOR(h, kHalves)
-      UNROLL_FOR(plane, kPlanes)
-      _mm512_store_si512(out.weights[h][step / 16][plane] + step % 16 * 64,
-                         _mm512_sub_epi8(Times(q[h], factors[h][plane]), less[h][plane]));
+      UNROLL_FOR(s, kSummands)
+      _mm512_store_si512(out.weights[h][step / 16][s] + step % 16 * 64,
+                         _mm512_sub_epi8(Times(q[h], factors[h][s]), less[h][s]));
     }
   }
   for (; step < 16 * out.parts; ++step)
     for (int h = 0; h < kHalves; ++h)
-      for (int plane = 0; plane < kPlanes; ++plane)
-        _mm512_store_si512(out.weights[h][step / 16][plane] + step % 16 * 64, _mm512_setzero_si512());
+      for (int s = 0; s < kSummands; ++s)
+        _mm512_store_si512(out.weights[h][step / 16][s] + step % 16 * 64, _mm512_setzero_si512());
 }
-
-using Sums = int32_t[kRows][kLanes];
 
 // Sums start here: as many integers kFloatStart as a tile has.
 struct Start {
@@ -111,25 +116,6 @@ struct Start {
 };
 constexpr Start kStart;
 
-// A half's product of a tile and a block, in a register for sums of its own.
-template <int kHalf>
-INLINE void MultiplyHalf(const Block& block, const char* values) {
-  constexpr int kSum = kSums + kHalf;
-  LoadTile<kSum, kColumns>(kStart.lanes);
-  const auto& weights = block.weights[kHalf];
-  if (kHalf == 0) LoadTile<kActivations, kColumns>(values);
-  LoadTile<kWeights, kColumns>(weights[0][0]);
-  AddProduct<kSum, kActivations, kWeights>();
-  LoadTile<kWeights + 1, kColumns>(weights[0][1]);
-  AddProduct<kSum, kActivations, kWeights + 1>();
-  if (block.parts == 1) return;
-  if (kHalf == 0) LoadTile<kActivations + 1, kColumns>(values + kTileSize);
-  LoadTile<kWeights, kColumns>(weights[1][0]);
-  AddProduct<kSum, kActivations + 1, kWeights>();
-  LoadTile<kWeights + 1, kColumns>(weights[1][1]);
-  AddProduct<kSum, kActivations + 1, kWeights + 1>();
-}
-
 // Where a product's sums go.
 struct Target {
   const Block* block;
@@ -138,23 +124,71 @@ struct Target {
   bool first;  // the totals start here
 };
 
-template <int kHalf>
-INLINE void AddHalf(const Sums& from, const Target& to) {
-  const __m512 unit = to.block->units[kHalf], offset = to.block->offsets[kHalf];
-  UNROLL_FOR(r, kRows) {
-    const __m512 sum = _mm512_castsi512_ps(_mm512_load_si512(from[r]));
-    const __m512 product = _mm512_fmadd_ps(sum, unit, offset);  // rounded once
-    float* const total = to.totals[r] + kHalf * kLanes;
-    const __m512 before = to.first ? _mm512_setzero_ps() : _mm512_load_ps(total);
-    _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(to.scales[r]), before));
+// The product of tiles and a block, a half after the other, each with registers for sums of its own.
+template <int kPlanes>
+struct Product {
+  using Sums = int32_t[kPlanes][kRows][kLanes];
+  static constexpr int64_t kPartBytes = kPlanes * kTileSize, kBlockBytes = kParts * kPartBytes;
+
+  template <int kHalf>
+  static constexpr int kSum = kSums + kHalf * kPlanes;
+
+  // A tile of columns. The activations of one plane are still in their registers for the second half.
+  template <int kHalf, int kPart>
+  static INLINE void AddPart(const Block& block, const char* values) {
+    constexpr int kA = kActivations + (kPlanes == 1 ? kPart : 0);
+    if constexpr (kHalf == 0 || kPlanes == 2) LoadTile<kA, kColumns>(values + kPart * kPartBytes);
+    if constexpr (kPlanes == 2) LoadTile<kA + 1, kColumns>(values + kPart * kPartBytes + kTileSize);
+    LoadTile<kWeights, kColumns>(block.weights[kHalf][kPart][0]);
+    AddProduct<kSum<kHalf>, kA, kWeights>();
+    if constexpr (kPlanes == 2) AddProduct<kSum<kHalf> + 1, kA + 1, kWeights>();
+    LoadTile<kWeights + 1, kColumns>(block.weights[kHalf][kPart][1]);
+    AddProduct<kSum<kHalf>, kA, kWeights + 1>();
+    if constexpr (kPlanes == 2) AddProduct<kSum<kHalf> + 1, kA + 1, kWeights + 1>();
   }
-}
+
+  template <int kHalf>
+  static INLINE void Multiply(const Block& block, const char* values) {
+    LoadTile<kSum<kHalf>, kColumns>(kStart.lanes);
+    if constexpr (kPlanes == 2) LoadTile<kSum<kHalf> + 1, kColumns>(kStart.lanes);
+    AddPart<kHalf, 0>(block, values);
+    if (block.parts > 1) AddPart<kHalf, 1>(block, values);
+  }
+
+  template <int kHalf>
+  static INLINE void Store(Sums& to) {
+    StoreTile<kSum<kHalf>>(to[0]);
+    if constexpr (kPlanes == 2) StoreTile<kSum<kHalf> + 1>(to[1]);
+  }
+
+  template <int kHalf>
+  static INLINE void Add(const Sums& from, const Target& to) {
+    const __m512 unit = to.block->units[kHalf], offset = to.block->offsets[kHalf];
+    const __m512 steps = _mm512_set1_ps(256.f), high_unit = _mm512_mul_ps(unit, steps),
+                 high_offset = _mm512_mul_ps(offset, steps), start = _mm512_set1_ps(kFloatStartValue);
+    UNROLL_FOR(r, kRows) {
+      const auto sum = [&](int plane) { return _mm512_castsi512_ps(_mm512_load_si512(from[plane][r])); };
+      __m512 product;
+      if constexpr (kPlanes == 1) {
+        product = _mm512_fmadd_ps(sum(0), unit, offset);  // rounded once
+      } else {
+        const __m512 high = _mm512_fmadd_ps(sum(0), high_unit, high_offset);
+        product = _mm512_fmadd_ps(_mm512_sub_ps(sum(1), start), unit, high);
+      }
+      float* const total = to.totals[r] + kHalf * kLanes;
+      const __m512 before = to.first ? _mm512_setzero_ps() : _mm512_load_ps(total);
+      _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(to.scales[r]), before));
+    }
+  }
+};
 
 // Adds the products of tiles and a panel's blocks [first, first + count) to totals; after the last they become y.
 // Meanwhile it fetches the weights at `fetch`.
+template <int kPlanes>
 void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, int64_t panel, int64_t tiles,
                    Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
-  alignas(64) Sums sums[kHalves];
+  using P = Product<kPlanes>;
+  alignas(64) typename P::Sums sums[kHalves];
   const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
   const bool last = first + count == p.blocks;
   const int64_t fetch_bytes = kChunkBlocks * p.block_bytes;
@@ -166,27 +200,27 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
   activations += of_tiles.first * tile_bytes;
   Target target = {};
   for (int64_t t = of_tiles.first; t < of_tiles.last; ++t, activations += tile_bytes, totals += kRows) {
-    const char* values = activations + first * kParts * kTileSize;
+    const char* values = activations + first * P::kBlockBytes;
     const float* scales = reinterpret_cast<const float*>(activations + value_bytes) + first * kRows;
-    for (int64_t b = 0; b < count; ++b, values += kParts * kTileSize, scales += kRows) {
+    for (int64_t b = 0; b < count; ++b, values += P::kBlockBytes, scales += kRows) {
       // While tile registers multiply a half, vectors add the one before.
-      MultiplyHalf<0>(blocks[b], values);
+      P::template Multiply<0>(blocks[b], values);
       if (target.block != nullptr) {
-        StoreTile<kSums + 1>(sums[1]);
-        AddHalf<0>(sums[0], target);
+        P::template Store<1>(sums[1]);
+        P::template Add<0>(sums[0], target);
       }
-      MultiplyHalf<1>(blocks[b], values);
-      StoreTile<kSums>(sums[0]);
-      if (target.block != nullptr) AddHalf<1>(sums[1], target);
+      P::template Multiply<1>(blocks[b], values);
+      P::template Store<0>(sums[0]);
+      if (target.block != nullptr) P::template Add<1>(sums[1], target);
       if (b == 0 && t > of_tiles.first) finish(t - 1);
       target = {blocks + b, scales, totals, first + b == 0};
       const uint8_t* const fetch_end = fetch + step_bytes;
       for (; fetch < fetch_end && fetch < fetch_last; fetch += 64) __builtin_prefetch(fetch, 0, 2);
     }
   }
-  StoreTile<kSums + 1>(sums[1]);
-  AddHalf<0>(sums[0], target);
-  AddHalf<1>(sums[1], target);
+  P::template Store<1>(sums[1]);
+  P::template Add<0>(sums[0], target);
+  P::template Add<1>(sums[1], target);
   finish(of_tiles.last - 1);
 }
 
@@ -195,13 +229,14 @@ int64_t ChunkGroups(const Problem& p) { return kChunkBlocks * p.block_groups; }
 Share ShareOf(const Problem& p) { return ShareOf(p, kRows, TileBytes(p), ChunkGroups(p)); }
 
 void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
+  const auto multiply = Planes(p) == 1 ? MultiplyChunk<1> : MultiplyChunk<2>;
   ConfigureTiles(kRows, kColumns);
   TakeTurns(p, of_tiles, of_panels, kRows, TileBytes(p), ChunkGroups(p),
             [&](int64_t panel, int64_t group, int64_t groups, const uint8_t* next, float (*totals)[kPanel]) {
               const int64_t first = group / p.block_groups, count = CeilDiv(groups, p.block_groups);
               Block chunk[kChunkBlocks];
               for (int64_t i = 0; i < count; ++i) Unpack(p, PanelOf(p, panel), first + i, chunk[i]);
-              MultiplyChunk(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
+              multiply(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
             });
   asm volatile("tilerelease");
   _mm_sfence();  // other threads shall see what was streamed

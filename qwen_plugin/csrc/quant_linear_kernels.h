@@ -68,6 +68,8 @@ template <class I, int kPlanes>
 void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, char* tile) {
   using L = typename I::Lanes;
   const int64_t steps = p.group_size / 4, all = rows * kPlanes, first = row * kPlanes;
+  const bool as_float = kPlanes == 1 || p.activation_scales == ActivationScales::kBlock;
+  const uint32_t sum_start = as_float ? uint32_t(kFloatStart) : 0;
   RowQuantizer<L, kPlanes> quantizer(p, x);
   for (int64_t g = 0; g < p.groups; ++g, tile += GroupBytes(p, rows, kPlanes)) {
     alignas(64) int8_t planes[kPlanes][kMaxGroup];
@@ -80,8 +82,8 @@ void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, cha
       const uint32_t zero_point = uint32_t(SymmetricZeroPoint(p)) - (p.bits == 8 ? I::kByteOffset : 0);
       for (int half = 0; half < 2; ++half) {
         const uint32_t factor = half == 1 && p.bits == 4 ? I::kHighFactor : 1;
-        const uint32_t start = p.symmetric ? (kPlanes == 1 ? uint32_t(kFloatStart) : 0) - zero_point * factor * sum
-                                           : (0 - sum) & 0xffffu;  // a factor of the zero points
+        const uint32_t start =
+            p.symmetric ? sum_start - zero_point * factor * sum : (0 - sum) & 0xffffu;  // a factor of the zero points
         std::memcpy(starts + 4 * (half * all + first + plane), &start, 4);
       }
     }
@@ -130,9 +132,11 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
   constexpr int kAll = kRows * kPlanes, kPasses = 16 / I::kLanes;
   constexpr float kHighUnit = kScaleUnit / (kBits == 4 ? I::kHighFactor : 1);
   const int64_t steps = p.group_size / 4, group_bytes = GroupBytes(p, kRows, kPlanes);
-  Floats totals[kPasses][kRows][2], blocks[kPasses][kRows][2];
-  UNROLL_FOR(pass, kPasses)
-  UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) totals[pass][r][h] = blocks[pass][r][h] = I::Set(0.f);
+  Floats totals[kPasses][kRows][2], blocks[kPasses][kAll][2];
+  UNROLL_FOR(pass, kPasses) {
+    UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) totals[pass][r][h] = I::Set(0.f);
+    UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) blocks[pass][r][h] = I::Set(0.f);
+  }
   int64_t of_block = 0;
   const uint8_t *block = nullptr, *next = panel + p.prefix_bytes;
   for (int64_t g = 0; g < p.groups; ++g, next += p.group_bytes, tile += group_bytes) {
@@ -157,25 +161,31 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
         I::template LoadZeroPoints<kBits>(zero_bytes + pass * I::kLanes, zero_points);
         UNROLL_FOR(r, kAll)
         UNROLL_FOR(h, 2)
-        sums[r][h] =
-            I::AddWords(I::SetInts(kPlanes == 1 ? kFloatStart : 0), zero_points[h], I::SetInts(starts[h * kAll + r]));
+        sums[r][h] = I::AddWords(I::SetInts(kPlanes == 1 || kBlocks ? kFloatStart : 0), zero_points[h],
+                                 I::SetInts(starts[h * kAll + r]));
       }
       I::template Dot<kBits, kAll>(next, steps, pass, values, sums, stream);
 
       if constexpr (kBlocks) {
         Floats multiples[2];
         LoadMultiples<I>(MultiplesOf(block, of_block), pass, multiples);
-        UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
+        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) {
           const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
           blocks[pass][r][h] = I::Fma(dot, multiples[h], blocks[pass][r][h]);
         }
         if (of_block + 1 < p.block_groups && g + 1 < p.groups) continue;
         UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
           const Floats unit = I::Mul(I::LoadHalves(block + 32 * h + 2 * pass * I::kLanes), I::Set(kScaleUnit));
-          const Floats product = I::Mul(blocks[pass][r][h], unit);  // rounded once
+          Floats product;
+          if constexpr (kPlanes == 1) {
+            product = I::Mul(blocks[pass][r][h], unit);  // rounded once
+          } else {
+            const Floats high = I::Mul(blocks[pass][2 * r][h], I::Mul(unit, I::Set(256.f)));
+            product = I::Fma(blocks[pass][2 * r + 1][h], unit, high);
+          }
           totals[pass][r][h] = I::Fma(product, I::Set(scales[r]), totals[pass][r][h]);
-          blocks[pass][r][h] = I::Set(0.f);
         }
+        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) blocks[pass][r][h] = I::Set(0.f);
         continue;
       }
       Floats units[2], offsets[2];
@@ -259,6 +269,9 @@ void MultiplyAnyTile(const Problem& p, const uint8_t* panel, const char* tile, i
     if (p.activation_scales == ActivationScales::kBlock && p.precision == Precision::kInt8)
       return (p.symmetric ? MultiplySomeRows<I, 4, true, 1, true>
                           : MultiplySomeRows<I, 4, false, 1, true>)(p, panel, tile, rows, stream, out);
+    if (p.activation_scales == ActivationScales::kBlock && p.precision == Precision::kInt8x2)
+      return (p.symmetric ? MultiplySomeRows<I, 4, true, 2, true>
+                          : MultiplySomeRows<I, 4, false, 2, true>)(p, panel, tile, rows, stream, out);
   }
   switch (p.precision) {
     case Precision::kInt8:
