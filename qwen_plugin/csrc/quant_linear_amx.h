@@ -5,7 +5,8 @@
 #include "lanes_avx512.h"
 #include "quant_linear_kernels.h"
 
-#define INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
 
 namespace quant_linear {
 namespace {

@@ -56,8 +56,8 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
 
 struct Block {
   alignas(64) int8_t weights[kHalves][kParts][kSummands][kTileSize];  // tiles (columns / 4, 16 outputs, 4 columns)
-  __m512 units[kHalves], offsets[kHalves];  // offsets: what turns a sum at kFloatStart into one at 0
-  int parts;                                // that have columns
+  __m512 units[kHalves];
+  int parts;  // that have columns
 };
 
 // Bytes, none above 15, times the word in both words of their lane, none above 8.
@@ -69,10 +69,8 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
   const int64_t groups = p.groups - first < p.block_groups ? p.groups - first : p.block_groups;
   const uint8_t* const stored = BlockOf(p, panel, block);
   const __m512i low_nibbles = _mm512_set1_epi8(15), low_bytes = _mm512_set1_epi16(15), one = _mm512_set1_epi16(1);
-  for (int h = 0; h < kHalves; ++h) {
+  for (int h = 0; h < kHalves; ++h)
     out.units[h] = Lanes::Mul(Lanes::LoadHalves(stored + 32 * h), Lanes::Set(kScaleUnit));
-    out.offsets[h] = Lanes::Mul(out.units[h], Lanes::Set(-kFloatStartValue));  // exact
-  }
   out.parts = int(CeilDiv(groups * p.group_size, kColumns));
   int64_t step = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -107,15 +105,6 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
         _mm512_store_si512(out.weights[h][step / 16][s] + step % 16 * 64, _mm512_setzero_si512());
 }
 
-// Sums start here: as many integers kFloatStart as a tile has.
-struct Start {
-  alignas(64) int32_t lanes[kRows * kLanes];
-  constexpr Start() : lanes() {
-    for (int32_t& lane : lanes) lane = kFloatStart;
-  }
-};
-constexpr Start kStart;
-
 // Where a product's sums go.
 struct Target {
   const Block* block;
@@ -129,30 +118,41 @@ template <int kPlanes>
 struct Product {
   using Sums = int32_t[kPlanes][kRows][kLanes];
   static constexpr int64_t kPartBytes = kPlanes * kTileSize, kBlockBytes = kParts * kPartBytes;
+  static constexpr int kTurns = kParts * kSummands;  // of tile registers and vectors, for a half
 
   template <int kHalf>
   static constexpr int kSum = kSums + kHalf * kPlanes;
 
+  template <int kHalf, int kA, int kW>
+  static INLINE void AddProducts(const int8_t* weights) {
+    LoadTile<kW, kColumns>(weights);
+    AddProduct<kSum<kHalf>, kA, kW>();
+    if constexpr (kPlanes == 2) AddProduct<kSum<kHalf> + 1, kA + 1, kW>();
+  }
+
   // A tile of columns. The activations of one plane are still in their registers for the second half.
-  template <int kHalf, int kPart>
-  static INLINE void AddPart(const Block& block, const char* values) {
+  template <int kHalf, int kPart, class Function>
+  static INLINE void AddPart(const Block& block, const char* values, const Function& meanwhile) {
     constexpr int kA = kActivations + (kPlanes == 1 ? kPart : 0);
     if constexpr (kHalf == 0 || kPlanes == 2) LoadTile<kA, kColumns>(values + kPart * kPartBytes);
     if constexpr (kPlanes == 2) LoadTile<kA + 1, kColumns>(values + kPart * kPartBytes + kTileSize);
-    LoadTile<kWeights, kColumns>(block.weights[kHalf][kPart][0]);
-    AddProduct<kSum<kHalf>, kA, kWeights>();
-    if constexpr (kPlanes == 2) AddProduct<kSum<kHalf> + 1, kA + 1, kWeights>();
-    LoadTile<kWeights + 1, kColumns>(block.weights[kHalf][kPart][1]);
-    AddProduct<kSum<kHalf>, kA, kWeights + 1>();
-    if constexpr (kPlanes == 2) AddProduct<kSum<kHalf> + 1, kA + 1, kWeights + 1>();
+    AddProducts<kHalf, kA, kWeights>(block.weights[kHalf][kPart][0]);
+    meanwhile(kPart * kSummands);
+    AddProducts<kHalf, kA, kWeights + 1>(block.weights[kHalf][kPart][1]);
+    meanwhile(kPart * kSummands + 1);
   }
 
-  template <int kHalf>
-  static INLINE void Multiply(const Block& block, const char* values) {
-    LoadTile<kSum<kHalf>, kColumns>(kStart.lanes);
-    if constexpr (kPlanes == 2) LoadTile<kSum<kHalf> + 1, kColumns>(kStart.lanes);
-    AddPart<kHalf, 0>(block, values);
-    if (block.parts > 1) AddPart<kHalf, 1>(block, values);
+  // Calls meanwhile(turn) for each of kTurns, where vectors have time.
+  template <int kHalf, class Function>
+  static INLINE void Multiply(const Block& block, const char* values, const Function& meanwhile) {
+    ZeroTile<kSum<kHalf>>();
+    if constexpr (kPlanes == 2) ZeroTile<kSum<kHalf> + 1>();
+    AddPart<kHalf, 0>(block, values, meanwhile);
+    if (block.parts > 1) {
+      AddPart<kHalf, 1>(block, values, meanwhile);
+    } else {
+      for (int turn = kSummands; turn < kTurns; ++turn) meanwhile(turn);
+    }
   }
 
   template <int kHalf>
@@ -161,20 +161,16 @@ struct Product {
     if constexpr (kPlanes == 2) StoreTile<kSum<kHalf> + 1>(to[1]);
   }
 
+  // Adds some rows of a half to their totals.
   template <int kHalf>
-  static INLINE void Add(const Sums& from, const Target& to) {
-    const __m512 unit = to.block->units[kHalf], offset = to.block->offsets[kHalf];
-    const __m512 steps = _mm512_set1_ps(256.f), high_unit = _mm512_mul_ps(unit, steps),
-                 high_offset = _mm512_mul_ps(offset, steps), start = _mm512_set1_ps(kFloatStartValue);
-    UNROLL_FOR(r, kRows) {
-      const auto sum = [&](int plane) { return _mm512_castsi512_ps(_mm512_load_si512(from[plane][r])); };
-      __m512 product;
-      if constexpr (kPlanes == 1) {
-        product = _mm512_fmadd_ps(sum(0), unit, offset);  // rounded once
-      } else {
-        const __m512 high = _mm512_fmadd_ps(sum(0), high_unit, high_offset);
-        product = _mm512_fmadd_ps(_mm512_sub_ps(sum(1), start), unit, high);
-      }
+  static INLINE void Add(const Sums& from, const Target& to, int turn) {
+    constexpr int kSome = kRows / kTurns;
+    const __m512 unit = to.block->units[kHalf];
+    UNROLL_FOR(i, kSome) {
+      const int r = turn * kSome + i;
+      const auto sum = [&](int plane) { return _mm512_cvtepi32_ps(_mm512_load_si512(from[plane][r])); };
+      __m512 product = _mm512_mul_ps(sum(0), kPlanes == 1 ? unit : _mm512_mul_ps(unit, _mm512_set1_ps(256.f)));
+      if constexpr (kPlanes == 2) product = _mm512_fmadd_ps(sum(1), unit, product);
       float* const total = to.totals[r] + kHalf * kLanes;
       const __m512 before = to.first ? _mm512_setzero_ps() : _mm512_load_ps(total);
       _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(to.scales[r]), before));
@@ -203,15 +199,20 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
     const char* values = activations + first * P::kBlockBytes;
     const float* scales = reinterpret_cast<const float*>(activations + value_bytes) + first * kRows;
     for (int64_t b = 0; b < count; ++b, values += P::kBlockBytes, scales += kRows) {
-      // While tile registers multiply a half, vectors add the one before.
-      P::template Multiply<0>(blocks[b], values);
-      if (target.block != nullptr) {
+      // While tile registers multiply a half, vectors add the same half of the block before. They take turns: few
+      // tiles are under way at once, and what comes after them waits with them.
+      if (target.block == nullptr) {
+        const auto nothing = [](int) {};
+        P::template Multiply<0>(blocks[b], values, nothing);
+        P::template Multiply<1>(blocks[b], values, nothing);
+      } else {
+        P::template Multiply<0>(blocks[b], values,
+                                [&](int turn) ALWAYS_INLINE { P::template Add<0>(sums[0], target, turn); });
         P::template Store<1>(sums[1]);
-        P::template Add<0>(sums[0], target);
+        P::template Multiply<1>(blocks[b], values,
+                                [&](int turn) ALWAYS_INLINE { P::template Add<1>(sums[1], target, turn); });
       }
-      P::template Multiply<1>(blocks[b], values);
       P::template Store<0>(sums[0]);
-      if (target.block != nullptr) P::template Add<1>(sums[1], target);
       if (b == 0 && t > of_tiles.first) finish(t - 1);
       target = {blocks + b, scales, totals, first + b == 0};
       const uint8_t* const fetch_end = fetch + step_bytes;
@@ -219,8 +220,10 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
     }
   }
   P::template Store<1>(sums[1]);
-  P::template Add<0>(sums[0], target);
-  P::template Add<1>(sums[1], target);
+  for (int turn = 0; turn < P::kTurns; ++turn) {
+    P::template Add<0>(sums[0], target, turn);
+    P::template Add<1>(sums[1], target, turn);
+  }
   finish(of_tiles.last - 1);
 }
 
