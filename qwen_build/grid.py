@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The scales that a store has for (out_features, groups) of them and their zero points, None on a symmetric grid.
+Storable = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -55,13 +58,11 @@ class Grid:
     symmetric: bool
     weight_scales: str = "group"
 
-    def round(
-        self, weight: np.ndarray, storable: Callable[[np.ndarray], np.ndarray] = lambda scales: scales
-    ) -> Rounded:
+    def round(self, weight: np.ndarray, storable: Storable = lambda scales, zero_points: scales) -> Rounded:
         """Round ``weight`` (out_features, in_features) float32 to the nearest values, without calibration.
 
         Args:
-            storable: the scales (out_features, groups) that the store has for given ones; q belongs to those.
+            storable: q belongs to what it returns.
         """
         padding = -weight.shape[1] % self.group_size
         groups = (np.pad(weight, ((0, 0), (0, padding))) if padding else weight).reshape(
@@ -77,23 +78,24 @@ class Grid:
         groups: np.ndarray,
         lowest: np.ndarray,
         highest: np.ndarray,
-        storable: Callable[[np.ndarray], np.ndarray],
+        storable: Storable,
     ) -> Rounded:
         """Round ``groups`` (N, groups, group_size) to grids that reach from ``lowest`` to ``highest`` (N, groups)."""
         return self.nearest(groups, *self.reaching(lowest, highest, storable))
 
     def reaching(
-        self, lowest: np.ndarray, highest: np.ndarray, storable: Callable[[np.ndarray], np.ndarray]
+        self, lowest: np.ndarray, highest: np.ndarray, storable: Storable
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Scales and zero points of grids that reach from ``lowest`` to ``highest`` (N, groups).
 
         Zero is always between them; a symmetric grid reaches as far down as up, and ``lowest`` does not matter.
         """
         if self.symmetric:
-            return positive(storable(highest / (self.middle - 1))), None
+            return positive(storable(highest / (self.middle - 1), None)), None
         lowest, highest = lowest.clip(max=0), highest.clip(min=0)
-        scales = positive(storable((highest - lowest) / self.most))
-        return scales, np.rint(-lowest / scales).clip(max=self.most).astype(np.uint8)
+        scales = (highest - lowest) / self.most
+        zero_points = np.rint(-lowest / positive(scales)).clip(max=self.most).astype(np.uint8)
+        return positive(storable(scales, zero_points)), zero_points
 
     def nearest(self, groups: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None) -> Rounded:
         """Round ``groups`` (N, groups, group_size) to the nearest values of given grids, see :class:`Rounded`."""

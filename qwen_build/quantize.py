@@ -147,7 +147,7 @@ class StockInt:
         """``weight`` (out_features, in_features) float32 on the grid, without calibration."""
         return self.grid.round(weight, self.storable)
 
-    def storable(self, scales: np.ndarray) -> np.ndarray:
+    def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
         """The nearest scales that can be stored: all."""
         return scales
 
@@ -252,13 +252,13 @@ class NativeInt:
             raise OverflowError(f"{largest:g} is too large for the native layout's float16 scales")
         return rounded
 
-    def storable(self, scales: np.ndarray) -> np.ndarray:
-        """The nearest scales (out_features, groups) that can be stored."""
+    def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
+        """The nearest scales (out_features, groups) that can be stored beside these zero points."""
         if self._blocks:
-            return round_block_scales(scales, self.grid.group_size)
+            return round_block_scales(scales, self.grid.group_size, zero_points)
         return round_scales(scales)
 
-    def storable_alone(self, scales: np.ndarray) -> np.ndarray:
+    def storable_alone(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
         """The nearest scales that can be stored of groups for themselves, whatever others of a block have."""
         alone = round_scales(scales)
         return alone.clip(min=LEAST_SCALE) if self._blocks else alone
@@ -272,7 +272,7 @@ class NativeInt:
         Raises:
             OverflowError: the layout cannot hold a scale exactly.
         """
-        lost = self.storable(rounded.scales) != rounded.scales
+        lost = self.storable(rounded.scales, rounded.zero_points) != rounded.scales
         if lost.any():
             raise OverflowError(f"the native layout's float16 scales cannot hold the scale {rounded.scales[lost][0]:g}")
         q = rounded.q.reshape(len(rounded.q), -1)
@@ -454,8 +454,8 @@ def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> 
     if activation_scales == "block" and not has_blocks:
         raise BuildError(
             "--activation-scales block goes with int4 in groups of 32 or 64 and a scale for each group, found "
-            f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, or "
-            "leave it out"
+            f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, "
+            "or leave it out"
         )
     pays = has_blocks and grid.group_size == 32  # prefill is as fast without where groups are larger
     return NativeInt(grid, activations, activation_scales or ("block" if pays else "group"))

@@ -63,7 +63,7 @@ def _search_slice(values: np.ndarray, importance: np.ndarray, scheme: IntScheme)
         least[better], scales[better] = error[better], tried[better]
         if zero_points is not None and zero is not None:
             zero_points[better] = zero[better]
-    together = scheme.storable(scales)
+    together = scheme.storable(scales, zero_points)
     if not np.array_equal(together, scales):
         together = _nearby(values, importance, grid, together, zero_points)
     return grid.nearest(values, together, zero_points)
@@ -73,12 +73,10 @@ def _nearby(
     values: np.ndarray, importance: np.ndarray, grid: Grid, scales: np.ndarray, zero_points: np.ndarray | None
 ) -> np.ndarray:
     """``scales`` that go together in blocks, each the best of those one unit below and above that do so too."""
-    units, largest = block_units(scales, grid.group_size)
+    units, most = block_units(scales, grid.group_size, zero_points)
     least, best = _error(values, importance, grid, scales, zero_points), scales.copy()
     for step in (-units, units):
-        tried = np.where(
-            (scales == largest) | (scales + step > largest) | (scales + step < units), scales, scales + step
-        )
+        tried = np.where((scales == most) | (scales + step > most) | (scales + step < units), scales, scales + step)
         error = _error(values, importance, grid, tried, zero_points)
         better = error < least
         least[better], best[better] = error[better], tried[better]

@@ -10,7 +10,7 @@ from qwen_engine.errors import EngineError
 LIBRARY_NAME = "libqwen_plugin.dylib" if sys.platform == "darwin" else "libqwen_plugin.so"
 
 # (domain, name) -> version of every operator in the library
-OPERATORS = {("qwen", "PagedAttention"): 1, ("qwen", "QuantLinear"): 3, ("qwen", "QuantEmbedding"): 2}
+OPERATORS = {("qwen", "PagedAttention"): 1, ("qwen", "QuantLinear"): 4, ("qwen", "QuantEmbedding"): 2}
 
 
 def library_path() -> Path:

@@ -10,7 +10,8 @@ of output i+16 in its high one (byte i of the zero points alike). At 8 bits, byt
 16h+i. A weight is (q - zero point) * scale, and the zero point of symmetric weights is 8 or 128.
 
 Where ``activation_scales`` are of a "block", which is for 4 bits, scales are 1 to 16 times the unit of their block of
-128 columns. With B groups in a block, a panel then is blocks, the last of which may have fewer groups::
+128 columns, and (q - zero point) times that multiple fits a byte with a sign, whatever q is. With B groups in a block,
+a panel then is blocks, the last of which may have fewer groups::
 
     [32 float16 units, times 2**10][B x 16 bytes of multiples, less 1][B x 16 bytes of zero points if asymmetric]
     [padding to 64 bytes][groups of steps]
@@ -40,9 +41,10 @@ ZERO_POINTS = {4: 8, 8: 128}  # bits -> the zero point of symmetric weights
 # Scales are stored as float16 times this, so that those of small weights are not subnormal.
 SCALE_FACTOR = 2.0**10
 
-# Columns of a block, and the multiple of its unit that the largest of a weight's scales in it is: sums over a block of
-# rounded activations, which share a scale, are then below 2**22 units.
+# Columns of a block, and the largest multiple of its unit that a scale in it can be.
 BLOCK_COLUMNS, MOST_UNITS = 128, 16
+# The same by zero point: (q - zero point) * multiple stays between -128 and 127.
+_MOST_UNITS_AT = np.array([min(128 // max(z, 1), 127 // max(15 - z, 1), MOST_UNITS) for z in range(16)], np.float32)
 # Significant bits of a unit, of which float16 holds all multiples, and the largest unit of that kind.
 _UNIT_BITS, _LARGEST_UNIT = 7, 127 * 2.0**5 / SCALE_FACTOR
 # The least scale above 0 that can be stored, and the least unit.
@@ -67,31 +69,41 @@ def round_scales(scales: Floats) -> Floats:
     return stored.astype(np.float32) / np.float32(SCALE_FACTOR)
 
 
-def round_block_scales(scales: Floats, group_size: int) -> Floats:
+def round_block_scales(scales: Floats, group_size: int, zero_points: Bytes | None = None) -> Floats:
     """The nearest scales that go with ``activation_scales`` "block", as :func:`round_scales` has them too.
 
-    Within each block they are 1 to 16 times its unit, the largest one 16 times. Infinite where they are too large.
+    Within each block they are whole multiples of its unit: one is the largest that its zero point allows, none is
+    larger. Infinite where they are too large.
 
     Args:
         scales: (out_features, G); what is 0 becomes the least.
+        zero_points: (out_features, G), below 16; None: symmetric, all are 8.
 
     >>> round_block_scales(np.array([[16.01, 8.6, 0.001, 0]], np.float32), 32)
     array([[16.,  9.,  1.,  1.]], dtype=float32)
     """
-    stored = round_scales(scales)
-    largest = _largest_of_block(stored, group_size)
+    most = _most_units(zero_points)
+    needed = scales / most  # as the unit
+    storable = np.isfinite(round_scales(needed * MOST_UNITS))
+    needed = np.where(storable, needed, np.inf)
+    largest = _largest_of_block(needed, group_size)
     finite = np.where(np.isfinite(largest), largest, 0)
-    _, exponent = np.frexp(finite / MOST_UNITS)
+    _, exponent = np.frexp(finite)
     step = np.ldexp(np.float32(1), exponent - _UNIT_BITS).clip(min=LEAST_SCALE)
-    unit = (np.rint(finite / MOST_UNITS / step).clip(min=1) * step).clip(max=_LARGEST_UNIT)
-    units = np.where(stored == largest, MOST_UNITS, np.rint(np.minimum(stored, finite) / unit).clip(1, MOST_UNITS))
-    return np.asarray(np.where(np.isfinite(stored), units * unit, np.inf), np.float32)
+    unit = (np.rint(finite / step).clip(min=1) * step).clip(max=_LARGEST_UNIT)
+    multiples = np.where(needed == largest, most, np.rint(np.where(storable, scales, 0) / unit).clip(1, most))
+    return np.asarray(np.where(storable, multiples * unit, np.inf), np.float32)
 
 
-def block_units(scales: Floats, group_size: int) -> tuple[Floats, Floats]:
-    """The unit and the largest scale of the block of each of ``scales``, which :func:`round_block_scales` left."""
-    largest = _largest_of_block(scales, group_size)
-    return largest / np.float32(MOST_UNITS), largest
+def block_units(scales: Floats, group_size: int, zero_points: Bytes | None) -> tuple[Floats, Floats]:
+    """The unit of each of ``scales``, which :func:`round_block_scales` left, and the largest that it could be."""
+    most = _most_units(zero_points)
+    units = _largest_of_block(scales / most, group_size)
+    return units, units * most
+
+
+def _most_units(zero_points: Bytes | None) -> Floats | np.float32:
+    return _MOST_UNITS_AT[ZERO_POINTS[4] if zero_points is None else zero_points]
 
 
 def _largest_of_block(scales: Floats, group_size: int) -> Floats:
@@ -124,7 +136,8 @@ def pack_panels(
     if zero_points is None:
         zero_points = np.full(scales.shape, ZERO_POINTS[bits], np.uint8)
     assert scales.shape == zero_points.shape == (out_features, groups)
-    assert np.array_equal(round_block_scales(scales, group_size) if blocks else round_scales(scales), scales)
+    rounded = round_block_scales(scales, group_size, zero_points) if blocks else round_scales(scales)
+    assert np.array_equal(rounded, scales)
     assert max(q.max(initial=0), zero_points.max(initial=0)) < 2**bits
 
     filling = zero_points[:, -1:].repeat(groups * group_size - in_features, axis=1)
@@ -134,7 +147,8 @@ def pack_panels(
     lanes = None if symmetric else _join_lanes(zero_points, bits)
 
     if blocks:
-        return _pack_blocks(scales, steps, lanes, group_size)
+        units, _ = block_units(scales, group_size, zero_points)
+        return _pack_blocks(units, (scales / units).astype(np.uint8), steps, lanes, group_size)
     packed = np.zeros((panels, panel_bytes(in_features, bits, group_size, symmetric)), np.uint8)
     parts = packed[:, _zero_point_bytes(groups, bits, symmetric) :].reshape(panels, groups, -1)
     parts[:, :, : 2 * PANEL] = _store_scales(scales)
@@ -168,12 +182,11 @@ def unpack_panels(
     return np.ascontiguousarray(q), scales[:out_features], zero_points
 
 
-def _pack_blocks(scales: Floats, steps: Bytes, lanes: Bytes | None, group_size: int) -> Bytes:
-    """Panels of blocks from scales (N, G), steps (P, G, n) and, of zero points, lanes (P, G, 16)."""
+def _pack_blocks(units: Floats, multiples: Bytes, steps: Bytes, lanes: Bytes | None, group_size: int) -> Bytes:
+    """Panels of blocks from units and multiples (N, G), steps (P, G, n) and, of zero points, lanes (P, G, 16)."""
     panels, groups, step_bytes = steps.shape
     together, header = BLOCK_COLUMNS // group_size, _header_bytes(group_size, lanes is None)
-    units, _ = block_units(scales, group_size)
-    multiples = _join_lanes((scales / units - 1).astype(np.uint8), 4)
+    multiples = _join_lanes(multiples - 1, 4)
 
     def of_blocks(array: Bytes) -> Bytes:
         return np.pad(array, ((0, 0), (0, -groups % together), (0, 0))).reshape(panels, -1, together * array.shape[2])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qwen_plugin.layout import (
     GROUP_SIZES,
     PANEL,
+    block_units,
     gated_order,
     gated_places,
     pack_panels,
@@ -33,8 +34,8 @@ def draw(  # type: ignore[no-untyped-def]
     groups = -(-in_features // group_size)
     q = rng.integers(0, 2**bits, (out_features, in_features)).astype(np.uint8)
     scales = rng.uniform(1e-4, 1e-1, (out_features, groups)).astype(np.float32)
-    scales = round_block_scales(scales, group_size) if blocks else round_scales(scales)
     zero_points = None if symmetric else rng.integers(0, 2**bits, (out_features, groups)).astype(np.uint8)
+    scales = round_block_scales(scales, group_size, zero_points) if blocks else round_scales(scales)
     return q, scales, zero_points
 
 
@@ -71,13 +72,19 @@ def test_every_byte_at_four_bits() -> None:
     assert panels[1, 64 : 64 + 64].view(np.float16)[:8].all()
 
 
+def largest_multiples(zero_points):
+    """Of each one the largest multiple, up to 16, that leaves all products of 4 bits less it in -128 to 127."""
+    products = (np.arange(16) - zero_points[..., None].astype(int))[..., None] * np.arange(1, 17)
+    return ((products >= -128) & (products <= 127)).all(axis=-2).sum(axis=-1)
+
+
 def test_every_byte_of_blocks() -> None:
     q, scales, zero_points = draw(40, 300, 4, 32, symmetric=False, blocks=True)
     panels = pack_panels(q, scales, zero_points, 4, 32, blocks=True)
     header = 64 + 2 * 64
     assert panels.shape == (2, 3 * header + 10 * 8 * 64)  # of 10 groups the last block has 2
     block = panels[0, header + 4 * 8 * 64 :]  # the second one
-    units = scales[:32, 4:8].max(axis=1) / 16
+    units = (scales / largest_multiples(zero_points))[:32, 4:8].max(axis=1)
     assert np.array_equal(block[:64].view(np.float16), (units * 1024).astype(np.float16))
     multiples, zero_bytes = block[64 + 2 * 16 :], block[128 + 2 * 16 :]  # of group 6
     assert multiples[7] == round(scales[7, 6] / units[7]) - 1 | round(scales[23, 6] / units[23]) - 1 << 4
@@ -140,33 +147,46 @@ def test_scales_are_rounded_to_float16_of_1024_times_their_value() -> None:
     assert np.array_equal(round_scales(rounded), rounded)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64])
-@pytest.mark.parametrize("size", [1e-11, 1e-6, 1e-2, 60])
-def test_the_scales_of_a_block_are_whole_multiples_of_its_unit(group_size, size):
+@pytest.mark.parametrize("size", [1e-11, 1e-6, 1e-2, 30])
+def test_the_scales_of_a_block_are_whole_multiples_of_its_unit(group_size, size, symmetric):
     together = 128 // group_size
-    scales = (size * np.random.default_rng(0).uniform(1e-3, 1, (9, 4 * together - 1))).astype(np.float32)
+    rng = np.random.default_rng(0)
+    scales = (size * rng.uniform(1e-3, 1, (99, 4 * together - 1))).astype(np.float32)
     scales[0, 0] = 0
-    rounded = round_block_scales(scales, group_size)
+    zero_points = rng.integers(0, 16, scales.shape).astype(np.uint8)
+    given = None if symmetric else zero_points
+    rounded = round_block_scales(scales, group_size, given)
     assert np.array_equal(round_scales(rounded), rounded)
-    assert np.array_equal(round_block_scales(rounded, group_size), rounded)
+    assert np.array_equal(round_block_scales(rounded, group_size, given), rounded)
+    units, most = block_units(rounded, group_size, given)
+    multiples = rounded / units
+    assert np.array_equal(multiples, np.rint(multiples))
+    assert multiples.min() >= 1
+    zero_points = np.full_like(zero_points, 8) if symmetric else zero_points
+    largest_products = [(q - zero_points.astype(int)) * multiples for q in (0, 15)]
+    assert np.min(largest_products) >= -128
+    assert np.max(largest_products) <= 127
+    assert np.array_equal(most / units, largest_multiples(zero_points))
     for i in range(0, scales.shape[1], together):
-        block, found = scales[:, i : i + together], rounded[:, i : i + together]
-        unit = found.max(axis=1, keepdims=True) / 16
-        multiples = found / unit
-        assert np.array_equal(multiples, np.rint(multiples))
-        assert multiples.min() >= 1
-        others = (block > unit) & (multiples < 16)  # neither too small for a multiple nor what the unit comes from
-        # half a unit, and the rounding to float16 before: 2**-11 of at most 16 units
-        assert np.all((np.abs(found - block) <= 0.51 * unit)[others])
+        block, found, unit, limit = (x[:, i : i + together] for x in (scales, rounded, units, most))
+        assert np.all(unit == unit[:, :1])
+        assert np.all((found == limit).any(axis=1))
+        others = (block > unit) & (found < limit)  # neither too small for a multiple nor what the unit comes from
+        assert np.all((np.abs(found - block) <= 0.501 * unit)[others])
         if size > 1e-3:  # smaller ones have fewer bits
-            largest = block.max(axis=1)
-            assert np.allclose(found.max(axis=1), largest, rtol=2**-7, atol=0)
+            largest = (block / limit * unit).max(axis=1)
+            assert np.allclose(unit[:, 0], largest, rtol=2**-7, atol=0)
 
 
 def test_scales_of_a_block_that_are_too_large_become_infinite():
     rounded = round_block_scales(np.array([[64.0, 1], [63.9, 1]], np.float32), 32)
     assert np.isinf(rounded[0, 0])
     assert np.array_equal(rounded[1], [63.5, 63.5 / 16])
+    rounded = round_block_scales(np.array([[32.0, 1], [31.9, 1]], np.float32), 32, np.zeros((2, 2), np.uint8))
+    assert np.isinf(rounded[0, 0])
+    assert np.array_equal(rounded[1], [31.75, 31.75 / 8])
 
 
 @given(st.integers(1, 9), st.data())

@@ -104,9 +104,10 @@ def draw_weight(a: QuantLinearAttributes, rng: np.random.Generator, scale: float
     groups = -(-a.K // a.group_size)
     q = rng.integers(0, 2**a.bits, (a.N, a.K)).astype(np.uint8)
     scales = (scale * rng.uniform(0.01, 1, (a.N, groups))).astype(np.float32)
-    scales = round_block_scales(scales, a.group_size) if a.activation_scales == "block" else round_scales(scales)
     zero_points = None if a.symmetric else rng.integers(0, 2**a.bits, (a.N, groups)).astype(np.uint8)
-    return pack_panels(q, scales, zero_points, a.bits, a.group_size, a.activation_scales == "block")
+    blocks = a.activation_scales == "block"
+    scales = round_block_scales(scales, a.group_size, zero_points) if blocks else round_scales(scales)
+    return pack_panels(q, scales, zero_points, a.bits, a.group_size, blocks)
 
 
 def draw_feeds(
@@ -288,8 +289,9 @@ def test_the_largest_sum_of_a_block(isa: str, group_size: int, symmetric: int, p
     groups = 128 // group_size
     for zero_point, q in ((0, 15), (15, 0)):
         zero_points = None if symmetric else np.full((64, groups), zero_point, np.uint8)
-        scales = np.full((64, groups), MOST_UNITS / 2**13, np.float32)
-        scales[1::2, 1:] = rng.integers(1, MOST_UNITS, (32, groups - 1)) / 2**13
+        most = MOST_UNITS if symmetric else MOST_UNITS // 2  # as zero points are at the ends
+        scales = np.full((64, groups), most / 2**13, np.float32)
+        scales[1::2, 1:] = rng.integers(1, most, (32, groups - 1)) / 2**13
         weight = pack_panels(np.full((64, 128), q, np.uint8), scales, zero_points, 4, group_size, blocks=True)
         x = np.full((20, 128), 127, np.float32)
         x[1::2] *= rng.choice(np.float32([-1, 1, 126 / 127]), (10, 128))
@@ -383,7 +385,8 @@ def test_tiny_and_huge_scales(isa: str, bits: int, scale: float, precision: str)
     for scales in activation_scales(bits, 32, precision):
         attributes = QuantLinearAttributes(40, 100, bits, 32, 0, precision, scales)
         for rows in (5, 20):
-            feeds = draw_feeds(attributes, rows, scale=scale)
+            # a zero point at an end of its range halves the largest scale that a block can have
+            feeds = draw_feeds(attributes, rows, scale=scale / 2 if scales == "block" else scale)
             y, product_input = run(attributes, feeds, isa)
             assert_reference(attributes, feeds, y, product_input)
 

@@ -166,7 +166,7 @@ def test_q_belongs_to_the_scale_that_is_stored():
     grid = Grid(8, 32, True)
     w = np.zeros((1, 32), np.float32)
     w[0, :2] = [127, 126.4]
-    rounded = grid.round(w, lambda scales: scales * np.float32(1 - 2**-9))
+    rounded = grid.round(w, lambda scales, zero_points: scales * np.float32(1 - 2**-9))
     assert rounded.q[0, 0, :2].tolist() == [128 + 127, 128 + 127]
     assert grid.round(w).q[0, 0, :2].tolist() == [128 + 127, 128 + 126]
 
@@ -280,7 +280,10 @@ def test_shared_scales_make_the_grid_symmetric():
         (("int8", 32, None, None, "stock", "group", "token"), "--kernels stock has no --activation-scales token"),
         (("int8", 32, None, "float32", "native", "group", "token"), "--activations float32 has no --activation-scales"),
         (("int8", 32, None, None, "native", "group", "block"), "--activation-scales block goes with int4 in groups"),
-        (("int4", 128, None, None, "native", "group", "block"), "found int4 in groups of 128 and a scale for each group"),
+        (
+            ("int4", 128, None, None, "native", "group", "block"),
+            "found int4 in groups of 128 and a scale for each group",
+        ),
         (("int4", 32, None, "float32", "native", "group", "block"), "--activations float32 has no --activation-scales"),
         (
             ("int4", 32, None, None, "native", "channel", "block"),

@@ -32,7 +32,7 @@ def test_no_group_gets_worse_and_all_together_better(bits, symmetric, kernels, m
     after = errors(weight, found, scheme.grid, importance)
     assert (after <= before * 1.0001).all()
     assert after.sum() < {4: 0.9, 8: 0.99}[bits] * before.sum()  # 256 steps are seldom too coarse for an outlier
-    np.testing.assert_array_equal(scheme.storable(found.scales), found.scales)
+    np.testing.assert_array_equal(scheme.storable(found.scales, found.zero_points), found.scales)
     scheme.store(found)
     nearest = scheme.grid.nearest(np.pad(weight, ((0, 0), (0, 16))).reshape(70, 3, 32), found.scales, found.zero_points)
     np.testing.assert_array_equal(found.q, nearest.q)

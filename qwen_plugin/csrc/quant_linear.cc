@@ -1,4 +1,4 @@
-// qwen::QuantLinear version 3: checks every input, divides the work, calls the kernels.
+// qwen::QuantLinear version 4: checks every input, divides the work, calls the kernels.
 #include "quant_linear.h"
 
 #include <algorithm>
@@ -183,7 +183,7 @@ struct Kernel {
 
 struct QuantLinear {
   static constexpr const char* kName = "QuantLinear";
-  static constexpr int kVersion = 3;
+  static constexpr int kVersion = 4;
   static constexpr size_t kInputs = kInputCount, kOutputs = 2;
   static void InferShape(const OrtApi& api, OrtShapeInferContext* context) {
     operators::InferRows(api, context, "N", "swiglu");

@@ -1,8 +1,7 @@
 // qwen::QuantLinear with AMX tiles, where blocks of 128 columns share a scale of the activations.
 //
-// A block's weight scales are 1 to 16 times its unit. So each weight is a whole number of units, at most 240, and the
-// sum of two bytes: tiles add the products with both. Vectors then see a block's sums once, where the groups of
-// quant_linear_amx.cc take four turns.
+// A block's weights are whole numbers of units that fit a byte with a sign. So tiles add up the products of a block,
+// and vectors see its sums once, where the groups of quant_linear_amx.cc take four turns.
 //
 // A tile of activations is 16 rows, those that are missing zero, as are columns beyond the last group:
 //   [blocks][2][planes][rows][64 columns] bytes, [blocks][rows] float32 scales
@@ -16,8 +15,7 @@ namespace {
 constexpr int kRows = 16;        // of a tile
 constexpr int kColumns = 64;     // of a tile
 constexpr int kParts = 2;        // tiles of columns of a block
-constexpr int kSummands = 2;     // bytes that add up to a weight
-constexpr int kChunkBlocks = 2;  // that are unpacked, 16 KiB
+constexpr int kChunkBlocks = 2;  // that are unpacked, 8 KiB
 constexpr int kTileSize = kRows * kColumns;
 
 int Planes(const Problem& p) { return p.precision == Precision::kInt8 ? 1 : 2; }
@@ -55,12 +53,12 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
 // ---- Multiplying
 
 struct Block {
-  alignas(64) int8_t weights[kHalves][kParts][kSummands][kTileSize];  // tiles (columns / 4, 16 outputs, 4 columns)
+  alignas(64) int8_t weights[kHalves][kParts][kTileSize];  // tiles (columns / 4, 16 outputs, 4 columns)
   __m512 units[kHalves];
   int parts;  // that have columns
 };
 
-// Bytes, none above 15, times the word in both words of their lane, none above 8.
+// Bytes, none above 15, times the word in both words of their lane, none above 16.
 INLINE __m512i Times(__m512i bytes, __m512i words) { return _mm512_mullo_epi16(bytes, words); }
 
 // Unpacks a block of a panel.
@@ -82,27 +80,22 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
     __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)}, multiples[kHalves];
     if (!p.symmetric) split(FourTimes(ZeroPointsOf(p, panel, first + g)), zero_points);
     split(FourTimes(MultiplesOf(stored, g)), multiples);
-    __m512i factors[kHalves][kSummands], less[kHalves][kSummands];
+    __m512i less[kHalves];
     for (int h = 0; h < kHalves; ++h) {
-      const __m512i multiple = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
-      const __m512i half = _mm512_srli_epi16(multiple, 1);
-      factors[h][0] = half;
-      factors[h][1] = _mm512_sub_epi16(multiple, half);
-      for (int s = 0; s < kSummands; ++s) less[h][s] = Times(zero_points[h], factors[h][s]);
+      multiples[h] = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
+      less[h] = Times(zero_points[h], multiples[h]);
     }
     for (int64_t i = 0; i < p.group_size / 4; ++i, ++step) {
       __m512i q[kHalves];
       split(_mm512_loadu_si512(steps + 64 * i), q);
       UNROLL_FOR(h, kHalves)
-      UNROLL_FOR(s, kSummands)
-      _mm512_store_si512(out.weights[h][step / 16][s] + step % 16 * 64,
-                         _mm512_sub_epi8(Times(q[h], factors[h][s]), less[h][s]));
+      _mm512_store_si512(out.weights[h][step / 16] + step % 16 * 64,
+                         _mm512_sub_epi8(Times(q[h], multiples[h]), less[h]));
     }
   }
   for (; step < 16 * out.parts; ++step)
     for (int h = 0; h < kHalves; ++h)
-      for (int s = 0; s < kSummands; ++s)
-        _mm512_store_si512(out.weights[h][step / 16][s] + step % 16 * 64, _mm512_setzero_si512());
+      _mm512_store_si512(out.weights[h][step / 16] + step % 16 * 64, _mm512_setzero_si512());
 }
 
 // Where a product's sums go.
@@ -113,67 +106,76 @@ struct Target {
   bool first;  // the totals start here
 };
 
-// The product of tiles and a block, a half after the other, each with registers for sums of its own.
+// The product of a tile and a block.
 template <int kPlanes>
 struct Product {
-  using Sums = int32_t[kPlanes][kRows][kLanes];
+  using Sums = int32_t[kHalves][kPlanes][kRows][kLanes];
   static constexpr int64_t kPartBytes = kPlanes * kTileSize, kBlockBytes = kParts * kPartBytes;
-  static constexpr int kTurns = kParts * kSummands;  // of tile registers and vectors, for a half
+  static constexpr int kTurns = 2 * kParts;  // of tile registers and vectors
 
-  template <int kHalf>
-  static constexpr int kSum = kSums + kHalf * kPlanes;
+  template <int kHalf, int kPlane>
+  static constexpr int kSum = kSums + kHalf * kPlanes + kPlane;
 
-  template <int kHalf, int kA, int kW>
-  static INLINE void AddProducts(const int8_t* weights) {
-    LoadTile<kW, kColumns>(weights);
-    AddProduct<kSum<kHalf>, kA, kW>();
-    if constexpr (kPlanes == 2) AddProduct<kSum<kHalf> + 1, kA + 1, kW>();
-  }
-
-  // A tile of columns. The activations of one plane are still in their registers for the second half.
-  template <int kHalf, int kPart, class Function>
+  // A tile of columns.
+  template <int kPart, class Function>
   static INLINE void AddPart(const Block& block, const char* values, const Function& meanwhile) {
-    constexpr int kA = kActivations + (kPlanes == 1 ? kPart : 0);
-    if constexpr (kHalf == 0 || kPlanes == 2) LoadTile<kA, kColumns>(values + kPart * kPartBytes);
-    if constexpr (kPlanes == 2) LoadTile<kA + 1, kColumns>(values + kPart * kPartBytes + kTileSize);
-    AddProducts<kHalf, kA, kWeights>(block.weights[kHalf][kPart][0]);
-    meanwhile(kPart * kSummands);
-    AddProducts<kHalf, kA, kWeights + 1>(block.weights[kHalf][kPart][1]);
-    meanwhile(kPart * kSummands + 1);
+    constexpr int kA = kActivations, kW = kWeights;
+    LoadTile<kA, kColumns>(values + kPart * kPartBytes);
+    LoadTile<kW, kColumns>(block.weights[0][kPart]);
+    AddProduct<kSum<0, 0>, kA, kW>();
+    if constexpr (kPlanes == 1) meanwhile(2 * kPart);
+    LoadTile<kW + 1, kColumns>(block.weights[1][kPart]);
+    AddProduct<kSum<1, 0>, kA, kW + 1>();
+    if constexpr (kPlanes == 2) {
+      meanwhile(2 * kPart);
+      LoadTile<kA + 1, kColumns>(values + kPart * kPartBytes + kTileSize);
+      AddProduct<kSum<0, 1>, kA + 1, kW>();
+      AddProduct<kSum<1, 1>, kA + 1, kW + 1>();
+    }
+    meanwhile(2 * kPart + 1);
   }
 
   // Calls meanwhile(turn) for each of kTurns, where vectors have time.
-  template <int kHalf, class Function>
+  template <class Function>
   static INLINE void Multiply(const Block& block, const char* values, const Function& meanwhile) {
-    ZeroTile<kSum<kHalf>>();
-    if constexpr (kPlanes == 2) ZeroTile<kSum<kHalf> + 1>();
-    AddPart<kHalf, 0>(block, values, meanwhile);
+    ZeroTile<kSum<0, 0>>();
+    ZeroTile<kSum<1, 0>>();
+    if constexpr (kPlanes == 2) {
+      ZeroTile<kSum<0, 1>>();
+      ZeroTile<kSum<1, 1>>();
+    }
+    AddPart<0>(block, values, meanwhile);
     if (block.parts > 1) {
-      AddPart<kHalf, 1>(block, values, meanwhile);
+      AddPart<1>(block, values, meanwhile);
     } else {
-      for (int turn = kSummands; turn < kTurns; ++turn) meanwhile(turn);
+      meanwhile(2);
+      meanwhile(3);
     }
   }
 
-  template <int kHalf>
   static INLINE void Store(Sums& to) {
-    StoreTile<kSum<kHalf>>(to[0]);
-    if constexpr (kPlanes == 2) StoreTile<kSum<kHalf> + 1>(to[1]);
+    StoreTile<kSum<0, 0>>(to[0][0]);
+    StoreTile<kSum<1, 0>>(to[1][0]);
+    if constexpr (kPlanes == 2) {
+      StoreTile<kSum<0, 1>>(to[0][1]);
+      StoreTile<kSum<1, 1>>(to[1][1]);
+    }
   }
 
-  // Adds some rows of a half to their totals.
-  template <int kHalf>
+  // Adds some of the rows to their totals.
   static INLINE void Add(const Sums& from, const Target& to, int turn) {
     constexpr int kSome = kRows / kTurns;
-    const __m512 unit = to.block->units[kHalf];
-    UNROLL_FOR(i, kSome) {
-      const int r = turn * kSome + i;
-      const auto sum = [&](int plane) { return _mm512_cvtepi32_ps(_mm512_load_si512(from[plane][r])); };
-      __m512 product = _mm512_mul_ps(sum(0), kPlanes == 1 ? unit : _mm512_mul_ps(unit, _mm512_set1_ps(256.f)));
-      if constexpr (kPlanes == 2) product = _mm512_fmadd_ps(sum(1), unit, product);
-      float* const total = to.totals[r] + kHalf * kLanes;
-      const __m512 before = to.first ? _mm512_setzero_ps() : _mm512_load_ps(total);
-      _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(to.scales[r]), before));
+    UNROLL_FOR(h, kHalves) {
+      const __m512 unit = to.block->units[h];
+      UNROLL_FOR(i, kSome) {
+        const int r = turn * kSome + i;
+        const auto sum = [&](int plane) { return _mm512_cvtepi32_ps(_mm512_load_si512(from[h][plane][r])); };
+        __m512 product = _mm512_mul_ps(sum(0), kPlanes == 1 ? unit : _mm512_mul_ps(unit, _mm512_set1_ps(256.f)));
+        if constexpr (kPlanes == 2) product = _mm512_fmadd_ps(sum(1), unit, product);
+        float* const total = to.totals[r] + h * kLanes;
+        const __m512 before = to.first ? _mm512_setzero_ps() : _mm512_load_ps(total);
+        _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(to.scales[r]), before));
+      }
     }
   }
 };
@@ -184,7 +186,7 @@ template <int kPlanes>
 void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, int64_t panel, int64_t tiles,
                    Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
   using P = Product<kPlanes>;
-  alignas(64) typename P::Sums sums[kHalves];
+  alignas(64) typename P::Sums sums;
   const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
   const bool last = first + count == p.blocks;
   const int64_t fetch_bytes = kChunkBlocks * p.block_bytes;
@@ -199,31 +201,21 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
     const char* values = activations + first * P::kBlockBytes;
     const float* scales = reinterpret_cast<const float*>(activations + value_bytes) + first * kRows;
     for (int64_t b = 0; b < count; ++b, values += P::kBlockBytes, scales += kRows) {
-      // While tile registers multiply a half, vectors add the same half of the block before. They take turns: few
-      // tiles are under way at once, and what comes after them waits with them.
+      // While tile registers multiply, vectors add the block before. They take turns: few tiles are under way at once,
+      // and what comes after them waits with them.
       if (target.block == nullptr) {
-        const auto nothing = [](int) {};
-        P::template Multiply<0>(blocks[b], values, nothing);
-        P::template Multiply<1>(blocks[b], values, nothing);
+        P::Multiply(blocks[b], values, [](int) {});
       } else {
-        P::template Multiply<0>(blocks[b], values,
-                                [&](int turn) ALWAYS_INLINE { P::template Add<0>(sums[0], target, turn); });
-        P::template Store<1>(sums[1]);
-        P::template Multiply<1>(blocks[b], values,
-                                [&](int turn) ALWAYS_INLINE { P::template Add<1>(sums[1], target, turn); });
+        P::Multiply(blocks[b], values, [&](int turn) ALWAYS_INLINE { P::Add(sums, target, turn); });
       }
-      P::template Store<0>(sums[0]);
+      P::Store(sums);
       if (b == 0 && t > of_tiles.first) finish(t - 1);
       target = {blocks + b, scales, totals, first + b == 0};
       const uint8_t* const fetch_end = fetch + step_bytes;
       for (; fetch < fetch_end && fetch < fetch_last; fetch += 64) __builtin_prefetch(fetch, 0, 2);
     }
   }
-  P::template Store<1>(sums[1]);
-  for (int turn = 0; turn < P::kTurns; ++turn) {
-    P::template Add<0>(sums[0], target, turn);
-    P::template Add<1>(sums[1], target, turn);
-  }
+  for (int turn = 0; turn < P::kTurns; ++turn) P::Add(sums, target, turn);
   finish(of_tiles.last - 1);
 }
 
