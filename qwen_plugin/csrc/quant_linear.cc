@@ -138,7 +138,7 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
 }
 
 // Rows from which AMX tiles are faster than vectors, measured: with int8 and with int8x2.
-constexpr int64_t kTileRows[] = {12, 8};
+constexpr int64_t kTileRows[] = {10, 8};
 
 const Kernels& ChooseKernels() {
 #if defined(__x86_64__)
