@@ -205,9 +205,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=250, help="of weights")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each row of the table")
     a = parser.parse_args()
-    if a.activation_scales == "block" and (a.precision != "int8" or a.group_size == 128):
-        parser.error("--activation-scales block goes with --precision int8 and --group-size 32 or 64")
-    has_blocks = (a.precision, a.group_size) == ("int8", 32)
+    if a.activation_scales == "block" and (a.precision == "float32" or a.group_size == 128):
+        parser.error("--activation-scales block goes with --precision int8 or int8x2 and --group-size 32 or 64")
+    has_blocks = a.precision != "float32" and a.group_size == 32
     a.activation_scales = a.activation_scales or ("block" if has_blocks else "group")
     if a.isa:
         os.environ["QWEN_PLUGIN_ISA"] = a.isa

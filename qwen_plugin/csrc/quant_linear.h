@@ -7,9 +7,9 @@
 //   inverse = s / input_scale; a = rint(x * inverse clipped to +-limit); scale = input_scale / s
 //   dot = sum (q - zero_point) * a, exact in int32; y = fma(float(dot) * weight_scale, scale, y), groups ascending
 //   activation_scales "block", for 4 bits alone: blocks of 128 columns have a scale, amax is theirs. The weight scales
-//   of a block are 1 to 16 times its unit: its sum of dot * weight_scale / unit, for each byte of a, is an integer
-//   below 2^22, exact in any order; y = fma(sum * unit, scale, y), blocks ascending, with int8x2 in place of sum * unit
-//   fma(low sum, unit, high sum * (256 * unit))
+//   of a block are whole multiples of its unit (quant_weight.h): its sum of dot * weight_scale / unit, for each byte of
+//   a, is an integer below 2^22, exact in any order; y = fma(sum * unit, scale, y), blocks ascending, with int8x2 in
+//   place of sum * unit fma(low sum, unit, high sum * (256 * unit))
 //
 //   float32: y = fma((q - zero_point) * weight_scale, x, y), columns ascending
 // and at last y + bias + residual, from left to right. With swiglu, for which the builder puts 16 outputs of the gate

@@ -8,6 +8,7 @@
 // Step j holds columns 4j..4j+3 of its group. Byte 4i+c has, at 4 bits, in its low nibble column 4j+c of output i and
 // in its high one that of output i+16; at 8 bits, line h has output 16h+i. Byte i of 16 zero points or multiples is of
 // the same outputs. Columns beyond in_features hold the zero point, outputs beyond out_features have scale 0.
+// (q - zero point) times its multiple is -128 to 127, whatever q is.
 #pragma once
 #include <cstddef>
 #include <cstdint>
