@@ -207,7 +207,7 @@ def main() -> None:
     a = parser.parse_args()
     if a.activation_scales == "block" and (a.precision == "float32" or a.group_size == 128):
         parser.error("--activation-scales block goes with --precision int8 or int8x2 and --group-size 32 or 64")
-    has_blocks = a.precision != "float32" and a.group_size == 32
+    has_blocks = a.precision != "float32" and a.group_size < BLOCK_COLUMNS
     a.activation_scales = a.activation_scales or ("block" if has_blocks else "group")
     if a.isa:
         os.environ["QWEN_PLUGIN_ISA"] = a.isa

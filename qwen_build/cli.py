@@ -128,7 +128,7 @@ class Size(click.ParamType[Any]):
     "--activation-scales",
     type=click.Choice(ACTIVATION_SCALES),
     help="The same of what it is multiplied with: each group, each block of 128 columns (int4), each token, or a "
-    "constant (calibrated).  [default: block with int4 in groups of 32, else group]",
+    "constant (calibrated).  [default: block with int4 in groups of 32 or 64, else group]",
 )
 @click.option(
     "--alpha",

@@ -414,7 +414,7 @@ def make_scheme(
 ) -> Scheme:
     """The scheme called ``name`` on the command line; None is the default of the tables.
 
-    ``activation_scales`` are of a "block" by default where that pays, and of a "group" elsewhere.
+    ``activation_scales`` are of a "block" by default where they can be, and of a "group" elsewhere.
 
     Raises:
         BuildError: an option is not one of its table, or does not go with ``kernels``.
@@ -457,5 +457,4 @@ def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> 
             f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, "
             "or leave it out"
         )
-    pays = has_blocks and grid.group_size == 32  # prefill is as fast without where groups are larger
-    return NativeInt(grid, activations, activation_scales or ("block" if pays else "group"))
+    return NativeInt(grid, activations, activation_scales or ("block" if has_blocks else "group"))

@@ -296,7 +296,7 @@ def test_scales_that_cannot_be_are_refused(arguments, message):
         make_scheme(*arguments)
 
 
-def test_int4_in_groups_of_32_has_scales_for_blocks():
+def test_int4_in_groups_of_32_and_64_has_scales_for_blocks():
     found = {
         (name, size, activations): make_scheme(name, size, None, activations, "native").record.activation_scales
         for name, size, activations in [
@@ -304,8 +304,9 @@ def test_int4_in_groups_of_32_has_scales_for_blocks():
             ("int4", 32, "float32"), ("int8", 32, None),
         ]
     }  # fmt: skip
-    assert [key for key, scales in found.items() if scales == "block"] == [("int4", 32, None), ("int4", 32, "int8x2")]
+    blocks = [key for key, scales in found.items() if scales == "block"]
+    assert blocks == [("int4", 32, None), ("int4", 64, "int8"), ("int4", 32, "int8x2")]
     assert set(found.values()) == {"block", "group"}
-    assert make_scheme("int4", 64, None, None, "native", "group", "block").record.activation_scales == "block"
+    assert make_scheme("int4", 64, None, None, "native", "group", "group").record.activation_scales == "group"
     assert make_scheme("int4", 32, None, None, "native", "group", "group").record.activation_scales == "group"
     assert make_scheme("int4", 32, None, None, "stock").record.activation_scales == "group"
