@@ -40,8 +40,8 @@ def test_every_linear_is_listed_with_its_bits(tiny_checkpoint, build_engine):
     assert list(rows) == [linear.name for linear in manifest.linears]
     assert rows["model.layers.1.mlp.down_proj"].scheme == "float32"
     assert rows["model.layers.1.mlp.down_proj"].bits_per_weight == 32
-    # 80 inputs are a block of two groups of 64, 80 outputs three panels of 32: 4 bits, 16 of a unit, and 4 of a multiple
-    # and of a zero point a group
+    # 80 inputs are a block of two groups of 64, 80 outputs three panels of 32: 4 bits, 16 of a unit, and 4 of a
+    # multiple and of a zero point a group
     expected = (128 * 4 + 16 + 2 * 8) * 96
     stored = 8 * rows["model.layers.0.self_attn.o_proj"].stored_bytes
     assert stored == expected
