@@ -176,7 +176,7 @@ struct Kernel {
     SetInputs(api, context, p);
     p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.width});
     p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
-    const bool few_rows = p.rows < kTileRows[p.precision == Precision::kInt8x2];
+    const bool few_rows = p.rows < kTileRows[Planes(p) - 1];
     if (p.rows > 0) Run(api, context, few_rows ? kernels : tile_kernels, p);
   }
 };

@@ -40,6 +40,9 @@ struct Problem : QuantWeight {
   float* input;                                // (rows, in_features), or null: the product's input, normalised
 };
 
+// Bytes of an activation, of the precisions that round.
+static inline int Planes(const Problem& p) { return p.precision == Precision::kInt8 ? 1 : 2; }
+
 struct Range {
   int64_t first, last;
 };

@@ -17,7 +17,6 @@ constexpr int kChunkColumns = 512;           // a chunk of a panel, 16 KiB unpac
 
 // ---- Preparing
 
-int Planes(const Problem& p) { return p.precision == Precision::kInt8 ? 1 : 2; }
 bool HasCorrection(const Problem& p) { return p.bits == 8 && !p.symmetric; }
 
 int64_t TileRows(const Problem& p) {
@@ -58,8 +57,7 @@ void PrepareAmx(const Problem& p, int64_t tiles, Range range, char* activations)
     char* const tile = activations + t * TileBytesAmx(p);
     if (rows < TileRows(p)) std::memset(tile, 0, size_t(TileBytesAmx(p)));
     for (int64_t r = 0; r < rows; ++r)
-      (p.precision == Precision::kInt8 ? PrepareRowAmx<1> : PrepareRowAmx<2>)(p, InputRow<Lanes>(p, begin + r), r,
-                                                                              tile);
+      (Planes(p) == 1 ? PrepareRowAmx<1> : PrepareRowAmx<2>)(p, InputRow<Lanes>(p, begin + r), r, tile);
   }
 }
 

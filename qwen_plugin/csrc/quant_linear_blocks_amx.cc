@@ -18,8 +18,6 @@ constexpr int kParts = 2;        // tiles of columns of a block
 constexpr int kChunkBlocks = 2;  // that are unpacked, 8 KiB
 constexpr int kTileSize = kRows * kColumns;
 
-int Planes(const Problem& p) { return p.precision == Precision::kInt8 ? 1 : 2; }
-
 int64_t ValueBytes(const Problem& p) { return p.blocks * kParts * Planes(p) * kTileSize; }
 
 int64_t TileRows(const Problem&) { return kRows; }

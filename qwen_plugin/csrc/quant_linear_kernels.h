@@ -49,16 +49,15 @@ inline int64_t GroupBytes(const Problem& p, int64_t rows, int planes) {
 template <class I>
 int64_t MaxTileRows(const Problem& p) {
   if (p.precision == Precision::kFloat32) return kMaxFloatRows;
-  const int plane = p.precision == Precision::kInt8 ? 0 : 1;
-  return p.rows <= I::kMostRows[plane] ? I::kMostRows[plane] : I::kMaxRows[plane];
+  const int most = I::kMostRows[Planes(p) - 1];
+  return p.rows <= most ? most : I::kMaxRows[Planes(p) - 1];
 }
 
 template <class I>
 int64_t TileBytes(const Problem& p) {
   const int64_t rows = MaxTileRows<I>(p);
-  const int64_t bytes = p.precision == Precision::kFloat32
-                            ? p.groups * p.group_size * rows * 4
-                            : p.groups * GroupBytes(p, rows, p.precision == Precision::kInt8 ? 1 : 2);
+  const int64_t bytes = p.precision == Precision::kFloat32 ? p.groups * p.group_size * rows * 4
+                                                           : p.groups * GroupBytes(p, rows, Planes(p));
   return (bytes + 63) / 64 * 64;
 }
 
