@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The scales that a store has for (out_features, groups) of them and their zero points, None on a symmetric grid.
+# From scales (out_features, groups) and the zero points beside them (None: symmetric) to the nearest scales that can be
+# stored.
 Storable = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
@@ -62,7 +63,7 @@ class Grid:
         """Round ``weight`` (out_features, in_features) float32 to the nearest values, without calibration.
 
         Args:
-            storable: q belongs to what it returns.
+            storable: rounds the scales to some that can be stored, before anything is rounded with them.
         """
         padding = -weight.shape[1] % self.group_size
         groups = (np.pad(weight, ((0, 0), (0, padding))) if padding else weight).reshape(
@@ -94,8 +95,10 @@ class Grid:
             return positive(storable(highest / (self.middle - 1), None)), None
         lowest, highest = lowest.clip(max=0), highest.clip(min=0)
         scales = (highest - lowest) / self.most
-        zero_points = np.rint(-lowest / positive(scales)).clip(max=self.most).astype(np.uint8)
-        return positive(storable(scales, zero_points)), zero_points
+        for _ in range(2):  # a zero point belongs to the scale that is stored, which may depend on it
+            zero_points = np.rint(-lowest / positive(scales)).clip(max=self.most).astype(np.uint8)
+            scales = storable(scales, zero_points)
+        return positive(scales), zero_points
 
     def nearest(self, groups: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None) -> Rounded:
         """Round ``groups`` (N, groups, group_size) to the nearest values of given grids, see :class:`Rounded`."""

@@ -449,12 +449,12 @@ def make_scheme(
 def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> NativeInt:
     if activations == "float32" and activation_scales not in (None, "group"):
         raise BuildError(f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2")
-    has_groups_of_blocks = grid.weight_scales == "group" and grid.group_size < BLOCK_COLUMNS
-    has_blocks = grid.bits == 4 and has_groups_of_blocks and activations != "float32"
-    if activation_scales == "block" and not has_blocks:
+    small_groups = grid.weight_scales == "group" and grid.group_size < BLOCK_COLUMNS
+    blocks = grid.bits == 4 and small_groups and activations != "float32"
+    if activation_scales == "block" and not blocks:
         raise BuildError(
             "--activation-scales block goes with int4 in groups of 32 or 64 and a scale for each group, found "
             f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, "
             "or leave it out"
         )
-    return NativeInt(grid, activations, activation_scales or ("block" if has_blocks else "group"))
+    return NativeInt(grid, activations, activation_scales or ("block" if blocks else "group"))
