@@ -4,14 +4,16 @@
     python -m benchmarks.batch --venv build/peers-venv --checkpoint demo --batch 1,4,16 --rounds 3
 
 Every request has a prompt of 128 random tokens and 64 new ones; the time is from the first prompt to the last token.
-What is measured and how is said in ``benchmarks.peers``.
+What is measured and how is said in ``benchmarks/peers.py``.
 """
 
 from __future__ import annotations
 
 import statistics
 
-from benchmarks.peers import OPENVINO, Row, common_arguments, report, set_up
+from benchmarks.peer_match import Row
+from benchmarks.peer_report import report
+from benchmarks.peers import OPENVINO, common_arguments, set_up
 from qwen_run.bench_report import line_plot
 
 PROMPT, NEW = 128, 64

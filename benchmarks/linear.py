@@ -2,9 +2,12 @@
 
     python -m benchmarks.linear
     python -m benchmarks.linear --shapes 7B --group-size 128 --precision int8x2 --isa avx512
+    python -m benchmarks.linear --all benchmarks/results/linear.md      all tables that are kept, a quarter of an hour
 
 One graph holds the matrices of as many layers as make --megabytes, each with its own weights: 4 bits, symmetric,
-random. The variants and the two limits take turns; the table gives medians, and shares are medians over the turns.
+random. The variants and the two limits take turns, after pauses in which the threads of the one before stop spinning;
+the table gives medians, and shares are medians over the turns.
+MatMulNBits rounds its inputs to int8 too, but for --precision float32.
 GB/s counts the weights' bytes, a plain read goes over the same ones with as many threads; GOPS counts two for each
 product, the peak is vpdpbusd on registers (AVX-512, else AVX-VNNI), not a number where there is none.
 """
@@ -16,11 +19,13 @@ import ctypes
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +34,11 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from benchmarks.limits import read_bytes_per_s
+from qwen_build.quantize import ACCURACY_LEVELS
 from qwen_plugin import library_path
 from qwen_plugin.compile import find_compiler
 from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes
+from qwen_run.bench_measure import processor_name
 
 # name -> (in_features, out_features) of a layer's q/k/v, o, gate/up and down
 SHAPES = {
@@ -40,6 +47,24 @@ SHAPES = {
     "7B": ((3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)),
 }
 ROWS = (1, 4, 8, 16, 64, 512)
+PAUSE_S = 0.1  # until the threads of the variant before no longer spin
+
+# What --all measures: every group size and precision with the best kernels, one with each of the others, and larger
+# shapes.
+TABLES = (
+    "--group-size 32",
+    "--group-size 64",
+    "--group-size 128",
+    "--group-size 32 --precision int8x2",
+    "--group-size 32 --precision float32",
+    "--group-size 32 --isa avx512",
+    "--group-size 64 --isa avx512",
+    "--group-size 128 --isa avx512",
+    "--group-size 32 --isa avxvnni",
+    "--group-size 32 --isa avx2",
+    "--group-size 32 --shapes 1.5B",
+    "--group-size 32 --shapes 7B",
+)
 
 
 # Rounds of ten vpdpbusd on registers, 512 or 256 bits wide.
@@ -122,7 +147,7 @@ def stock(a: argparse.Namespace, layers: int, rows: int) -> Variant:
 
     def attributes(in_features: int, out_features: int) -> dict[str, Any]:
         shape = {"N": out_features, "K": in_features, "bits": 4, "block_size": a.group_size}
-        return {**shape, "accuracy_level": 4}
+        return {**shape, "accuracy_level": ACCURACY_LEVELS["float32" if a.precision == "float32" else "int8"]}
 
     return build(a, layers, rows, ("com.microsoft", "MatMulNBits"), sizes, attributes)
 
@@ -194,28 +219,15 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=SHAPES, default="0.5B")
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64)
-    parser.add_argument("--precision", choices=("int8", "int8x2", "float32"), default="int8")
-    parser.add_argument("--activation-scales", choices=("group", "block"), help="default: as the builder has it")
-    parser.add_argument("--isa", help="force kernels: amx, avx512, avxvnni, avx2, neon, plain")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--megabytes", type=int, default=250, help="of weights")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each row of the table")
-    a = parser.parse_args()
-    if a.activation_scales == "block" and (a.precision == "float32" or a.group_size == 128):
-        parser.error("--activation-scales block goes with --precision int8 or int8x2 and --group-size 32 or 64")
-    has_blocks = a.precision != "float32" and a.group_size < BLOCK_COLUMNS
-    a.activation_scales = a.activation_scales or ("block" if has_blocks else "group")
+def measure(a: argparse.Namespace) -> None:
+    """Print a table of the chosen shapes and kernels."""
     if a.isa:
         os.environ["QWEN_PLUGIN_ISA"] = a.isa
     weights = sum(k * n for k, n in SHAPES[a.shapes])
     layers = max(1, round(a.megabytes * 2e6 / weights))
     vnni = VnniPeak(a.threads)
     print(f"{layers} layers of {a.shapes}, 4 bits, group size {a.group_size}, {a.precision} per {a.activation_scales}, "
-          f"{a.isa or 'best'} kernels, {a.threads} threads, onnxruntime {ort.__version__}\n")  # fmt: skip
+          f"{a.isa or 'best'} kernels, {a.threads} threads\n")  # fmt: skip
     print("| rows | ms | GB/s | of a plain read | GOPS | of the VNNI peak | MatMulNBits ms | over QuantLinear |")
     print("|---|---|---|---|---|---|---|---|")
     for rows in ROWS:
@@ -228,8 +240,11 @@ def main() -> None:
         while time.perf_counter() < end or len(rounds) < 3:
             read = read_bytes_per_s(variants[0].weights, a.threads)
             first = seconds(variants[0].run)
+            time.sleep(PAUSE_S)
             peak = vnni.measure()
-            rounds.append((first, seconds(variants[1].run), read, peak))
+            second = seconds(variants[1].run)
+            time.sleep(PAUSE_S)
+            rounds.append((first, second, read, peak))
         own_s, stock_s, read, peak = np.array(rounds).T
         bandwidth, operations = size / own_s, 2 * rows * layers * weights / own_s
         cells = [
@@ -242,6 +257,40 @@ def main() -> None:
             f"{np.median(stock_s / own_s):.2f} x",
         ]
         print(f"| {rows} | {' | '.join(cells)} |", flush=True)
+
+
+def write_all(path: Path, common: list[str]) -> None:
+    """Write every table of :data:`TABLES` to ``path``, each from a process of its own: kernels are chosen once."""
+    conditions = f"{processor_name()}; {datetime.now(UTC):%Y-%m-%d}; onnxruntime {ort.__version__}"
+    parts = [f"{conditions}\n\nWhat the columns mean: `benchmarks/linear.py`. AMX may exceed the VNNI peak.\n"]
+    for table in TABLES:
+        command = [sys.executable, "-m", "benchmarks.linear", *table.split(), *common]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, flush=True)
+        parts.append(done.stdout)
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=SHAPES, default="0.5B")
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
+    parser.add_argument("--precision", choices=("int8", "int8x2", "float32"), default="int8")
+    parser.add_argument("--activation-scales", choices=("group", "block"), help="default: as the builder has it")
+    parser.add_argument("--isa", help="force kernels: amx, avx512, avxvnni, avx2, neon, plain")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=250, help="of weights")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each row of the table")
+    parser.add_argument("--all", type=Path, metavar="FILE", help="write many tables; takes --threads and --seconds")
+    a = parser.parse_args()
+    if a.all:
+        write_all(a.all, ["--threads", str(a.threads), "--seconds", str(a.seconds)])
+        return
+    if a.activation_scales == "block" and (a.precision == "float32" or a.group_size == 128):
+        parser.error("--activation-scales block goes with --precision int8 or int8x2 and --group-size 32 or 64")
+    has_blocks = a.precision != "float32" and a.group_size < BLOCK_COLUMNS
+    a.activation_scales = a.activation_scales or ("block" if has_blocks else "group")
+    measure(a)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,17 @@ import pytest
 
 gguf = pytest.importorskip("gguf", reason="the peers' file format needs the package gguf")
 
-from benchmarks import peers, write_gguf  # noqa: E402
-from benchmarks.peers import CONTENDERS, ROWS, Match, Measured, Models, Row, best_of, markdown_table  # noqa: E402
+from benchmarks import peer_match, write_gguf  # noqa: E402
+from benchmarks.peer_match import CONTENDERS, Match, Measured, Models, Row  # noqa: E402
+from benchmarks.peer_report import (  # noqa: E402
+    best_of,
+    bytes_read,
+    markdown_table,
+    operations,
+    plot,
+    shares_of_limit,
+)
+from benchmarks.peers import ROWS  # noqa: E402
 from qwen_build.checkpoint import Checkpoint  # noqa: E402
 
 
@@ -106,15 +115,15 @@ def test_work_of_a_command() -> None:
     linear = [SimpleNamespace(name=n, in_features=2, out_features=o, stored_bytes=o * 10) for n, o in
               (("model.embed_tokens", 1000), ("a", 3), ("b", 5), ("lm_head", 100))]  # fmt: skip
     manifest: Any = SimpleNamespace(linears=linear, cache=SimpleNamespace(bytes_per_token=7))
-    assert peers.operations(manifest, {"do": "prefill", "length": 512}) == 2 * (512 * (6 + 10) + 200)
+    assert operations(manifest, {"do": "prefill", "length": 512}) == 2 * (512 * (6 + 10) + 200)
     batch = {"do": "batch", "requests": 4, "prompt_length": 10, "new": 3}
-    assert peers.operations(manifest, batch) == 2 * (4 * 12 * (6 + 10) + 4 * 3 * 200)
+    assert operations(manifest, batch) == 2 * (4 * 12 * (6 + 10) + 4 * 3 * 200)
     # three steps, which read 11, 12 and 13 tokens of context
-    assert peers.bytes_read(manifest, {"do": "decode", "past": 10, "count": 3}) == 3 * 1080 + 36 * 7
+    assert bytes_read(manifest, {"do": "decode", "past": 10, "count": 3}) == 3 * 1080 + 36 * 7
 
 
 def test_plot_has_a_bar_for_everyone() -> None:
-    drawing = ET.fromstring(peers.plot(ROWS, FOUND))
+    drawing = ET.fromstring(plot(ROWS, FOUND))
     bars = list(drawing.iter("{http://www.w3.org/2000/svg}rect"))
     widths = [float(bar.get("width", 0)) for bar in bars]
     assert len(widths) == 4  # rates alone: seconds are no bar
@@ -134,7 +143,7 @@ def match(tiny_checkpoint: Any, tmp_path: Path) -> Match:
 
 
 def test_the_engine_alone(match: Match, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "PAUSE_S", 0.0)
+    monkeypatch.setattr(peer_match, "PAUSE_S", 0.0)
     short = Row("decode", {"do": "decode", "past": 40, "count": 4}, 4, "tok/s", ("engine", "llama.cpp"), limit="memory")
     rows = {"load": ROWS["load"], "decode": short}
     found = match.play(rows)
@@ -143,7 +152,7 @@ def test_the_engine_alone(match: Match, monkeypatch: pytest.MonkeyPatch) -> None
         "decode": {"engine": 2},
     }
     assert len(found.bandwidths["decode"]) == 3
-    assert peers.shares_of_limit(rows, found, match.models)["decode"] > 0
+    assert shares_of_limit(rows, found, match.models)["decode"] > 0
 
 
 def test_an_engine_of_an_earlier_run_is_built_again(match: Match) -> None:

@@ -1,0 +1,348 @@
+"""Programs that run one model and take turns: what each reads, how it is started, told what to do and timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.int8_peak import int8_peak
+from benchmarks.write_gguf import write_gguf
+from qwen_build.build import plan_build, write_engine
+from qwen_build.checkpoint import Checkpoint
+from qwen_build.locate import resolve_checkpoint
+from qwen_build.options import BuildOptions
+from qwen_engine.manifest import ITEM_BYTES, Manifest
+from qwen_run.bench_bandwidth import Reader
+from qwen_run.bench_sides import engine_reads
+from qwen_run.tokenizer import TOKENIZER_FILE, Tokenizer
+
+ROOT = Path(__file__).parent.parent
+WORKER = Path(__file__).with_name("peer_worker.py")
+PAUSE_S = 0.2  # until the threads of the program before no longer spin
+QUESTION = "Water boils at a temperature of"
+ANSWER_TOKENS = 12
+
+# program -> the package that has it
+PACKAGES = {
+    "llama.cpp": "llama-cpp-python",
+    "OpenVINO": "openvino-genai",
+    "onnxruntime-genai": "onnxruntime-genai",
+}
+# _tile_loadconfig of GCC 12 names only the first of the bytes it reads, and the compiler drops the stores to the
+# others: llama.cpp then ends with a fault at its first prompt on a processor with AMX.
+LLAMA_CPP_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CXXFLAGS": "-fno-tree-dse -fno-dse"}
+BUILDER_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")  # what onnxruntime-genai's model builder needs
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A program and how it runs: ``model`` is a key of :data:`MODELS`, ``options`` go to its worker."""
+
+    program: str
+    model: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        command: what the workers are told.
+        amount: what is done in the seconds they answer, in ``unit`` without its "/s"; None: the answer itself is shown.
+        contenders: keys of :data:`CONTENDERS`; ours first.
+        against: the program whose figure ours is divided by.
+        limit: ``memory`` (bytes that must be read, over a plain read of the weights' size) or ``compute`` (operations
+            of the matrices, over the peak of int8 products): what our share is a share of.
+    """
+
+    title: str
+    command: Mapping[str, Any]
+    amount: int | None
+    unit: str
+    contenders: Sequence[str]
+    against: str | None = None
+    goal: str = ""
+    limit: str | None = None
+
+
+CONTENDERS = {
+    "engine": Contender("engine", "engine"),
+    "engine, 4-bit head": Contender("engine", "engine-head4"),
+    "engine, int8 cache": Contender("engine", "engine-cache8"),
+    "llama.cpp": Contender("llama.cpp", "gguf"),
+    "llama.cpp, 4-bit head": Contender("llama.cpp", "gguf-head4", note="4-bit head"),
+    "llama.cpp, q8_0 cache": Contender("llama.cpp", "gguf", {"cache": "q8_0"}),
+    "OpenVINO": Contender("OpenVINO", "gguf", note="default cache"),
+    "OpenVINO, u8 cache": Contender("OpenVINO", "gguf", {"cache": "u8"}, note="u8 cache"),
+    "onnxruntime-genai": Contender("onnxruntime-genai", "genai"),
+}
+
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "engine": {},
+    "engine-head4": {"embedding_quant": "int4"},
+    "engine-cache8": {"kv_cache_dtype": "int8"},
+}
+
+
+class Models:
+    """What the programs read, made of one checkpoint when it is first asked for.
+
+    What peers read is kept in the directory; our engines are built anew by every run, with the builder as it is now.
+    """
+
+    def __init__(self, checkpoint: Path, directory: Path, activations: str, genai: Path | None) -> None:
+        self._checkpoint, self._directory, self._activations, self._genai = checkpoint, directory, activations, genai
+        self._built: set[Path] = set()
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, model: str) -> Path:
+        """Where ``model`` lies: a key of :data:`ENGINE_OPTIONS`, ``gguf``, ``gguf-head4`` or ``genai``."""
+        if model in ENGINE_OPTIONS:
+            target = self._directory / f"{model}-{self._activations}"
+        else:
+            target = self._directory / (f"{model}.gguf" if model.startswith("gguf") else model)
+        if model in ENGINE_OPTIONS and target not in self._built:
+            shutil.rmtree(target, ignore_errors=True)
+            self._built.add(target)
+        if not target.exists():
+            say(f"making {target}")
+            if model in ENGINE_OPTIONS:
+                self._build_engine(model, target)
+            elif model == "genai":
+                self._build_genai(target)
+            else:
+                self._write_gguf(model, target)
+            read_again(target)
+        return target
+
+    def _build_engine(self, model: str, target: Path) -> None:
+        options = BuildOptions(**ENGINE_OPTIONS[model], activations=self._activations)
+        with Checkpoint.open(self._checkpoint) as weights:
+            write_engine(plan_build(weights, resolve_checkpoint(str(self._checkpoint)), options), weights, target)
+
+    def _write_gguf(self, model: str, target: Path) -> None:
+        unfinished = target.with_suffix(".part")
+        write_gguf(self._checkpoint, unfinished, head="Q4_0" if model == "gguf-head4" else "Q8_0")
+        unfinished.rename(target)
+
+    def _build_genai(self, target: Path) -> None:
+        assert self._genai is not None
+        unfinished = target.with_suffix(".part")
+        command: list[str | Path] = [
+            self._genai,
+            "-m",
+            "onnxruntime_genai.models.builder",
+            "-i",
+            self._checkpoint,
+            "-o",
+            unfinished,
+        ]
+        extra = ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4", "int4_block_size=32"]
+        subprocess.run([*command, *extra], check=True, stdout=sys.stderr)
+        unfinished.rename(target)
+
+
+class Worker:
+    """A process of ``peer_worker.py``."""
+
+    def __init__(self, python: Path, contender: Contender, model: Path, threads: int, vocab_size: int) -> None:
+        options = {"model": str(model), "threads": threads, **contender.options}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} if contender.program == "engine" else dict(os.environ)
+        self._process = subprocess.Popen(
+            [python, "-P", WORKER, contender.program, json.dumps(options), str(vocab_size)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def ask(self, **command: Any) -> Any:
+        """What the worker answers.
+
+        Raises:
+            RuntimeError: it has ended; what it said stands on standard error.
+        """
+        assert self._process.stdin and self._process.stdout  # noqa: PT018 - for the type checker
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"it ended with {self._process.wait()} when told to {command['do']}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@dataclass
+class Measured:
+    """What was found: row -> contender -> its values; row -> bandwidth and peak of int8 products beside each round."""
+
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    bandwidths: dict[str, list[float]] = field(default_factory=dict)
+    peaks: dict[str, list[float]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+class Match:
+    """All programs side by side on one checkpoint."""
+
+    def __init__(self, pythons: Mapping[str, Path], models: Models, threads: int, rounds: int) -> None:
+        self.pythons, self.models, self.threads, self.rounds = pythons, models, threads, rounds
+        self.found = Measured()
+        self._workers: dict[str, Worker] = {}
+        self._failed: set[str] = set()
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.models.path("engine"))
+
+    def play(self, rows: Mapping[str, Row]) -> Measured:
+        """Measure ``rows``, and ask everyone a question where there is a tokenizer."""
+        reader = Reader(engine_reads(self.manifest).weight_bytes, self.threads)
+        try:
+            for name, row in rows.items():
+                if row.command["do"] in ("load", "memory"):
+                    self._fresh(name, row)
+                else:
+                    self._rounds(name, row, reader)
+            self._ask_question()
+        finally:
+            for worker in self._workers.values():
+                worker.close()
+        return self.found
+
+    def _rounds(self, name: str, row: Row, reader: Reader) -> None:
+        """Everyone in turns; the first round warms up, and for ``decode`` fills the cache."""
+        for round_number in range(self.rounds + 1):
+            for contender in self._present(row):
+                time.sleep(PAUSE_S)
+                seconds = self._ask(contender, **row.command)
+                if round_number and seconds is not None:
+                    self._note(name, contender, row.amount / seconds if row.amount else seconds)
+            time.sleep(PAUSE_S)
+            self.found.bandwidths.setdefault(name, []).append(reader.bytes_per_s())
+            if peak := int8_peak(self.threads):
+                self.found.peaks.setdefault(name, []).append(peak[1])
+
+    def _fresh(self, name: str, row: Row) -> None:
+        """A new process each round, which has done nothing else but, for ``memory``, a prompt of 512 and 64 tokens."""
+        for _ in range(self.rounds if name == "load" else 1):
+            for contender in self._present(row):
+                self._close(contender)
+                seconds = self._ask(contender, do="load", longest=1024, started=True)
+                if name == "load" and seconds is not None:
+                    self._note(name, contender, seconds)
+                elif seconds is not None:
+                    self._ask(contender, do="decode", past=512, count=64)
+                    memory = self._ask(contender, do="memory")
+                    if memory is not None:
+                        beyond = memory["peak"] - memory["before"] - self._held_bytes(contender, 512 + 64)
+                        self._note(name, contender, beyond / 1e6)
+
+    def _held_bytes(self, contender: str, tokens: int) -> int:
+        """Weights, and keys and values of so many tokens in float16."""
+        model, path = self.manifest.model, self.models.path(CONTENDERS[contender].model)
+        elements = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+        files = path.rglob("*") if path.is_dir() else [path]
+        weights = sum(file.stat().st_size for file in files if file.is_file() and file.suffix not in (".json", ".onnx"))
+        return weights + tokens * elements * ITEM_BYTES["float16"]
+
+    def _ask_question(self) -> None:
+        directory = self.models.path("engine")
+        if not (directory / TOKENIZER_FILE).is_file():
+            return
+        tokenizer = Tokenizer.load(directory)
+        ids = tokenizer.encode(QUESTION)
+        for contender in list(self._workers):
+            if (answer := self._ask(contender, do="answer", ids=ids, count=ANSWER_TOKENS)) is not None:
+                self.found.answers[contender] = tokenizer.decode(answer, False)
+
+    def _present(self, row: Row) -> list[str]:
+        return [
+            name for name in row.contenders if CONTENDERS[name].program in self.pythons and name not in self._failed
+        ]
+
+    def _ask(self, name: str, started: bool = False, **command: Any) -> Any:
+        """The answer of the worker ``name``, started and loaded if need be; None from now on once it fails."""
+        try:
+            if name not in self._workers:
+                contender = CONTENDERS[name]
+                model, vocab_size = self.models.path(contender.model), self.manifest.model.vocab_size
+                worker = Worker(self.pythons[contender.program], contender, model, self.threads, vocab_size)
+                self._workers[name] = worker
+                self.found.versions[contender.program] = worker.ask(do="version")
+                if not started:
+                    worker.ask(do="load", longest=1024)
+            answer = self._workers[name].ask(**command)
+        except RuntimeError as error:
+            say(f"{name} is left out from here on: {error}")
+            self._failed.add(name)
+            self._workers.pop(name, None)
+            return None
+        say(f"{name}: {command['do']} {answer if command['do'] != 'answer' else ''}")
+        return answer
+
+    def _close(self, name: str) -> None:
+        if worker := self._workers.pop(name, None):
+            worker.close()
+
+    def _note(self, row: str, contender: str, value: float) -> None:
+        self.found.values.setdefault(row, {}).setdefault(contender, []).append(value)
+
+
+def read_again(model: Path) -> None:
+    """Have the operating system forget what it keeps of files that were just written, and read them from the disk.
+
+    How a file was written decides how its pages lie in memory, and that how fast they are read.
+    """
+    for path in [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(16 << 20):
+                pass
+
+
+def find_pythons(environments: Sequence[Path]) -> dict[str, Path]:
+    """The interpreter of each program: ours, and of every peer the first environment that has its package."""
+    pythons = {"engine": Path(sys.executable)}
+    for environment in environments:
+        python = environment / "bin" / "python"
+        if not python.is_file():
+            raise SystemExit(f"{environment} is no virtual environment; make one with --install {environment}")
+        script = "import importlib.metadata as m; print(*(d.metadata['Name'].lower() for d in m.distributions()))"
+        done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
+        installed = {name.replace("_", "-") for name in done.stdout.split()}
+        for program, package in PACKAGES.items():
+            if package in installed:
+                pythons.setdefault(program, python)
+    return pythons
+
+
+def install(environment: Path) -> None:
+    """A virtual environment with all peers; llama.cpp is compiled for this machine, which takes many minutes."""
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    pip: list[str | Path] = [environment / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "openvino-genai", "onnxruntime-genai", *BUILDER_PACKAGES], check=True)
+    llama_cpp = [*pip, "--no-binary", "llama-cpp-python", "llama-cpp-python"]
+    subprocess.run(llama_cpp, check=True, env=os.environ | LLAMA_CPP_BUILD)
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
