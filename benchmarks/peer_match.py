@@ -45,7 +45,7 @@ BUILDER_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")  # what onnxrunt
 
 @dataclass(frozen=True)
 class Contender:
-    """A program and how it runs: ``model`` is a key of :data:`MODELS`, ``options`` go to its worker."""
+    """A program and how it runs: ``model`` as :meth:`Models.path` has it, ``options`` go to its worker."""
 
     program: str
     model: str

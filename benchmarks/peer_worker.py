@@ -2,7 +2,7 @@
 
     python -P benchmarks/peer_worker.py llama.cpp '{"model": "model.gguf", "threads": 2}' 151936
 
-Run by ``benchmarks.peers`` in the environment of that program, so this file imports nothing of the project but for
+Run by ``peer_match.py`` in the environment of that program, so this file imports nothing of the project but for
 the engine itself. Every worker has the same commands:
 
     load                          the model, up to the first token of a prompt of one

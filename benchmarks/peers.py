@@ -29,7 +29,6 @@ from qwen_build.locate import resolve_checkpoint
 OPENVINO = ("OpenVINO", "OpenVINO, u8 cache")
 ALL = ("engine", "llama.cpp", *OPENVINO, "onnxruntime-genai")
 
-
 ROWS = {
     # first, while each process holds nothing else yet
     "load": Row("load to first token, s", {"do": "load", "longest": 1024}, None, "s", ALL, goal="0.5 s, stretch 0.2 s"),
