@@ -119,6 +119,18 @@ def test_quantised_perplexity_stays_where_it_was_measured(
     assert 1 < np.exp(nll) / np.exp(reference_nll) < most
 
 
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_int8x2_is_as_near_the_stored_weights_as_float32_activations(quant, checkpoint, windows, build_engine):
+    """Within ten times; measured 1.2 times, because the cache in float16 rounds about as much."""
+    from benchmarks.activations import Reference
+
+    directory = build_engine(checkpoint, quant=quant, activations="int8x2")
+    reference = Reference(checkpoint, directory, windows[:1, :128], threads=2)
+    rounded, exact = (reference.distance(directory, 2, float_activations) for float_activations in (False, True))
+    assert 0 < rounded.distance < 10 * exact.distance
+    assert 0 < exact.distance < 1e-3
+
+
 def test_the_int4_demo_knows_the_capital_of_france(checkpoint, build_engine):
     text = TextModel.load(build_engine(checkpoint, quant="int4"))
     question = [{"role": "user", "content": "What is the capital of France?"}]
