@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,7 @@ def report(arguments: argparse.Namespace, match: Match, rows: Mapping[str, Row],
         "Share of the limit: of a plain read for decode, of the peak of int8 products for prefill and many requests.",
         markdown_table(rows, found, shares_of_limit(rows, found, match.models)),
     ]
-    if found.answers:
+    if any(found.answers.values()):  # random weights answer with nothing that is text
         answers = [f"- {name}: {answer!r}" for name, answer in found.answers.items()]
         parts.append("\n".join([f"{QUESTION!r} is continued by", *answers]))
     text = "\n\n".join(parts) + "\n"
@@ -57,7 +57,7 @@ def best_of(program: str, row: Row, values: Mapping[str, Sequence[float]]) -> tu
 
 
 def markdown_table(rows: Mapping[str, Row], found: Measured, shares: Mapping[str, float]) -> str:
-    """One line a row: everyone's median, ours over the peer's that is named in the goal, the share of the limit."""
+    """One line a row: the best of every program, ours over what the goal names and over the best peer, our share."""
     programs = ["engine", *(program for program in PACKAGES if program in found.versions)]
     lines = [
         f"| | {' | '.join(programs)} | engine over | goal | share of the limit |",
@@ -67,12 +67,28 @@ def markdown_table(rows: Mapping[str, Row], found: Measured, shares: Mapping[str
         row = rows[name]
         best = {program: best_of(program, row, values) for program in programs}
         cells = [_cell(item, len([n for n in values if CONTENDERS[n].program == p]) > 1) for p, item in best.items()]
-        ours, theirs = best["engine"], best.get(row.against or "")
-        ratio = f"{row.against} {ours[1] / theirs[1]:.2f} ×" if ours and theirs else ""
+        ratio = "; ".join(_ratios(row, best, values))
         share = f"{shares[name]:.0%}" if name in shares else ""
         title = f"{row.title}, {row.unit}" if row.amount else row.title
         lines.append(f"| {title} | {' | '.join(cells)} | {ratio} | {row.goal} | {share} |")
     return "\n".join(lines)
+
+
+def _ratios(
+    row: Row, best: Mapping[str, tuple[str, float] | None], values: Mapping[str, Sequence[float]]
+) -> Iterator[str]:
+    """Our rate over that of the goal's program or contender, and over that of the best peer if it is another."""
+    ours = best["engine"]
+    if ours is None or row.amount is None:
+        return
+    peers = {program: item[1] for program, item in best.items() if item and program != "engine"}
+    named = peers | {name: statistics.median(found) for name, found in values.items() if name not in PACKAGES}
+    for name, rate in named.items():
+        if name == row.against:
+            yield f"{name} {ours[1] / rate:.2f} ×"
+    fastest = max(peers, key=lambda program: peers[program], default=None)
+    if fastest and fastest != row.against:
+        yield f"{fastest} {ours[1] / peers[fastest]:.2f} ×"
 
 
 def _cell(best: tuple[str, float] | None, several: bool) -> str:

@@ -90,14 +90,15 @@ class Engine:
 
 
 class LlamaCpp:
-    """llama.cpp through the C interface of llama-cpp-python, with flash attention."""
+    """llama.cpp through the C interface of llama-cpp-python."""
 
     package = "llama_cpp_python"
 
-    def __init__(self, model, threads, cache="f16"):
+    def __init__(self, model, threads, cache="f16", flash_attention="yes"):
         import llama_cpp
 
         self.c, self.path, self.threads, self.cache = llama_cpp, model, threads, cache
+        self.flash_attention = flash_attention == "yes"  # which a cache of q8_0 needs
         self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self.quiet, None)
         llama_cpp.llama_backend_init()
@@ -168,7 +169,8 @@ class LlamaCpp:
             params.n_ctx, params.n_seq_max = shape
             params.n_batch = params.n_ubatch = BATCH_TOKENS
             params.n_threads = params.n_threads_batch = self.threads
-            params.flash_attn_type = self.c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            flash, plain = self.c.LLAMA_FLASH_ATTN_TYPE_ENABLED, self.c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.flash_attn_type = flash if self.flash_attention else plain
             params.type_k = params.type_v = {"f16": self.c.GGML_TYPE_F16, "q8_0": self.c.GGML_TYPE_Q8_0}[self.cache]
             self.context, self.shape = self.c.llama_init_from_model(self.model, params), shape
             assert self.context, "llama.cpp makes no context"

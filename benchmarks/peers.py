@@ -13,12 +13,16 @@ over a pipe what to do; within a row they take turns, after one round that is no
 The table and a plot go to --output, with the machine, the date and all versions.
 
 The weights are int4 everywhere, groups of 32: Q4_0 and the builder's graph symmetric, ours as the default has them.
-llama.cpp runs with flash attention, OpenVINO with continuous batching.
+llama.cpp runs with flash attention, without it, and with it on a cache of q8_0; OpenVINO, with continuous batching, on
+two caches: a program's best setting counts. A prompt of 16,384 tokens takes llama.cpp up to an hour: rows are chosen
+with --rows. That all run the same model shows in what they answer with --checkpoint demo.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import shutil
 from pathlib import Path
 
 from benchmarks.peer_match import ROOT, Match, Models, Row, find_pythons, install, say
@@ -27,7 +31,9 @@ from benchmarks.random_checkpoint import SHAPES, write_checkpoint
 from qwen_build.locate import resolve_checkpoint
 
 OPENVINO = ("OpenVINO", "OpenVINO, u8 cache")
-ALL = ("engine", "llama.cpp", *OPENVINO, "onnxruntime-genai")
+LLAMA_CPP = ("llama.cpp", "llama.cpp, no flash attention", "llama.cpp, q8_0 cache")
+ALL = ("engine", *LLAMA_CPP, *OPENVINO, "onnxruntime-genai")
+HEAD_4_BITS = ("llama.cpp, 4-bit head", "llama.cpp, 4-bit head, no flash attention")
 
 ROWS = {
     # first, while each process holds nothing else yet
@@ -37,19 +43,19 @@ ROWS = {
     "decode-512": Row("decode at 512 past tokens, head at 8 bits", {"do": "decode", "past": 512, "count": 64}, 64,
                       "tok/s", ALL, "llama.cpp", "1.4 ×, stretch 1.8 ×", "memory"),
     "decode-512-head4": Row("decode at 512 past tokens, our head at 4 bits", {"do": "decode", "past": 512, "count": 64},
-                            64, "tok/s", ("engine, 4-bit head", "llama.cpp", "llama.cpp, 4-bit head"), "llama.cpp",
+                            64, "tok/s", ("engine, 4-bit head", *LLAMA_CPP, *HEAD_4_BITS), "llama.cpp",
                             "1.6 ×, stretch 2.2 ×", "memory"),
     "prefill-512": Row("prefill of 512 tokens", {"do": "prefill", "length": 512}, 512, "tok/s", ALL, "OpenVINO",
                        "1.15 ×, stretch 1.4 ×", "compute"),
     "batch-16": Row("16 requests at once, prompt 128, 64 new", {"do": "batch", "requests": 16, "prompt_length": 128,
                     "new": 64}, 16 * 64, "output tok/s", ALL, "OpenVINO", "1.5 ×, stretch 2 ×", "compute"),
     "decode-4k": Row("decode at 4,096 past tokens, int8 cache", {"do": "decode", "past": 4096, "count": 32}, 32,
-                     "tok/s", ("engine, int8 cache", "llama.cpp, q8_0 cache", *OPENVINO), "llama.cpp",
+                     "tok/s", ("engine, int8 cache", *LLAMA_CPP, *OPENVINO), "llama.cpp, q8_0 cache",
                      "2.5 ×, stretch 3.5 ×", "memory"),
     "overhead": Row("share of a decode step at 512 that is not its matrices", {"do": "overhead", "past": 512,
                     "count": 64}, None, "", ("engine",), goal="0.25, stretch 0.12"),
     "decode-16k": Row("decode at 16,384 past tokens, int8 cache", {"do": "decode", "past": 16384, "count": 16}, 16,
-                      "tok/s", ("engine, int8 cache", "llama.cpp, q8_0 cache", *OPENVINO), "llama.cpp",
+                      "tok/s", ("engine, int8 cache", *LLAMA_CPP, *OPENVINO), "llama.cpp, q8_0 cache",
                       "4 ×, stretch 7 ×", "memory"),
 }  # fmt: skip
 
@@ -69,11 +75,20 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
 
 def set_up(arguments: argparse.Namespace) -> Match:
     """Checkpoint, models and programs as the command line has them."""
-    work = arguments.work / Path(arguments.checkpoint).name
+    work = arguments.work / work_name(arguments.checkpoint)
     pythons = find_pythons(arguments.venv)
     checkpoint = find_checkpoint(arguments.checkpoint, work)
     models = Models(checkpoint, work, arguments.activations, pythons.get("onnxruntime-genai"))
     return Match(pythons, models, arguments.threads, arguments.rounds)
+
+
+def work_name(checkpoint: str) -> str:
+    """A name for what is made of ``checkpoint``: of another directory, or when its files change, another."""
+    path = Path(checkpoint)
+    if checkpoint == "demo" or checkpoint in SHAPES or not path.is_dir():
+        return path.name
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.iterdir())
+    return f"{path.name}-{hashlib.sha256(repr((path.resolve(), files)).encode()).hexdigest()[:8]}"
 
 
 def find_checkpoint(name: str, work: Path) -> Path:
@@ -83,9 +98,12 @@ def find_checkpoint(name: str, work: Path) -> Path:
     if name not in SHAPES:
         return resolve_checkpoint(name).path
     directory = work / "checkpoint"
-    if not (directory / "config.json").exists():
+    if not directory.exists():
         say(f"making {directory}")
-        write_checkpoint(name, directory)
+        unfinished = work / "checkpoint.part"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_checkpoint(name, unfinished)
+        unfinished.rename(directory)
     return directory
 
 

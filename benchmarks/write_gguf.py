@@ -27,9 +27,14 @@ NORMAL, CONTROL = 1, 3  # gguf.TokenType
 
 
 def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = "Q8_0") -> None:
-    """Write ``checkpoint`` as ``file``, its matrices as the type ``linears``, embedding and head as ``head``."""
+    """Write ``checkpoint`` as ``file``, its matrices as the type ``linears``, embedding and head as ``head``.
+
+    Raises:
+        ValueError: it is of another family than Qwen2.
+    """
     config = read_json(checkpoint / "config.json")
-    assert config["model_type"] == "qwen2", "the row order of other families is not known here"
+    if config["model_type"] != "qwen2":
+        raise ValueError(f"its model_type is {config['model_type']!r}; GGUF is written of 'qwen2' alone")
     writer = gguf.GGUFWriter(file, "qwen2")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

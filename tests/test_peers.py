@@ -25,7 +25,7 @@ from benchmarks.peer_report import (  # noqa: E402
     plot,
     shares_of_limit,
 )
-from benchmarks.peers import ROWS  # noqa: E402
+from benchmarks.peers import ROWS, work_name  # noqa: E402
 from qwen_build.checkpoint import Checkpoint  # noqa: E402
 
 
@@ -90,6 +90,9 @@ def test_gguf_says_what_the_config_says(checkpoint: Path, tmp_path: Path) -> Non
 VALUES: dict[str, dict[str, list[float]]] = {
     "decode-512": {"engine": [90.0, 100.0, 500.0], "llama.cpp": [50.0, 49.0, 51.0], "OpenVINO": [30.0],
                    "OpenVINO, u8 cache": [40.0]},
+    "prefill-512": {"engine": [90.0], "llama.cpp": [60.0], "OpenVINO": [45.0]},
+    "decode-4k": {"engine, int8 cache": [90.0], "llama.cpp, q8_0 cache": [30.0],
+                  "llama.cpp, no flash attention": [45.0]},
     "load": {"engine": [0.25], "llama.cpp": [0.5], "OpenVINO": [2.0], "OpenVINO, u8 cache": [3.0]},
 }  # fmt: skip
 FOUND = Measured(VALUES, versions={"engine": "1", "llama.cpp": "2", "OpenVINO": "3"})
@@ -107,8 +110,30 @@ def test_table() -> None:
         "|---|---|---|---|---|---|---|",
         "| decode at 512 past tokens, head at 8 bits, tok/s | 100 | 50 | 40 (u8 cache) | llama.cpp 2.00 × "
         "| 1.4 ×, stretch 1.8 × | 50% |",
+        "| prefill of 512 tokens, tok/s | 90 | 60 | 45 | OpenVINO 2.00 ×; llama.cpp 1.50 × "
+        "| 1.15 ×, stretch 1.4 × |  |",
+        "| decode at 4,096 past tokens, int8 cache, tok/s | 90 | 45 (no flash attention) |  "
+        "| llama.cpp, q8_0 cache 3.00 ×; llama.cpp 2.00 × | 2.5 ×, stretch 3.5 × |  |",
         "| load to first token, s | 0.25 | 0.5 | 2 (default cache) |  | 0.5 s, stretch 0.2 s |  |",
     ]
+
+
+def test_what_is_made_of_a_checkpoint_that_changed_has_another_name(tmp_path: Path) -> None:
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    (tmp_path / "b" / "model").mkdir(parents=True)
+    names = {work_name(str(tmp_path / parent / "model")) for parent in "ab"}
+    (tmp_path / "a" / "model" / "config.json").write_text("{}")
+    names.add(work_name(str(tmp_path / "a" / "model")))
+    assert len(names) == 3
+    assert all(name.startswith("model-") for name in names)
+    assert work_name("qwen2.5-0.5b") == "qwen2.5-0.5b"
+
+
+def test_only_qwen2_becomes_gguf(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    models = Models(tmp_path, tmp_path / "work", "int8", None)
+    with pytest.raises(RuntimeError, match="model_type is 'qwen3'; GGUF is written of 'qwen2' alone"):
+        models.path("gguf")
 
 
 def test_work_of_a_command() -> None:
@@ -126,7 +151,7 @@ def test_plot_has_a_bar_for_everyone() -> None:
     drawing = ET.fromstring(plot(ROWS, FOUND))
     bars = list(drawing.iter("{http://www.w3.org/2000/svg}rect"))
     widths = [float(bar.get("width", 0)) for bar in bars]
-    assert len(widths) == 4  # rates alone: seconds are no bar
+    assert len(widths) == 4 + 3 + 3  # rates alone: seconds are no bar
     assert widths[1] == pytest.approx(widths[0] / 2, abs=0.2)
 
 
