@@ -5,7 +5,7 @@
 
 The reference is transformers in float32 with the very weights that the engines hold, so that rounding these does not
 count, and with a cache in float32. Each engine reads the same held-out windows of WikiText-2 with the activations it
-was built for, and once more told to compute in float32.
+was built for, those for int8x2 once more told to compute in float32.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from qwen_engine.manifest import Manifest
 from qwen_run import svg
 from qwen_run.bench_measure import processor_name
 from qwen_run.bench_report import standalone
-from qwen_run.bench_sides import EMBEDDING, engine_reads
+from qwen_run.bench_sides import engine_reads
+from qwen_run.dequantize import EMBEDDING
 
 
 def report(arguments: argparse.Namespace, match: Match, rows: Mapping[str, Row], drawing: str, stem: str) -> None:

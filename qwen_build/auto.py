@@ -30,11 +30,12 @@ from qwen_build.locate import Located
 from qwen_build.options import BuildOptions
 from qwen_build.output import check_output, engine_directory, resumable_beside
 from qwen_build.per_linear import Rule, excluding, write_rules
-from qwen_build.quantize import GROUP_SIZES, Scheme, make_scheme
+from qwen_build.quantize import Scheme, make_scheme
 from qwen_build.sensitivity import Probing, Unit, decision_units, kept, kl_divergence
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, TEXT_FILES, Manifest
+from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.engine import Engine
 from qwen_run.evaluate import engine_logits
 from qwen_run.machine import physical_cores

@@ -23,6 +23,7 @@ from qwen_engine.graph_io import PLUGIN_DOMAIN
 from qwen_engine.manifest import Quantization
 from qwen_plugin.layout import (
     BLOCK_COLUMNS,
+    GROUP_SIZES,
     LEAST_SCALE,
     PANEL,
     PANELS,
@@ -369,7 +370,7 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
 class SchemeRow:
     """A choice of ``--quant``: its bits (0: float32), whether its grid is symmetric unless asked, what it is for.
 
-    A zero point takes a quarter of int4's KL off and nothing of int8's: tables of ``benchmarks/schemes.py``.
+    A zero point takes a fifth of int4's KL off and nothing of int8's: tables of ``benchmarks/schemes.py``.
     """
 
     bits: int
@@ -395,8 +396,6 @@ KERNELS = {
     "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32")),
     "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS)),
 }
-
-GROUP_SIZES = (32, 64, 128)
 
 # see Grid and NativeInt
 WEIGHT_SCALES = ("group", "channel", "tensor")

@@ -12,9 +12,10 @@ from qwen_build.layers import Schemes
 from qwen_build.options import DEFAULT_GROUP_SIZE, BuildOptions
 from qwen_build.packed import PackedFormat
 from qwen_build.per_linear import Rule, choose, excluding, packed_choices
-from qwen_build.quantize import GROUP_SIZES, Scheme, make_scheme
+from qwen_build.quantize import Scheme, make_scheme
 from qwen_build.weight_map import linear_names
 from qwen_engine.errors import BuildError
+from qwen_plugin.layout import GROUP_SIZES
 
 
 def as_packed(options: BuildOptions, packed: PackedFormat) -> BuildOptions:

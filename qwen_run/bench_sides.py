@@ -14,13 +14,13 @@ from qwen_engine.manifest import Manifest
 from qwen_run.bench_stats import Reads, Timeline
 from qwen_run.bench_trace import Arrival
 from qwen_run.core import Core, CoreOptions
+from qwen_run.dequantize import EMBEDDING
 from qwen_run.engine import Engine
 from qwen_run.reference import HuggingFace
 from qwen_run.request import Request
 from qwen_run.sampling import SamplingParams
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # what transformers is measured in
-EMBEDDING = "model.embed_tokens"
+REFERENCE_ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # what transformers is measured in
 
 Prompts = Sequence[Sequence[int]]
 
@@ -89,7 +89,7 @@ class HuggingFaceSide:
 
     def __init__(self, manifest: Manifest, checkpoint: Path, threads: int, dtype: str, max_batch_size: int) -> None:
         self.name = f"transformers {dtype}"
-        self.reads = dense_reads(manifest, ITEM_BYTES[dtype])
+        self.reads = dense_reads(manifest, REFERENCE_ITEM_BYTES[dtype])
         self._model = HuggingFace(checkpoint, threads, dtype=dtype)
         self._max_batch_size = max_batch_size
 

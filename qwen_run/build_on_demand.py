@@ -1,4 +1,4 @@
-"""Engines built where one is asked for: the one module of the runtime that reaches the builder, inside its functions.
+"""Engines built where one is asked for.
 
 What is built from a checkpoint is kept in the user's cache directory, under a key of everything it depends on: the
 content of the checkpoint's files, the options, the builder's version. A process that asks while another builds waits.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
+from qwen_run.dequantize import EMBEDDING, HEAD
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 # The picture: pixels of a cell, of the names beside the cells, of the margin.

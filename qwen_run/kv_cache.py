@@ -17,6 +17,8 @@ _ALIGNMENT_BYTES = 64
 
 # Without being told, take at most this many sequences of full length and this part of the memory that is left.
 _MOST_SEQUENCES = 8
+# dtype of the cache -> advice where a smaller one helps
+_SMALLER_DTYPE = {"float32": " or --kv-cache-dtype float16", "float16": " or --kv-cache-dtype int8"}
 _MEMORY_PART = 0.5
 
 
@@ -44,7 +46,10 @@ class KVCache:
             self.pools = {state.name: _zeros(_pool_shape(state, num_blocks), state.dtype) for state in states}
         except MemoryError:
             pool_bytes = num_blocks * block_bytes(states)
-            raise EngineError(f"no memory for {num_blocks} cache blocks of {pool_bytes / 2**30:.1f} GiB") from None
+            raise EngineError(
+                f"no memory for a cache of {pool_bytes / 2**30:.1f} GiB, {num_blocks} blocks; ask for less with "
+                "--kv-cache-memory (in Python cache_bytes or num_blocks)"
+            ) from None
         self._prefixes = PrefixCache()
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_owners = [0] * num_blocks
@@ -152,8 +157,8 @@ def choose_num_blocks(
     if one_sequence * bytes_each > available_bytes:
         raise EngineError(
             f"the cache of one sequence of {max_seq_len} tokens takes {one_sequence * bytes_each / 2**30:.2f} GiB, "
-            f"{available_bytes / 2**30:.2f} GiB are free; "
-            "build the engine with a smaller --max-seq-len or --kv-cache-dtype float16"
+            f"{available_bytes / 2**30:.2f} GiB are free; build the engine with a smaller --max-seq-len"
+            + _SMALLER_DTYPE.get(manifest.cache.dtype, "")
         )
     weights_bytes = sum(part.size_bytes for part in manifest.parts.values())
     affordable = int((available_bytes - weights_bytes) * _MEMORY_PART) // max(1, bytes_each)

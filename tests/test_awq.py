@@ -12,8 +12,9 @@ from conftest import FAMILIES, TINY
 from qwen_build.awq import Awq, awq_factors
 from qwen_build.config import ModelConfig
 from qwen_build.decoder_layer import INPUTS, linear_shapes
-from qwen_build.quantize import GROUP_SIZES, make_scheme
+from qwen_build.quantize import make_scheme
 from qwen_build.statistics import Collector, Statistics
+from qwen_plugin.layout import GROUP_SIZES
 
 INT8 = make_scheme("int8", 32, None, None, "native")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,24 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
     loaded = loaded_after(f"import {', '.join(modules_of(package))}")
     assert package in loaded
     assert loaded & FORBIDDEN[package] == set()
+
+
+def modules_that_import(package: str, *names: str) -> set[str]:
+    """Those of ``package`` that import one of ``names``, inside functions too."""
+    found = set()
+    for path in (ROOT / package).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if {name.partition(".")[0] for name in imported} & set(names):
+                found.add(path.stem)
+    return found
+
+
+def test_what_imports_inside_functions() -> None:
+    assert modules_that_import("qwen_run", "qwen_build") == {"build_on_demand", "origin", "sources", "stored_weights"}
+    assert modules_that_import("qwen_run", "torch", "transformers") == {"reference"}
+    assert not modules_that_import("qwen_build", "torch", "transformers")
 
 
 def test_forbidden_modules_are_seen() -> None:

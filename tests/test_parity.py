@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, hf_logits, run_alone, run_chunks
 
-from qwen_build.quantize import GROUP_SIZES, KERNELS, SCHEMES, make_scheme
+from qwen_build.quantize import KERNELS, SCHEMES, make_scheme
 from qwen_engine.manifest import LAYERS_GRAPH_FILE
+from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.engine import Batch, Engine
 
 RNG = np.random.default_rng(7)

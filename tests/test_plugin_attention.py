@@ -544,11 +544,13 @@ def test_a_key_that_is_not_a_number_stays_so_in_a_float16_cache(isa: str) -> Non
     assert np.argwhere(broken).tolist() == [[row, 1] for row in range(23, 32)]
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFE000, 0x7FFFFFFF, 0xFFFFFFFF])  # rounding may carry into the sign
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_nan_score_reaches_the_output(dtype: str) -> None:
+def test_nan_score_reaches_the_output(dtype: str, bits: int, norm: bool) -> None:
     """A broken activation is to be seen, in its own row and nowhere else."""
-    feeds = make_feeds(case := Case(past=(0, 0), new=(3, 3), dtype=dtype))
-    feeds["query"][4, 0] = np.nan
+    feeds = make_feeds(case := Case(past=(0, 0), new=(3, 3), dtype=dtype, norm=norm))
+    feeds["query"].view(np.uint32)[4, 0] = bits
     for isa in ISAS:
         broken = np.isnan(run(copy(feeds), case.node_attributes, isa).reshape(6, 4, 40)).all(axis=-1)
         assert np.argwhere(broken).tolist() == [[4, 0]]

@@ -20,10 +20,11 @@ from onnxscript import GraphBuilder
 from test_packed import CASES, pack  # noqa: F401
 
 from qwen_build.per_linear import Rule
-from qwen_build.quantize import GROUP_SIZES, KERNELS, Scheme, make_scheme
+from qwen_build.quantize import KERNELS, Scheme, make_scheme
 from qwen_engine.errors import CheckpointError, EngineError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_plugin import library_path
+from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.engine import Batch, Engine
 from qwen_run.float_activations import with_float_activations
 from qwen_run.reference import CHUNK_TOKENS, ROUNDING_STEPS, HuggingFace, Recipe, round_activations

@@ -23,7 +23,7 @@ namespace {
 
 struct Machine {
   InstructionSet best = InstructionSet::kPlain;
-  bool neon_dot = false, avx_vnni = false, avx512_vnni = false, amx = false;
+  bool neon_dot = false, avx_vnni = false, amx = false;
 };
 
 #if defined(__x86_64__)
@@ -57,10 +57,9 @@ Machine Look() {
     return machine;
   const uint32_t subleaves = eax;
   machine.best = InstructionSet::kAvx2;
-  if (HasBits(ebx, kAvx512FDqBwVl) && HasBits(saved, kZmmState)) {
+  if (HasBits(ebx, kAvx512FDqBwVl) && HasBits(ecx, kAvx512Vnni) && HasBits(saved, kZmmState)) {
     machine.best = InstructionSet::kAvx512;
-    machine.avx512_vnni = HasBits(ecx, kAvx512Vnni);
-    machine.amx = machine.avx512_vnni && HasBits(edx, kAmxBf16TileInt8) && HasBits(saved, kTileState) && MayUseTiles();
+    machine.amx = HasBits(edx, kAmxBf16TileInt8) && HasBits(saved, kTileState) && MayUseTiles();
   }
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) machine.avx_vnni = HasBits(eax, kAvxVnni);
   return machine;
@@ -104,7 +103,6 @@ Machine Allowed() {
     supported = machine.best == InstructionSet::kAvx512;
   } else if (wanted == "avxvnni" || wanted == "avx2") {
     allowed.best = InstructionSet::kAvx2;
-    allowed.avx512_vnni = false;
     if (wanted == "avx2") allowed.avx_vnni = false;
     supported = machine.best >= InstructionSet::kAvx2 && (wanted == "avx2" || machine.avx_vnni);
   } else if (wanted == "neon") {
@@ -129,8 +127,6 @@ bool UsesExtension(Extension extension) {
       return allowed.neon_dot;
     case Extension::kAvxVnni:
       return allowed.avx_vnni;
-    case Extension::kAvx512Vnni:
-      return allowed.avx512_vnni;
     case Extension::kAmx:
       return allowed.amx;
   }

@@ -10,7 +10,6 @@ struct Avx2Eight {
   using Ints = __m256i;
   static constexpr int kLanes = 8;
 
-  static Floats Load(const float* p) { return _mm256_loadu_ps(p); }
   static void Store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static Floats LoadHalves(const uint8_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -1,5 +1,6 @@
 // What operators share: attributes, inputs, work in parallel, and errors on their way to the C ABI.
 #pragma once
+#include <atomic>
 #include <initializer_list>
 #include <new>
 #include <string>
@@ -32,7 +33,7 @@ OrtStatus* Guard(const OrtApi& api, const char* name, const Body& body) {
   } catch (const Error& error) {
     return status(kOrtInvalidArgument, error.what());
   } catch (const std::bad_alloc&) {
-    return status(kOrtFail, "out of memory");
+    return api.CreateStatus(kOrtFail, "qwen: out of memory");  // a text of ours might need some
   } catch (const std::exception& error) {
     return status(kOrtFail, error.what());
   } catch (...) {
@@ -193,13 +194,25 @@ T* NewOutput(const OrtApi& api, OrtKernelContext* context, size_t index, std::in
 
 // ---- Work
 
-// Calls function(i) for i in [0, count) on ONNX Runtime's threads, each taking the next that is left. It must not
-// throw.
+// Calls function(i) for i in [0, count) on ONNX Runtime's threads, each taking the next that is left. It may throw
+// std::bad_alloc alone, which comes out here after all calls.
 template <class Function>
 void ParallelFor(const OrtApi& api, const OrtKernelContext* context, int64_t count, Function function) {
   if (count == 1) return function(0);
-  Check(api.KernelContext_ParallelFor(
-      context, [](void* data, size_t i) { (*static_cast<Function*>(data))(int64_t(i)); }, size_t(count), 0, &function));
+  struct Work {
+    Function& function;
+    std::atomic<bool> lacks_memory;
+  } work = {function, {false}};
+  const auto call = [](void* data, size_t i) {
+    Work& shared = *static_cast<Work*>(data);
+    try {
+      shared.function(int64_t(i));
+    } catch (const std::bad_alloc&) {
+      shared.lacks_memory = true;
+    }
+  };
+  Check(api.KernelContext_ParallelFor(context, call, size_t(count), 0, &work));
+  if (work.lacks_memory) throw std::bad_alloc();
 }
 
 // ---- Declaration

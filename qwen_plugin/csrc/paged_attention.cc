@@ -11,6 +11,7 @@
 
 #include "instruction_set.h"
 #include "operator.h"
+#include "scratch.h"
 
 namespace paged_attention {
 namespace {
@@ -316,7 +317,7 @@ void Attend(const OrtApi& api, const OrtKernelContext* context, const Kernels& k
 Kernels ChooseKernels() {
   const InstructionSet set = ChooseInstructionSet();
 #if defined(__x86_64__)
-  if (set == InstructionSet::kAvx512 && UsesExtension(Extension::kAvx512Vnni)) {
+  if (set == InstructionSet::kAvx512) {
     Kernels kernels = kAvx512Kernels;
     if (UsesExtension(Extension::kAmx)) {
       kernels.attend[int(Element::kInt8)] = AmxAttendInt8;
@@ -386,6 +387,11 @@ struct PagedAttention {
 };
 
 }  // namespace
+
+void* ThreadScratch(int64_t bytes) {
+  thread_local Scratch scratch;
+  return scratch.Get(bytes);
+}
 
 const OrtCustomOp* Operator(const OrtApi& api) {
   static const operators::Declaration<PagedAttention, Kernel> op(api);

@@ -12,18 +12,19 @@ constexpr int kTilesPerPartition = kPartition / kTile;
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxItemRows = 256, kMaxItemFloats = 16384;  // an item's queries: at most 64 KiB
 
+// What the pools hold.
+enum class Element { kFloat32, kFloat16, kInt8 };
+
 // One call of the operator; everything in it has been checked.
 //
 // A "row" is one query head of one new token. The rows of a sequence that share kv head k are numbered
 // token * group + g, where g is the query head k * group + g.
-enum class Element { kFloat32, kFloat16, kInt8 };
-
 struct Problem {
   int64_t heads, kv_heads, group, head_dim, block_size;
   int64_t rotary_half;  // cos and sin are (positions, rotary_half); 0: no rotation
   int64_t window;       // a query at position p sees keys p - window + 1 .. p
   float scale, epsilon;
-  Element element;  // of the pools
+  Element element;
 
   const float* query;  // (T, (heads + 2 * kv_heads) * head_dim)
   float* output;       // (T, heads * head_dim); between the two steps it holds the rotated queries
@@ -77,19 +78,24 @@ struct Kernels {
   void (*finish)(const Problem&, const Item&, const float* state);
 };
 
+// Memory of the calling thread, aligned to 64; what it held before is lost if it was smaller. It may throw
+// std::bad_alloc.
+void* ThreadScratch(int64_t bytes);
+
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 // `attend` for int8 pools, to the same bits.
 void AmxAttendInt8(const Problem&, const Item&, PartitionRange, float* state);
 // `attend` for float16 pools, to other bits than the vector kernels', so for any number of rows. Queries and softmax
-// weights keep 16 of their 24 bits, which makes errors of about 1e-5 of the values.
+// weights keep 16 of their 24 bits: a score is off by up to 2^-15 of the sum of its products' magnitudes, which makes
+// errors of about 1e-5 of the values where scores are below 1.
 void AmxAttendFloat16(const Problem&, const Item&, PartitionRange, float* state);
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif
 
-// The operator. `api` must outlive it.
+// The operator.
 const OrtCustomOp* Operator(const OrtApi& api);
 
 }  // namespace paged_attention

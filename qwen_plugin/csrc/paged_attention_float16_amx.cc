@@ -23,11 +23,10 @@ constexpr int kMaxChunks = kMaxHeadDim / kTile;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // Keys and values of a partition as B, a block for every 32 keys and 32 channels.
-struct Scratch {
+struct Split {
   alignas(64) Bfloat16 keys[kTilesPerPartition * kMaxChunks * kBlockNumbers];
   alignas(64) Bfloat16 values[kTilesPerPartition * kMaxChunks * kBlockNumbers];
 };
-thread_local Scratch scratch;
 
 // ---- Two bfloat16 for a number
 
@@ -188,7 +187,9 @@ struct Float16AmxRows {
       for (int d = 0; d < D; d += kTile, a += 2 * kTile) {
         const auto load = [&](int i) {
           const auto there = __mmask16((1 << Min(Max(D - i, 0), kSide)) - 1);
-          return _mm512_mul_ps(_mm512_maskz_loadu_ps(there, queries[r] + i), _mm512_set1_ps(kLog2E));
+          const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, queries[r] + i), _mm512_set1_ps(kLog2E));
+          // one NaN for all: rounding would carry a larger one into the sign, and leave -0
+          return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_nanf("")));
         };
         StorePairs<true>(load(d), load(d + kSide), a, a + kTile);
       }
@@ -199,13 +200,14 @@ struct Float16AmxRows {
   template <int kTiles>
   static void AttendWith(int rows, const Group& g) {
     alignas(64) float scores[kMaxRows * kPartition];
+    auto& split = *static_cast<Split*>(ThreadScratch(sizeof(Split)));  // stays, with what g.tiles says is ready
     const TileConfig config(int(Min(rows, kSide)), int(Max(rows - kSide, 1)), kLine);
     KeepStores();
     _tile_loadconfig(&config);
     const Seen seen(g, rows);
     const int first = seen.first / kTile, last = (seen.last + kTile - 1) / kTile;
     Fetcher fetcher(g.tiles, first, last, g.D);  // float16 (head_dim, 32)
-    Scores<kTiles>(g, first, last, scores, fetcher);
+    Scores<kTiles>(g, first, last, split.keys, scores, fetcher);
     for (int r = 0; r < rows; ++r)
       g.max[r] = g.Sees(r) ? LargestScore<Avx512>(scores + r * kPartition, g.begin[r], g.end[r]) : 0;
     for (int r = 0; r < rows; ++r) {
@@ -214,19 +216,19 @@ struct Float16AmxRows {
       g.max[r] *= kLn2;
       KeepTilesAwake();
     }
-    AddValues<kTiles>(g, rows, first, last, reinterpret_cast<const Bfloat16*>(scores), fetcher);
+    AddValues<kTiles>(g, rows, first, last, split.values, reinterpret_cast<const Bfloat16*>(scores), fetcher);
     _tile_release();
   }
 
   // scores (rows of 256) of tiles [first, last).
   template <int kTiles>
-  static void Scores(const Group& g, int first, int last, float* scores, Fetcher& fetcher) {
+  static void Scores(const Group& g, int first, int last, Bfloat16* split, float* scores, Fetcher& fetcher) {
     const int chunks = Chunks(g.D);
     const auto* a = reinterpret_cast<const Bfloat16*>(g.queries);
     for (int tile = first; tile < last; ++tile) {
       const auto* keys = reinterpret_cast<const uint16_t*>(g.tiles.keys[tile]);
       const bool ready = g.tiles.keys_ready >> tile & 1;
-      Bfloat16* blocks = scratch.keys + (g.tiles.keep ? tile * chunks * kBlockNumbers : 0);
+      Bfloat16* blocks = split + (g.tiles.keep ? tile * chunks * kBlockNumbers : 0);
       const auto block = [&](int i) {
         Bfloat16* b = blocks + i * kBlockNumbers;
         if (ready) return b;
@@ -245,14 +247,15 @@ struct Float16AmxRows {
 
   // out (rows of head_dim): weights * values of tiles [first, last).
   template <int kTiles>
-  static void AddValues(const Group& g, int rows, int first, int last, const Bfloat16* weights, Fetcher& fetcher) {
+  static void AddValues(const Group& g, int rows, int first, int last, Bfloat16* split, const Bfloat16* weights,
+                        Fetcher& fetcher) {
     const int chunks = Chunks(g.D), D = g.D;
     Tiles& tiles = g.tiles;
     for (int c = 0; c < chunks; ++c) {
       const int columns = int(Min(D - c * kTile, kTile));
       const auto block = [&](int i) {
         const int tile = first + i;
-        Bfloat16* b = scratch.values + (tiles.keep ? (tile * chunks + c) * kBlockNumbers : 0);
+        Bfloat16* b = split + (tiles.keep ? (tile * chunks + c) * kBlockNumbers : 0);
         if (tiles.values_ready >> tile & 1) return b;
         const auto* values = reinterpret_cast<const uint16_t*>(tiles.values[tile]) + c * kTile;
         if (columns == kTile && tile * kTile >= tiles.all_first && (tile + 1) * kTile <= tiles.all_last)

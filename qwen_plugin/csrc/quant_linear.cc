@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <string>
 
 #include "instruction_set.h"
 #include "operator.h"
 #include "quant_operators.h"
+#include "scratch.h"
 
 namespace quant_linear {
 namespace {
@@ -89,30 +89,6 @@ void SetInputs(const OrtApi& api, const OrtKernelContext* context, Problem& p) {
                   std::to_string(p.in_features - 1));
 }
 
-// Memory of a thread, aligned to 64: it only grows, so that a step does not wait for fresh pages.
-class Scratch {
- public:
-  void* Get(int64_t bytes) {
-    if (size_ < bytes) {
-      size_ = 0;
-      memory_.reset();
-      memory_.reset(::operator new(size_t(bytes), kAlignment));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment = std::align_val_t(64);
-  struct Free {
-    void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  int64_t size_ = 0;
-};
-
-int64_t CeilDiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
-
 // How the work is divided changes which thread does it and never a bit of the result.
 void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p) {
   const int64_t tiles = CeilDiv(p.rows, kernels.max_tile_rows(p)), tile_bytes = kernels.tile_bytes(p);
@@ -142,9 +118,10 @@ constexpr int64_t kTileRows[] = {10, 8};
 
 const Kernels& ChooseKernels() {
 #if defined(__x86_64__)
-  if (UsesExtension(Extension::kAvx512Vnni)) return kAvx512VnniKernels;
+  const InstructionSet set = ChooseInstructionSet();
+  if (set == InstructionSet::kAvx512) return kAvx512VnniKernels;
   if (UsesExtension(Extension::kAvxVnni)) return kAvxVnniKernels;
-  if (ChooseInstructionSet() >= InstructionSet::kAvx2) return kAvx2Kernels;
+  if (set == InstructionSet::kAvx2) return kAvx2Kernels;
 #elif defined(__aarch64__)
   if (UsesExtension(Extension::kNeonDot)) return kNeonDotKernels;
 #endif

@@ -60,7 +60,7 @@ constexpr int64_t kCachedBytes = 1 << 20;
 
 // Kernels keep a call's activations in one buffer, a tile after the other, in a form of their own.
 // `tiles` is the number of all tiles; ranges are of tiles and of panels. Both functions run on several threads at
-// once, on different ranges. They don't throw.
+// once, on different ranges. They may throw std::bad_alloc.
 struct Kernels {
   int64_t (*max_tile_rows)(const Problem& p);
   // Bytes of one tile in the buffer, a multiple of 64; the buffer is aligned to 64.

@@ -20,8 +20,6 @@ constexpr int64_t kTotalBytes =
 constexpr int64_t kLeastTasks = 6;         // of such panels, so that the threads end together
 constexpr int64_t kStreamBytes = 8 << 20;  // of y, from which it is written past the caches, measured
 
-inline int64_t CeilDiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
-
 // ---- Turns. Where the activations of all rows do not stay in the second-level cache, panels take turns after a range
 // of columns, and the weights are unpacked once for all rows; or, if there are few panels, rows are given in blocks.
 
@@ -118,12 +116,12 @@ inline __mmask16 OutputMask(const Problem& p, int64_t column) {
 inline void FinishRows(const Problem& p, Range rows, int64_t panel, const float (*totals)[kPanel]) {
   const bool stream = Streams(p);
   if (p.swiglu) {
-    const float* const bias = p.bias + panel * kPanel;
     for (int64_t row = rows.first; row < rows.last; ++row) {
       __m512 halves[kHalves];
       for (int h = 0; h < kHalves; ++h) {
         halves[h] = _mm512_load_ps(totals[row - rows.first] + h * kLanes);
-        if (p.bias != nullptr) halves[h] = _mm512_add_ps(halves[h], _mm512_loadu_ps(bias + h * kLanes));
+        if (p.bias != nullptr)
+          halves[h] = _mm512_add_ps(halves[h], _mm512_loadu_ps(p.bias + panel * kPanel + h * kLanes));
       }
       const __m512 y = Gate<Lanes>(halves[0], halves[1]);
       float* const at = p.y + row * p.width + panel * kLanes;

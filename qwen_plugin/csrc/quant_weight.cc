@@ -18,12 +18,11 @@ QuantWeight ReadWeight(const operators::Attributes& attributes, bool has_blocks)
   if (has_blocks && w.bits != 4) attributes.Refuse("bits", std::to_string(w.bits), "4, as scales are of blocks");
   if (has_blocks && w.group_size >= kBlockColumns)
     attributes.Refuse("group_size", std::to_string(w.group_size), "32 or 64, as scales are of blocks");
-  const auto ceil_div = [](int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; };
-  const auto lines = [&](int64_t bytes) { return ceil_div(bytes, 64) * 64; };
-  w.groups = ceil_div(w.in_features, w.group_size);
+  const auto lines = [&](int64_t bytes) { return CeilDiv(bytes, 64) * 64; };
+  w.groups = CeilDiv(w.in_features, w.group_size);
   w.block_groups = has_blocks ? kBlockColumns / w.group_size : 1;
-  w.blocks = ceil_div(w.groups, w.block_groups);
-  w.panels = ceil_div(w.out_features, kPanel);
+  w.blocks = CeilDiv(w.groups, w.block_groups);
+  w.panels = CeilDiv(w.out_features, kPanel);
   w.group_bytes = w.group_size * 4 * w.bits;
   w.header_bytes = 2 * kPanel + (has_blocks ? lines(w.block_groups * (w.symmetric ? 16 : 32)) : 0);
   w.block_bytes = w.header_bytes + w.block_groups * w.group_bytes;

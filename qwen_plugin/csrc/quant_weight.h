@@ -23,6 +23,8 @@ constexpr int kMaxGroup = 128;
 constexpr float kScaleUnit = 1.f / 1024;  // of a stored scale
 constexpr int64_t kBlockColumns = 128;
 
+static inline int64_t CeilDiv(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
+
 struct QuantWeight {
   int64_t out_features, in_features;
   int64_t group_size, groups;  // groups * group_size is in_features or, padded, more

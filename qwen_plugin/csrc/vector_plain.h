@@ -6,23 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {
+#include "half.h"
 
-inline float HalfToFloat(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu, sign = uint32_t(half & 0x8000u) << 16;
-  float value;
-  if (magnitude < 0x0400u) {  // zero or subnormal: a multiple of 2^-24
-    value = float(magnitude) * 5.9604644775390625e-8f;
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-  const uint32_t bits = sign | ((magnitude << 13) + ((magnitude >= 0x7c00u ? 224u : 112u) << 23));
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+namespace {
 
 inline uint16_t FloatToHalf(float value) {  // to nearest, ties to even
   uint32_t bits;
