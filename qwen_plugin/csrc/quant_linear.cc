@@ -21,9 +21,11 @@ enum Input { kX, kWeight, kBias, kNormWeight, kResidual, kPermutation, kInputSca
 constexpr const char* kInputNames[kInputCount] = {"x",        "weight",      "bias",       "norm_weight",
                                                   "residual", "permutation", "input_scale"};
 
-// A task multiplies about this many bytes of weights, with at least one panel: small enough that the threads end
-// together. With 128 KiB a prompt of 512 tokens takes 4 % longer (0.5B shape, 2 threads), a token 1 %.
-constexpr int64_t kTaskBytes = 32 << 10;
+// A task multiplies about this many bytes of weights, with at least one panel, or fewer if tasks would be few: the
+// threads are to end together, and the first bytes of each task are waited for.
+constexpr int64_t kTaskBytes = 256 << 10, kLeastTaskBytes = 32 << 10, kFewTasks = 8;
+
+int64_t TaskCount(int64_t bytes) { return std::max(bytes / kTaskBytes, std::min(bytes / kLeastTaskBytes, kFewTasks)); }
 // Below this many multiply-adds (of a task: at least) a parallel region costs more than it brings.
 constexpr int64_t kSerialWork = 100'000;
 
@@ -104,7 +106,7 @@ void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kern
   const int64_t blocks = CeilDiv(tiles, share.tiles);
   const int64_t work = p.rows * p.groups * p.group_size * p.panels * kPanel;
   const int64_t wanted = share.panels > 0 ? CeilDiv(p.panels, share.panels)
-                                          : std::min(work / kSerialWork, p.panels * p.panel_bytes / kTaskBytes);
+                                          : std::min(work / kSerialWork, TaskCount(p.panels * p.panel_bytes));
   const int64_t chunks = std::min(p.panels, std::max<int64_t>(1, wanted));
   operators::ParallelFor(api, context, blocks * chunks, [&](int64_t i) {
     const int64_t block = i / chunks, chunk = i % chunks;

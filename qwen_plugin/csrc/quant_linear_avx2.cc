@@ -47,7 +47,7 @@ struct Avx2 : Avx2Eight {
     const Ints one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
     block += pass * 32;
     for (int64_t j = 0; j < steps; j += 8, block += 8 * kStepBytes, values += 8 * kAll) {
-      if (pass == 0) stream.Fetch<8 * kStepBytes / 64>();
+      for (int i = 0; pass == 0 && i < 8; ++i) stream.Fetch<kStepBytes / 64>();
       Ints words[kAll][2];
       if constexpr (kBits == 4) {
         EightSteps<kStepBytes>(block, values, words);

@@ -23,24 +23,55 @@ constexpr int32_t kFloatStart = 0x4b400000;
 constexpr float kFloatStartValue = 12582912.f;
 
 constexpr int kMaxFloatRows = 4, kMaxTileRows = 8;
-constexpr int64_t kStreamAhead = 8192;  // bytes
 
-// Memory up to `last`, which is wanted soon: in each group of columns `a_group` bytes of it are fetched.
+// What a single tile reads is fetched in windows, a line or two from each of eight places in turn: a processor waits
+// for more lines at once if they are of several pages. It reads 1.5 times as fast as one line after the other.
+constexpr int64_t kPlaces = 8, kWindowBytes = kPlaces * 4096;
+
+// Memory that is wanted soon, fetched as the kernel goes along; a step of the kernel fetches as many lines as it reads.
 // Passed by reference: reading a copy just written, in one wide load, waits until all earlier stores to y are done,
 // which took a fifth of a long prefill.
 struct Stream {
-  const uint8_t *next, *last;
-  int64_t a_group;
-  const uint8_t* limit = next;
+  const uint8_t* next = nullptr;
+  int64_t step = 0, left = 0;         // bytes from one fetch to the next, and fetches until there is more to decide
+  int64_t a_group = 0, of_share = 0;  // several tiles: fetches in each group of columns, and those not yet allowed
+  int64_t rows = 0, row = 0, windows = 0;  // one tile: fetches of each place in a window, those done, windows to come
 
-  void StartGroup() { limit = last - limit < a_group ? last : limit + a_group; }
+  void StartGroup() {
+    const int64_t more = of_share < a_group ? of_share : a_group;
+    left += more, of_share -= more;
+  }
   template <int kLines>
   void Fetch() {
-    if (next >= limit) return;
+    if (left == 0 && !StartRow(64 * kLines)) return;
     UNROLL_FOR(i, kLines) __builtin_prefetch(next + 64 * i, 0, 2);  // to the second level: it waits for more at once
-    next += 64 * kLines;
+    next += step, --left;
+  }
+  bool StartRow(int64_t bytes) {
+    if (row == rows) {
+      if (windows == 0) return false;
+      --windows, row = 0;
+      next -= (rows - 1) * bytes;
+    } else {
+      next += bytes - kPlaces * step;
+    }
+    ++row, left = kPlaces;
+    return true;
   }
 };
+
+// Fetches the first window of the `size` bytes at `from` and returns a stream of the others. `bytes`: of a fetch.
+inline Stream StartWindows(const uint8_t* from, int64_t size, int64_t bytes) {
+  Stream stream;
+  stream.windows = (size + kWindowBytes / 2) / kWindowBytes + (size < kWindowBytes / 2);
+  stream.rows = stream.row = size / (stream.windows * kPlaces * bytes);
+  stream.step = stream.rows * bytes;
+  for (int64_t at = 0; at < stream.step; at += 64)
+    for (int64_t i = 0; i < kPlaces; ++i) __builtin_prefetch(from + i * stream.step + at, 0, 2);
+  stream.next = from + kPlaces * stream.step + (stream.rows - 1) * bytes;  // as at the end of that window
+  --stream.windows;
+  return stream;
+}
 
 inline int64_t GroupBytes(const Problem& p, int64_t rows, int planes) {
   return 4 * (p.group_size / 4 * rows * planes + 2 * rows * planes + rows);
@@ -146,9 +177,9 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
     if (!kBlocks || of_block == 0) {
       block = next;
       next += p.header_bytes;
-      stream.Fetch<kBlocks ? (kSymmetric ? 2 : 3) : 1>();
+      for (int i = 0; i < (kBits == 4 && kBlocks ? (kSymmetric ? 2 : 3) : 1); ++i) stream.Fetch<kBits / 4>();
     }
-    if (!kBlocks && !kSymmetric && g % (16 / kBits) == 0) stream.Fetch<1>();
+    if (!kBlocks && !kSymmetric && g % (16 / kBits) == 0) stream.Fetch<kBits / 4>();
     const uint8_t* const zero_bytes =
         kBlocks ? MultiplesOf(block, p.block_groups + of_block) : panel + g * (kBits == 4 ? 16 : 32);
     UNROLL_FOR(pass, kPasses) {
@@ -330,17 +361,23 @@ Share ShareOf(const Problem& p) {
 
 template <class I>
 void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
-  const int64_t count = of_tiles.last - of_tiles.first, share = (p.panel_bytes / 64 + count - 1) / count * 64;
+  const int64_t count = of_tiles.last - of_tiles.first, fetch_bytes = 16 * p.bits;
+  const int64_t fetches = CeilDiv(p.panel_bytes, count * fetch_bytes);  // a tile's share of the next panel
+  Stream stream;
+  if (count == 1) {
+    stream = StartWindows(PanelOf(p, of_panels.first), (of_panels.last - of_panels.first) * p.panel_bytes, fetch_bytes);
+  } else {
+    stream.step = fetch_bytes, stream.a_group = CeilDiv(fetches, p.groups);
+  }
   for (int64_t n = of_panels.first; n < of_panels.last; ++n) {
     const uint8_t* const panel = PanelOf(p, n);
     for (int64_t t = of_tiles.first; t < of_tiles.last; ++t) {
       const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
-      // A single tile fetches a little ahead of itself; several fetch their shares of the next panel, evenly, as what
-      // they wait for themselves comes from there too.
-      Stream stream = {panel + kStreamAhead, panel + kStreamAhead + share, share};
+      // Several tiles fetch their shares of the next panel, evenly, as what they wait for themselves comes from there
+      // too.
       if (count > 1) {
-        const uint8_t* const fetch = panel + p.panel_bytes + (t - of_tiles.first) * share;
-        stream = {fetch, fetch + share, (share / p.groups + 63) / 64 * 64};
+        stream.next = panel + p.panel_bytes + (t - of_tiles.first) * fetches * fetch_bytes;
+        stream.left = 0, stream.of_share = fetches;
       }
       alignas(64) float out[kMaxTileRows][kPanel];
       (p.bits == 4 ? MultiplyAnyTile<I, 4> : MultiplyAnyTile<I, 8>)(p, panel, activations + t * TileBytes<I>(p), rows,

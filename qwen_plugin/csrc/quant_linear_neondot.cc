@@ -75,7 +75,7 @@ struct NeonDot {
     for (int64_t j = 0; j < steps; j += 4, values += 4 * kAll) {
       int8x16_t a[kAll];  // of four steps
       UNROLL_FOR(r, kAll) a[r] = vreinterpretq_s8_s32(vld1q_s32(values + 4 * r));
-      if (pass == 0) stream.Fetch<4 * kStepBytes / 64>();
+      for (int i = 0; pass == 0 && i < 4; ++i) stream.Fetch<kStepBytes / 64>();
       UNROLL_FOR(i, 4) {
         int8x16_t q[2];
         LoadStep<kBits>(block, q);
