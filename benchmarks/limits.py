@@ -77,7 +77,10 @@ def _library() -> ctypes.CDLL:
 
 
 def read_bytes_per_s(data: np.ndarray, threads: int) -> float:
-    """Reading ``data`` (64-byte aligned, at least 1 KiB a thread) from one end to the other, each thread its part."""
+    """Reading ``data`` (64-byte aligned, at least 1 KiB a thread) from one end to the other, each thread its part.
+
+    Kernels that fetch from several pages in turn may exceed it.
+    """
     repeats = max(1, 2**26 // data.nbytes)
     pointer = ctypes.c_void_p(data.ctypes.data)
     seconds = _library().ReadSeconds(pointer, ctypes.c_int64(data.nbytes // 64), threads, repeats)

@@ -1,4 +1,7 @@
-"""The memory bandwidth of the machine, as a plain read sees it: what no kernel that reads as much can beat."""
+"""The memory bandwidth of the machine as a plain read sees it, one end to the other: to hold a kernel against.
+
+One that reads from several pages in turn may be faster on some processors.
+"""
 
 from __future__ import annotations
 
