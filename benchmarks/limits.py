@@ -1,11 +1,15 @@
-"""What the machine can do at most, to hold a kernel's figures against: plain reading, and float32 multiply-adds.
+"""What the machine can do at most, to hold a kernel's figures against: reading, and float32 multiply-adds.
+
+    python -m benchmarks.limits          gigabytes and operations a second, by threads
 
 A few lines of C++, compiled when first asked for with the compiler that builds the plugin, for this very processor.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import statistics
 import subprocess
 import tempfile
 from functools import cache
@@ -15,6 +19,7 @@ import numpy as np
 
 from qwen_engine.errors import EngineError
 from qwen_plugin.compile import find_compiler
+from qwen_run.machine import physical_cores
 
 SOURCE = """
 #include <chrono>
@@ -41,6 +46,22 @@ extern "C" double ReadSeconds(const Words* data, int64_t count, int threads, int
     for (int repeat = 0; repeat < repeats; ++repeat)
       for (int64_t i = count * thread / threads / 8 * 8; i + 8 <= count * (thread + 1) / threads; i += 8)
         for (int j = 0; j < 8; ++j) sums[j] ^= data[i + j];
+    for (Words& sum : sums) asm volatile("" : : "m"(sum));
+  });
+}
+
+extern "C" double ReadInTurnSeconds(const Words* data, int64_t count, int threads, int repeats) {
+  constexpr int kPlaces = 8, kPage = 64;  // lines
+  return Seconds(threads, [=](int thread) {
+    Words sums[kPlaces] = {};
+    const int64_t last = count * (thread + 1) / threads;
+    for (int repeat = 0; repeat < repeats; ++repeat)
+      for (int64_t w = count * thread / threads; w < last; w += kPlaces * kPage)
+        for (int line = 0; line < kPage && w + (line + 1) * kPlaces <= last; ++line)
+          for (int i = 0; i < kPlaces; ++i) {
+            __builtin_prefetch(data + w + (kPlaces + i) * kPage + line, 0, 2);
+            sums[i] ^= data[w + line * kPlaces + i];
+          }
     for (Words& sum : sums) asm volatile("" : : "m"(sum));
   });
 }
@@ -72,18 +93,21 @@ def _library() -> ctypes.CDLL:
         source.write_text(SOURCE)
         subprocess.run([*compiler, *FLAGS, "-pthread", str(source), "-o", str(library)], check=True)
         loaded = ctypes.CDLL(str(library))
-    loaded.ReadSeconds.restype = loaded.MultiplySeconds.restype = ctypes.c_double
+    for function in (loaded.ReadSeconds, loaded.ReadInTurnSeconds, loaded.MultiplySeconds):
+        function.restype = ctypes.c_double
     return loaded
 
 
-def read_bytes_per_s(data: np.ndarray, threads: int) -> float:
+def read_bytes_per_s(data: np.ndarray, threads: int, in_turn: bool = False) -> float:
     """Reading ``data`` (64-byte aligned, at least 1 KiB a thread) from one end to the other, each thread its part.
 
-    Kernels that fetch from several pages in turn may exceed it.
+    Args:
+        in_turn: fetch the next 32 KiB from eight pages in turn meanwhile, which may be faster.
     """
     repeats = max(1, 2**26 // data.nbytes)
     pointer = ctypes.c_void_p(data.ctypes.data)
-    seconds = _library().ReadSeconds(pointer, ctypes.c_int64(data.nbytes // 64), threads, repeats)
+    read = _library().ReadInTurnSeconds if in_turn else _library().ReadSeconds
+    seconds = read(pointer, ctypes.c_int64(data.nbytes // 64), threads, repeats)
     return float(data.nbytes * repeats / seconds)
 
 
@@ -92,3 +116,26 @@ def float_operations_per_s(threads: int) -> float:
     steps = 2_000_000
     seconds = _library().MultiplySeconds(ctypes.c_int64(steps), threads)
     return 2 * FLOATS_A_STEP * steps * threads / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=344, help="that are read")
+    parser.add_argument("--rounds", type=int, default=15, help="of which medians are shown")
+    arguments = parser.parse_args()
+    data = np.ones(arguments.megabytes << 20, np.uint8)
+    print(
+        "| threads | plain read, GB/s | from eight pages in turn | over plain | float32, GOPS |\n|---|---|---|---|---|"
+    )
+    for threads in range(1, physical_cores() + 1):
+        rounds = [
+            (read_bytes_per_s(data, threads), read_bytes_per_s(data, threads, True), float_operations_per_s(threads))
+            for _ in range(arguments.rounds)
+        ]
+        plain, in_turn, multiply = (statistics.median(values) / 1e9 for values in zip(*rounds, strict=True))
+        ratio = statistics.median(round[1] / round[0] for round in rounds)
+        print(f"| {threads} | {plain:.1f} | {in_turn:.1f} | {ratio:.2f} x | {multiply:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
