@@ -17,9 +17,10 @@ _ALIGNMENT_BYTES = 64
 
 # Without being told, take at most this many sequences of full length and this part of the memory that is left.
 _MOST_SEQUENCES = 8
+_MEMORY_PART = 0.5
+
 # dtype of the cache -> advice where a smaller one helps
 _SMALLER_DTYPE = {"float32": " or --kv-cache-dtype float16", "float16": " or --kv-cache-dtype int8"}
-_MEMORY_PART = 0.5
 
 
 class KVCache:
