@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import run
 from benchmarks.schemes import RESULTS, Engines, held_out_windows
 from qwen_build.locate import resolve_checkpoint
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

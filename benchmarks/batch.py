@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 
+from benchmarks.command import run
 from benchmarks.peer_match import Row
 from benchmarks.peer_report import report
 from benchmarks.peers import OPENVINO, common_arguments, set_up
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

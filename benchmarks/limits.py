@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import run
 from qwen_engine.errors import EngineError
 from qwen_plugin.compile import find_compiler
 from qwen_run.machine import physical_cores
@@ -123,6 +124,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=344, help="that are read")
     parser.add_argument("--rounds", type=int, default=15, help="of which medians are shown")
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.megabytes < 1:
+        parser.error(f"--rounds {arguments.rounds} and --megabytes {arguments.megabytes}, expected 1 or more")
     data = np.ones(arguments.megabytes << 20, np.uint8)
     print(
         "| threads | plain read, GB/s | from eight pages in turn | over plain | float32, GOPS |\n|---|---|---|---|---|"
@@ -138,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

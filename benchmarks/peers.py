@@ -25,6 +25,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from benchmarks.command import run
 from benchmarks.peer_match import ROOT, Match, Models, Row, find_pythons, install, say
 from benchmarks.peer_report import plot, report
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command import run
 from qwen_build.locate import resolve_checkpoint
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
@@ -473,4 +474,4 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

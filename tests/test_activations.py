@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import activations
 from benchmarks.activations import Distance, distance, table_lines
+from benchmarks.command import run
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(3, 2, (5, 40)).astype(np.float32)
@@ -56,3 +57,9 @@ def test_unknown_weights_are_refused(capsys):
     with pytest.raises(SystemExit):
         activations.parse_arguments(["int5"])
     assert "no weights int5; choose from int4, int8" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["activations", "--checkpoint", "/nowhere"])
+    with pytest.raises(SystemExit, match=r"^Error: no such directory: '/nowhere'; give a Hugging Face directory"):
+        run(activations.main)
