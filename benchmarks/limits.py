@@ -2,7 +2,8 @@
 
     python -m benchmarks.limits          gigabytes and operations a second, by threads
 
-A few lines of C++, compiled when first asked for with the compiler that builds the plugin, for this very processor.
+Reading is the plugin's (``qwen_run.bench_bandwidth``). Multiplying is a few lines of C++, compiled when first asked for
+with the compiler that builds the plugin, for this very processor.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from benchmarks.command import run
 from qwen_engine.errors import EngineError
 from qwen_plugin.compile import find_compiler
+from qwen_run.bench_bandwidth import Reader
 from qwen_run.machine import physical_cores
 
 SOURCE = """
@@ -38,34 +40,7 @@ static double Seconds(int threads, Work work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-typedef uint64_t Words __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
-
-extern "C" double ReadSeconds(const Words* data, int64_t count, int threads, int repeats) {
-  return Seconds(threads, [=](int thread) {
-    Words sums[8] = {};
-    for (int repeat = 0; repeat < repeats; ++repeat)
-      for (int64_t i = count * thread / threads / 8 * 8; i + 8 <= count * (thread + 1) / threads; i += 8)
-        for (int j = 0; j < 8; ++j) sums[j] ^= data[i + j];
-    for (Words& sum : sums) asm volatile("" : : "m"(sum));
-  });
-}
-
-extern "C" double ReadInTurnSeconds(const Words* data, int64_t count, int threads, int repeats) {
-  constexpr int kPlaces = 8, kPage = 64;  // lines
-  return Seconds(threads, [=](int thread) {
-    Words sums[kPlaces] = {};
-    const int64_t last = count * (thread + 1) / threads;
-    for (int repeat = 0; repeat < repeats; ++repeat)
-      for (int64_t w = count * thread / threads; w < last; w += kPlaces * kPage)
-        for (int line = 0; line < kPage && w + (line + 1) * kPlaces <= last; ++line)
-          for (int i = 0; i < kPlaces; ++i) {
-            __builtin_prefetch(data + w + (kPlaces + i) * kPage + line, 0, 2);
-            sums[i] ^= data[w + line * kPlaces + i];
-          }
-    for (Words& sum : sums) asm volatile("" : : "m"(sum));
-  });
-}
 
 extern "C" double MultiplySeconds(int64_t count, int threads) {
   return Seconds(threads, [=](int) {
@@ -94,22 +69,8 @@ def _library() -> ctypes.CDLL:
         source.write_text(SOURCE)
         subprocess.run([*compiler, *FLAGS, "-pthread", str(source), "-o", str(library)], check=True)
         loaded = ctypes.CDLL(str(library))
-    for function in (loaded.ReadSeconds, loaded.ReadInTurnSeconds, loaded.MultiplySeconds):
-        function.restype = ctypes.c_double
+    loaded.MultiplySeconds.restype = ctypes.c_double
     return loaded
-
-
-def read_bytes_per_s(data: np.ndarray, threads: int, in_turn: bool = False) -> float:
-    """Reading ``data`` (64-byte aligned, at least 1 KiB a thread) from one end to the other, each thread its part.
-
-    Args:
-        in_turn: fetch the next 32 KiB from eight pages in turn meanwhile, which may be faster.
-    """
-    repeats = max(1, 2**26 // data.nbytes)
-    pointer = ctypes.c_void_p(data.ctypes.data)
-    read = _library().ReadInTurnSeconds if in_turn else _library().ReadSeconds
-    seconds = read(pointer, ctypes.c_int64(data.nbytes // 64), threads, repeats)
-    return float(data.nbytes * repeats / seconds)
 
 
 def float_operations_per_s(threads: int) -> float:
@@ -131,8 +92,9 @@ def main() -> None:
         "| threads | plain read, GB/s | from eight pages in turn | over plain | float32, GOPS |\n|---|---|---|---|---|"
     )
     for threads in range(1, physical_cores() + 1):
+        reader = Reader(data, threads, pass_bytes=data.nbytes)
         rounds = [
-            (read_bytes_per_s(data, threads), read_bytes_per_s(data, threads, True), float_operations_per_s(threads))
+            (reader.measure(), reader.measure(in_turn=True), float_operations_per_s(threads))
             for _ in range(arguments.rounds)
         ]
         plain, in_turn, multiply = (statistics.median(values) / 1e9 for values in zip(*rounds, strict=True))

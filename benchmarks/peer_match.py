@@ -68,8 +68,8 @@ class Row:
         amount: what is done in the seconds they answer, in ``unit`` without its "/s"; None: the answer itself is shown.
         contenders: keys of :data:`CONTENDERS`; ours first.
         against: the program, or one contender of it, that the goal names.
-        limit: ``memory`` (bytes that must be read, over a plain read of the weights' size) or ``compute`` (operations
-            of the matrices, over the peak of int8 products): what our share is a share of.
+        limit: ``memory`` (bytes that must be read, over the fastest read of the weights' size) or ``compute``
+            (operations of the matrices, over the peak of int8 products): what our share is a share of.
     """
 
     title: str

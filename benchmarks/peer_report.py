@@ -26,7 +26,7 @@ def report(arguments: argparse.Namespace, match: Match, rows: Mapping[str, Row],
     found, label = match.found, Path(arguments.checkpoint).name
     versions = {"qwen-engine": __version__, "onnxruntime": metadata.version("onnxruntime")}
     versions |= {program: version for program, version in found.versions.items() if program != "engine"}
-    limits = [f"plain read {median_of(found.bandwidths) / 1e9:.1f} GB/s"] if found.bandwidths else []
+    limits = [f"fastest read {median_of(found.bandwidths) / 1e9:.1f} GB/s"] if found.bandwidths else []
     if found.peaks and (peak := int8_peak(arguments.threads)):
         limits.append(f"int8 peak {median_of(found.peaks) / 1e12:.2f} TOPS ({peak[0]})")
     conditions = [
@@ -36,7 +36,7 @@ def report(arguments: argparse.Namespace, match: Match, rows: Mapping[str, Row],
     parts = [
         ", ".join(conditions),
         ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "Share of the limit: of a plain read for decode, of the peak of int8 products for prefill and many requests.",
+        "Share of the limit: the fastest read for decode, the peak of int8 products for prefill and many requests.",
         markdown_table(rows, found, shares_of_limit(rows, found, match.models)),
     ]
     if any(found.answers.values()):  # random weights answer with nothing that is text

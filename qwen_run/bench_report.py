@@ -57,7 +57,8 @@ class Bench:
     """A whole run of ``qwen-bench``, as ``--json`` prints it.
 
     Attributes:
-        read_bytes_per_s: what the threads get when they only read as many bytes as a step's weights.
+        read_bytes_per_s: what the threads get when they only read memory of the size of a step's weights, in the
+            faster of two ways.
     """
 
     schema_version: int
@@ -96,7 +97,7 @@ def definition_lines(bench: Bench) -> list[str]:
         f"Two figures are the 50th and the 99th percentile over all requests of {runs}; rates are medians over runs.",
         f"{first.requests} requests with {first.input_tokens} input and {first.output_tokens} output tokens in the "
         "first row; greedy, past any end of sequence; prompts are random.",
-        f"{bench.processor}, {bench.threads} threads, plain read {bench.read_bytes_per_s / 1e9:.1f} GB/s; {versions}",
+        f"{bench.processor}, {bench.threads} threads, fastest read {bench.read_bytes_per_s / 1e9:.1f} GB/s; {versions}",
     ]
 
 

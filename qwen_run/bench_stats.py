@@ -17,7 +17,7 @@ DEFINITIONS = {
     "latency_ms": "from a request's arrival to its last token",
     "decode_tokens_per_s": "output tokens a second while every request is decoding: none in its prompt, none finished",
     "decode_bytes_per_s": "what those steps must read: all weights once a step, cached keys and values once a token",
-    "bandwidth_share": "those bytes a second over what the same threads get when they only read as many, in this run",
+    "bandwidth_share": "those bytes a second over what the same threads get when they only read, in this run",
 }
 
 

@@ -153,12 +153,18 @@ def test_a_request_too_long_is_refused_by_number() -> None:
         check_lengths([Arrival(0.0, 60, 4), Arrival(0.0, 61, 4)], 64)
 
 
-def test_bandwidth_reads_every_byte_it_counts() -> None:
-    reader = Reader(8 * 1001, threads=3)
-    assert sum(part.nbytes for part in reader._parts) == 8 * 1001
-    assert reader._bytes == reader._repeats * 8 * 1001
-    reader._repeats = 1
+def test_bandwidth_reads_every_line_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, reads = np.ones(64 * 1001 + 5, np.uint8), []
+    reader = Reader(data, threads=3, pass_bytes=64 * 2002)
+    call = reader._read
+    monkeypatch.setattr(reader, "_read", lambda *args: reads.append(args) or call(*args))
     assert reader.bytes_per_s(passes=1) > 0
+    for in_turn in (False, True):  # all lines, by three threads, twice as pass_bytes says
+        parts = sorted((first, lines) for first, lines, repeats, how in reads if how == in_turn and repeats == 2)
+        assert len(parts) == 3
+        ends = [first + 64 * lines for first, lines in parts]
+        assert [data.ctypes.data, *ends] == [*(first for first, _ in parts), data.ctypes.data + 64 * 1001]
+    assert Reader(1, threads=2).data.nbytes >= 2 * 64
 
 
 @pytest.fixture(scope="module")
