@@ -17,6 +17,7 @@ constexpr int kColumns = 64;     // of a tile
 constexpr int kParts = 2;        // tiles of columns of a block
 constexpr int kChunkBlocks = 2;  // that are unpacked, 8 KiB
 constexpr int kTileSize = kRows * kColumns;
+constexpr int64_t kLine = 64;  // bytes that are fetched together
 
 int64_t ValueBytes(const Problem& p) { return p.blocks * kParts * Planes(p) * kTileSize; }
 
@@ -59,12 +60,14 @@ struct Block {
 // Bytes, none above 15, times the word in both words of their lane, none above 16.
 INLINE __m512i Times(__m512i bytes, __m512i words) { return _mm512_mullo_epi16(bytes, words); }
 
-// Unpacks a block of a panel.
-void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
+// Unpacks a block of a panel; calls read() for each of its lines.
+template <class Function>
+inline void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out, const Function& read) {
   const int64_t first = block * p.block_groups;
   const int64_t groups = p.groups - first < p.block_groups ? p.groups - first : p.block_groups;
   const uint8_t* const stored = BlockOf(p, panel, block);
   const __m512i low_nibbles = _mm512_set1_epi8(15), low_bytes = _mm512_set1_epi16(15), one = _mm512_set1_epi16(1);
+  for (int64_t i = 0; i < p.header_bytes; i += kLine) read();
   for (int h = 0; h < kHalves; ++h)
     out.units[h] = Lanes::Mul(Lanes::LoadHalves(stored + 32 * h), Lanes::Set(kScaleUnit));
   out.parts = int(CeilDiv(groups * p.group_size, kColumns));
@@ -84,6 +87,7 @@ void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out) {
       less[h] = Times(zero_points[h], multiples[h]);
     }
     for (int64_t i = 0; i < p.group_size / 4; ++i, ++step) {
+      read();
       __m512i q[kHalves];
       split(_mm512_loadu_si512(steps + 64 * i), q);
       UNROLL_FOR(h, kHalves)
@@ -217,6 +221,46 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
   finish(of_tiles.last - 1);
 }
 
+// A single tile and panels. A tile load waits long for what was just stored: a block is unpacked while the one before
+// is multiplied, and its sums are added while the one after is.
+template <int kPlanes>
+void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* tile) {
+  using P = Product<kPlanes>;
+  struct Place {
+    int64_t panel, block;
+    int buffer;
+  };
+  const auto after = [&](Place at) {
+    at.buffer = at.buffer == 2 ? 0 : at.buffer + 1;
+    if (++at.block == p.blocks) at.block = 0, ++at.panel;
+    return at;
+  };
+  alignas(64) typename P::Sums sums[2];
+  alignas(64) float totals[kRows][kPanel];
+  Block blocks[3];
+  const float* const scales = reinterpret_cast<const float*>(tile + ValueBytes(p));
+  Stream stream = StartWindows(PanelOf(p, of_panels.first), (of_panels.last - of_panels.first) * p.panel_bytes, kLine);
+  const auto unpack = [&](Place at) {
+    if (at.panel == of_panels.last) return;
+    Unpack(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.Fetch<1>(); });
+  };
+  const auto add = [&](Place at, const typename P::Sums& from) {
+    const Target target = {&blocks[at.buffer], scales + at.block * kRows, totals, at.block == 0};
+    for (int turn = 0; turn < P::kTurns; ++turn) P::Add(from, target, turn);
+    if (at.block + 1 == p.blocks) FinishRows(p, rows, at.panel, totals);
+  };
+  const int64_t count = (of_panels.last - of_panels.first) * p.blocks;
+  Place at = {of_panels.first, 0, 0}, before = at;
+  unpack(at);
+  for (int64_t i = 0; i < count; ++i, before = at, at = after(at)) {
+    P::Multiply(blocks[at.buffer], tile + at.block * P::kBlockBytes, [](int) {});
+    unpack(after(at));
+    if (i > 0) add(before, sums[(i - 1) % 2]);
+    P::Store(sums[i % 2]);
+  }
+  if (count > 0) add(before, sums[(count - 1) % 2]);
+}
+
 int64_t ChunkGroups(const Problem& p) { return kChunkBlocks * p.block_groups; }
 
 Share ShareOf(const Problem& p) { return ShareOf(p, kRows, TileBytes(p), ChunkGroups(p)); }
@@ -224,11 +268,18 @@ Share ShareOf(const Problem& p) { return ShareOf(p, kRows, TileBytes(p), ChunkGr
 void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
   const auto multiply = Planes(p) == 1 ? MultiplyChunk<1> : MultiplyChunk<2>;
   ConfigureTiles(kRows, kColumns);
+  if (of_tiles.last - of_tiles.first == 1) {
+    const Range rows = {RowBegin(p, tiles, of_tiles.first), RowBegin(p, tiles, of_tiles.last)};
+    const auto multiply_single = Planes(p) == 1 ? MultiplySingle<1> : MultiplySingle<2>;
+    multiply_single(p, rows, of_panels, activations + of_tiles.first * TileBytes(p));
+    asm volatile("tilerelease");
+    return _mm_sfence();
+  }
   TakeTurns(p, of_tiles, of_panels, kRows, TileBytes(p), ChunkGroups(p),
             [&](int64_t panel, int64_t group, int64_t groups, const uint8_t* next, float (*totals)[kPanel]) {
               const int64_t first = group / p.block_groups, count = CeilDiv(groups, p.block_groups);
               Block chunk[kChunkBlocks];
-              for (int64_t i = 0; i < count; ++i) Unpack(p, PanelOf(p, panel), first + i, chunk[i]);
+              for (int64_t i = 0; i < count; ++i) Unpack(p, PanelOf(p, panel), first + i, chunk[i], [] {});
               multiply(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
             });
   asm volatile("tilerelease");
