@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qwen_plugin
+from qwen_engine.errors import EngineError
 
 _PASS_BYTES = 1 << 30  # read before the clock is looked at: far longer than starting a thread takes
 _LINE = 64
@@ -31,7 +32,7 @@ class Reader:
             pass_bytes: read by a measurement at least, over and over if there are fewer.
 
         Raises:
-            EngineError: the native operators have not been compiled.
+            EngineError: the native operators have not been compiled, or before they had this.
         """
         if isinstance(data, int):
             data = np.ones(max(data, threads * _LINE), np.uint8)  # written, so that every page is there
@@ -39,7 +40,11 @@ class Reader:
         lines: int = data.nbytes // _LINE
         self._ends: list[int] = [lines * i // threads for i in range(threads + 1)]
         self._repeats = max(1, -(-pass_bytes // (lines * _LINE)))
-        self._read: Any = ctypes.CDLL(str(qwen_plugin.library_path())).QwenRead  # without the interpreter's lock
+        path = qwen_plugin.library_path()
+        try:
+            self._read: Any = ctypes.CDLL(str(path)).QwenRead  # runs without the interpreter's lock
+        except AttributeError:
+            raise EngineError(f"{path} is older than this package; compile it: python -m qwen_plugin.compile") from None
         self._read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
         self._read.restype = None
 

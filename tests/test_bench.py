@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from onnxruntime.capi import onnxruntime_pybind11_state
 
-from qwen_engine.errors import RequestError
-from qwen_run import bench, bench_measure, bench_report, bench_sides, bench_stats
+from qwen_engine.errors import EngineError, RequestError
+from qwen_run import bench, bench_bandwidth, bench_measure, bench_report, bench_sides, bench_stats
 from qwen_run.bench_bandwidth import Reader
 from qwen_run.bench_measure import Options, Setting, measure
 from qwen_run.bench_sides import check_lengths, dense_reads, draw_prompts, engine_reads
@@ -165,6 +166,12 @@ def test_bandwidth_reads_every_line_it_counts(monkeypatch: pytest.MonkeyPatch) -
         ends = [first + 64 * lines for first, lines in parts]
         assert [data.ctypes.data, *ends] == [*(first for first, _ in parts), data.ctypes.data + 64 * 1001]
     assert Reader(1, threads=2).data.nbytes >= 2 * 64
+
+
+def test_a_library_from_before_the_reading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_bandwidth.qwen_plugin, "library_path", lambda: onnxruntime_pybind11_state.__file__)
+    with pytest.raises(EngineError, match=r"is older than this package; compile it: python -m qwen_plugin.compile"):
+        Reader(1, threads=1)
 
 
 @pytest.fixture(scope="module")
