@@ -25,8 +25,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+import qwen_plugin
 from benchmarks.limits import float_operations_per_s
-from qwen_plugin import library_path
 from qwen_run.bench_bandwidth import Reader
 
 KINDS = {
@@ -77,7 +77,7 @@ def session(nodes: list, inputs: Feeds, threads: int, in_out: dict[str, str]) ->
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.register_custom_ops_library(str(library_path()))
+    qwen_plugin.register(options, threads)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     built = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = built.io_binding()

@@ -34,8 +34,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+import qwen_plugin
 from qwen_build.quantize import ACCURACY_LEVELS
-from qwen_plugin import library_path
 from qwen_plugin.compile import find_compiler
 from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes
 from qwen_run.bench_bandwidth import Reader
@@ -174,7 +174,7 @@ def build(
     options = ort.SessionOptions()
     options.intra_op_num_threads = a.threads
     options.log_severity_level = 3
-    options.register_custom_ops_library(str(library_path()))
+    qwen_plugin.register(options, a.threads)
     nodes, initializers, arrays, keep, used = [], [], {}, [], 0
     for layer, i, shape in matrices:
         names = [f"x.{shape[0]}"]

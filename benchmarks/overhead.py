@@ -26,8 +26,8 @@ import onnx
 import onnxruntime
 from onnx import helper
 
+import qwen_plugin
 from qwen_engine.manifest import GRAPH_FILE
-from qwen_plugin import library_path
 from qwen_run.core import Core, CoreOptions
 from qwen_run.engine import Engine
 from qwen_run.request import Request
@@ -88,7 +88,7 @@ def products(directory: Path, threads: int) -> Callable[[], None]:
     alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(library_path()))
+    qwen_plugin.register(options, threads)
     folder = str(directory.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     session = onnxruntime.InferenceSession(alone.SerializeToString(), options, providers=["CPUExecutionProvider"])

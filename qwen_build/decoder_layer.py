@@ -114,7 +114,7 @@ class LayerRunner:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # it would keep the largest run's memory for ever
-        options.register_custom_ops_library(str(qwen_plugin.library_path()))
+        qwen_plugin.register(options, threads)
         self._caches = cache_inputs([0], config.num_key_value_heads, config.head_dim, KEY_TILE, "float32")
         graph = _layer_graph(config, max_tokens, self._caches)
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

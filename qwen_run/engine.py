@@ -180,7 +180,9 @@ def newest_engine(root: Path) -> Path:
 
 def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    # The plugin's operators have threads of their own; beside them there is a Gather.
+    is_stock = any(linear.quantization.kernels == "stock" for linear in manifest.linears)
+    options.intra_op_num_threads = threads if is_stock else 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # fatal: an error is raised with the same text
     options.enable_mem_pattern = False  # it keeps a plan for every combination of shapes ever seen
@@ -191,7 +193,7 @@ def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpt
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     if manifest.operators:
-        options.register_custom_ops_library(str(qwen_plugin.library_path()))
+        qwen_plugin.register(options, threads)
     return options
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from qwen_engine import graph_io
-from qwen_plugin import library_path
+from qwen_plugin import THREADS_ENTRY, library_path
 from qwen_plugin.reference import (
     PagedAttentionAttributes,
     pack_keys,
@@ -83,8 +83,9 @@ def one_node_model(types: dict[str, tuple[int, int]], attributes: dict[str, Any]
 
 def new_session(types: dict[str, tuple[int, int]], attributes: dict[str, Any], isa: str, threads: int = 1) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    options.add_session_config_entry(THREADS_ENTRY, str(threads))
     options.register_custom_ops_library(LIBRARY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_PLUGIN_ISA", isa)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from qwen_plugin import library_path
+from qwen_plugin import THREADS_ENTRY, library_path
 from qwen_plugin.layout import GROUP_SIZES, MOST_UNITS, pack_panels, round_block_scales, round_scales
 from qwen_plugin.reference_linear import QuantLinearAttributes, dequantize, quant_embedding, quant_linear
 
@@ -76,8 +76,9 @@ def new_session(
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    options.add_session_config_entry(THREADS_ENTRY, str(threads))
     options.register_custom_ops_library(LIBRARY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_PLUGIN_ISA", isa)

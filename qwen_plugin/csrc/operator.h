@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "ort_abi.h"
+#include "threads.h"
 
 namespace operators {
 
@@ -194,25 +195,31 @@ T* NewOutput(const OrtApi& api, OrtKernelContext* context, size_t index, std::in
 
 // ---- Work
 
-// Calls function(i) for i in [0, count) on ONNX Runtime's threads, each taking the next that is left. It may throw
+// Calls function(first, last), on all threads, for ranges that make up [0, count); see Threads::For. It may throw
 // std::bad_alloc alone, which comes out here after all calls.
 template <class Function>
-void ParallelFor(const OrtApi& api, const OrtKernelContext* context, int64_t count, Function function) {
-  if (count == 1) return function(0);
+void ForRanges(Threads& threads, int64_t count, int64_t least, int64_t most, const Function& function,
+               const std::shared_ptr<Order>& order = nullptr, const Weight& weight = {}) {
   struct Work {
-    Function& function;
+    const Function& function;
     std::atomic<bool> lacks_memory;
   } work = {function, {false}};
-  const auto call = [](void* data, size_t i) {
+  const auto call = [](void* data, int64_t first, int64_t last) {
     Work& shared = *static_cast<Work*>(data);
     try {
-      shared.function(int64_t(i));
+      shared.function(first, last);
     } catch (const std::bad_alloc&) {
       shared.lacks_memory = true;
     }
   };
-  Check(api.KernelContext_ParallelFor(context, call, size_t(count), 0, &work));
+  threads.For(count, least, most, call, &work, order, weight);
   if (work.lacks_memory) throw std::bad_alloc();
+}
+
+// Calls function(i) for i in [0, count), on all threads, as above.
+template <class Function>
+void ForEach(Threads& threads, int64_t count, const Function& function) {
+  ForRanges(threads, count, 1, 1, [&](int64_t i, int64_t) { function(i); });
 }
 
 // ---- Declaration
@@ -222,8 +229,9 @@ void ParallelFor(const OrtApi& api, const OrtKernelContext* context, int64_t cou
 template <class Operator, class Kernel>
 struct Declaration : OrtCustomOp {
   OrtApi api;
+  SessionThreads& threads;
 
-  explicit Declaration(const OrtApi& ort) : OrtCustomOp{}, api(ort) {
+  Declaration(const OrtApi& ort, SessionThreads& of_session) : OrtCustomOp{}, api(ort), threads(of_session) {
     version = kOrtApiVersion;
     GetName = [](const OrtCustomOp*) { return Operator::kName; };
     GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
@@ -238,8 +246,9 @@ struct Declaration : OrtCustomOp {
     GetEndVersion = [](const OrtCustomOp*) { return Operator::kVersion; };
     CreateKernelV2 = [](const OrtCustomOp* self, const OrtFunction* table, const OrtKernelInfo* info, void** out) {
       const OrtApi ort(table);
-      return Guard(static_cast<const Declaration*>(self)->api, Operator::kName,
-                   [&] { *out = new Kernel(ort, Attributes(ort, info)); });
+      const Declaration& declaration = *static_cast<const Declaration*>(self);
+      return Guard(declaration.api, Operator::kName,
+                   [&] { *out = new Kernel(ort, Attributes(ort, info), declaration.threads.Get()); });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       const Kernel& self = *static_cast<Kernel*>(kernel);

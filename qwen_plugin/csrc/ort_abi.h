@@ -111,6 +111,8 @@ class OrtApi {
                (context, index, dims, count, out))
   ORT_FUNCTION(93, void, ReleaseStatus, (OrtStatus * status), (status))
   ORT_FUNCTION(99, void, ReleaseTensorTypeAndShapeInfo, (OrtTensorTypeAndShapeInfo * info), (info))
+  ORT_FUNCTION(238, OrtStatus*, GetSessionConfigEntry,
+               (const OrtSessionOptions* options, const char* key, char* out, size_t* size), (options, key, out, size))
   ORT_FUNCTION(268, OrtStatus*, ShapeInferContext_GetInputTypeShape,
                (const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** out),
                (context, index, out))
@@ -124,10 +126,6 @@ class OrtApi {
   ORT_FUNCTION(272, OrtStatus*, ReadOpAttr,
                (const OrtOpAttr* attribute, int type, void* data, size_t size, size_t* out),
                (attribute, type, data, size, out))
-  ORT_FUNCTION(274, OrtStatus*, KernelContext_ParallelFor,
-               (const OrtKernelContext* context, void (*function)(void*, size_t), size_t total, size_t batches,
-                void* data),
-               (context, function, total, batches, data))
 #undef ORT_FUNCTION
 
  private:

@@ -222,9 +222,9 @@ void CheckValues(const Problem& p, const std::vector<Tensor>& in) {
 // ---- Work
 
 template <class Function>
-void ParallelFor(const OrtApi& api, const OrtKernelContext* context, bool serial, size_t count, Function function) {
+void ForEach(Threads& threads, bool serial, size_t count, const Function& function) {
   for (size_t i = 0; serial && i < count; ++i) function(i);
-  if (!serial) operators::ParallelFor(api, context, int64_t(count), function);
+  if (!serial) operators::ForEach(threads, int64_t(count), [&](int64_t i) { function(size_t(i)); });
 }
 
 // Cuts the rows of every sequence and kv head into items of at most `item_rows`, of each sequence the longest first.
@@ -239,8 +239,7 @@ std::vector<Item> CutItems(const Problem& p, int64_t sequences, int64_t item_row
   return items;
 }
 
-void WriteTokens(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p,
-                 int64_t sequences) {
+void WriteTokens(Threads& threads, const Kernels& kernels, const Problem& p, int64_t sequences) {
   std::vector<TokenRange> ranges;
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t added = p.cumulative[s + 1] - p.cumulative[s];
@@ -248,13 +247,11 @@ void WriteTokens(const OrtApi& api, const OrtKernelContext* context, const Kerne
       ranges.push_back({s, first, std::min(added, first + kTokensPerWrite)});
   }
   const bool serial = p.cumulative[sequences] * (p.heads + 2 * p.kv_heads) * p.head_dim * 2 < kSerialWork;
-  ParallelFor(api, context, serial, ranges.size(),
-              [&](size_t i) { kernels.write_tokens[int(p.element)](p, ranges[i]); });
+  ForEach(threads, serial, ranges.size(), [&](size_t i) { kernels.write_tokens[int(p.element)](p, ranges[i]); });
 }
 
 // How the work is divided changes which thread does it and never a bit of the result.
-void Attend(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p,
-            int64_t sequences) {
+void Attend(Threads& threads, const Kernels& kernels, const Problem& p, int64_t sequences) {
   const auto attend = kernels.attend[int(p.element)];
   // Large items read the cache less often; there should be enough of them for every thread.
   int64_t item_rows = std::min<int64_t>(kMaxItemRows, kMaxItemFloats / p.head_dim);
@@ -275,7 +272,7 @@ void Attend(const OrtApi& api, const OrtKernelContext* context, const Kernels& k
   // Too few items for the threads, or one so large that the others would wait for it.
   const bool uneven = items.size() < kWantedItems || largest * int64_t(kWantedItems) > 4 * work;
   if (serial || !uneven || state_floats > kMaxStateFloats) {
-    ParallelFor(api, context, serial, items.size(), [&](size_t i) {
+    ForEach(threads, serial, items.size(), [&](size_t i) {
       alignas(64) float state[kMaxItemFloats + 2 * kMaxItemRows];
       attend(p, items[i], Partitions(p, items[i]), state);
       kernels.finish(p, items[i], state);
@@ -302,10 +299,9 @@ void Attend(const OrtApi& api, const OrtKernelContext* context, const Kernels& k
     }
   }
   first_units.push_back(units.size());
-  ParallelFor(api, context, false, units.size(), [&](size_t i) {
-    attend(p, *units[i].item, {units[i].partition, units[i].partition + 1}, units[i].state);
-  });
-  ParallelFor(api, context, state_floats < kSerialMerge, items.size(), [&](size_t i) {
+  ForEach(threads, false, units.size(),
+          [&](size_t i) { attend(p, *units[i].item, {units[i].partition, units[i].partition + 1}, units[i].state); });
+  ForEach(threads, state_floats < kSerialMerge, items.size(), [&](size_t i) {
     float* state = units[first_units[i]].state;
     for (size_t u = first_units[i] + 1; u < first_units[i + 1]; ++u) kernels.merge(p, items[i], state, units[u].state);
     kernels.finish(p, items[i], state);
@@ -336,9 +332,10 @@ struct Kernel {
   OrtApi api;
   Settings settings;
   const Kernels kernels;
+  const std::shared_ptr<Threads> threads;
 
-  Kernel(const OrtApi& ort, const Attributes& attributes)
-      : api(ort), settings(ReadSettings(attributes)), kernels(ChooseKernels()) {}
+  Kernel(const OrtApi& ort, const Attributes& attributes, std::shared_ptr<Threads> of_session)
+      : api(ort), settings(ReadSettings(attributes)), kernels(ChooseKernels()), threads(std::move(of_session)) {}
 
   void Compute(OrtKernelContext* context) const {
     const std::vector<Tensor> inputs = ReadInputs(api, context);
@@ -347,8 +344,8 @@ struct Kernel {
     problem.output =
         operators::NewOutput<float>(api, context, 0, {inputs[kQuery].dims[0], problem.heads * problem.head_dim});
     const int64_t sequences = inputs[kPastLengths].dims[0];
-    WriteTokens(api, context, kernels, problem, sequences);
-    Attend(api, context, kernels, problem, sequences);
+    WriteTokens(*threads, kernels, problem, sequences);
+    Attend(*threads, kernels, problem, sequences);
   }
 };
 
@@ -393,9 +390,8 @@ void* ThreadScratch(int64_t bytes) {
   return scratch.Get(bytes);
 }
 
-const OrtCustomOp* Operator(const OrtApi& api) {
-  static const operators::Declaration<PagedAttention, Kernel> op(api);
-  return &op;
+const OrtCustomOp* NewOperator(const OrtApi& api, SessionThreads& threads) {
+  return new operators::Declaration<PagedAttention, Kernel>(api, threads);
 }
 
 }  // namespace paged_attention

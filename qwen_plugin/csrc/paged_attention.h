@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "ort_abi.h"
+#include "threads.h"
 
 namespace paged_attention {
 
@@ -95,7 +96,7 @@ void AmxAttendFloat16(const Problem&, const Item&, PartitionRange, float* state)
 extern const Kernels kNeonKernels;
 #endif
 
-// The operator.
-const OrtCustomOp* Operator(const OrtApi& api);
+// A declaration, as those of quant_operators.h.
+const OrtCustomOp* NewOperator(const OrtApi& api, SessionThreads& threads);
 
 }  // namespace paged_attention

@@ -1,24 +1,49 @@
 // Entry point of the library: ONNX Runtime calls it when the library is registered with a session's options.
-#include <initializer_list>
+#include <cstdlib>
+#include <string>
+#include <thread>
 
-#include "ort_abi.h"
+#include "operator.h"
 #include "paged_attention.h"
 #include "quant_operators.h"
+
+namespace {
+
+constexpr char kThreadsEntry[] = "qwen.threads";
+constexpr int kMaxThreads = 1024;
+
+// The session's config entry, or all processors that this process may use.
+int ReadThreads(const OrtApi& api, const OrtSessionOptions* options) {
+  char text[32];
+  size_t size = sizeof text;
+  if (OrtStatus* status = api.GetSessionConfigEntry(options, kThreadsEntry, text, &size)) {
+    api.ReleaseStatus(status);
+    const int processors = int(std::thread::hardware_concurrency());
+    return processors > 0 ? processors : 1;
+  }
+  char* end;
+  const long count = std::strtol(text, &end, 10);
+  if (end == text || *end != '\0' || count < 1 || count > kMaxThreads)
+    throw Error(std::string(kThreadsEntry) + " is '" + text + "', expected 1 to " + std::to_string(kMaxThreads));
+  return int(count);
+}
+
+}  // namespace
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base) {
   const OrtFunction* table = base->GetApi(kOrtApiVersion);
   if (table == nullptr) return nullptr;  // older than any version that calls this; it has reported the mismatch
   static const OrtApi api(table);
-  // ONNX Runtime keeps a pointer to the domain for as long as any session lives, so it is made once and never freed.
-  static OrtCustomOpDomain* domain = nullptr;
-  static OrtStatus* const failure = [] {
-    OrtStatus* status = api.CreateCustomOpDomain("qwen", &domain);
+  return operators::Guard(api, "RegisterCustomOps", [&] {
+    // ONNX Runtime keeps pointers to all of these for as long as the session lives, and does not say when it ends: they
+    // are never freed.
+    SessionThreads& threads = *new SessionThreads(ReadThreads(api, options));
+    OrtCustomOpDomain* domain;
+    operators::Check(api.CreateCustomOpDomain("qwen", &domain));
     for (const OrtCustomOp* op :
-         {paged_attention::Operator(api), QuantLinearOperator(api), QuantEmbeddingOperator(api)})
-      if (status == nullptr) status = api.CustomOpDomain_Add(domain, op);
-    return status;
-  }();
-  if (failure != nullptr) return api.CreateStatus(kOrtFail, "qwen_plugin: the operators could not be registered");
-  return api.AddCustomOpDomain(options, domain);
+         {paged_attention::NewOperator(api, threads), NewQuantLinear(api, threads), NewQuantEmbedding(api, threads)})
+      operators::Check(api.CustomOpDomain_Add(domain, op));
+    operators::Check(api.AddCustomOpDomain(options, domain));
+  });
 }

@@ -42,8 +42,12 @@ struct Kernel {
   OrtApi api;
   QuantWeight settings;
 
-  Kernel(const OrtApi& ort, const operators::Attributes& attributes)
-      : api(ort), settings(ReadWeight(attributes, attributes.Int("blocks", 0, 0, 1) == 1)) {}
+  const std::shared_ptr<Threads> threads;
+
+  Kernel(const OrtApi& ort, const operators::Attributes& attributes, std::shared_ptr<Threads> of_session)
+      : api(ort),
+        settings(ReadWeight(attributes, attributes.Int("blocks", 0, 0, 1) == 1)),
+        threads(std::move(of_session)) {}
 
   void Compute(OrtKernelContext* context) const {
     QuantWeight w = settings;
@@ -59,7 +63,7 @@ struct Kernel {
         throw Error("token_ids[" + std::to_string(t) + "] is " + std::to_string(id[t]) + ", expected 0 to " +
                     std::to_string(w.out_features - 1));
     float* const rows = operators::NewOutput<float>(api, context, 0, {tokens, w.in_features});
-    operators::ParallelFor(api, context, tokens, [&](int64_t t) { Dequantize(w, id[t], rows + t * w.in_features); });
+    operators::ForEach(*threads, tokens, [&](int64_t t) { Dequantize(w, id[t], rows + t * w.in_features); });
   }
 };
 
@@ -72,7 +76,6 @@ struct QuantEmbedding {
 
 }  // namespace
 
-const OrtCustomOp* QuantEmbeddingOperator(const OrtApi& api) {
-  static const operators::Declaration<QuantEmbedding, Kernel> op(api);
-  return &op;
+const OrtCustomOp* NewQuantEmbedding(const OrtApi& api, SessionThreads& threads) {
+  return new operators::Declaration<QuantEmbedding, Kernel>(api, threads);
 }

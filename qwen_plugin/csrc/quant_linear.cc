@@ -21,11 +21,10 @@ enum Input { kX, kWeight, kBias, kNormWeight, kResidual, kPermutation, kInputSca
 constexpr const char* kInputNames[kInputCount] = {"x",        "weight",      "bias",       "norm_weight",
                                                   "residual", "permutation", "input_scale"};
 
-// A task multiplies about this many bytes of weights, with at least one panel, or fewer if tasks would be few: the
-// threads are to end together, and the first bytes of each task are waited for.
-constexpr int64_t kTaskBytes = 256 << 10, kLeastTaskBytes = 32 << 10, kFewTasks = 8;
+// A thread multiplies this many bytes of weights at a time, with at least one panel: at most, as one that has to wait
+// for the processor must not hold up the others; at least, as the first bytes of each time are waited for.
+constexpr int64_t kTaskBytes = 256 << 10, kLeastTaskBytes = 32 << 10;
 
-int64_t TaskCount(int64_t bytes) { return std::max(bytes / kTaskBytes, std::min(bytes / kLeastTaskBytes, kFewTasks)); }
 // Below this many multiply-adds (of a task: at least) a parallel region costs more than it brings.
 constexpr int64_t kSerialWork = 100'000;
 
@@ -92,23 +91,30 @@ void SetInputs(const OrtApi& api, const OrtKernelContext* context, Problem& p) {
 }
 
 // How the work is divided changes which thread does it and never a bit of the result.
-void Run(const OrtApi& api, const OrtKernelContext* context, const Kernels& kernels, const Problem& p) {
+void Run(Threads& threads, const std::shared_ptr<Order>& order, const Kernels& kernels, const Problem& p) {
   const int64_t tiles = CeilDiv(p.rows, kernels.max_tile_rows(p)), tile_bytes = kernels.tile_bytes(p);
   thread_local Scratch scratch;
   char* const activations = static_cast<char*>(scratch.Get(tiles * tile_bytes));
   if (p.rows * p.in_features < kSerialWork) {
     kernels.prepare(p, tiles, {0, tiles}, activations);
   } else {
-    operators::ParallelFor(api, context, tiles, [&](int64_t t) { kernels.prepare(p, tiles, {t, t + 1}, activations); });
+    operators::ForEach(threads, tiles, [&](int64_t t) { kernels.prepare(p, tiles, {t, t + 1}, activations); });
   }
 
   const Share share = kernels.share(p);
   const int64_t blocks = CeilDiv(tiles, share.tiles);
-  const int64_t work = p.rows * p.groups * p.group_size * p.panels * kPanel;
-  const int64_t wanted = share.panels > 0 ? CeilDiv(p.panels, share.panels)
-                                          : std::min(work / kSerialWork, TaskCount(p.panels * p.panel_bytes));
-  const int64_t chunks = std::min(p.panels, std::max<int64_t>(1, wanted));
-  operators::ParallelFor(api, context, blocks * chunks, [&](int64_t i) {
+  const int64_t most = share.panels > 0 ? share.panels : std::max<int64_t>(1, kTaskBytes / p.panel_bytes);
+  if (blocks == 1 && share.panels == 0) {
+    const int64_t panel_work = p.rows * p.groups * p.group_size * kPanel;
+    const int64_t least = std::max(CeilDiv(kLeastTaskBytes, p.panel_bytes), CeilDiv(kSerialWork, panel_work));
+    operators::ForRanges(
+        threads, p.panels, std::min(least, most), most,
+        [&](int64_t first, int64_t last) { kernels.multiply(p, tiles, {0, tiles}, {first, last}, activations); }, order,
+        {p.weight, p.panels, p.panel_bytes});
+    return;
+  }
+  const int64_t chunks = CeilDiv(p.panels, most);
+  operators::ForEach(threads, blocks * chunks, [&](int64_t i) {
     const int64_t block = i / chunks, chunk = i % chunks;
     kernels.multiply(p, tiles, {tiles * block / blocks, tiles * (block + 1) / blocks},
                      {p.panels * chunk / chunks, p.panels * (chunk + 1) / chunks}, activations);
@@ -143,12 +149,15 @@ struct Kernel {
   OrtApi api;
   Problem settings;
   const Kernels &kernels, &tile_kernels;
+  const std::shared_ptr<Threads> threads;
+  const std::shared_ptr<Order> order = std::make_shared<Order>();
 
-  Kernel(const OrtApi& ort, const Attributes& attributes)
+  Kernel(const OrtApi& ort, const Attributes& attributes, std::shared_ptr<Threads> of_session)
       : api(ort),
         settings(ReadSettings(attributes)),
         kernels(ChooseKernels()),
-        tile_kernels(ChooseTileKernels(settings)) {}
+        tile_kernels(ChooseTileKernels(settings)),
+        threads(std::move(of_session)) {}
 
   void Compute(OrtKernelContext* context) const {
     Problem p = settings;
@@ -156,7 +165,7 @@ struct Kernel {
     p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.width});
     p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
     const bool few_rows = p.rows < kTileRows[Planes(p) - 1];
-    if (p.rows > 0) Run(api, context, few_rows ? kernels : tile_kernels, p);
+    if (p.rows > 0) Run(*threads, order, few_rows ? kernels : tile_kernels, p);
   }
 };
 
@@ -183,7 +192,6 @@ float* TotalScratch(int64_t floats) {
 
 }  // namespace quant_linear
 
-const OrtCustomOp* QuantLinearOperator(const OrtApi& api) {
-  static const operators::Declaration<quant_linear::QuantLinear, quant_linear::Kernel> op(api);
-  return &op;
+const OrtCustomOp* NewQuantLinear(const OrtApi& api, SessionThreads& threads) {
+  return new operators::Declaration<quant_linear::QuantLinear, quant_linear::Kernel>(api, threads);
 }

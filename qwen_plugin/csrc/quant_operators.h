@@ -1,6 +1,8 @@
 // The operators over quantised weights.
 #pragma once
 #include "ort_abi.h"
+#include "threads.h"
 
-const OrtCustomOp* QuantLinearOperator(const OrtApi& api);
-const OrtCustomOp* QuantEmbeddingOperator(const OrtApi& api);
+// Declarations for the sessions whose threads these are. ONNX Runtime keeps pointers to them: never freed.
+const OrtCustomOp* NewQuantLinear(const OrtApi& api, SessionThreads& threads);
+const OrtCustomOp* NewQuantEmbedding(const OrtApi& api, SessionThreads& threads);

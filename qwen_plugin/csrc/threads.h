@@ -1,0 +1,97 @@
+// The threads that kernels divide their work among. The plugin has its own, as those of ONNX Runtime only wait between
+// two nodes: decoding is bound by memory, which would idle while the thread that runs the nodes is at work alone, or
+// waits for the other ones. Here whoever has nothing to do fetches what is multiplied next.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+// A weight in parts that lie one after the other, of which every thread multiplies its share.
+struct Weight {
+  const uint8_t* data;
+  int64_t parts, part_bytes;
+
+  // Where the share of thread t of n begins, and that of t - 1 ends.
+  const uint8_t* ShareBegin(int t, int n) const { return data + parts * t / n * part_bytes; }
+};
+
+// What a kernel has learned of the order in which a session multiplies its weights.
+struct Order {
+  Weight weight = {};
+  std::weak_ptr<Order> next;
+};
+
+class Threads {
+ public:
+  // Calls for the items [first, last); throws nothing.
+  using Task = void (*)(void* data, int64_t first, int64_t last);
+
+  // `count` threads with the one that calls For.
+  explicit Threads(int count);
+  ~Threads();
+
+  // Has `task` called for all of [0, count), `most` items at a time or fewer, and `least` or fewer at the very end of a
+  // share: each thread takes half of what is left of an even share of its own, neighbours in order, and at last the
+  // same of others' from their ends. While a caller is in here another does all its work itself.
+  //
+  // order: of the weight whose parts the items are; null for work that reads none.
+  void For(int64_t count, int64_t least, int64_t most, Task task, void* data,
+           const std::shared_ptr<Order>& order = nullptr, const Weight& weight = {});
+
+ private:
+  // What one thread has to do. In lines of its own: others look at it in passing.
+  struct alignas(128) Share {
+    std::atomic<uint64_t> items{0};  // first << 32 | last
+    std::atomic<const uint8_t*> next{nullptr}, next_end{nullptr};
+  };
+
+  // What a thread has fetched of its share's next bytes.
+  struct Fetched {
+    const uint8_t *from = nullptr, *end = nullptr;
+    int64_t lines = 0;
+  };
+
+  void Serve(int thread);
+  bool Join(const Share& share, Fetched& fetched, uint64_t& round);
+  void Work(int thread);
+  bool Take(Share& share, bool own, int64_t* first, int64_t* last) const;
+  void AnnounceNext(const std::shared_ptr<Order>& order, const Weight& weight);
+  static bool FetchLines(const Share& share, Fetched& fetched);
+
+  const int count_;
+  const std::unique_ptr<Share[]> shares_;
+
+  // Of the caller.
+  std::atomic<bool> has_caller_{false};
+  std::weak_ptr<Order> last_;
+  Fetched fetched_;
+
+  // The work of a round; it does not change while the round is open or anyone is in it.
+  Task task_ = nullptr;
+  void* data_ = nullptr;
+  int64_t least_ = 1, most_ = 1;
+  alignas(128) std::atomic<uint64_t> round_{0};  // number << 32 | open << 31 | threads in it beside the caller
+
+  // Threads that have waited long sleep.
+  alignas(128) std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool ends_ = false;
+  std::vector<std::thread> threads_;
+};
+
+// The threads of a session: there while one of its kernels holds them.
+class SessionThreads {
+ public:
+  explicit SessionThreads(int count) : count_(count) {}
+  std::shared_ptr<Threads> Get();
+
+ private:
+  const int count_;
+  std::mutex mutex_;
+  std::weak_ptr<Threads> threads_;
+};
