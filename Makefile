@@ -20,12 +20,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h tests/*.cc
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h
+	$(BIN)/clang-format -i qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h tests/*.cc
 
 # The operator's tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer. Needs g++.
 sanitize: $(VENV)/.dev

@@ -1,4 +1,5 @@
-"""Runs the operator tests on a library compiled with AddressSanitizer and UBSan: ``python tests/sanitize.py``.
+"""Runs the operator tests on a library compiled with AddressSanitizer and UBSan, and a stress test of the plugin's
+threads with ThreadSanitizer: ``python tests/sanitize.py``.
 
 Needs g++. A finding ends the run with the sanitizer's report. Leaks are not looked for: the interpreter has its own.
 """
@@ -15,6 +16,11 @@ FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
+        stress = Path(directory, "threads_stress")
+        sources = [ROOT / "tests" / "threads_stress.cc", ROOT / "qwen_plugin" / "csrc" / "threads.cc"]
+        for flags in (("-fsanitize=thread",), FLAGS):
+            subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-pthread", *flags, *sources, "-o", stress], check=True)
+            subprocess.run([stress], check=True)
         library = Path(directory, "libqwen_plugin.so")
         flags = [f"--flag={flag}" for flag in FLAGS]
         command = [sys.executable, "-m", "qwen_plugin.compile", "--output", library, *flags]

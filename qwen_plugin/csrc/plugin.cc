@@ -14,16 +14,18 @@ constexpr int kMaxThreads = 1024;
 
 // The session's config entry, or all processors that this process may use.
 int ReadThreads(const OrtApi& api, const OrtSessionOptions* options) {
-  char text[32];
-  size_t size = sizeof text;
-  if (OrtStatus* status = api.GetSessionConfigEntry(options, kThreadsEntry, text, &size)) {
+  size_t size = 0;
+  if (OrtStatus* status = api.GetSessionConfigEntry(options, kThreadsEntry, nullptr, &size)) {
     api.ReleaseStatus(status);
     const int processors = int(std::thread::hardware_concurrency());
     return processors > 0 ? processors : 1;
   }
-  char* end;
-  const long count = std::strtol(text, &end, 10);
-  if (end == text || *end != '\0' || count < 1 || count > kMaxThreads)
+  std::string text(size, '\0');
+  operators::Check(api.GetSessionConfigEntry(options, kThreadsEntry, text.data(), &size));
+  text.resize(size - 1);  // its size counts the final zero
+  const bool is_number = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+  const long count = is_number ? std::strtol(text.c_str(), nullptr, 10) : 0;
+  if (count < 1 || count > kMaxThreads)
     throw Error(std::string(kThreadsEntry) + " is '" + text + "', expected 1 to " + std::to_string(kMaxThreads));
   return int(count);
 }
