@@ -1,5 +1,5 @@
 """Runs the operator tests on a library compiled with AddressSanitizer and UBSan, and a stress test of the plugin's
-threads with ThreadSanitizer: ``python tests/sanitize.py``.
+threads with ThreadSanitizer: ``python tests/sanitize.py``, with options for pytest after it.
 
 Needs g++. A finding ends the run with the sanitizer's report. Leaks are not looked for: the interpreter has its own.
 """
@@ -40,6 +40,7 @@ def main() -> int:
         }
         tests = sorted(str(path) for path in Path(__file__).parent.glob("test_plugin_*.py"))
         command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests]
+        command += sys.argv[1:]
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
