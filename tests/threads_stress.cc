@@ -17,24 +17,21 @@ struct Items {
   int64_t most;
   std::atomic<bool> too_many{false};
 
-  static void Do(void *data, int64_t first, int64_t last) {
-    Items &self = *static_cast<Items *>(data);
-    if (last - first > self.most)
-      self.too_many = true;
-    for (int64_t i = first; i < last; ++i)
-      ++self.done[size_t(i)];
+  static void Do(void* data, int64_t first, int64_t last) {
+    Items& self = *static_cast<Items*>(data);
+    if (last - first > self.most) self.too_many = true;
+    for (int64_t i = first; i < last; ++i) ++self.done[size_t(i)];
   }
 };
 
-bool IsRight(Threads &threads, int64_t count, int64_t least, int64_t most,
-             const std::shared_ptr<Order> &order, const Weight &weight) {
+bool IsRight(Threads& threads, int64_t count, int64_t least, int64_t most, const std::shared_ptr<Order>& order,
+             const Weight& weight) {
   Items items;
   items.done.assign(size_t(count), 0);
   items.most = most;
   threads.For(count, least, most, Items::Do, &items, order, weight);
   for (const int times : items.done)
-    if (times != 1)
-      return false;
+    if (times != 1) return false;
   return !items.too_many;
 }
 
@@ -45,21 +42,16 @@ bool CallAtOnce(int count) {
   std::atomic<bool> right{true};
   const auto call = [&](unsigned seed) {
     const std::vector<uint8_t> memory(1 << 18);
-    const std::shared_ptr<Order> orders[2] = {std::make_shared<Order>(),
-                                              std::make_shared<Order>()};
+    const std::shared_ptr<Order> orders[2] = {std::make_shared<Order>(), std::make_shared<Order>()};
     for (int i = 0; i < 400; ++i) {
       const auto draw = [&](int64_t least, int64_t most) {
         seed = seed * 1664525 + 1013904223;
         return least + int64_t(seed >> 8) % (most - least + 1);
       };
-      const int64_t items = draw(0, 300), most = draw(1, 40),
-                    least = draw(1, most);
+      const int64_t items = draw(0, 300), most = draw(1, 40), least = draw(1, most);
       const Weight weight = {memory.data(), items, 64 * draw(1, 12)};
-      if (!IsRight(*threads, items, least, most,
-                   i % 3 == 0 ? nullptr : orders[i % 2], weight))
-        right = false;
-      if (i % 100 == 99)
-        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      if (!IsRight(*threads, items, least, most, i % 3 == 0 ? nullptr : orders[i % 2], weight)) right = false;
+      if (i % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
   };
   std::thread other(call, 1);
@@ -74,14 +66,12 @@ bool EndAndBegin() {
   SessionThreads session(3);
   for (int i = 0; i < 20; ++i) {
     const std::shared_ptr<Threads> threads = session.Get();
-    if (threads != session.Get() ||
-        !IsRight(*threads, 1000, 1, 10, nullptr, {}))
-      return false;
+    if (threads != session.Get() || !IsRight(*threads, 1000, 1, 10, nullptr, {})) return false;
   }
   return true;
 }
 
-} // namespace
+}  // namespace
 
 int main() {
   for (const int count : {1, 2, 3, 8})
