@@ -188,8 +188,9 @@ def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpt
     options.enable_mem_pattern = False  # it keeps a plan for every combination of shapes ever seen
     # The arena keeps 27 MB more of a prompt of 512 tokens (0.5B) than malloc, and makes nothing faster.
     options.enable_cpu_mem_arena = False
-    # Threads that wait for the next node spin, but briefly. A token of the demo engine (int4, 2 threads) takes 6.3 ms
-    # with the default of about 1 ms, 6.7 with 20 us, 9.3 without; on busy cores 24, 16 and 14.
+    # Threads of stock operators that wait for the next node spin, but briefly. A token of the demo engine (int4,
+    # --kernels stock, 2 threads) takes 12.3 ms with the default of about 1 ms, 12.1 with 20 us, 12.5 without; beside
+    # two busy processes 30, 25 and 25.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     if manifest.operators:

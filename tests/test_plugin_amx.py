@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plugin_linear import ISAS, activation_scales, draw_feeds, run
+from plugin_session import ISAS
+from test_plugin_linear import activation_scales, draw_feeds, run
 
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_plugin.reference_linear import QuantLinearAttributes

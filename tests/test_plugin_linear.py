@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from plugin_session import ISAS, make_model, make_session
 
-from qwen_plugin import THREADS_ENTRY, library_path
 from qwen_plugin.layout import GROUP_SIZES, MOST_UNITS, pack_panels, round_block_scales, round_scales
 from qwen_plugin.reference_linear import QuantLinearAttributes, dequantize, quant_embedding, quant_linear
 
@@ -33,18 +31,6 @@ ELEMENT_TYPES = {
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
 }
-# tests/sanitize.py puts another library here.
-LIBRARY = os.environ.get("QWEN_PLUGIN_LIBRARY") or str(library_path())
-FLAGS = {"neon": "asimd", "avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "amx": "amx_int8"}
-
-
-def supported() -> list[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return ["plain", *(isa for isa, flag in FLAGS.items() if flag in flags)]
-
-
-ISAS = supported()
 PRECISIONS = ("int8", "int8x2", "float32")
 # precision and activation scales of int4
 ROUNDINGS = tuple((precision, scales) for precision in PRECISIONS for scales in ("group", "block"))
@@ -67,22 +53,12 @@ def new_session(
     names = list(INPUTS if operator == "QuantLinear" else types)
     while names[-1] not in types:
         names.pop()
-    graph = helper.make_graph(
+    model = make_model(
         [helper.make_node(operator, [n if n in types else "" for n in names], outputs, domain="qwen", **attributes)],
-        "linear",
         [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name],
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry(THREADS_ENTRY, str(threads))
-    options.register_custom_ops_library(LIBRARY)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWEN_PLUGIN_ISA", isa)
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return make_session(model, isa, threads)
 
 
 @cache
@@ -461,9 +437,8 @@ def test_the_output_has_a_shape_before_anything_runs(swiglu: int) -> None:
         helper.make_node("QuantEmbedding", ["ids", "table"], ["x"], domain="qwen", **table),
         helper.make_node("QuantLinear", ["x", "weight"], ["y"], domain="qwen", **attributes),
     ]
-    graph = helper.make_graph(
+    model = make_model(
         nodes,
-        "shapes",
         [
             helper.make_tensor_value_info("ids", TensorProto.INT64, ["tokens"]),
             helper.make_tensor_value_info("table", TensorProto.UINT8, None),
@@ -471,12 +446,7 @@ def test_the_output_has_a_shape_before_anything_runs(swiglu: int) -> None:
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen", 1)]
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(LIBRARY)
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    assert session.get_outputs()[0].shape == ["tokens", 32 if swiglu else 64]
+    assert make_session(model).get_outputs()[0].shape == ["tokens", 32 if swiglu else 64]
 
 
 # ---- The embedding

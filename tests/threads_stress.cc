@@ -1,6 +1,7 @@
 // Divides work among qwen_plugin/csrc/threads.h's threads in every way it may
-// be asked to, for ThreadSanitizer to watch: tests/sanitize.py compiles and
-// runs it. Ends with 1 if an item was not done exactly once.
+// be asked to: test_plugin_threads.py compiles and runs it, and
+// tests/sanitize.py with ThreadSanitizer watching. Ends with 1 if an item was
+// not done exactly once, or a thread did not come.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -33,6 +34,36 @@ bool IsRight(Threads& threads, int64_t count, int64_t least, int64_t most, const
   for (const int times : items.done)
     if (times != 1) return false;
   return !items.too_many;
+}
+
+// One item for each thread, none of which ends before all have begun.
+struct Meeting {
+  const int expected;
+  std::atomic<int> here{0};
+  std::atomic<bool> failed{false};
+
+  static void Come(void* data, int64_t, int64_t) {
+    Meeting& self = *static_cast<Meeting*>(data);
+    ++self.here;
+    const auto latest = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    while (self.here < self.expected && !self.failed) {
+      if (std::chrono::steady_clock::now() > latest) self.failed = true;
+      std::this_thread::yield();
+    }
+  }
+};
+
+// Whether all threads come when they are called, whether they wait or sleep.
+bool Meet(int count) {
+  Threads threads(count);
+  for (int i = 0; i < 60; ++i) {
+    Meeting meeting{count};
+    threads.For(count, 1, 1, Meeting::Come, &meeting);
+    if (meeting.failed) return false;
+    if (i % 3 == 2)
+      std::this_thread::sleep_for(std::chrono::microseconds(1900 + 10 * i));  // about when they fall asleep
+  }
+  return true;
 }
 
 // Two callers at once, each with two weights in turn; now and then a pause in
@@ -77,6 +108,11 @@ int main() {
   for (const int count : {1, 2, 3, 8})
     if (!CallAtOnce(count)) {
       std::printf("%d threads: an item was not done once\n", count);
+      return 1;
+    }
+  for (const int count : {1, 2, 3, 8})
+    if (!Meet(count)) {
+      std::printf("%d threads: not all came\n", count);
       return 1;
     }
   return EndAndBegin() ? 0 : 1;

@@ -9,6 +9,7 @@
 #pragma once
 #include <cstring>
 
+#include "fetch_window.h"
 #include "quant_linear.h"
 #include "quant_linear_input.h"
 
@@ -24,11 +25,8 @@ constexpr float kFloatStartValue = 12582912.f;
 
 constexpr int kMaxFloatRows = 4, kMaxTileRows = 8;
 
-// What a single tile reads is fetched in windows, a line or two from each of eight places in turn: a processor waits
-// for more lines at once if they are of several pages. It reads 1.5 times as fast as one line after the other.
-constexpr int64_t kPlaces = 8, kWindowBytes = kPlaces * 4096;
-
 // Memory that is wanted soon, fetched as the kernel goes along; a step of the kernel fetches as many lines as it reads.
+// That of a single tile is fetched in windows.
 // Passed by reference: reading a copy just written, in one wide load, waits until all earlier stores to y are done,
 // which took a fifth of a long prefill.
 struct Stream {
@@ -53,9 +51,9 @@ struct Stream {
       --windows, row = 0;
       next -= (rows - 1) * bytes;
     } else {
-      next += bytes - kPlaces * step;
+      next += bytes - kWindowPages * step;
     }
-    ++row, left = kPlaces;
+    ++row, left = kWindowPages;
     return true;
   }
 };
@@ -64,11 +62,11 @@ struct Stream {
 inline Stream StartWindows(const uint8_t* from, int64_t size, int64_t bytes) {
   Stream stream;
   stream.windows = (size + kWindowBytes / 2) / kWindowBytes + (size < kWindowBytes / 2);
-  stream.rows = stream.row = size / (stream.windows * kPlaces * bytes);
+  stream.rows = stream.row = size / (stream.windows * kWindowPages * bytes);
   stream.step = stream.rows * bytes;
   for (int64_t at = 0; at < stream.step; at += 64)
-    for (int64_t i = 0; i < kPlaces; ++i) __builtin_prefetch(from + i * stream.step + at, 0, 2);
-  stream.next = from + kPlaces * stream.step + (stream.rows - 1) * bytes;  // as at the end of that window
+    for (int64_t i = 0; i < kWindowPages; ++i) __builtin_prefetch(from + i * stream.step + at, 0, 2);
+  stream.next = from + kWindowPages * stream.step + (stream.rows - 1) * bytes;  // as at the end of that window
   --stream.windows;
   return stream;
 }

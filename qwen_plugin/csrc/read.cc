@@ -1,9 +1,7 @@
 // Reading memory and nothing else, for benchmarks to hold a kernel against: what qwen_run/bench_bandwidth.py calls.
-#include <cstdint>
+#include "fetch_window.h"
 
 namespace {
-
-constexpr int64_t kPlaces = 8, kPage = 64;  // lines, as quant_linear_kernels.h fetches them
 
 // A line in four parts, which every processor reads at the pace of its caches.
 using Part = uint64_t __attribute__((vector_size(16)));
@@ -24,14 +22,14 @@ Line ReadInOrder(const Line* data, int64_t lines) {
   return sums[0];
 }
 
-// Fetches the next window of eight pages, a line of each in turn, while it reads one; the rest in order.
+// Fetches the next window while it reads one; the rest in order.
 Line ReadInTurn(const Line* data, int64_t lines) {
-  constexpr int64_t kWindow = kPlaces * kPage;
+  constexpr int64_t kPageLines = kPageBytes / kLineBytes, kWindow = kWindowPages * kPageLines;
   Line sum = {};
   int64_t first = 0;
   for (; first + kWindow <= lines; first += kWindow)
     for (int64_t i = 0; i < kWindow; ++i) {
-      __builtin_prefetch(data + first + kWindow + i % kPlaces * kPage + i / kPlaces, 0, 2);
+      __builtin_prefetch(data + first + kWindow + i % kWindowPages * kPageLines + i / kWindowPages, 0, 2);
       Add(sum, data[first + i]);
     }
   Add(sum, ReadInOrder(data + first, lines - first));
