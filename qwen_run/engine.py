@@ -95,6 +95,8 @@ class Engine:
         for name, value in (("threads", threads), ("num_blocks", num_blocks), ("cache_bytes", cache_bytes)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise EngineError(f"{name} is {value!r}, expected a whole number, 1 or more")
+        if threads is not None and threads > qwen_plugin.MOST_THREADS:
+            raise EngineError(f"threads is {threads}, expected {qwen_plugin.MOST_THREADS} or fewer")
         if not _is_text(str(directory)):  # ONNX Runtime takes no other path
             raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
         manifest = Manifest.read(directory)

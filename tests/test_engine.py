@@ -125,6 +125,22 @@ def expected_logits(batch: Batch) -> np.ndarray:
     return EMBEDDING[batch.input_ids[batch.logits_indices]] @ HEAD
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"threads": 0}, "threads is 0, expected a whole number, 1 or more"),
+        ({"threads": "2"}, "threads is '2', expected a whole number, 1 or more"),
+        ({"threads": True}, "threads is True, expected a whole number, 1 or more"),
+        ({"threads": 1025}, "threads is 1025, expected 1024 or fewer"),
+        ({"num_blocks": -1}, "num_blocks is -1, expected a whole number, 1 or more"),
+        ({"cache_bytes": 0.5}, "cache_bytes is 0.5, expected a whole number, 1 or more"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(intact_engine: Path, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(EngineError, match=complaint):
+        Engine.load(intact_engine, **options)
+
+
 def test_run(intact_engine: Path) -> None:
     engine = Engine.load(intact_engine, threads=1)
     for lengths, indices in ([3, 5], [2, 7]), ([1], [0]), ([4], []), ([2, 2, 2], [0, 1, 2, 3, 4, 5]):
