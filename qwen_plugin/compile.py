@@ -34,7 +34,7 @@ X86_FLAGS = {
     "_avxvnni": (*AVX2, "-mavxvnni"),
     "_avx512": (*AVX2, *AVX512),
     "_avx512vnni": (*AVX2, *AVX512, "-mavx512vnni"),
-    "_amx": (*AVX2, *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "_amx": (*AVX2, *AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mgfni"),
 }
 ARM_FLAGS = {"_neon": (), "_neondot": ("-mcpu=generic+dotprod",)}  # zig has no -march
 PROCESSORS = {"x86_64": X86_FLAGS, "amd64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}

@@ -43,7 +43,7 @@ Machine Look() {
   constexpr uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kF16c = 1u << 29;      // leaf 1, ecx
   constexpr uint32_t kAvx2 = 1u << 5;                                             // leaf 7, ebx
   constexpr uint32_t kAvx512FDqBwVl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // leaf 7, ebx
-  constexpr uint32_t kAvx512Vnni = 1u << 11;                                      // leaf 7, ecx
+  constexpr uint32_t kAvx512Vnni = 1u << 11, kGfni = 1u << 8;                     // leaf 7, ecx
   constexpr uint32_t kAmxBf16TileInt8 = 1u << 22 | 1u << 24 | 1u << 25;           // leaf 7, edx
   constexpr uint32_t kAvxVnni = 1u << 4;                                          // leaf 7, subleaf 1, eax
   constexpr uint32_t kYmmState = 0x06, kZmmState = 0xe6;  // registers the operating system saves (xcr0)
@@ -59,7 +59,7 @@ Machine Look() {
   machine.best = InstructionSet::kAvx2;
   if (HasBits(ebx, kAvx512FDqBwVl) && HasBits(ecx, kAvx512Vnni) && HasBits(saved, kZmmState)) {
     machine.best = InstructionSet::kAvx512;
-    machine.amx = HasBits(edx, kAmxBf16TileInt8) && HasBits(saved, kTileState) && MayUseTiles();
+    machine.amx = HasBits(edx, kAmxBf16TileInt8) && HasBits(ecx, kGfni) && HasBits(saved, kTileState) && MayUseTiles();
   }
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) machine.avx_vnni = HasBits(eax, kAvxVnni);
   return machine;

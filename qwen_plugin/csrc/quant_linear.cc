@@ -122,7 +122,7 @@ void Run(Threads& threads, const std::shared_ptr<Order>& order, const Kernels& k
 }
 
 // Rows from which AMX tiles are faster than vectors, measured: with int8 and with int8x2.
-constexpr int64_t kTileRows[] = {10, 8};
+constexpr int64_t kTileRows[] = {10, 8}, kBlockTileRows[] = {8, 6};
 
 const Kernels& ChooseKernels() {
 #if defined(__x86_64__)
@@ -164,7 +164,8 @@ struct Kernel {
     SetInputs(api, context, p);
     p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.width});
     p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
-    const bool few_rows = p.rows < kTileRows[Planes(p) - 1];
+    const bool has_blocks = p.activation_scales == ActivationScales::kBlock;
+    const bool few_rows = p.rows < (has_blocks ? kBlockTileRows : kTileRows)[Planes(p) - 1];
     if (p.rows > 0) Run(*threads, order, few_rows ? kernels : tile_kernels, p);
   }
 };

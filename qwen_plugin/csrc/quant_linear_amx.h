@@ -97,7 +97,8 @@ INLINE void AddProduct() {
 // Every byte in the four bytes of a lane.
 inline __m512i FourTimes(const uint8_t* bytes) {
   const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  return _mm512_mullo_epi32(_mm512_cvtepu8_epi32(v), _mm512_set1_epi32(0x01010101));
+  const __m128i firsts = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+  return _mm512_shuffle_epi8(_mm512_cvtepu8_epi32(v), _mm512_broadcast_i32x4(firsts));
 }
 
 // Whether y is written past the caches, which could not hold it, instead of being read into them first.

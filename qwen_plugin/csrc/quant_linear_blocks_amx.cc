@@ -12,12 +12,11 @@
 namespace quant_linear {
 namespace {
 
-constexpr int kRows = 16;        // of a tile
+constexpr int kRows = 16;        // of a tile; a single one may have half of them
 constexpr int kColumns = 64;     // of a tile
 constexpr int kParts = 2;        // tiles of columns of a block
 constexpr int kChunkBlocks = 2;  // that are unpacked, 8 KiB
 constexpr int kTileSize = kRows * kColumns;
-constexpr int64_t kLine = 64;  // bytes that are fetched together
 
 int64_t ValueBytes(const Problem& p) { return p.blocks * kParts * Planes(p) * kTileSize; }
 
@@ -60,14 +59,15 @@ struct Block {
 // Bytes, none above 15, times the word in both words of their lane, none above 16.
 INLINE __m512i Times(__m512i bytes, __m512i words) { return _mm512_mullo_epi16(bytes, words); }
 
-// Unpacks a block of a panel; calls read() for each of its lines.
+// Unpacks a block of a panel; calls read() for every four of its lines.
 template <class Function>
 inline void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out, const Function& read) {
   const int64_t first = block * p.block_groups;
   const int64_t groups = p.groups - first < p.block_groups ? p.groups - first : p.block_groups;
   const uint8_t* const stored = BlockOf(p, panel, block);
+  const __m512i high_nibbles = _mm512_set1_epi64(0x1020408000000000);  // the matrix that shifts a byte's bits by four
   const __m512i low_nibbles = _mm512_set1_epi8(15), low_bytes = _mm512_set1_epi16(15), one = _mm512_set1_epi16(1);
-  for (int64_t i = 0; i < p.header_bytes; i += kLine) read();
+  for (int64_t i = 0; i < p.header_bytes; i += 4 * kLineBytes) read();
   for (int h = 0; h < kHalves; ++h)
     out.units[h] = Lanes::Mul(Lanes::LoadHalves(stored + 32 * h), Lanes::Set(kScaleUnit));
   out.parts = int(CeilDiv(groups * p.group_size, kColumns));
@@ -76,7 +76,7 @@ inline void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block&
     const uint8_t* const steps = StepsOf(p, stored, g);
     const auto split = [&](__m512i v, __m512i* q) {
       q[0] = _mm512_and_si512(v, low_nibbles);
-      q[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_nibbles);
+      q[1] = _mm512_gf2p8affine_epi64_epi8(v, high_nibbles, 0);
     };
     __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)}, multiples[kHalves];
     if (!p.symmetric) split(FourTimes(ZeroPointsOf(p, panel, first + g)), zero_points);
@@ -86,18 +86,18 @@ inline void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block&
       multiples[h] = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
       less[h] = Times(zero_points[h], multiples[h]);
     }
-    for (int64_t i = 0; i < p.group_size / 4; ++i, ++step) {
+    for (int64_t i = 0; i < p.group_size / 4; i += 4, step += 4) {
       read();
-      __m512i q[kHalves];
-      split(_mm512_loadu_si512(steps + 64 * i), q);
-      UNROLL_FOR(h, kHalves)
-      _mm512_store_si512(out.weights[h][step / 16] + step % 16 * 64,
-                         _mm512_sub_epi8(Times(q[h], multiples[h]), less[h]));
+      UNROLL_FOR(j, 4) {
+        __m512i q[kHalves];
+        split(_mm512_loadu_si512(steps + 64 * (i + j)), q);
+        UNROLL_FOR(h, kHalves)
+        _mm512_store_si512(out.weights[h][0] + 64 * (step + j), _mm512_sub_epi8(Times(q[h], multiples[h]), less[h]));
+      }
     }
   }
   for (; step < 16 * out.parts; ++step)
-    for (int h = 0; h < kHalves; ++h)
-      _mm512_store_si512(out.weights[h][step / 16] + step % 16 * 64, _mm512_setzero_si512());
+    for (int h = 0; h < kHalves; ++h) _mm512_store_si512(out.weights[h][0] + 64 * step, _mm512_setzero_si512());
 }
 
 // Where a product's sums go.
@@ -108,10 +108,10 @@ struct Target {
   bool first;  // the totals start here
 };
 
-// The product of a tile and a block.
-template <int kPlanes>
+// The product of a tile, or of its first rows, and a block.
+template <int kPlanes, int kTileRows = kRows>
 struct Product {
-  using Sums = int32_t[kHalves][kPlanes][kRows][kLanes];
+  using Sums = int32_t[kHalves][kPlanes][kTileRows][kLanes];
   static constexpr int64_t kPartBytes = kPlanes * kTileSize, kBlockBytes = kParts * kPartBytes;
   static constexpr int kTurns = 2 * kParts;  // of tile registers and vectors
 
@@ -166,7 +166,7 @@ struct Product {
 
   // Adds some of the rows to their totals.
   static INLINE void Add(const Sums& from, const Target& to, int turn) {
-    constexpr int kSome = kRows / kTurns;
+    constexpr int kSome = kTileRows / kTurns;
     UNROLL_FOR(h, kHalves) {
       const __m512 unit = to.block->units[h];
       UNROLL_FOR(i, kSome) {
@@ -223,9 +223,9 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
 
 // A single tile and panels. A tile load waits long for what was just stored: a block is unpacked while the one before
 // is multiplied, and its sums are added while the one after is.
-template <int kPlanes>
+template <int kPlanes, int kTileRows>
 void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* tile) {
-  using P = Product<kPlanes>;
+  using P = Product<kPlanes, kTileRows>;
   struct Place {
     int64_t panel, block;
     int buffer;
@@ -236,19 +236,21 @@ void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* t
     return at;
   };
   alignas(64) typename P::Sums sums[2];
-  alignas(64) float totals[kRows][kPanel];
+  alignas(64) float totals[kTileRows][kPanel];
   Block blocks[3];
   const float* const scales = reinterpret_cast<const float*>(tile + ValueBytes(p));
-  Stream stream = StartWindows(PanelOf(p, of_panels.first), (of_panels.last - of_panels.first) * p.panel_bytes, kLine);
+  Stream stream =
+      StartWindows(PanelOf(p, of_panels.first), (of_panels.last - of_panels.first) * p.panel_bytes, kLineBytes);
   const auto unpack = [&](Place at) {
     if (at.panel == of_panels.last) return;
-    Unpack(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.Fetch<1>(); });
+    Unpack(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.FetchPlaces<4>(); });
   };
   const auto add = [&](Place at, const typename P::Sums& from) {
     const Target target = {&blocks[at.buffer], scales + at.block * kRows, totals, at.block == 0};
     for (int turn = 0; turn < P::kTurns; ++turn) P::Add(from, target, turn);
     if (at.block + 1 == p.blocks) FinishRows(p, rows, at.panel, totals);
   };
+  ConfigureTiles(kTileRows, kColumns);
   const int64_t count = (of_panels.last - of_panels.first) * p.blocks;
   Place at = {of_panels.first, 0, 0}, before = at;
   unpack(at);
@@ -266,15 +268,17 @@ int64_t ChunkGroups(const Problem& p) { return kChunkBlocks * p.block_groups; }
 Share ShareOf(const Problem& p) { return ShareOf(p, kRows, TileBytes(p), ChunkGroups(p)); }
 
 void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
-  const auto multiply = Planes(p) == 1 ? MultiplyChunk<1> : MultiplyChunk<2>;
-  ConfigureTiles(kRows, kColumns);
   if (of_tiles.last - of_tiles.first == 1) {
     const Range rows = {RowBegin(p, tiles, of_tiles.first), RowBegin(p, tiles, of_tiles.last)};
-    const auto multiply_single = Planes(p) == 1 ? MultiplySingle<1> : MultiplySingle<2>;
-    multiply_single(p, rows, of_panels, activations + of_tiles.first * TileBytes(p));
+    const bool is_half = rows.last - rows.first <= kRows / 2;
+    const auto multiply = Planes(p) == 1 ? (is_half ? MultiplySingle<1, kRows / 2> : MultiplySingle<1, kRows>)
+                                         : (is_half ? MultiplySingle<2, kRows / 2> : MultiplySingle<2, kRows>);
+    multiply(p, rows, of_panels, activations + of_tiles.first * TileBytes(p));
     asm volatile("tilerelease");
     return _mm_sfence();
   }
+  const auto multiply = Planes(p) == 1 ? MultiplyChunk<1> : MultiplyChunk<2>;
+  ConfigureTiles(kRows, kColumns);
   TakeTurns(p, of_tiles, of_panels, kRows, TileBytes(p), ChunkGroups(p),
             [&](int64_t panel, int64_t group, int64_t groups, const uint8_t* next, float (*totals)[kPanel]) {
               const int64_t first = group / p.block_groups, count = CeilDiv(groups, p.block_groups);

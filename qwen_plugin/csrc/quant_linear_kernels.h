@@ -45,6 +45,14 @@ struct Stream {
     UNROLL_FOR(i, kLines) __builtin_prefetch(next + 64 * i, 0, 2);  // to the second level: it waits for more at once
     next += step, --left;
   }
+  // A line of each of so many places; no Fetch beside it.
+  template <int kPlaces>
+  void FetchPlaces() {
+    static_assert(kWindowPages % kPlaces == 0);
+    if (left == 0 && !StartRow(kLineBytes)) return;
+    UNROLL_FOR(i, kPlaces) __builtin_prefetch(next + i * step, 0, 2);
+    next += kPlaces * step, left -= kPlaces;
+  }
   bool StartRow(int64_t bytes) {
     if (row == rows) {
       if (windows == 0) return false;
