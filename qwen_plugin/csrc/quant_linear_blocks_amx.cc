@@ -243,7 +243,7 @@ void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* t
       StartWindows(PanelOf(p, of_panels.first), (of_panels.last - of_panels.first) * p.panel_bytes, kLineBytes);
   const auto unpack = [&](Place at) {
     if (at.panel == of_panels.last) return;
-    Unpack(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.FetchPlaces<4>(); });
+    Unpack(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.Fetch<1, 4>(); });
   };
   const auto add = [&](Place at, const typename P::Sums& from) {
     const Target target = {&blocks[at.buffer], scales + at.block * kRows, totals, at.block == 0};
