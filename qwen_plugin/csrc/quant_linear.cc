@@ -136,7 +136,7 @@ const Kernels& ChooseKernels() {
   return kPlainKernels;
 }
 
-// The kernels for kTileRows and more.
+// The kernels for so many rows and more.
 const Kernels& ChooseTileKernels(const Problem& p) {
 #if defined(__x86_64__)
   if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx))
