@@ -15,7 +15,7 @@ LIBRARY_NAME = "libqwen_plugin.dylib" if sys.platform == "darwin" else "libqwen_
 
 # The session's config entry that says among how many threads the operators divide their work.
 THREADS_ENTRY = "qwen.threads"
-MOST_THREADS = 1024
+MOST_THREADS = 1024  # as plugin.cc has it
 
 # (domain, name) -> version of every operator in the library
 OPERATORS = {("qwen", "PagedAttention"): 1, ("qwen", "QuantLinear"): 4, ("qwen", "QuantEmbedding"): 2}

@@ -12,6 +12,7 @@ import click
 
 from qwen_engine import __version__
 from qwen_engine.errors import RequestError
+from qwen_plugin import MOST_THREADS
 from qwen_run.command import Command
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
@@ -61,7 +62,9 @@ def common_options(function: F) -> F:
                 type=click.Choice(["float32", "bfloat16"]),
                 help="What transformers computes in.  [default: bfloat16, float32 beside an engine of float32]",
             ),
-            click.option("--threads", type=click.IntRange(1, 1024), help="Of every side.  [default: physical cores]"),
+            click.option(
+                "--threads", type=click.IntRange(1, MOST_THREADS), help="Of every side.  [default: physical cores]"
+            ),
             click.option(
                 "--max-batch-tokens", type=click.IntRange(min=1), default=256, help="Most tokens of the engine's step."
             ),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 import click
 
 from qwen_engine.errors import RequestError
+from qwen_plugin import MOST_THREADS
 from qwen_run.command import Command, peak_memory_bytes
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
@@ -73,7 +74,7 @@ Examples:
 @click.option("--min-tokens", type=int, help="Tokens an answer has before it may end.  [default: 0]")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Answers end at --max-new-tokens or --stop alone.")
 @click.option("--logprobs", type=int, metavar="N", help="Report how likely tokens were, and the N likeliest.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of a run.  [default: physical cores]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of a run.  [default: physical cores]")
 @click.option(
     "--kv-cache-memory",
     type=click.IntRange(1, 1 << 30),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_engine import __version__
+from qwen_plugin import MOST_THREADS
 from qwen_run.command import Command
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ REPORTS = Path("reports")
 @click.option("--layers", is_flag=True, help="Print the error of every sub-block, and where it starts.")
 @click.option("--cost/--no-cost", default=True, help="Measure time and memory of both sides.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run of the same options left.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of both sides.  [default: physical cores]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of both sides.  [default: physical cores]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.version_option(__version__, package_name="qwen-engine")
 @click.pass_context

@@ -16,8 +16,9 @@ from qwen_plugin.reference_linear import QuantLinearAttributes
 
 pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX tiles")
 
-# The tile kernels' sizes: 8 or 12 rows a tile, 64 tiles and 512 columns at a time, groups in pairs; int8 needs 12 rows.
-ROWS = st.one_of(st.integers(12, 70), st.integers(500, 600), st.integers(760, 800))
+# The tile kernels' sizes: 8 or 12 rows a tile, with blocks 8 or 16, 64 tiles and 512 columns at a time, groups in
+# pairs. They begin with 8 or 10 rows, int8x2's with 6 or 8.
+ROWS = st.one_of(st.integers(6, 17), st.integers(18, 70), st.integers(500, 600), st.integers(760, 800))
 
 
 def attributes_with(**changes: Any) -> QuantLinearAttributes:
@@ -53,6 +54,22 @@ def test_tiles_have_the_bits_of_plain_kernels(a: QuantLinearAttributes, rows: in
         y, product_input = run(a, feeds, "amx", threads)
         assert_same_bits(y, expected)
         assert_same_bits(product_input, expected_input)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8x2"])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("symmetric", [0, 1])
+def test_a_single_tile(symmetric: int, group_size: int, precision: str) -> None:
+    """From the fewest rows that are multiplied with tiles to one more than a tile has; columns end within a block."""
+    for scales in activation_scales(4, group_size)[:2]:
+        a = attributes_with(
+            K=700, group_size=group_size, symmetric=symmetric, precision=precision, activation_scales=scales
+        )
+        for rows in range(5, 18):
+            feeds = draw_feeds(a, rows, ("bias",), seed=rows)
+            expected = run(a, feeds, "plain")[0]
+            for threads in (1, 2):
+                assert_same_bits(run(a, feeds, "amx", threads)[0], expected)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
