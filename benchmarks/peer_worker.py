@@ -28,6 +28,7 @@ import numpy as np
 
 FIRST_ID = 10  # of random prompts, and the whole prompt of one
 BATCH_TOKENS = 512  # most tokens of a step of those that mix prompts with answers
+PART_TOKENS = 512  # of a past that llama.cpp caches in parts; it takes up to 256 sequences
 
 
 def draw(rng, vocab_size, *shape):
@@ -115,15 +116,28 @@ class LlamaCpp:
         return timed(partial(self.feed, prompt))
 
     def decode(self, past, count):
-        self.open(len(past) + count, 1, keep=self.past == past)
+        self.open(len(past) + count, -(-len(past) // PART_TOKENS), unified=True, keep=self.past == past)
+        memory = self.c.llama_get_memory(self.context)
         if self.past != past:
-            self.feed(past)
+            self.fill(memory, past)
             self.past = past
-        else:  # forget the tokens decoded before, and see the last of the past again
-            memory = self.c.llama_get_memory(self.context)
-            self.c.llama_memory_seq_rm(memory, 0, len(past) - 1, -1)
-            self.feed(past[-1:])
+        self.c.llama_memory_seq_rm(memory, 0, len(past) - 1, -1)  # and all that was decoded before
+        self.feed(past[-1:])
         return timed(lambda: [self.feed([self.best()]) for _ in range(count)])
+
+    def fill(self, memory, past):
+        """Cache ``past`` in parts that do not see each other, then made one sequence.
+
+        A step takes as long after them as after one prompt, which takes up to an hour itself at 16,384 tokens.
+        """
+        batch = self.c.llama_batch_init(PART_TOKENS, 0, 1)
+        for sequence, start in enumerate(range(0, len(past), PART_TOKENS)):
+            part = enumerate(past[start : start + PART_TOKENS], start)
+            self.step(batch, [(sequence, position, token, False) for position, token in part])
+            if sequence:
+                self.c.llama_memory_seq_cp(memory, sequence, 0, -1, -1)
+                self.c.llama_memory_seq_rm(memory, sequence, -1, -1)
+        self.c.llama_batch_free(batch)
 
     def answer(self, prompt, count):
         self.open(len(prompt) + count, 1)
@@ -159,14 +173,18 @@ class LlamaCpp:
         assert self.c.llama_decode(self.context, batch) == 0
         return {entry[0]: self.best(i) for i, entry in enumerate(entries) if entry[3]}
 
-    def open(self, tokens, sequences, keep=False):
-        """An empty context (or, with ``keep``, the one there is) for so many tokens of all sequences."""
-        shape = -(-tokens // (256 * sequences)) * 256 * sequences, sequences
+    def open(self, tokens, sequences, unified=False, keep=False):
+        """An empty context (or, with ``keep``, the one there is) for so many tokens of all sequences.
+
+        With ``unified``, sequences share one cache and may be copied into each other.
+        """
+        granule = 256 * (1 if unified else sequences)
+        shape = -(-tokens // granule) * granule, sequences, unified
         if shape != self.shape:
             if self.context:
                 self.c.llama_free(self.context)
             params = self.c.llama_context_default_params()
-            params.n_ctx, params.n_seq_max = shape
+            params.n_ctx, params.n_seq_max, params.kv_unified = shape
             params.n_batch = params.n_ubatch = BATCH_TOKENS
             params.n_threads = params.n_threads_batch = self.threads
             flash, plain = self.c.LLAMA_FLASH_ATTN_TYPE_ENABLED, self.c.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -14,8 +14,9 @@ The table and a plot go to --output, with the machine, the date and all versions
 
 The weights are int4 everywhere, groups of 32: Q4_0 and the builder's graph symmetric, ours as the default has them.
 llama.cpp runs with flash attention, without it, and with it on a cache of q8_0; OpenVINO, with continuous batching, on
-two caches: a program's best setting counts. A prompt of 16,384 tokens takes llama.cpp up to an hour: rows are chosen
-with --rows. That all run the same model shows in what they answer with --checkpoint demo.
+two caches: a program's best setting counts. The past of llama.cpp's decode steps is cached in parts of 512 tokens and
+then joined, as a prompt of 16,384 takes it up to an hour. That all run the same model shows in what they answer with
+--checkpoint demo.
 """
 
 from __future__ import annotations

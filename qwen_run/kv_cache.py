@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +17,10 @@ from qwen_run.prefix_cache import PrefixCache
 
 # Pools begin on a cache line, so that no vector of a kernel straddles two.
 _ALIGNMENT_BYTES = 64
+
+# A pool begins with small pages: with huge ones alone, the first token of 24 layers takes 96 MB. What comes after has
+# huge ones: a step after 16,384 tokens takes 0.96 to 0.98 of the time.
+_SMALL_PAGES_BYTES = 2 << 20
 
 # Without being told, take at most this many sequences of full length and this part of the memory that is left.
 _MOST_SEQUENCES = 8
@@ -184,6 +191,16 @@ def _pool_shape(state: TensorSpec, num_blocks: int) -> tuple[int, ...]:
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     count = math.prod(shape) * ITEM_BYTES[dtype]
+    if sys.platform == "linux":
+        try:
+            memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise MemoryError from error
+        with contextlib.suppress(OSError):  # of a system without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE, 0, min(count, _SMALL_PAGES_BYTES))
+            if count > _SMALL_PAGES_BYTES:
+                memory.madvise(mmap.MADV_HUGEPAGE, _SMALL_PAGES_BYTES)
+        return np.frombuffer(memory, dtype).reshape(shape)
     raw = np.zeros(count + _ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT_BYTES
     return raw[start : start + count].view(dtype).reshape(shape)
