@@ -17,7 +17,7 @@ from qwen_plugin.reference_linear import QuantLinearAttributes
 pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX tiles")
 
 # The tile kernels' sizes: 8 or 12 rows a tile, with blocks 8 or 16, 64 tiles and 512 columns at a time, groups in
-# pairs. They begin with 8 or 10 rows, int8x2's with 6 or 8.
+# pairs. They begin with 8 to 10 rows, int8x2's with 6 or 8.
 ROWS = st.one_of(st.integers(6, 17), st.integers(18, 70), st.integers(500, 600), st.integers(760, 800))
 
 
@@ -58,13 +58,11 @@ def test_tiles_have_the_bits_of_plain_kernels(a: QuantLinearAttributes, rows: in
 
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("symmetric", [0, 1])
-def test_a_single_tile(symmetric: int, group_size: int, precision: str) -> None:
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, 1), (4, 0), (8, 1), (8, 0)])
+def test_a_single_tile(bits: int, symmetric: int, group_size: int, precision: str) -> None:
     """From the fewest rows that are multiplied with tiles to one more than a tile has; columns end within a block."""
-    for scales in activation_scales(4, group_size)[:2]:
-        a = attributes_with(
-            K=700, group_size=group_size, symmetric=symmetric, precision=precision, activation_scales=scales
-        )
+    for scales in activation_scales(bits, group_size)[:2]:
+        a = QuantLinearAttributes(70, 700, bits, group_size, symmetric, precision, scales)
         for rows in range(5, 18):
             feeds = draw_feeds(a, rows, ("bias",), seed=rows)
             expected = run(a, feeds, "plain")[0]

@@ -121,9 +121,6 @@ void Run(Threads& threads, const std::shared_ptr<Order>& order, const Kernels& k
   });
 }
 
-// Rows from which AMX tiles are faster than vectors, measured: with int8 and with int8x2.
-constexpr int64_t kTileRows[] = {10, 8}, kBlockTileRows[] = {8, 6};
-
 const Kernels& ChooseKernels() {
 #if defined(__x86_64__)
   const InstructionSet set = ChooseInstructionSet();
@@ -136,11 +133,23 @@ const Kernels& ChooseKernels() {
   return kPlainKernels;
 }
 
+// Whether blocks have one scale of the activations, and weights that are whole numbers of a unit, bytes with a sign.
+bool HasBlocks(const Problem& p) {
+  return p.block_groups * p.group_size == kBlockColumns && (p.bits == 4 || p.symmetric);
+}
+
+// Rows from which the tiles of AMX are faster than vectors, measured.
+int64_t LeastTileRows(const Problem& p) {
+  const bool one_byte = Planes(p) == 1;
+  if (!HasBlocks(p)) return one_byte ? 10 : 8;
+  return one_byte ? (p.block_groups > 1 ? 8 : 9) : 6;
+}
+
 // The kernels for so many rows and more.
 const Kernels& ChooseTileKernels(const Problem& p) {
 #if defined(__x86_64__)
   if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx))
-    return p.activation_scales == ActivationScales::kBlock ? kAmxBlockKernels : kAmxKernels;
+    return HasBlocks(p) ? kAmxBlockKernels : kAmxKernels;
 #endif
   return ChooseKernels();
 }
@@ -164,9 +173,7 @@ struct Kernel {
     SetInputs(api, context, p);
     p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.width});
     p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
-    const bool has_blocks = p.activation_scales == ActivationScales::kBlock;
-    const bool few_rows = p.rows < (has_blocks ? kBlockTileRows : kTileRows)[Planes(p) - 1];
-    if (p.rows > 0) Run(*threads, order, few_rows ? kernels : tile_kernels, p);
+    if (p.rows > 0) Run(*threads, order, p.rows < LeastTileRows(p) ? kernels : tile_kernels, p);
   }
 };
 

@@ -1,7 +1,8 @@
-// qwen::QuantLinear with AMX tiles, where blocks of 128 columns share a scale of the activations.
+// qwen::QuantLinear with AMX tiles, where blocks of 128 columns share a scale of the activations, or are groups
+// themselves, unless these have zero points of 8 bits.
 //
 // A block's weights are whole numbers of units that fit a byte with a sign. So tiles add up the products of a block,
-// and vectors see its sums once, where the groups of quant_linear_amx.cc take four turns.
+// and vectors see its sums once, where the groups of quant_linear_amx.cc take up to four turns.
 //
 // A tile of activations is 16 rows, those that are missing zero, as are columns beyond the last group:
 //   [blocks][2][planes][rows][64 columns] bytes, [blocks][rows] float32 scales
@@ -30,10 +31,11 @@ void PrepareRow(const Problem& p, const float* x, int64_t row, char* tile) {
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
   RowQuantizer<Lanes, kPlanes> quantizer(p, x);
   for (int64_t g = 0; g < p.groups; ++g) {
-    const int64_t k = g * p.group_size;  // no group lies in two tiles
-    char* const part = tile + k / kColumns * kPlanes * kTileSize;
-    auto* const to = reinterpret_cast<int8_t*>(part + row * kColumns + k % kColumns);
-    const auto place = [to](int plane, int64_t i) { return to + plane * kTileSize + i; };
+    const auto place = [&](int plane, int64_t i) {
+      const int64_t column = g * p.group_size + i;
+      char* const values = tile + (column / kColumns * kPlanes + plane) * kTileSize;
+      return reinterpret_cast<int8_t*>(values + row * kColumns + column % kColumns);
+    };
     scales[g / p.block_groups * kRows] = quantizer.Quantize(g, place).scale;
   }
 }
@@ -59,14 +61,22 @@ struct Block {
 // Bytes, none above 15, times the word in both words of their lane, none above 16.
 INLINE __m512i Times(__m512i bytes, __m512i words) { return _mm512_mullo_epi16(bytes, words); }
 
+// What weights are before they are unpacked. With multiples, their groups have scales of their own.
+enum class Form { kMultiples, kFourBits, kEightBits };
+
+// The low and the high nibbles.
+INLINE void Split(__m512i v, __m512i* q) {
+  q[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
+  q[1] = _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(0x1020408000000000), 0);  // bits shifted by four
+}
+
 // Unpacks a block of a panel; calls read() for every four of its lines.
-template <class Function>
+template <Form kForm, class Function>
 inline void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out, const Function& read) {
   const int64_t first = block * p.block_groups;
   const int64_t groups = p.groups - first < p.block_groups ? p.groups - first : p.block_groups;
   const uint8_t* const stored = BlockOf(p, panel, block);
-  const __m512i high_nibbles = _mm512_set1_epi64(0x1020408000000000);  // the matrix that shifts a byte's bits by four
-  const __m512i low_nibbles = _mm512_set1_epi8(15), low_bytes = _mm512_set1_epi16(15), one = _mm512_set1_epi16(1);
+  const __m512i low_bytes = _mm512_set1_epi16(15), one = _mm512_set1_epi16(1);
   for (int64_t i = 0; i < p.header_bytes; i += 4 * kLineBytes) read();
   for (int h = 0; h < kHalves; ++h)
     out.units[h] = Lanes::Mul(Lanes::LoadHalves(stored + 32 * h), Lanes::Set(kScaleUnit));
@@ -74,25 +84,30 @@ inline void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block&
   int64_t step = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* const steps = StepsOf(p, stored, g);
-    const auto split = [&](__m512i v, __m512i* q) {
-      q[0] = _mm512_and_si512(v, low_nibbles);
-      q[1] = _mm512_gf2p8affine_epi64_epi8(v, high_nibbles, 0);
-    };
-    __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)}, multiples[kHalves];
-    if (!p.symmetric) split(FourTimes(ZeroPointsOf(p, panel, first + g)), zero_points);
-    split(FourTimes(MultiplesOf(stored, g)), multiples);
-    __m512i less[kHalves];
-    for (int h = 0; h < kHalves; ++h) {
-      multiples[h] = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
-      less[h] = Times(zero_points[h], multiples[h]);
+    __m512i less[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)}, multiples[kHalves];  // less: zero points
+    if (kForm != Form::kEightBits && !p.symmetric) Split(FourTimes(ZeroPointsOf(p, panel, first + g)), less);
+    if constexpr (kForm == Form::kMultiples) {
+      Split(FourTimes(MultiplesOf(stored, g)), multiples);
+      for (int h = 0; h < kHalves; ++h) {
+        multiples[h] = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
+        less[h] = Times(less[h], multiples[h]);
+      }
     }
     for (int64_t i = 0; i < p.group_size / 4; i += 4, step += 4) {
       read();
+      if (kForm == Form::kEightBits) read();
       UNROLL_FOR(j, 4) {
         __m512i q[kHalves];
-        split(_mm512_loadu_si512(steps + 64 * (i + j)), q);
-        UNROLL_FOR(h, kHalves)
-        _mm512_store_si512(out.weights[h][0] + 64 * (step + j), _mm512_sub_epi8(Times(q[h], multiples[h]), less[h]));
+        if constexpr (kForm != Form::kEightBits) Split(_mm512_loadu_si512(steps + 64 * (i + j)), q);
+        UNROLL_FOR(h, kHalves) {
+          if constexpr (kForm == Form::kEightBits) {
+            q[h] = _mm512_xor_si512(_mm512_loadu_si512(steps + 128 * (i + j) + 64 * h), _mm512_set1_epi8(-128));
+          } else {
+            if constexpr (kForm == Form::kMultiples) q[h] = Times(q[h], multiples[h]);
+            q[h] = _mm512_sub_epi8(q[h], less[h]);
+          }
+          _mm512_store_si512(out.weights[h][0] + 64 * (step + j), q[h]);
+        }
       }
     }
   }
@@ -109,7 +124,7 @@ struct Target {
 };
 
 // The product of a tile, or of its first rows, and a block.
-template <int kPlanes, int kTileRows = kRows>
+template <int kPlanes, Form kForm, int kTileRows = kRows>
 struct Product {
   using Sums = int32_t[kHalves][kPlanes][kTileRows][kLanes];
   static constexpr int64_t kPartBytes = kPlanes * kTileSize, kBlockBytes = kParts * kPartBytes;
@@ -171,9 +186,17 @@ struct Product {
       const __m512 unit = to.block->units[h];
       UNROLL_FOR(i, kSome) {
         const int r = turn * kSome + i;
-        const auto sum = [&](int plane) { return _mm512_cvtepi32_ps(_mm512_load_si512(from[h][plane][r])); };
-        __m512 product = _mm512_mul_ps(sum(0), kPlanes == 1 ? unit : _mm512_mul_ps(unit, _mm512_set1_ps(256.f)));
-        if constexpr (kPlanes == 2) product = _mm512_fmadd_ps(sum(1), unit, product);
+        const auto sum = [&](int plane) { return _mm512_load_si512(from[h][plane][r]); };
+        __m512 product;
+        if constexpr (kPlanes == 1) {
+          product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum(0)), unit);
+        } else if constexpr (kForm == Form::kMultiples) {
+          product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum(0)), _mm512_mul_ps(unit, _mm512_set1_ps(256.f)));
+          product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum(1)), unit, product);
+        } else {
+          const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(sum(0), 8), sum(1));
+          product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), unit);
+        }
         float* const total = to.totals[r] + h * kLanes;
         const __m512 before = to.first ? _mm512_setzero_ps() : _mm512_load_ps(total);
         _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(to.scales[r]), before));
@@ -184,10 +207,10 @@ struct Product {
 
 // Adds the products of tiles and a panel's blocks [first, first + count) to totals; after the last they become y.
 // Meanwhile it fetches the weights at `fetch`.
-template <int kPlanes>
+template <int kPlanes, Form kForm>
 void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, int64_t panel, int64_t tiles,
                    Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
-  using P = Product<kPlanes>;
+  using P = Product<kPlanes, kForm>;
   alignas(64) typename P::Sums sums;
   const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
   const bool last = first + count == p.blocks;
@@ -223,9 +246,9 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
 
 // A single tile and panels. A tile load waits long for what was just stored: a block is unpacked while the one before
 // is multiplied, and its sums are added while the one after is.
-template <int kPlanes, int kTileRows>
+template <int kPlanes, Form kForm, int kTileRows>
 void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* tile) {
-  using P = Product<kPlanes, kTileRows>;
+  using P = Product<kPlanes, kForm, kTileRows>;
   struct Place {
     int64_t panel, block;
     int buffer;
@@ -243,7 +266,7 @@ void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* t
       StartWindows(PanelOf(p, of_panels.first), (of_panels.last - of_panels.first) * p.panel_bytes, kLineBytes);
   const auto unpack = [&](Place at) {
     if (at.panel == of_panels.last) return;
-    Unpack(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.Fetch<1, 4>(); });
+    Unpack<kForm>(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.Fetch<1, 4>(); });
   };
   const auto add = [&](Place at, const typename P::Sums& from) {
     const Target target = {&blocks[at.buffer], scales + at.block * kRows, totals, at.block == 0};
@@ -267,25 +290,34 @@ int64_t ChunkGroups(const Problem& p) { return kChunkBlocks * p.block_groups; }
 
 Share ShareOf(const Problem& p) { return ShareOf(p, kRows, TileBytes(p), ChunkGroups(p)); }
 
-void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
+template <int kPlanes, Form kForm>
+void MultiplyTiles(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
   if (of_tiles.last - of_tiles.first == 1) {
     const Range rows = {RowBegin(p, tiles, of_tiles.first), RowBegin(p, tiles, of_tiles.last)};
-    const bool is_half = rows.last - rows.first <= kRows / 2;
-    const auto multiply = Planes(p) == 1 ? (is_half ? MultiplySingle<1, kRows / 2> : MultiplySingle<1, kRows>)
-                                         : (is_half ? MultiplySingle<2, kRows / 2> : MultiplySingle<2, kRows>);
-    multiply(p, rows, of_panels, activations + of_tiles.first * TileBytes(p));
-    asm volatile("tilerelease");
-    return _mm_sfence();
+    const auto multiply = rows.last - rows.first <= kRows / 2 ? MultiplySingle<kPlanes, kForm, kRows / 2>
+                                                              : MultiplySingle<kPlanes, kForm, kRows>;
+    return multiply(p, rows, of_panels, activations + of_tiles.first * TileBytes(p));
   }
-  const auto multiply = Planes(p) == 1 ? MultiplyChunk<1> : MultiplyChunk<2>;
   ConfigureTiles(kRows, kColumns);
   TakeTurns(p, of_tiles, of_panels, kRows, TileBytes(p), ChunkGroups(p),
             [&](int64_t panel, int64_t group, int64_t groups, const uint8_t* next, float (*totals)[kPanel]) {
               const int64_t first = group / p.block_groups, count = CeilDiv(groups, p.block_groups);
               Block chunk[kChunkBlocks];
-              for (int64_t i = 0; i < count; ++i) Unpack(p, PanelOf(p, panel), first + i, chunk[i], [] {});
-              multiply(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
+              for (int64_t i = 0; i < count; ++i) Unpack<kForm>(p, PanelOf(p, panel), first + i, chunk[i], [] {});
+              MultiplyChunk<kPlanes, kForm>(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
             });
+}
+
+template <int kPlanes>
+auto ChooseForm(const Problem& p) {
+  return p.bits == 8          ? MultiplyTiles<kPlanes, Form::kEightBits>
+         : p.block_groups > 1 ? MultiplyTiles<kPlanes, Form::kMultiples>
+                              : MultiplyTiles<kPlanes, Form::kFourBits>;
+}
+
+void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
+  const auto multiply = Planes(p) == 1 ? ChooseForm<1>(p) : ChooseForm<2>(p);
+  multiply(p, tiles, of_tiles, of_panels, activations);
   asm volatile("tilerelease");
   _mm_sfence();  // other threads shall see what was streamed
 }
