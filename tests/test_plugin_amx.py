@@ -16,7 +16,7 @@ from qwen_plugin.reference_linear import QuantLinearAttributes
 
 pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX tiles")
 
-# The tile kernels' sizes: 8 or 12 rows a tile, with blocks 8 or 16, 64 tiles and 512 columns at a time, groups in
+# The tile kernels' sizes: 8 or 12 rows a tile, with blocks 8 or 16, 16 tiles and 512 columns at a time, groups in
 # pairs. They begin with 8 to 10 rows, int8x2's with 6 or 8.
 ROWS = st.one_of(st.integers(6, 17), st.integers(18, 70), st.integers(500, 600), st.integers(760, 800))
 

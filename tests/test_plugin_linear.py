@@ -216,7 +216,7 @@ def test_threads_do_not_change_a_bit(isa: str, precision: str, scales: str) -> N
 @pytest.mark.parametrize(("group_size", "scales"), [(32, "block"), (32, "group"), (128, "group")])
 def test_panels_take_turns(group_size: int, scales: str, swiglu: int) -> None:
     """4,900 columns of 300 rows do not stay in a cache, and there are panels enough for all threads."""
-    attributes = QuantLinearAttributes(2528, 4900, 4, group_size, 0, activation_scales=scales, swiglu=swiglu)
+    attributes = QuantLinearAttributes(4128, 4900, 4, group_size, 0, activation_scales=scales, swiglu=swiglu)
     feeds = draw_feeds(attributes, 300, ["bias"])
     y, _ = run(attributes, feeds, ISAS[-1], threads=2)
     for rows in (slice(0, 3), slice(150, 152), slice(297, 300)):

@@ -255,14 +255,13 @@ struct Product {
   }
 };
 
-// Adds groups [first, first + count) of a panel, which `chunk` holds, to the totals of tiles; after the last ones they
-// become y, whose memory, far apart, is fetched before. Meanwhile it fetches the weights at `fetch`.
+// Adds groups [first, first + count) of a panel, which `chunk` holds, to the totals of tiles. Meanwhile it fetches the
+// weights at `fetch`.
 template <int kRows, int kGroup, int kPlanes, bool kCorrection>
-void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t count, int64_t panel, int64_t tiles,
-                   Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
+void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t count, Range of_tiles,
+                   const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
   using P = Product<kRows, kGroup, kPlanes, kCorrection>;
   const int64_t row = first * kRows, tile_bytes = TileBytesAmx(p), value_bytes = ValueBytes(p);
-  const bool last = first + count == p.groups, fetch_y = last && !Streams(p);
   const char* tile = activations + of_tiles.first * tile_bytes;
   const char* const values = tile + row * kGroup * kPlanes;
   alignas(64) typename P::GroupSums sums[2];
@@ -271,18 +270,10 @@ void MultiplyChunk(const Problem& p, const Chunk& chunk, int64_t first, int64_t 
                 steps = (of_tiles.last - of_tiles.first) * count;
   typename P::Cursor at = {values, 0, fetch, fetch + fetch_bytes, CeilDiv(fetch_bytes, steps * 64) * 64};
   product.Start(at);
-  int64_t begin = RowBegin(p, tiles, of_tiles.first);
   for (int64_t t = of_tiles.first; t < of_tiles.last; ++t, tile += tile_bytes, totals += kRows) {
-    const int64_t end = RowBegin(p, tiles, t + 1);
     const float* const scales = reinterpret_cast<const float*>(tile + value_bytes);
     const int32_t* const row_factors = reinterpret_cast<const int32_t*>(scales + p.groups * kRows);
-    for (int64_t r = begin; fetch_y && r < end; ++r) {
-      const float* const y = p.y + r * p.width + panel * (p.swiglu ? kLanes : kPanel);
-      __builtin_prefetch(y, 1), __builtin_prefetch(y + kLanes, 1);
-    }
     product.AddTile(at, scales + row, row_factors + row, first == 0, totals);
-    if (last) FinishRows(p, {begin, end}, panel, totals);
-    begin = end;
   }
 }
 
@@ -310,11 +301,11 @@ void MultiplyAmx(const Problem& p, int64_t tiles, Range of_tiles, Range of_panel
   const int64_t rows = TileRows(p);
   const ChunkMultiplier multiply = rows == kFewRows ? ChooseGroup<kFewRows>(p) : ChooseGroup<kManyRows>(p);
   ConfigureTiles(int(rows), int(p.group_size < kMaxColumns ? p.group_size : kMaxColumns));
-  TakeTurns(p, of_tiles, of_panels, rows, TileBytesAmx(p), ChunkGroups(p),
+  TakeTurns(p, tiles, of_tiles, of_panels, rows, TileBytesAmx(p), ChunkGroups(p),
             [&](int64_t panel, int64_t first, int64_t count, const uint8_t* next, float (*totals)[kPanel]) {
               Chunk chunk;
               Unpack(p, PanelOf(p, panel), first, count, chunk);
-              multiply(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
+              multiply(p, chunk, first, count, of_tiles, next, activations, totals);
             });
   asm volatile("tilerelease");
   _mm_sfence();  // other threads shall see what was streamed

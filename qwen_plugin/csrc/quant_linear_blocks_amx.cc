@@ -205,21 +205,17 @@ struct Product {
   }
 };
 
-// Adds the products of tiles and a panel's blocks [first, first + count) to totals; after the last they become y.
-// Meanwhile it fetches the weights at `fetch`.
+// Adds the products of tiles and a panel's blocks [first, first + count) to totals. Meanwhile it fetches the weights at
+// `fetch`.
 template <int kPlanes, Form kForm>
-void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, int64_t panel, int64_t tiles,
-                   Range of_tiles, const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
+void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, Range of_tiles,
+                   const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
   using P = Product<kPlanes, kForm>;
   alignas(64) typename P::Sums sums;
   const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
-  const bool last = first + count == p.blocks;
   const int64_t fetch_bytes = kChunkBlocks * p.block_bytes;
   const int64_t step_bytes = CeilDiv(fetch_bytes, (of_tiles.last - of_tiles.first) * count * 64) * 64;
   const uint8_t* const fetch_last = fetch + fetch_bytes;
-  const auto finish = [&](int64_t t) {
-    if (last) FinishRows(p, {RowBegin(p, tiles, t), RowBegin(p, tiles, t + 1)}, panel, totals - kRows);
-  };
   activations += of_tiles.first * tile_bytes;
   Target target = {};
   for (int64_t t = of_tiles.first; t < of_tiles.last; ++t, activations += tile_bytes, totals += kRows) {
@@ -234,14 +230,12 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
         P::Multiply(blocks[b], values, [&](int turn) ALWAYS_INLINE { P::Add(sums, target, turn); });
       }
       P::Store(sums);
-      if (b == 0 && t > of_tiles.first) finish(t - 1);
       target = {blocks + b, scales, totals, first + b == 0};
       const uint8_t* const fetch_end = fetch + step_bytes;
       for (; fetch < fetch_end && fetch < fetch_last; fetch += 64) __builtin_prefetch(fetch, 0, 2);
     }
   }
   for (int turn = 0; turn < P::kTurns; ++turn) P::Add(sums, target, turn);
-  finish(of_tiles.last - 1);
 }
 
 // A single tile and panels. A tile load waits long for what was just stored: a block is unpacked while the one before
@@ -271,7 +265,7 @@ void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* t
   const auto add = [&](Place at, const typename P::Sums& from) {
     const Target target = {&blocks[at.buffer], scales + at.block * kRows, totals, at.block == 0};
     for (int turn = 0; turn < P::kTurns; ++turn) P::Add(from, target, turn);
-    if (at.block + 1 == p.blocks) FinishRows(p, rows, at.panel, totals);
+    if (at.block + 1 == p.blocks) Finish(p, rows, {at.panel, at.panel + 1}, totals[0], 0);
   };
   ConfigureTiles(kTileRows, kColumns);
   const int64_t count = (of_panels.last - of_panels.first) * p.blocks;
@@ -299,12 +293,12 @@ void MultiplyTiles(const Problem& p, int64_t tiles, Range of_tiles, Range of_pan
     return multiply(p, rows, of_panels, activations + of_tiles.first * TileBytes(p));
   }
   ConfigureTiles(kRows, kColumns);
-  TakeTurns(p, of_tiles, of_panels, kRows, TileBytes(p), ChunkGroups(p),
+  TakeTurns(p, tiles, of_tiles, of_panels, kRows, TileBytes(p), ChunkGroups(p),
             [&](int64_t panel, int64_t group, int64_t groups, const uint8_t* next, float (*totals)[kPanel]) {
               const int64_t first = group / p.block_groups, count = CeilDiv(groups, p.block_groups);
               Block chunk[kChunkBlocks];
               for (int64_t i = 0; i < count; ++i) Unpack<kForm>(p, PanelOf(p, panel), first + i, chunk[i], [] {});
-              MultiplyChunk<kPlanes, kForm>(p, chunk, first, count, panel, tiles, of_tiles, next, activations, totals);
+              MultiplyChunk<kPlanes, kForm>(p, chunk, first, count, of_tiles, next, activations, totals);
             });
 }
 
