@@ -28,7 +28,6 @@ import numpy as np
 
 FIRST_ID = 10  # of random prompts, and the whole prompt of one
 BATCH_TOKENS = 512  # most tokens of a step of those that mix prompts with answers
-PART_TOKENS = 512  # of a past that llama.cpp caches in parts; it takes up to 256 sequences
 
 
 def draw(rng, vocab_size, *shape):
@@ -116,7 +115,7 @@ class LlamaCpp:
         return timed(partial(self.feed, prompt))
 
     def decode(self, past, count):
-        self.open(len(past) + count, -(-len(past) // PART_TOKENS), unified=True, keep=self.past == past)
+        self.open(len(past) + count, -(-len(past) // BATCH_TOKENS), unified=True, keep=self.past == past)
         memory = self.c.llama_get_memory(self.context)
         if self.past != past:
             self.fill(memory, past)
@@ -130,9 +129,9 @@ class LlamaCpp:
 
         A step takes as long after them as after one prompt, which takes up to an hour itself at 16,384 tokens.
         """
-        batch = self.c.llama_batch_init(PART_TOKENS, 0, 1)
-        for sequence, start in enumerate(range(0, len(past), PART_TOKENS)):
-            part = enumerate(past[start : start + PART_TOKENS], start)
+        batch = self.c.llama_batch_init(BATCH_TOKENS, 0, 1)
+        for sequence, start in enumerate(range(0, len(past), BATCH_TOKENS)):
+            part = enumerate(past[start : start + BATCH_TOKENS], start)
             self.step(batch, [(sequence, position, token, False) for position, token in part])
             if sequence:
                 self.c.llama_memory_seq_cp(memory, sequence, 0, -1, -1)

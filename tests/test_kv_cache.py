@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,33 @@ def test_pools_follow_the_list_of_states() -> None:
     assert pools["value_cache.2"].shape == (5, 2, 64, 8)
     assert all(pool.dtype == np.float16 and pool.ctypes.data % 64 == 0 for pool in pools.values())
     assert block_bytes(STATES) == BLOCK_BYTES
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="there are no huge pages")
+def test_pools_begin_with_small_pages() -> None:
+    pool = next(iter(make_cache(4096).pools.values()))
+    assert pool.nbytes > 3 << 20
+    for offset, expected in ((0, "nh"), (2 << 20, "hg"), (3 << 20, "hg")):
+        assert expected in advice_at(pool.ctypes.data + offset)
+
+
+def advice_at(address: int) -> list[str]:
+    """The flags of the memory there, as Linux abbreviates them."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        name, *rest = line.split()
+        if name == "VmFlags:" and inside:
+            return rest
+        if "-" in name and not name.endswith(":"):
+            first, last = (int(end, 16) for end in name.split("-"))
+            inside = first <= address < last
+    raise AssertionError(f"no memory at {address:#x}")
+
+
+@pytest.mark.parametrize("num_blocks", [1 << 37, 1 << 60])
+def test_memory_that_the_system_refuses(num_blocks: int) -> None:
+    with pytest.raises(EngineError, match=r"no memory for a cache of \d+\.0 GiB.*--kv-cache-memory"):
+        make_cache(num_blocks)
 
 
 def test_blocks_for() -> None:

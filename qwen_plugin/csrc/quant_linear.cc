@@ -133,15 +133,16 @@ const Kernels& ChooseKernels() {
   return kPlainKernels;
 }
 
-// Whether blocks have one scale of the activations, and weights that are whole numbers of a unit, bytes with a sign.
-bool HasBlocks(const Problem& p) {
+// Whether kAmxBlockKernels take it: its blocks of 128 columns have one scale of the activations, and weights that are
+// whole numbers of a unit, bytes with a sign.
+bool FitsBlockTiles(const Problem& p) {
   return p.block_groups * p.group_size == kBlockColumns && (p.bits == 4 || p.symmetric);
 }
 
 // Rows from which the tiles of AMX are faster than vectors, measured.
 int64_t LeastTileRows(const Problem& p) {
   const bool one_byte = Planes(p) == 1;
-  if (!HasBlocks(p)) return one_byte ? 10 : 8;
+  if (!FitsBlockTiles(p)) return one_byte ? 10 : 8;
   return one_byte ? (p.block_groups > 1 ? 8 : 9) : 6;
 }
 
@@ -149,7 +150,7 @@ int64_t LeastTileRows(const Problem& p) {
 const Kernels& ChooseTileKernels(const Problem& p) {
 #if defined(__x86_64__)
   if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx))
-    return HasBlocks(p) ? kAmxBlockKernels : kAmxKernels;
+    return FitsBlockTiles(p) ? kAmxBlockKernels : kAmxKernels;
 #endif
   return ChooseKernels();
 }

@@ -1,4 +1,4 @@
-// qwen::QuantLinear with AMX tiles, for int8 and int8x2; quant_linear_blocks_amx.cc has it for blocks.
+// qwen::QuantLinear with AMX tiles, for int8 and int8x2 and the groups that quant_linear_blocks_amx.cc does not take.
 //
 // A tile of activations is 8 or 12 rows, those that are missing zero; with columns = min(group_size, 64):
 //   [in_features / columns][planes][rows][columns] bytes, [groups][rows] float32 scales,
@@ -288,9 +288,9 @@ ChunkMultiplier ChoosePrecision(const Problem& p) {
 
 template <int kRows>
 ChunkMultiplier ChooseGroup(const Problem& p) {
-  return p.group_size == 32   ? ChoosePrecision<kRows, 32>(p)
-         : p.group_size == 64 ? ChoosePrecision<kRows, 64>(p)
-                              : ChoosePrecision<kRows, 128>(p);
+  if (p.group_size == 32) return ChoosePrecision<kRows, 32>(p);
+  if (p.group_size == 64) return ChoosePrecision<kRows, 64>(p);
+  return Planes(p) == 1 ? MultiplyChunk<kRows, 128, 1, true> : MultiplyChunk<kRows, 128, 2, true>;  // others are blocks
 }
 
 int64_t ChunkGroups(const Problem& p) { return kChunkColumns / p.group_size; }
