@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -30,15 +31,15 @@ def parse(expected: Any, value: Any, where: str) -> Any:
         MismatchError: ``value`` is something else.
     """
     origin, arguments = get_origin(expected), get_args(expected)
-    if dataclasses.is_dataclass(expected):
+    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
         if not isinstance(value, dict):
             raise MismatchError(f"{where} is {_short(value)}, expected an object")
-        hints = get_type_hints(expected)
+        hints = _hints(expected)
         for complaint, names in (("lacks", hints.keys() - value.keys()), ("has unknown", value.keys() - hints.keys())):
             if names:
                 raise MismatchError(f"{where} {complaint} {', '.join(sorted(names))}")
         fields = {name: parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()}
-        return expected(**fields)  # type: ignore[operator]
+        return expected(**fields)
     if origin in (Union, types.UnionType):
         for choice in arguments:
             try:
@@ -70,6 +71,12 @@ def dump(instance: Any, digits: int | None = None) -> str:
     text = json.dumps(_plain(dataclasses.asdict(instance), digits), indent=1, ensure_ascii=False, allow_nan=False)
     # A line break right after a bracket cannot be inside a JSON string, where it would be written \n.
     return re.sub(r'\[\n[^][{}"]*\]', lambda array: " ".join(array[0].split()), text) + "\n"
+
+
+@functools.cache
+def _hints(expected: type) -> Mapping[str, Any]:
+    """Annotations of a dataclass by field; to evaluate them takes longer than to parse a value."""
+    return get_type_hints(expected)
 
 
 def _plain(value: Any, digits: int | None) -> Any:

@@ -102,11 +102,12 @@ class Engine:
         manifest = Manifest.read(directory)
         if graph not in manifest.parts:
             raise EngineError(f"{directory} has no part {graph}; build the engine again")
-        check_parts(directory, manifest)
+        threads = threads or physical_cores()
+        check_parts(directory, manifest, threads)
         check_operators(directory, manifest)
         num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes(), cache_bytes)
         try:
-            options = _session_options(manifest, threads or physical_cores())
+            options = _session_options(manifest, threads)
             source: Path | bytes = directory / graph
             if float_activations:
                 source = with_float_activations((directory / graph).read_bytes())

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from qwen_engine.manifest import (
     Operator,
     Origin,
 )
+from qwen_run import parts
 from qwen_run.engine import Batch, Engine, newest_engine
 from qwen_run.generate import generate
-from qwen_run.parts import measure_part, verify_parts
+from qwen_run.parts import check_parts, measure_part, verify_parts
 from qwen_run.request import Request
 from qwen_run.sampling import SamplingParams
 
@@ -203,6 +205,26 @@ def test_verify_parts_catches_what_a_crc32_does_not(engine_directory: Path) -> N
     Engine.load(engine_directory)
     with pytest.raises(EngineError, match=r"weights\.bin has changed since it was built \(its sha256 differs\)"):
         verify_parts(engine_directory, manifest)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("size_bytes", [0, 1, 2, 1000, (5 << 20) + 3])
+def test_parts_are_checked_in_stretches(
+    size_bytes: int, threads: int, intact_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_SMALL_BYTES", 1)  # so that small files have stretches too
+    content = bytearray(np.random.default_rng(size_bytes).bytes(size_bytes))
+    (tmp_path / "part").write_bytes(content)
+    part = measure_part(tmp_path / "part")
+    assert part.crc32 == f"{zlib.crc32(content):08x}"
+    manifest = dataclasses.replace(Manifest.read(intact_engine), parts={"part": part})
+    check_parts(tmp_path, manifest, threads)
+    for i in {size_bytes * i // 8 for i in range(8)} if content else ():
+        content[i] ^= 128
+        (tmp_path / "part").write_bytes(content)
+        with pytest.raises(EngineError, match="part has changed since it was built"):
+            check_parts(tmp_path, manifest, threads)
+        content[i] ^= 128
 
 
 def change_byte(directory: Path) -> None:
