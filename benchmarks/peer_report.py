@@ -83,10 +83,14 @@ def _ratios(
     if ours is None or row.amount is None:
         return
     peers = {program: item[1] for program, item in best.items() if item and program != "engine"}
-    named = peers | {name: statistics.median(found) for name, found in values.items() if name not in PACKAGES}
-    for name, rate in named.items():
-        if name == row.against:
-            yield f"{name} {ours[1] / rate:.2f} ×"
+    medians = {name: statistics.median(found) for name, found in values.items()}
+    if isinstance(row.against, tuple):
+        named = [name for name in row.against if name in medians]
+        goal = {name: medians[name] for name in sorted(named, key=medians.__getitem__)[-1:]}
+    else:
+        goal = {name: rate for name, rate in (medians | peers).items() if name == row.against}
+    for name, rate in goal.items():
+        yield f"{name} {ours[1] / rate:.2f} ×"
     fastest = max(peers, key=lambda program: peers[program], default=None)
     if fastest and fastest != row.against:
         yield f"{fastest} {ours[1] / peers[fastest]:.2f} ×"

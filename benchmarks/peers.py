@@ -45,7 +45,7 @@ ROWS = {
     "decode-512": Row("decode at 512 past tokens, head at 8 bits", {"do": "decode", "past": 512, "count": 64}, 64,
                       "tok/s", ALL, "llama.cpp", "1.4 ×, stretch 1.8 ×", "memory"),
     "decode-512-head4": Row("decode at 512 past tokens, our head at 4 bits", {"do": "decode", "past": 512, "count": 64},
-                            64, "tok/s", ("engine, 4-bit head", *LLAMA_CPP, *HEAD_4_BITS), "llama.cpp",
+                            64, "tok/s", ("engine, 4-bit head", *LLAMA_CPP, *HEAD_4_BITS), LLAMA_CPP,
                             "1.6 ×, stretch 2.2 ×", "memory"),
     "prefill-512": Row("prefill of 512 tokens", {"do": "prefill", "length": 512}, 512, "tok/s", ALL, "OpenVINO",
                        "1.15 ×, stretch 1.4 ×", "compute"),
