@@ -81,7 +81,7 @@ class Engine:
         """Open the engine in ``directory``; everything is checked before memory is taken.
 
         Args:
-            threads: threads of one run; the physical cores this process may use if None.
+            threads: threads of one run, and of the check of the files; the physical cores this process may use if None.
             num_blocks: blocks of the cache pool; chosen from the free memory if None.
             graph: ``layers.onnx`` to see the output of every sub-block with :meth:`run_layers`.
             float_activations: compute in float32 what the engine rounds to int8 on its way into a product: far
