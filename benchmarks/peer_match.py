@@ -135,7 +135,9 @@ class Models:
                 self._build_genai(target)
             else:
                 self._write_gguf(model, target)
-            read_again(target)
+            forget(target)
+            if model not in ENGINE_OPTIONS:
+                read(target)
         return target
 
     def _build_engine(self, model: str, target: Path) -> None:
@@ -328,18 +330,29 @@ class Match:
         self.found.values.setdefault(row, {}).setdefault(contender, []).append(value)
 
 
-def read_again(model: Path) -> None:
-    """Have the operating system forget what it keeps of files that were just written, and read them from the disk.
+def forget(model: Path) -> None:
+    """Have the operating system forget what it keeps of files that were just written.
 
-    How a file was written decides how its pages lie in memory, and that how fast they are read.
+    How a file was written decides how its pages lie in memory, and that how fast they are read. An engine reads its
+    files itself when it is loaded; those of others, which map them, are to be read first.
     """
-    for path in [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]:
+    for path in _files(model):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(model: Path) -> None:
+    """Have the operating system keep the files of ``model`` in memory, read in order."""
+    for path in _files(model):
+        with path.open("rb") as file:
             while file.read(16 << 20):
                 pass
+
+
+def _files(model: Path) -> list[Path]:
+    return [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]
 
 
 def find_pythons(environments: Sequence[Path]) -> dict[str, Path]:

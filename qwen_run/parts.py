@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from qwen_engine.manifest import TEXT_FILES, Manifest, Part
 _BUFFER_BYTES = 1 << 20
 # What is not worth a thread.
 _SMALL_BYTES = 16 << 20
+_HUGE_PAGE_BYTES = 2 << 20
+_MADV_POPULATE_READ = 22  # of Linux since 5.14; Python has no name for it yet
 # The polynomial of crc32, its terms in falling order of bits: x^0 is bit 31.
 _CRC32_POLYNOMIAL = 0xEDB88320
 
@@ -97,6 +101,8 @@ def _crc32(path: Path, threads: int) -> str:
     """As in :func:`measure_part`; each thread reads a stretch of the file."""
     size_bytes = path.stat().st_size
     count = max(1, min(threads, size_bytes // _SMALL_BYTES))
+    if size_bytes >= _SMALL_BYTES:
+        _fetch_in_huge_pages(path)
     stretches = list(pairwise(size_bytes * i // count for i in range(count + 1)))
     with ThreadPoolExecutor(count) as pool:  # neither reading nor zlib holds the interpreter's lock
         of_stretches = list(pool.map(lambda stretch: _crc32_of_stretch(path, *stretch), stretches))
@@ -104,6 +110,20 @@ def _crc32(path: Path, threads: int) -> str:
     for (first, last), of_stretch in zip(stretches, of_stretches, strict=True):
         crc32 = _joined_crc32(crc32, of_stretch, last - first)
     return f"{crc32:08x}"
+
+
+def _fetch_in_huge_pages(path: Path) -> None:
+    """Have Linux read what its file cache lacks of ``path`` into huge pages, where it can.
+
+    What reads a file first decides how it lies in memory from then on, and so how fast weights are read: out of small
+    pages that lie all over it a token's products take up to 1.2 times as long.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    with suppress(OSError), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, len(memory), _HUGE_PAGE_BYTES):
+            memory.madvise(_MADV_POPULATE_READ, start, 1)
 
 
 def _crc32_of_stretch(path: Path, first: int, last: int) -> int:

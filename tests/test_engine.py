@@ -227,6 +227,18 @@ def test_parts_are_checked_in_stretches(
         content[i] ^= 128
 
 
+@pytest.mark.parametrize("lacking", ["huge pages", "populate"])
+def test_parts_are_checked_where_pages_cannot_be_asked_for(
+    lacking: str, intact_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_SMALL_BYTES", 1)
+    if lacking == "populate":
+        monkeypatch.setattr(parts, "_MADV_POPULATE_READ", 1 << 20)
+    else:
+        monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
+    check_parts(intact_engine, Manifest.read(intact_engine), 2)
+
+
 def change_byte(directory: Path) -> None:
     path = directory / WEIGHTS_FILE
     data = bytearray(path.read_bytes())
