@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +16,10 @@ import qwen_plugin
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import TEXT_FILES, Manifest, Part
 
-# One buffer for all reads of a thread, small enough for a core's own cache.
+# One buffer for all reads, small enough for a core's own cache.
 _BUFFER_BYTES = 1 << 20
 # What is not worth a thread.
 _SMALL_BYTES = 16 << 20
-_HUGE_PAGE_BYTES = 2 << 20
-_MADV_POPULATE_READ = 22  # of Linux since 5.14; Python has no name for it yet
 # The polynomial of crc32, its terms in falling order of bits: x^0 is bit 31.
 _CRC32_POLYNOMIAL = 0xEDB88320
 
@@ -98,39 +96,35 @@ def _refuse(directory: Path, complaints: list[str]) -> None:
 
 
 def _crc32(path: Path, threads: int) -> str:
-    """As in :func:`measure_part`; each thread reads a stretch of the file."""
+    """As in :func:`measure_part`; each thread takes a stretch of a large file."""
     size_bytes = path.stat().st_size
-    count = max(1, min(threads, size_bytes // _SMALL_BYTES))
-    if size_bytes >= _SMALL_BYTES:
-        _fetch_in_huge_pages(path)
-    stretches = list(pairwise(size_bytes * i // count for i in range(count + 1)))
-    with ThreadPoolExecutor(count) as pool:  # neither reading nor zlib holds the interpreter's lock
-        of_stretches = list(pool.map(lambda stretch: _crc32_of_stretch(path, *stretch), stretches))
+    count = min(threads, size_bytes // _SMALL_BYTES)
     crc32 = 0
+    if not count:
+        for piece in _pieces(path):
+            crc32 = zlib.crc32(piece, crc32)
+        return f"{crc32:08x}"
+    stretches = list(pairwise(size_bytes * i // count for i in range(count + 1)))
+    with ThreadPoolExecutor(count) as pool:  # zlib does not hold the interpreter's lock
+        of_stretches = list(pool.map(lambda stretch: _crc32_of_stretch(path, *stretch), stretches))
     for (first, last), of_stretch in zip(stretches, of_stretches, strict=True):
         crc32 = _joined_crc32(crc32, of_stretch, last - first)
     return f"{crc32:08x}"
 
 
-def _fetch_in_huge_pages(path: Path) -> None:
-    """Have Linux read what its file cache lacks of ``path`` into huge pages, where it can.
-
-    What reads a file first decides how it lies in memory from then on, and so how fast weights are read: out of small
-    pages that lie all over it a token's products take up to 1.2 times as long.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    with suppress(OSError), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        for start in range(0, len(memory), _HUGE_PAGE_BYTES):
-            memory.madvise(_MADV_POPULATE_READ, start, 1)
-
-
 def _crc32_of_stretch(path: Path, first: int, last: int) -> int:
-    crc32 = 0
-    for piece in _pieces(path, first, last):
-        crc32 = zlib.crc32(piece, crc32)
-    return crc32
+    """Of bytes [first, last), mapped as a session maps them: nothing is copied.
+
+    What the file cache lacks of them is read into huge pages, where Linux has them. Who reads a file first decides how
+    it lies in memory from then on, and so how fast weights are read: out of small pages that lie all over it a token's
+    products take up to 1.2 times as long.
+    """
+    with _readable(path), path.open("rb") as file, mmap.mmap(file.fileno(), last, access=mmap.ACCESS_READ) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # of a Linux that is built without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        with memoryview(memory)[first:] as stretch:
+            return zlib.crc32(stretch)
 
 
 def _joined_crc32(before: int, after: int, after_bytes: int) -> int:
@@ -158,16 +152,18 @@ def _crc32_product(a: int, b: int) -> int:
     return product
 
 
-def _pieces(path: Path, first: int = 0, last: int | None = None) -> Iterator[memoryview]:
-    """Bytes [first, last) of the file at ``path``, in pieces that are valid until the next one is asked for."""
+def _pieces(path: Path) -> Iterator[memoryview]:
+    """The file at ``path`` in pieces that are valid until the next one is asked for."""
     buffer = memoryview(bytearray(_BUFFER_BYTES))
+    with _readable(path), path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What fails inside is said to be ``path``."""
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(first)
-            while count := file.readinto(buffer if last is None else buffer[: last - first]):
-                yield buffer[:count]
-                first += count
+        yield
     except OSError as error:
-        raise EngineError(
-            f"{path} cannot be read: {error.strerror}; build the engine again or copy it again"
-        ) from error
+        raise EngineError(f"{path} cannot be read: {error.strerror}; build the engine again or copy it again") from None
