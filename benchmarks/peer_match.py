@@ -67,7 +67,7 @@ class Row:
         command: what the workers are told.
         amount: what is done in the seconds they answer, in ``unit`` without its "/s"; None: the answer itself is shown.
         contenders: keys of :data:`CONTENDERS`; ours first.
-        against: the program, one contender of it, or some of which the best counts, that the goal names.
+        against: contenders that the goal names, the best of which counts.
         limit: ``memory`` (bytes that must be read, over the fastest read of the weights' size) or ``compute``
             (operations of the matrices, over the peak of int8 products): what our share is a share of.
     """
@@ -77,7 +77,7 @@ class Row:
     amount: int | None
     unit: str
     contenders: Sequence[str]
-    against: str | tuple[str, ...] | None = None
+    against: Sequence[str] = ()
     goal: str = ""
     limit: str | None = None
 

@@ -68,32 +68,21 @@ def markdown_table(rows: Mapping[str, Row], found: Measured, shares: Mapping[str
         row = rows[name]
         best = {program: best_of(program, row, values) for program in programs}
         cells = [_cell(item, len([n for n in values if CONTENDERS[n].program == p]) > 1) for p, item in best.items()]
-        ratio = "; ".join(_ratios(row, best, values))
+        ratio = "; ".join(_ratios(row, best["engine"], values))
         share = f"{shares[name]:.0%}" if name in shares else ""
         title = f"{row.title}, {row.unit}" if row.amount else row.title
         lines.append(f"| {title} | {' | '.join(cells)} | {ratio} | {row.goal} | {share} |")
     return "\n".join(lines)
 
 
-def _ratios(
-    row: Row, best: Mapping[str, tuple[str, float] | None], values: Mapping[str, Sequence[float]]
-) -> Iterator[str]:
-    """Our rate over that of the goal's program or contender, and over that of the best peer if it is another."""
-    ours = best["engine"]
+def _ratios(row: Row, ours: tuple[str, float] | None, values: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """Our rate over that of the best contender that the goal names, and over that of the best peer if it is another."""
     if ours is None or row.amount is None:
         return
-    peers = {program: item[1] for program, item in best.items() if item and program != "engine"}
-    medians = {name: statistics.median(found) for name, found in values.items()}
-    if isinstance(row.against, tuple):
-        named = [name for name in row.against if name in medians]
-        goal = {name: medians[name] for name in sorted(named, key=medians.__getitem__)[-1:]}
-    else:
-        goal = {name: rate for name, rate in (medians | peers).items() if name == row.against}
-    for name, rate in goal.items():
-        yield f"{name} {ours[1] / rate:.2f} ×"
-    fastest = max(peers, key=lambda program: peers[program], default=None)
-    if fastest and fastest != row.against:
-        yield f"{fastest} {ours[1] / peers[fastest]:.2f} ×"
+    peers = {n: statistics.median(found) for n, found in values.items() if CONTENDERS[n].program != "engine"}
+    named = [name for name in row.against if name in peers]
+    for name in dict.fromkeys(max(names, key=peers.__getitem__) for names in (named, peers) if names):
+        yield f"{name} {ours[1] / peers[name]:.2f} ×"
 
 
 def _cell(best: tuple[str, float] | None, several: bool) -> str:
