@@ -10,6 +10,7 @@ What is measured and how is said in ``benchmarks/peers.py``.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from benchmarks.command import run
 from benchmarks.peer_match import Row
@@ -20,17 +21,22 @@ from qwen_run.bench_report import line_plot
 PROMPT, NEW = 128, 64
 
 
+def make_rows(counts: Sequence[int]) -> dict[str, Row]:
+    """A row of the table for each number of requests at once."""
+    return {
+        str(count): Row(
+            f"{count} at once", {"do": "batch", "requests": count, "prompt_length": PROMPT, "new": NEW},
+            count * NEW, "output tok/s", ("engine", "llama.cpp", *OPENVINO), ("llama.cpp",), limit="compute",
+        )
+        for count in counts
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = common_arguments(__doc__ or "")
     parser.add_argument("--batch", default="1,2,4,8,16,32", help="requests at once, with commas")
     arguments = parser.parse_args()
-    rows = {
-        count: Row(
-            f"{count} at once", {"do": "batch", "requests": int(count), "prompt_length": PROMPT, "new": NEW},
-            int(count) * NEW, "output tok/s", ("engine", "llama.cpp", *OPENVINO), "llama.cpp", limit="compute",
-        )
-        for count in arguments.batch.split(",")
-    }  # fmt: skip
+    rows = make_rows([int(count) for count in arguments.batch.split(",")])
     match = set_up(arguments)
     series: dict[str, list[tuple[float, float]]] = {}
     for count, values in match.play(rows).values.items():

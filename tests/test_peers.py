@@ -15,7 +15,7 @@ import pytest
 
 gguf = pytest.importorskip("gguf", reason="the peers' file format needs the package gguf")
 
-from benchmarks import peer_match, write_gguf  # noqa: E402
+from benchmarks import batch, peer_match, write_gguf  # noqa: E402
 from benchmarks.peer_match import CONTENDERS, Match, Measured, Models, Row  # noqa: E402
 from benchmarks.peer_report import (  # noqa: E402
     best_of,
@@ -160,7 +160,7 @@ def test_plot_has_a_bar_for_everyone() -> None:
 
 
 def test_rows_name_contenders_that_are_there() -> None:
-    for row in ROWS.values():
+    for row in [*ROWS.values(), *batch.make_rows([1, 16]).values()]:
         assert set(row.contenders) <= CONTENDERS.keys()
         assert CONTENDERS[row.contenders[0]].program == "engine"
         assert set(row.against) <= set(row.contenders)
