@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FAMILIES, hf_logits, run_alone, run_chunks
+from plugin_session import ISAS
 
 from qwen_build.quantize import KERNELS, SCHEMES, make_scheme
 from qwen_engine.manifest import LAYERS_GRAPH_FILE
@@ -75,8 +76,9 @@ def words(options: dict[str, Any]) -> str:
 
 
 every_native_scheme = pytest.mark.parametrize("options", schemes("native", KERNELS["native"].activations), ids=words)
-# The schemes whose stock matrix operator gives a row the same bits whatever other rows there are.
-STOCK_INVARIANT = [("int4", 32), ("int8", 32), ("int8", 64)]
+# The schemes whose stock matrix operator gives a row the same bits whatever other rows there are. Its int4 kernels
+# without AVX-512 round the inputs of one row and of several to different numbers.
+STOCK_INVARIANT = [("int8", 32), ("int8", 64), *([("int4", 32)] if "avx512" in ISAS else [])]
 
 
 def check_any_schedule_gives_the_same_bits(directory: Path) -> None:

@@ -9,6 +9,8 @@ struct Avx512Vnni : Avx512Lanes {
   using Lanes = Avx512Lanes;
   static constexpr int kLanes = 16, kMaxRows[] = {6, 4}, kMostRows[] = {8, 4};
   static constexpr uint32_t kHighFactor = 16, kByteOffset = 0;  // high nibbles are used in place
+  static constexpr bool kWeighsGroups = false;
+  using BlockSum = Floats;
 
   static Ints SetInts(int32_t x) { return _mm512_set1_epi32(x); }
   static Floats BitsToFloats(Ints v) { return _mm512_castsi512_ps(v); }

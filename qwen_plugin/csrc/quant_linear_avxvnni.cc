@@ -8,6 +8,8 @@ namespace {
 struct AvxVnni : Avx2Eight {
   static constexpr int kMaxRows[] = {6, 3}, kMostRows[] = {6, 3};
   static constexpr uint32_t kHighFactor = 16, kByteOffset = 0;  // high nibbles are used in place
+  static constexpr bool kWeighsGroups = false;
+  using BlockSum = Floats;
 
   static Ints AddWords(Ints c, Ints a, Ints b) { return _mm256_dpwssd_avx_epi32(c, a, b); }
   // As with AVX-512, the intrinsic costs moves.

@@ -1,10 +1,12 @@
 // qwen::QuantLinear's kernels, for any instruction set I (quant_linear_<set>.cc) of kLanes integers a vector
 // and tiles of kMaxRows rows, one alone of kMostRows: for int8 and for int8x2. Its Dot multiplies high nibbles times
-// kHighFactor, and bytes less kByteOffset.
+// kHighFactor, and bytes less kByteOffset. One that kWeighsGroups has a DotWeighed, which adds up a block's groups
+// times their multiples.
 //
 // A tile of activations is a stream of its groups, each
 //   [group_size / 4 steps][rows][4 columns] bytes, [2 halves][rows] int32 starts, [rows] float32 scales
-// where int8x2 has two rows of bytes and starts, high and low parts, for each row of x. A tile with the precision
+// where int8x2 has two rows of bytes and starts, high and low parts, for each row of x; and where groups are weighed,
+// the two starts are I::Start of the first and of the second 32 columns. A tile with the precision
 // float32 is [columns][rows] floats. Sums of a tile and a panel lie in the first-level cache, (rows, 32).
 #pragma once
 #include <cstring>
@@ -39,6 +41,8 @@ struct Stream {
     const int64_t more = of_share < a_group ? of_share : a_group;
     left += more, of_share -= more;
   }
+  // For this group of columns, and for good where there is one tile.
+  bool IsDone() const { return left == 0 && row == rows && windows == 0; }
   // So many fetches, of kLines each. Four at once take fewer instructions, if there are always four to go; but a kernel
   // that waits for memory, as with one row, is 1.02 times as fast with one at a time.
   template <int kLines, int kTimes = 1>
@@ -115,6 +119,15 @@ void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, cha
     for (int plane = 0; plane < kPlanes; ++plane) {
       char* const bytes = tile + 4 * (first + plane);
       for (int64_t j = 0; j < steps; ++j) std::memcpy(bytes + 4 * all * j, planes[plane] + 4 * j, 4);
+      if constexpr (I::kWeighsGroups) {
+        if (p.activation_scales == ActivationScales::kBlock) {
+          for (int64_t part = 0; part < p.group_size / 32; ++part) {
+            const uint32_t start = I::Start(planes[plane] + 32 * part);
+            std::memcpy(starts + 4 * (part * all + first + plane), &start, 4);
+          }
+          continue;
+        }
+      }
       const uint32_t sum = uint32_t(group.sums[plane]);
       const uint32_t zero_point = uint32_t(SymmetricZeroPoint(p)) - (p.bits == 8 ? I::kByteOffset : 0);
       for (int half = 0; half < 2; ++half) {
@@ -160,6 +173,24 @@ inline __attribute__((always_inline)) void LoadMultiples(const uint8_t* stored, 
   }
 }
 
+// A block's sum of its groups' dots times their multiples: integers, as floats unless I weighs groups itself.
+template <class I>
+inline typename I::BlockSum NoSum() {
+  if constexpr (I::kWeighsGroups) {
+    return I::SetInts(0);
+  } else {
+    return I::Set(0.f);
+  }
+}
+template <class I>
+inline typename I::Floats AsFloats(typename I::BlockSum sum) {
+  if constexpr (I::kWeighsGroups) {
+    return I::ToFloats(sum);
+  } else {
+    return sum;
+  }
+}
+
 // A tile of kRows rows times a panel: the sums without bias and residual. kBlocks: activation_scales are of blocks.
 template <class I, int kBits, bool kSymmetric, int kPlanes, bool kBlocks, int kRows>
 __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* panel, const char* tile, Stream& stream,
@@ -169,10 +200,11 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
   constexpr int kAll = kRows * kPlanes, kPasses = 16 / I::kLanes;
   constexpr float kHighUnit = kScaleUnit / (kBits == 4 ? I::kHighFactor : 1);
   const int64_t steps = p.group_size / 4, group_bytes = GroupBytes(p, kRows, kPlanes);
-  Floats totals[kPasses][kRows][2], blocks[kPasses][kAll][2];
+  Floats totals[kPasses][kRows][2];
+  typename I::BlockSum blocks[kPasses][kAll][2];
   UNROLL_FOR(pass, kPasses) {
     UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) totals[pass][r][h] = I::Set(0.f);
-    UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) blocks[pass][r][h] = I::Set(0.f);
+    UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) blocks[pass][r][h] = NoSum<I>();
   }
   int64_t of_block = 0;
   const uint8_t *block = nullptr, *next = panel + p.prefix_bytes;
@@ -191,7 +223,10 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
         kBlocks ? MultiplesOf(block, p.block_groups + of_block) : panel + g * (kBits == 4 ? 16 : 32);
     UNROLL_FOR(pass, kPasses) {
       Ints sums[kAll][2];
-      if constexpr (kSymmetric) {
+      if constexpr (kBlocks && I::kWeighsGroups) {
+        I::template DotWeighed<kSymmetric, kAll>(next, steps, pass, values, zero_bytes, MultiplesOf(block, of_block),
+                                                 blocks[pass], stream);
+      } else if constexpr (kSymmetric) {
         UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = I::SetInts(starts[h * kAll + r]);
       } else {
         Ints zero_points[2];
@@ -201,28 +236,31 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
         sums[r][h] = I::AddWords(I::SetInts(kPlanes == 1 || kBlocks ? kFloatStart : 0), zero_points[h],
                                  I::SetInts(starts[h * kAll + r]));
       }
-      I::template Dot<kBits, kAll>(next, steps, pass, values, sums, stream);
+      if constexpr (!(kBlocks && I::kWeighsGroups))
+        I::template Dot<kBits, kAll>(next, steps, pass, values, sums, stream);
 
       if constexpr (kBlocks) {
-        Floats multiples[2];
-        LoadMultiples<I>(MultiplesOf(block, of_block), pass, multiples);
-        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) {
-          const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
-          blocks[pass][r][h] = I::Fma(dot, multiples[h], blocks[pass][r][h]);
+        if constexpr (!I::kWeighsGroups) {
+          Floats multiples[2];
+          LoadMultiples<I>(MultiplesOf(block, of_block), pass, multiples);
+          UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) {
+            const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
+            blocks[pass][r][h] = I::Fma(dot, multiples[h], blocks[pass][r][h]);
+          }
         }
         if (of_block + 1 < p.block_groups && g + 1 < p.groups) continue;
         UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
           const Floats unit = I::Mul(I::LoadHalves(block + 32 * h + 2 * pass * I::kLanes), I::Set(kScaleUnit));
           Floats product;
           if constexpr (kPlanes == 1) {
-            product = I::Mul(blocks[pass][r][h], unit);  // rounded once
+            product = I::Mul(AsFloats<I>(blocks[pass][r][h]), unit);  // rounded once
           } else {
-            const Floats high = I::Mul(blocks[pass][2 * r][h], I::Mul(unit, I::Set(256.f)));
-            product = I::Fma(blocks[pass][2 * r + 1][h], unit, high);
+            const Floats high = I::Mul(AsFloats<I>(blocks[pass][2 * r][h]), I::Mul(unit, I::Set(256.f)));
+            product = I::Fma(AsFloats<I>(blocks[pass][2 * r + 1][h]), unit, high);
           }
           totals[pass][r][h] = I::Fma(product, I::Set(scales[r]), totals[pass][r][h]);
         }
-        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) blocks[pass][r][h] = I::Set(0.f);
+        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) blocks[pass][r][h] = NoSum<I>();
         continue;
       }
       Floats units[2], offsets[2];

@@ -13,6 +13,8 @@ struct NeonDot {
   using Ints = int32x4_t;
   static constexpr int kLanes = 4, kMaxRows[] = {8, 4}, kMostRows[] = {8, 4};
   static constexpr uint32_t kHighFactor = 1, kByteOffset = 128;
+  static constexpr bool kWeighsGroups = false;
+  using BlockSum = Floats;
 
   static void Store(float* p, Floats v) { vst1q_f32(p, v); }
   static Floats LoadHalves(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }

@@ -9,6 +9,8 @@ struct Plain : PlainLanes {
   using Lanes = PlainLanes;
   static constexpr int kLanes = 16, kMaxRows[] = {4, 2}, kMostRows[] = {4, 2};
   static constexpr uint32_t kHighFactor = 1, kByteOffset = 0;
+  static constexpr bool kWeighsGroups = false;
+  using BlockSum = Floats;
 
   static Ints SetInts(int32_t x) {
     Ints v;
