@@ -77,7 +77,7 @@ def words(options: dict[str, Any]) -> str:
 
 every_native_scheme = pytest.mark.parametrize("options", schemes("native", KERNELS["native"].activations), ids=words)
 # The schemes whose stock matrix operator gives a row the same bits whatever other rows there are. Its int4 kernels
-# without AVX-512 round the inputs of one row and of several to different numbers.
+# without AVX-512 sum one row in another order than several.
 STOCK_INVARIANT = [("int8", 32), ("int8", 64), *([("int4", 32)] if "avx512" in ISAS else [])]
 
 
