@@ -48,11 +48,10 @@ struct Avx2 : Avx2Eight {
       }
     }
   }
-  template <int kLines, int kAll>
+  template <int kLines>
   static inline __attribute__((always_inline)) void FetchEight(int pass, Stream& stream) {
-    constexpr int kTimes = kAll == 1 ? 1 : 4;
     if (pass > 0 || stream.IsDone()) return;
-    for (int i = 0; i < 8; i += kTimes) stream.Fetch<kLines, kTimes>();
+    for (int i = 0; i < 8; i += 4) stream.Fetch<kLines, 4>();
   }
 
   template <int kBits, int kAll>
@@ -62,7 +61,7 @@ struct Avx2 : Avx2Eight {
     const Ints one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
     block += pass * 32;
     for (int64_t j = 0; j < steps; j += 8, block += 8 * kStepBytes, values += 8 * kAll) {
-      FetchEight<kStepBytes / 64, kAll>(pass, stream);
+      FetchEight<kStepBytes / 64>(pass, stream);
       Ints words[kAll][2];
       UNROLL_FOR(r, kAll) words[r][0] = words[r][1] = _mm256_setzero_si256();
       if constexpr (kBits == 4) {
@@ -112,7 +111,7 @@ struct Avx2 : Avx2Eight {
     UNROLL_FOR(h, 2) multiples[h] = _mm256_add_epi16(multiples[h], _mm256_set1_epi16(1));
     block += pass * 32;
     for (int64_t j = 0; j < steps; j += 8, block += 8 * 64, values += 8 * kAll, starts += kAll) {
-      FetchEight<1, kAll>(pass, stream);
+      FetchEight<1>(pass, stream);
       Ints words[kAll][2];
       UNROLL_FOR(r, kAll) {
         const Ints start = SetInts(starts[r]);

@@ -43,8 +43,8 @@ struct Stream {
   }
   // For this group of columns, and for good where there is one tile.
   bool IsDone() const { return left == 0 && row == rows && windows == 0; }
-  // So many fetches, of kLines each. Four at once take fewer instructions, if there are always four to go; but a kernel
-  // that waits for memory, as with one row, is 1.02 times as fast with one at a time.
+  // So many fetches, of kLines each. Four at once take fewer instructions, if there are always four to go; but AVX-512,
+  // which waits for memory with one row, is 1.02 times as fast with one at a time.
   template <int kLines, int kTimes = 1>
   void Fetch() {
     if (left == 0 && !StartRow(kLineBytes * kLines)) return;
