@@ -83,11 +83,20 @@ extern "C" void Multiply256(int64_t rounds) {
 """
 
 
+FLAG_OF_ISA = {"avx512": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2"}
+
+
+def processor_flags() -> list[str]:
+    """What Linux says of the processor; nothing elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text().split() if cpuinfo.exists() else []
+
+
 class VnniPeak:
     """Operations of vpdpbusd a second, two for each product; not a number on a processor without it."""
 
     def __init__(self, threads: int) -> None:
-        flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+        flags = processor_flags()
         self._bits = 512 if "avx512_vnni" in flags else 256 if "avx_vnni" in flags else None
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
@@ -268,10 +277,17 @@ def measure(a: argparse.Namespace) -> None:
 
 
 def write_all(path: Path, common: list[str]) -> None:
-    """Write every table of :data:`TABLES` to ``path``, each from a process of its own: kernels are chosen once."""
+    """Write every table of :data:`TABLES` to ``path``, each from a process of its own: kernels are chosen once.
+
+    Those of kernels that this processor cannot run are left out.
+    """
     conditions = f"{processor_name()}; {datetime.now(UTC):%Y-%m-%d}; onnxruntime {ort.__version__}"
     parts = [f"{conditions}\n\nWhat the columns mean: `benchmarks/linear.py`. AMX may exceed the VNNI peak.\n"]
+    flags = processor_flags()
     for table in TABLES:
+        _, forced, isa = table.partition("--isa ")
+        if forced and FLAG_OF_ISA[isa] not in flags:
+            continue
         command = [sys.executable, "-m", "benchmarks.linear", *table.split(), *common]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         print(done.stdout, flush=True)
