@@ -30,10 +30,14 @@ struct Avx2 : Avx2Eight {
     }
   }
 
-  // The intrinsics of both let GCC 12 add up products in another order, for which it keeps all of them in memory.
+  // Were the sum an intrinsic too, GCC 12 would add products up in another order and keep all of them in memory.
   static inline __attribute__((always_inline)) void AddBytes(Ints& words, Ints q, Ints a) {
     const Ints products = _mm256_maddubs_epi16(q, a);
     asm("vpaddw %1, %0, %0" : "+x"(words) : "x"(products));
+  }
+  template <int kAll>
+  static inline __attribute__((always_inline)) void Clear(Ints (&words)[kAll][2]) {
+    UNROLL_FOR(r, kAll) words[r][0] = words[r][1] = _mm256_setzero_si256();
   }
   // Adds eight steps' products with the low and the high nibbles of a line, in words.
   template <int kStepBytes, int kAll>
@@ -63,13 +67,13 @@ struct Avx2 : Avx2Eight {
     for (int64_t j = 0; j < steps; j += 8, block += 8 * kStepBytes, values += 8 * kAll) {
       FetchEight<kStepBytes / 64>(pass, stream);
       Ints words[kAll][2];
-      UNROLL_FOR(r, kAll) words[r][0] = words[r][1] = _mm256_setzero_si256();
       if constexpr (kBits == 4) {
+        Clear(words);
         EightSteps<kStepBytes>(block, values, words);
         UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = AddInts(sums[r][h], _mm256_madd_epi16(words[r][h], one));
       } else {
         UNROLL_FOR(h, 2) {
-          if (h == 1) UNROLL_FOR(r, kAll) words[r][0] = words[r][1] = _mm256_setzero_si256();
+          Clear(words);
           EightSteps<kStepBytes>(block + 64 * h, values, words);
           UNROLL_FOR(r, kAll)
           sums[r][h] = AddInts(sums[r][h],
@@ -98,6 +102,7 @@ struct Avx2 : Avx2Eight {
     out[1] = _mm256_srli_epi16(words, 4);
   }
 
+  // Adds a group's dots, times its multiples, to sums.
   template <bool kSymmetric, int kAll>
   static inline __attribute__((always_inline)) void DotWeighed(const uint8_t* block, int64_t steps, int pass,
                                                                const int32_t* values, const uint8_t* zero_bytes,

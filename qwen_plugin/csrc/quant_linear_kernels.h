@@ -198,6 +198,7 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
   using Ints = typename I::Ints;
   using Floats = typename I::Floats;
   constexpr int kAll = kRows * kPlanes, kPasses = 16 / I::kLanes;
+  constexpr bool kWeighs = kBlocks && I::kWeighsGroups;
   constexpr float kHighUnit = kScaleUnit / (kBits == 4 ? I::kHighFactor : 1);
   const int64_t steps = p.group_size / 4, group_bytes = GroupBytes(p, kRows, kPlanes);
   Floats totals[kPasses][kRows][2];
@@ -223,31 +224,32 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
         kBlocks ? MultiplesOf(block, p.block_groups + of_block) : panel + g * (kBits == 4 ? 16 : 32);
     UNROLL_FOR(pass, kPasses) {
       Ints sums[kAll][2];
-      if constexpr (kBlocks && I::kWeighsGroups) {
+      if constexpr (kWeighs) {
         I::template DotWeighed<kSymmetric, kAll>(next, steps, pass, values, zero_bytes, MultiplesOf(block, of_block),
                                                  blocks[pass], stream);
-      } else if constexpr (kSymmetric) {
-        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = I::SetInts(starts[h * kAll + r]);
       } else {
-        Ints zero_points[2];
-        I::template LoadZeroPoints<kBits>(zero_bytes + pass * I::kLanes, zero_points);
-        UNROLL_FOR(r, kAll)
-        UNROLL_FOR(h, 2)
-        sums[r][h] = I::AddWords(I::SetInts(kPlanes == 1 || kBlocks ? kFloatStart : 0), zero_points[h],
-                                 I::SetInts(starts[h * kAll + r]));
-      }
-      if constexpr (!(kBlocks && I::kWeighsGroups))
-        I::template Dot<kBits, kAll>(next, steps, pass, values, sums, stream);
-
-      if constexpr (kBlocks) {
-        if constexpr (!I::kWeighsGroups) {
-          Floats multiples[2];
-          LoadMultiples<I>(MultiplesOf(block, of_block), pass, multiples);
-          UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) {
-            const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
-            blocks[pass][r][h] = I::Fma(dot, multiples[h], blocks[pass][r][h]);
-          }
+        if constexpr (kSymmetric) {
+          UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = I::SetInts(starts[h * kAll + r]);
+        } else {
+          Ints zero_points[2];
+          I::template LoadZeroPoints<kBits>(zero_bytes + pass * I::kLanes, zero_points);
+          UNROLL_FOR(r, kAll)
+          UNROLL_FOR(h, 2)
+          sums[r][h] = I::AddWords(I::SetInts(kPlanes == 1 || kBlocks ? kFloatStart : 0), zero_points[h],
+                                   I::SetInts(starts[h * kAll + r]));
         }
+        I::template Dot<kBits, kAll>(next, steps, pass, values, sums, stream);
+      }
+
+      if constexpr (kBlocks && !kWeighs) {
+        Floats multiples[2];
+        LoadMultiples<I>(MultiplesOf(block, of_block), pass, multiples);
+        UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) {
+          const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
+          blocks[pass][r][h] = I::Fma(dot, multiples[h], blocks[pass][r][h]);
+        }
+      }
+      if constexpr (kBlocks) {
         if (of_block + 1 < p.block_groups && g + 1 < p.groups) continue;
         UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) {
           const Floats unit = I::Mul(I::LoadHalves(block + 32 * h + 2 * pass * I::kLanes), I::Set(kScaleUnit));
