@@ -82,7 +82,7 @@ STEPS = 500_000
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library(tiles: bool) -> ctypes.CDLL | None:
     compiler = find_compiler()
     if compiler is None:
         return None
@@ -90,6 +90,8 @@ def _library() -> ctypes.CDLL | None:
         source, library = Path(directory, "peak.cc"), Path(directory, "peak.so")
         source.write_text(SOURCE)
         command = [*compiler, "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC", "-pthread"]
+        if not tiles:
+            command.append("-mno-amx-int8")
         if subprocess.run([*command, str(source), "-o", str(library)], capture_output=True).returncode:
             return None  # another processor family
         loaded = ctypes.CDLL(str(library))
@@ -98,9 +100,13 @@ def _library() -> ctypes.CDLL | None:
     return loaded if loaded.Name() else None
 
 
-def int8_peak(threads: int) -> tuple[str, float] | None:
-    """The instructions' name and operations a second (a product and its sum are two); None where none are known."""
-    library = _library()
+def int8_peak(threads: int, tiles: bool = True) -> tuple[str, float] | None:
+    """The instructions' name and operations a second (a product and its sum are two); None where none are known.
+
+    Args:
+        tiles: AMX counts, where there is any.
+    """
+    library = _library(tiles)
     if library is None:
         return None
     return library.Name().decode(), float(library.OperationsPerSecond(ctypes.c_int64(STEPS), threads))

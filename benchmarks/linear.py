@@ -9,22 +9,19 @@ random. The variants and the two limits take turns, after pauses in which the th
 the table gives medians, and shares are medians over the turns.
 MatMulNBits rounds its inputs to int8 too, but for --precision float32.
 GB/s counts the weights' bytes; a plain read goes over the same ones with as many threads, and so does the fastest,
-which may be one from several pages in turn. GOPS counts two for each product, the peak is vpdpbusd on registers
-(AVX-512, else AVX-VNNI), not a number where there is none.
+which may be one from several pages in turn. GOPS counts two for each product; the peak is that of
+``benchmarks.int8_peak`` without AMX, not a number where none is known.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,8 +32,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 import qwen_plugin
+from benchmarks.int8_peak import int8_peak
 from qwen_build.quantize import ACCURACY_LEVELS
-from qwen_plugin.compile import find_compiler
 from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes
 from qwen_run.bench_bandwidth import Reader
 from qwen_run.bench_measure import processor_name
@@ -69,20 +66,6 @@ TABLES = (
 )
 
 
-# Rounds of ten vpdpbusd on registers, 512 or 256 bits wide.
-PEAK_SOURCE = r"""
-#include <cstdint>
-#define FIVE(op, a, b, c, d, e) op a "\n" op b "\n" op c "\n" op d "\n" op e "\n"
-#define TEN(op, r) FIVE(op, r "0", r "1", r "2", r "3", r "4") FIVE(op, r "5", r "6", r "7", r "8", r "9")
-extern "C" void Multiply512(int64_t rounds) {
-  asm volatile("1:\n" TEN("vpdpbusd %%zmm15, %%zmm14, ", "%%zmm") "dec %0\njnz 1b\n" : "+r"(rounds) : : "cc");
-}
-extern "C" void Multiply256(int64_t rounds) {
-  asm volatile("1:\n" TEN("%{vex%} vpdpbusd %%ymm15, %%ymm14, ", "%%ymm") "dec %0\njnz 1b\n" : "+r"(rounds) : : "cc");
-}
-"""
-
-
 FLAG_OF_ISA = {"avx512": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2"}
 
 
@@ -92,32 +75,10 @@ def processor_flags() -> list[str]:
     return cpuinfo.read_text().split() if cpuinfo.exists() else []
 
 
-class VnniPeak:
-    """Operations of vpdpbusd a second, two for each product; not a number on a processor without it."""
-
-    def __init__(self, threads: int) -> None:
-        flags = processor_flags()
-        self._bits = 512 if "avx512_vnni" in flags else 256 if "avx_vnni" in flags else None
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads)
-        if self._bits is None:
-            return
-        compiler = find_compiler()
-        assert compiler is not None
-        with tempfile.TemporaryDirectory() as directory:
-            source, library = Path(directory, "peak.cc"), Path(directory, "peak.so")
-            source.write_text(PEAK_SOURCE)
-            subprocess.run([*compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-            self._multiply = getattr(ctypes.CDLL(str(library)), f"Multiply{self._bits}")
-
-    def measure(self) -> float:
-        """Over some milliseconds."""
-        if self._bits is None:
-            return float("nan")
-        rounds = 1_000_000
-        start = time.perf_counter()
-        list(self._pool.map(self._multiply, [ctypes.c_int64(rounds)] * self._threads))
-        return self._threads * rounds * 10 * self._bits / 4 / (time.perf_counter() - start)
+def vector_peak(threads: int) -> float:
+    """int8 operations a second without AMX, two for each product; not a number where no such peak is known."""
+    peak = int8_peak(threads, tiles=False)
+    return float("nan") if peak is None else peak[1]
 
 
 @dataclass
@@ -236,11 +197,10 @@ def measure(a: argparse.Namespace) -> None:
         os.environ["QWEN_PLUGIN_ISA"] = a.isa
     weights = sum(k * n for k, n in SHAPES[a.shapes])
     layers = max(1, round(a.megabytes * 2e6 / weights))
-    vnni = VnniPeak(a.threads)
     print(f"{layers} layers of {a.shapes}, 4 bits, group size {a.group_size}, {a.precision} per {a.activation_scales}, "
           f"{a.isa or 'best'} kernels, {a.threads} threads\n")  # fmt: skip
     print(
-        "| rows | ms | GB/s | of a plain read | of the fastest | GOPS | of the VNNI peak | MatMulNBits ms "
+        "| rows | ms | GB/s | of a plain read | of the fastest | GOPS | of the peak | MatMulNBits ms "
         "| over QuantLinear |"
     )
     print("|---" * 9 + "|")
@@ -257,7 +217,7 @@ def measure(a: argparse.Namespace) -> None:
             time.sleep(PAUSE_S)
             plain = reader.measure()  # after ours: what caches keep is to its advantage
             fastest = max(plain, reader.measure(in_turn=True))
-            peak = vnni.measure()
+            peak = vector_peak(a.threads)
             second = seconds(variants[1].run)
             time.sleep(PAUSE_S)
             rounds.append((first, second, plain, fastest, peak))
@@ -282,7 +242,7 @@ def write_all(path: Path, common: list[str]) -> None:
     Those of kernels that this processor cannot run are left out.
     """
     conditions = f"{processor_name()}; {datetime.now(UTC):%Y-%m-%d}; onnxruntime {ort.__version__}"
-    parts = [f"{conditions}\n\nWhat the columns mean: `benchmarks/linear.py`. AMX may exceed the VNNI peak.\n"]
+    parts = [f"{conditions}\n\nWhat the columns mean: `benchmarks/linear.py`. AMX may exceed the peak.\n"]
     flags = processor_flags()
     for table in TABLES:
         _, forced, isa = table.partition("--isa ")
