@@ -66,13 +66,14 @@ TABLES = (
 )
 
 
-FLAG_OF_ISA = {"avx512": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2"}
+# What Linux calls what kernels need.
+FLAG_OF_ISA = {"amx": "amx_int8", "avx512": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "neon": "asimd"}
 
 
-def processor_flags() -> list[str]:
-    """What Linux says of the processor; nothing elsewhere."""
+def is_supported(isa: str) -> bool:
+    """Whether this processor can run the kernels; where Linux does not say it, the plain ones alone."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return isa == "plain" or (cpuinfo.exists() and FLAG_OF_ISA[isa] in cpuinfo.read_text().split())
 
 
 def vector_peak(threads: int) -> float:
@@ -243,10 +244,9 @@ def write_all(path: Path, common: list[str]) -> None:
     """
     conditions = f"{processor_name()}; {datetime.now(UTC):%Y-%m-%d}; onnxruntime {ort.__version__}"
     parts = [f"{conditions}\n\nWhat the columns mean: `benchmarks/linear.py`. AMX may exceed the peak.\n"]
-    flags = processor_flags()
     for table in TABLES:
         _, forced, isa = table.partition("--isa ")
-        if forced and FLAG_OF_ISA[isa] not in flags:
+        if forced and not is_supported(isa):
             continue
         command = [sys.executable, "-m", "benchmarks.linear", *table.split(), *common]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
     parser.add_argument("--precision", choices=("int8", "int8x2", "float32"), default="int8")
     parser.add_argument("--activation-scales", choices=("group", "block"), help="default: as the builder has it")
-    parser.add_argument("--isa", help="force kernels: amx, avx512, avxvnni, avx2, neon, plain")
+    parser.add_argument("--isa", choices=(*FLAG_OF_ISA, "plain"), help="force kernels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=250, help="of weights")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each row of the table")
@@ -270,6 +270,10 @@ def main() -> None:
     if a.all:
         write_all(a.all, ["--threads", str(a.threads), "--seconds", str(a.seconds)])
         return
+    if a.isa and not is_supported(a.isa):
+        parser.error(
+            f"--isa {a.isa}: not on this processor; it has {', '.join(filter(is_supported, FLAG_OF_ISA))}, plain"
+        )
     if a.activation_scales == "block" and (a.precision == "float32" or a.group_size == 128):
         parser.error("--activation-scales block goes with --precision int8 or int8x2 and --group-size 32 or 64")
     has_blocks = a.precision != "float32" and a.group_size < BLOCK_COLUMNS
