@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
-NATIVE := setup.py qwen_plugin/compile.py qwen_plugin/build_backend.py $(wildcard qwen_plugin/csrc/*)
+CSRC := $(wildcard qwen_plugin/csrc/*.cc qwen_plugin/csrc/*/*.cc qwen_plugin/csrc/*/*.h)
+NATIVE := setup.py qwen_plugin/compile.py qwen_plugin/build_backend.py $(CSRC)
 QUESTION ?= What is the capital of France?
 
 .PHONY: demo test check sanitize accuracy bench format clean
@@ -20,12 +21,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h tests/*.cc
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) tests/qwen_plugin/*.cc
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i qwen_plugin/csrc/*.cc qwen_plugin/csrc/*.h tests/*.cc
+	$(BIN)/clang-format -i $(CSRC) tests/qwen_plugin/*.cc
 
 # The operator's tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer. Needs g++.
 sanitize: $(VENV)/.dev

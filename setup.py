@@ -41,8 +41,8 @@ setup(
     ext_modules=[
         Extension(
             "qwen_plugin." + LIBRARY_NAME.split(".")[0],
-            sources=[str(path.relative_to(Path(__file__).parent)) for path in sorted(SOURCES.glob("*.cc"))],
-            depends=[str(path.relative_to(Path(__file__).parent)) for path in sorted(SOURCES.glob("*.h"))],
+            sources=[str(path.relative_to(Path(__file__).parent)) for path in sorted(SOURCES.rglob("*.cc"))],
+            depends=[str(path.relative_to(Path(__file__).parent)) for path in sorted(SOURCES.rglob("*.h"))],
         )
     ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},

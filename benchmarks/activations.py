@@ -23,14 +23,14 @@ import numpy as np
 
 from benchmarks.command import run
 from benchmarks.schemes import RESULTS, Engines, held_out_windows
-from qwen_build.locate import resolve_checkpoint
+from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest
-from qwen_run.accuracy import FullLogits, compare
-from qwen_run.bench_measure import processor_name
-from qwen_run.engine import Engine
-from qwen_run.evaluate import engine_logits, following_tokens
-from qwen_run.reference import HuggingFace, Recipe
-from qwen_run.tokenizer import Tokenizer
+from qwen_run.accuracy.both_sides import engine_logits, following_tokens
+from qwen_run.accuracy.metrics import FullLogits, compare
+from qwen_run.accuracy.reference import HuggingFace, Recipe
+from qwen_run.bench.measure import processor_name
+from qwen_run.runtime.engine import Engine
+from qwen_run.text.tokenizer import Tokenizer
 
 WEIGHTS = ("int4", "int8")
 CACHES = ("float16", "int8", "float32")

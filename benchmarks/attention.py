@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 
 import qwen_plugin
 from benchmarks.limits import float_operations_per_s
-from qwen_run.bench_bandwidth import Reader
+from qwen_run.bench.bandwidth import Reader
 
 KINDS = {
     np.dtype(np.float32): TensorProto.FLOAT,

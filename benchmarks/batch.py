@@ -16,7 +16,7 @@ from benchmarks.command import run
 from benchmarks.peer_match import Row
 from benchmarks.peer_report import report
 from benchmarks.peers import OPENVINO, common_arguments, set_up
-from qwen_run.bench_report import line_plot
+from qwen_run.reports.plots import line_plot
 
 PROMPT, NEW = 128, 64
 

@@ -27,11 +27,11 @@ def answer(directory: Path, threads: int | None) -> dict[str, float]:
     """Load the engine and answer; meant for a fresh process."""
     import numpy as np
 
-    from qwen_run.command import peak_memory_bytes
-    from qwen_run.engine import Engine
-    from qwen_run.generate import generate
-    from qwen_run.request import Request
-    from qwen_run.sampling import SamplingParams
+    from qwen_run.runtime.engine import Engine
+    from qwen_run.runtime.generate import generate
+    from qwen_run.runtime.machine import peak_memory_bytes
+    from qwen_run.runtime.request import Request
+    from qwen_run.sampling.sample import SamplingParams
 
     started = time.perf_counter()
     engine = Engine.load(directory, threads)

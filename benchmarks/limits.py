@@ -2,7 +2,7 @@
 
     python -m benchmarks.limits          gigabytes and operations a second, by threads
 
-Reading is the plugin's (``qwen_run.bench_bandwidth``). Multiplying is a few lines of C++, compiled when first asked for
+Reading is the plugin's (``qwen_run.bench.bandwidth``). Multiplying is a few lines of C++, compiled when first asked for
 with the compiler that builds the plugin, for this very processor.
 """
 
@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks.command import run
 from qwen_engine.errors import EngineError
 from qwen_plugin.compile import find_compiler
-from qwen_run.bench_bandwidth import Reader
-from qwen_run.machine import physical_cores
+from qwen_run.bench.bandwidth import Reader
+from qwen_run.runtime.machine import physical_cores
 
 SOURCE = """
 #include <chrono>

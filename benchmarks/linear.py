@@ -33,10 +33,10 @@ from onnx import TensorProto, helper
 
 import qwen_plugin
 from benchmarks.int8_peak import int8_peak
-from qwen_build.quantize import ACCURACY_LEVELS
+from qwen_build.quantization.schemes import ACCURACY_LEVELS
 from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes
-from qwen_run.bench_bandwidth import Reader
-from qwen_run.bench_measure import processor_name
+from qwen_run.bench.bandwidth import Reader
+from qwen_run.bench.measure import processor_name
 
 # name -> (in_features, out_features) of a layer's q/k/v, o, gate/up and down
 SHAPES = {

@@ -28,10 +28,10 @@ from onnx import helper
 
 import qwen_plugin
 from qwen_engine.manifest import GRAPH_FILE
-from qwen_run.core import Core, CoreOptions
-from qwen_run.engine import Engine
-from qwen_run.request import Request
-from qwen_run.sampling import SamplingParams
+from qwen_run.runtime.core import Core, CoreOptions
+from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.request import Request
+from qwen_run.sampling.sample import SamplingParams
 
 PROMPT = 64
 LONG_PROMPTS = (512, 4096)

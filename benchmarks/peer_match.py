@@ -17,13 +17,13 @@ from typing import Any
 from benchmarks.int8_peak import int8_peak
 from benchmarks.write_gguf import write_gguf
 from qwen_build.build import plan_build, write_engine
-from qwen_build.checkpoint import Checkpoint
-from qwen_build.locate import resolve_checkpoint
-from qwen_build.options import BuildOptions
+from qwen_build.checkpoint.locate import resolve_checkpoint
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.plan.options import BuildOptions
 from qwen_engine.manifest import ITEM_BYTES, Manifest
-from qwen_run.bench_bandwidth import Reader
-from qwen_run.bench_sides import engine_reads
-from qwen_run.tokenizer import TOKENIZER_FILE, Tokenizer
+from qwen_run.bench.bandwidth import Reader
+from qwen_run.bench.sides import engine_reads
+from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).with_name("peer_worker.py")

@@ -14,11 +14,11 @@ from benchmarks.int8_peak import int8_peak
 from benchmarks.peer_match import CONTENDERS, PACKAGES, QUESTION, Match, Measured, Models, Row
 from qwen_engine import __version__
 from qwen_engine.manifest import Manifest
-from qwen_run import svg
-from qwen_run.bench_measure import processor_name
-from qwen_run.bench_report import standalone
-from qwen_run.bench_sides import engine_reads
-from qwen_run.dequantize import EMBEDDING
+from qwen_run.bench.measure import processor_name
+from qwen_run.bench.sides import engine_reads
+from qwen_run.engine_files.weights import EMBEDDING
+from qwen_run.reports import svg
+from qwen_run.reports.plots import standalone
 
 
 def report(arguments: argparse.Namespace, match: Match, rows: Mapping[str, Row], drawing: str, stem: str) -> None:

@@ -47,7 +47,8 @@ class Engine:
     package = "onnxruntime"
 
     def __init__(self, model, threads):
-        from qwen_run import core, engine, request, sampling
+        from qwen_run.runtime import core, engine, request
+        from qwen_run.sampling import sample as sampling
 
         self.engine_module, self.core, self.request, self.sampling = engine, core, request, sampling
         self.model, self.threads = Path(model), threads

@@ -30,7 +30,7 @@ from benchmarks.command import run
 from benchmarks.peer_match import ROOT, Match, Models, Row, find_pythons, install, say
 from benchmarks.peer_report import plot, report
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
-from qwen_build.locate import resolve_checkpoint
+from qwen_build.checkpoint.locate import resolve_checkpoint
 
 OPENVINO = ("OpenVINO", "OpenVINO, u8 cache")
 LLAMA_CPP = ("llama.cpp", "llama.cpp, no flash attention", "llama.cpp, q8_0 cache")

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_run.beam import BeamSearch, beam_logprobs
-from qwen_run.processors import SamplingContext
-from qwen_run.sampling import SamplingParams, sample
+from qwen_run.sampling.beam import BeamSearch, beam_logprobs
+from qwen_run.sampling.processors import SamplingContext
+from qwen_run.sampling.sample import SamplingParams, sample
 
 VOCABULARIES = (49_152, 151_936)
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5}

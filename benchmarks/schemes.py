@@ -37,21 +37,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.command import run
-from qwen_build.locate import resolve_checkpoint
+from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
-from qwen_run.accuracy import FullLogits, Metric, Positions, compare, rouge, summarise_positions
-from qwen_run.bench_measure import processor_name
-from qwen_run.bench_report import scatter_plot
-from qwen_run.datasets import Document, built_in_documents, load_dataset
-from qwen_run.dequantize import EngineWeights
-from qwen_run.engine import Engine
-from qwen_run.evaluate import answer_text, engine_logits, following_tokens, greedy, make_prompt, one_sequence
-from qwen_run.inspect_linears import linear_rows, totals
-from qwen_run.journal import Journal
-from qwen_run.stored_weights import CheckpointWeights
-from qwen_run.text import TextModel
-from qwen_run.tokenizer import Tokenizer
+from qwen_run.accuracy.both_sides import answer_text, engine_logits, following_tokens, greedy, make_prompt, one_sequence
+from qwen_run.accuracy.datasets import Document, built_in_documents, load_dataset
+from qwen_run.accuracy.journal import Journal
+from qwen_run.accuracy.metrics import FullLogits, Metric, Positions, compare, rouge, summarise_positions
+from qwen_run.accuracy.weight_checks import CheckpointWeights
+from qwen_run.bench.measure import processor_name
+from qwen_run.engine_files.weights import EngineWeights
+from qwen_run.inspection.linears import linear_rows, totals
+from qwen_run.reports.plots import scatter_plot
+from qwen_run.runtime.engine import Engine
+from qwen_run.text.text_model import TextModel
+from qwen_run.text.tokenizer import Tokenizer
 
 HELD_OUT = Path(__file__).parent / "data" / "wikitext2-evaluation.jsonl"
 RESULTS = Path(__file__).parent / "results"

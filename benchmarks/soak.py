@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from qwen_engine.graph_io import TensorSpec
-from qwen_run.core import Core, CoreOptions
-from qwen_run.engine import Batch
-from qwen_run.kv_cache import KVCache
-from qwen_run.request import Request
-from qwen_run.sampling import SamplingParams
+from qwen_run.runtime.core import Core, CoreOptions
+from qwen_run.runtime.engine import Batch
+from qwen_run.runtime.kv_cache import KVCache
+from qwen_run.runtime.request import Request
+from qwen_run.sampling.sample import SamplingParams
 
 VOCAB_SIZE, BLOCK_SIZE, NUM_BLOCKS, MAX_SEQ_LEN = 64, 8, 40, 128
 

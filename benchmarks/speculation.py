@@ -17,13 +17,13 @@ from pathlib import Path
 
 import onnxruntime
 
-from qwen_run.core import Core, CoreOptions, Statistics
-from qwen_run.datasets import built_in_documents
-from qwen_run.engine import Engine
-from qwen_run.evaluate import make_prompt
-from qwen_run.request import Request
-from qwen_run.sampling import SamplingParams
-from qwen_run.text import TextModel
+from qwen_run.accuracy.both_sides import make_prompt
+from qwen_run.accuracy.datasets import built_in_documents
+from qwen_run.runtime.core import Core, CoreOptions, Statistics
+from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.request import Request
+from qwen_run.sampling.sample import SamplingParams
+from qwen_run.text.text_model import TextModel
 
 NEW_TOKENS = 64
 

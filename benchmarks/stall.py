@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from qwen_run.core import Core, CoreOptions
-from qwen_run.engine import Engine
-from qwen_run.request import Request
-from qwen_run.sampling import SamplingParams
+from qwen_run.runtime.core import Core, CoreOptions
+from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.request import Request
+from qwen_run.sampling.sample import SamplingParams
 
 DECODING, PROMPT, LONG, LATE = 8, 128, 4000, 32  # requests; tokens of their prompts, of the long and of the late one
 STEPS_BEFORE, STEPS_BETWEEN = 30, 5

@@ -23,8 +23,8 @@ import tokenizers
 import torch
 import transformers
 
-from qwen_run.datasets import Document, built_in_documents
-from qwen_run.tokenizer import Tokenizer
+from qwen_run.accuracy.datasets import Document, built_in_documents
+from qwen_run.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 3072
 WINDOW = 1024

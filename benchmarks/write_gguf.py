@@ -18,8 +18,8 @@ import gguf
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
-from qwen_build.checkpoint import Checkpoint, read_json
-from qwen_build.demo import LAYER_MODULES, MODULES
+from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
+from qwen_build.checkpoint.safetensors import Checkpoint, read_json
 
 STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
 ROWS_AT_A_TIME = 1 << 14

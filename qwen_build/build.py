@@ -18,21 +18,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_build.calibrate import Calibration, calibrated, output_errors
-from qwen_build.calibrated_layers import CalibratedSource, calibrated_layout
-from qwen_build.calibration_plan import plan_calibration
-from qwen_build.checkpoint import Checkpoint, digest_files
-from qwen_build.config import ModelConfig
-from qwen_build.export import ARRAYS_PER_SLICE, SLICE_ELEMENTS, Layout, plan_layout, write_graph, write_weights
-from qwen_build.layers import Schemes
-from qwen_build.locate import Located
-from qwen_build.model import Graph, build_graph
-from qwen_build.options import BuildOptions
-from qwen_build.output import check_output, engine_directory, resolved
-from qwen_build.packed import PackedSource
-from qwen_build.scheme_plan import as_packed, plan_schemes
-from qwen_build.text_files import check_text_files, end_of_sequence_ids
-from qwen_build.weight_map import EMBEDDING, HEAD, AnySource, Source, check_layers, map_weights
+from qwen_build.calibration.calibrate import Calibration, calibrated, output_errors
+from qwen_build.calibration.plan import plan_calibration
+from qwen_build.calibration.results import CalibratedSource, calibrated_layout
+from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.locate import Located
+from qwen_build.checkpoint.packed import PackedSource
+from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
+from qwen_build.checkpoint.text_files import check_text_files, end_of_sequence_ids
+from qwen_build.graph.layers import Schemes
+from qwen_build.graph.model import Graph, build_graph
+from qwen_build.graph.weight_map import EMBEDDING, HEAD, AnySource, Source, check_layers, map_weights
+from qwen_build.plan.options import BuildOptions
+from qwen_build.plan.scheme_plan import as_packed, plan_schemes
+from qwen_build.writing.output import check_output, engine_directory, resolved
+from qwen_build.writing.weights_file import (
+    ARRAYS_PER_SLICE,
+    SLICE_ELEMENTS,
+    Layout,
+    plan_layout,
+    write_graph,
+    write_weights,
+)
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
 from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, PLUGIN_DOMAIN, TensorSpec, cache_inputs, logits_output
@@ -53,8 +60,8 @@ from qwen_engine.manifest import (
     Origin,
 )
 from qwen_plugin import OPERATORS
-from qwen_run.machine import physical_cores
-from qwen_run.parts import measure_part
+from qwen_run.engine_files.checksums import measure_part
+from qwen_run.runtime.machine import physical_cores
 
 # resident memory of the interpreter and its libraries, before any weight
 BASE_MEMORY_BYTES = 200_000_000

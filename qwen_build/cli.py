@@ -17,7 +17,8 @@ import click
 
 from qwen_engine import __version__
 from qwen_engine.manifest import WEIGHTS_FILE, Quantization
-from qwen_run.command import Command, peak_memory_bytes, printable
+from qwen_run.commands.command import Command, printable
+from qwen_run.runtime.machine import peak_memory_bytes
 
 # The choices of quantize.py and graph_io.py, repeated so that --help need not import onnx; a test compares them.
 QUANTS = ("none", "int8", "int4")
@@ -208,11 +209,11 @@ def main(
     """
     started = time.monotonic()
     from qwen_build.build import plan_build, write_engine
-    from qwen_build.checkpoint import Checkpoint
-    from qwen_build.locate import resolve_checkpoint
-    from qwen_build.options import BuildOptions
-    from qwen_build.output import check_output, left_beside, resolved
-    from qwen_build.per_linear import read_rules
+    from qwen_build.checkpoint.locate import resolve_checkpoint
+    from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.plan.options import BuildOptions
+    from qwen_build.plan.rules import read_rules
+    from qwen_build.writing.output import check_output, left_beside, resolved
     from qwen_engine.errors import BuildError
 
     automatic = chosen["quant"] == AUTO
@@ -252,7 +253,7 @@ def main(
             )
         try:
             if plan is None:
-                from qwen_build.auto import build_auto
+                from qwen_build.auto.search import build_auto
 
                 max_bytes = max_size and int(max_size[0] * (checkpoint_bytes if max_size[1] else 1))
                 report = build_auto(weights, located, options, target, max_kl, max_bytes, force, command, progress)

@@ -24,7 +24,7 @@ from qwen_plugin import LIBRARY_NAME
 SOURCES = Path(__file__).parent / "csrc"
 
 # Sums must come out the same wherever they are computed: no contraction into FMA but where the source says so.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", f"-I{SOURCES}")
 
 # Files for one instruction set, by the end of their name; compiled on processors of its kind alone.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -58,7 +58,7 @@ def sources() -> dict[Path, Sequence[str]]:
     own = PROCESSORS.get(platform.machine().lower(), {})
     others = (X86_FLAGS.keys() | ARM_FLAGS.keys()) - own.keys()
     chosen: dict[Path, Sequence[str]] = {}
-    for path in sorted(SOURCES.glob("*.cc")):
+    for path in sorted(SOURCES.rglob("*.cc")):
         ending = "_" + path.stem.rpartition("_")[2]
         if ending not in others:
             chosen[path] = own.get(ending, ())
@@ -67,7 +67,7 @@ def sources() -> dict[Path, Sequence[str]]:
 
 def is_current(library: Path) -> bool:
     """Whether ``library`` is younger than everything it is made from."""
-    made_from = [*SOURCES.iterdir(), Path(__file__)]
+    made_from = [*SOURCES.rglob("*.[ch]*"), Path(__file__)]
     return library.is_file() and library.stat().st_mtime >= max(path.stat().st_mtime for path in made_from)
 
 

@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_run.async_llm import AsyncLLM
-    from qwen_run.causal_lm import QwenForCausalLM
-    from qwen_run.engine_config import EngineConfig
-    from qwen_run.llm import LLM
-    from qwen_run.outputs import CompletionOutput, Logprob, RequestOutput
-    from qwen_run.sampling_params import SamplingParams
+    from qwen_run.api.async_llm import AsyncLLM
+    from qwen_run.api.causal_lm import QwenForCausalLM
+    from qwen_run.api.engine_config import EngineConfig
+    from qwen_run.api.llm import LLM
+    from qwen_run.api.outputs import CompletionOutput, Logprob, RequestOutput
+    from qwen_run.sampling.params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "LLM": "llm",
-    "AsyncLLM": "async_llm",
-    "CompletionOutput": "outputs",
-    "EngineConfig": "engine_config",
-    "Logprob": "outputs",
-    "QwenForCausalLM": "causal_lm",
-    "RequestOutput": "outputs",
-    "SamplingParams": "sampling_params",
+    "LLM": "api.llm",
+    "AsyncLLM": "api.async_llm",
+    "CompletionOutput": "api.outputs",
+    "EngineConfig": "api.engine_config",
+    "Logprob": "api.outputs",
+    "QwenForCausalLM": "api.causal_lm",
+    "RequestOutput": "api.outputs",
+    "SamplingParams": "sampling.params",
 }
 
 

@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
+from cases.packed import Case, PackedCheckpoint, random_packed
+from cases.tiny import FAMILIES, TINY, TinyCheckpoint
 
 # A shell's background job ignores the key that interrupts, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-# Sizes pairwise different and not multiples of each other where the architecture allows it.
-TINY = {
-    "vocab_size": 131,
-    "hidden_size": 80,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 640,
-    "initializer_range": 0.15,
-    "rope_theta": 5000.0,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {"model_type": "qwen2"},
-    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3", "head_dim": 24},
-    "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
-}
-
-
-@dataclass(frozen=True)
-class TinyCheckpoint:
-    """A random model and the directory it is saved in; ``model`` holds what was saved, in float32."""
-
-    path: Path
-    model: Any  # transformers.PreTrainedModel
-
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """transformers' logits, (tokens, vocab_size) float32."""
-        return hf_logits(self.model, token_ids)
-
-
-def hf_logits(model: Any, token_ids: Sequence[int]) -> np.ndarray:
-    """Logits of a transformers model for one sequence, (tokens, vocab_size) float32."""
-    import torch
-
-    with torch.no_grad():
-        logits: np.ndarray = model(torch.tensor([list(token_ids)])).logits[0].float().numpy()
-    return logits
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +54,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
 def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes ``build_engine(checkpoint_directory, **BuildOptions fields)``, the directory of a new engine."""
     from qwen_build.build import plan_build, write_engine
-    from qwen_build.checkpoint import Checkpoint
-    from qwen_build.locate import resolve_checkpoint
-    from qwen_build.options import BuildOptions
+    from qwen_build.checkpoint.locate import resolve_checkpoint
+    from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.plan.options import BuildOptions
 
     @cache
     def build(directory: Path, **options: Any) -> Path:
@@ -104,43 +70,36 @@ def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return build
 
 
-def run_chunks(engine: Any, sequences: Sequence[Sequence[int]], steps: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Logits of every token of every sequence, fed in the given steps.
+@pytest.fixture
+def pack(tiny_checkpoint, tmp_path) -> Callable[..., PackedCheckpoint]:
+    """Makes ``pack(case, family="qwen2", left_float=(), head=False)``.
 
-    Args:
-        steps: for each run, how many tokens of each sequence it feeds; zeros leave a sequence out.
-
-    Returns:
-        for each sequence (tokens, vocab_size) float32.
+    With ``order``, the linears of layer 0 with one input have one order, and of other layers each its own.
     """
-    from qwen_run.engine import Batch
+    import torch
 
-    needed = [engine.cache.blocks_for(len(sequence)) for sequence in sequences]
-    owned = [engine.cache.allocate(count) for count in needed]
-    done = [0] * len(sequences)
-    logits: list[list[np.ndarray]] = [[] for _ in sequences]
-    for step in steps:
-        fed = [s for s, count in enumerate(step) if count]
-        table = np.zeros((len(fed), max(needed[s] for s in fed)), np.int32)
-        for row, s in zip(table, fed, strict=True):
-            row[: needed[s]] = owned[s]
-        lengths = [step[s] for s in fed]
-        batch = Batch(
-            np.concatenate([np.array(sequences[s][done[s] : done[s] + step[s]], np.int64) for s in fed]),
-            np.cumsum([0, *lengths]).astype(np.int32),
-            np.array([done[s] for s in fed], np.int32),
-            table,
-            np.arange(sum(lengths), dtype=np.int64),
-        )
-        for s, rows in zip(fed, np.split(engine.run(batch), np.cumsum(lengths)[:-1]), strict=True):
-            logits[s].append(rows)
-            done[s] += step[s]
-    for blocks in owned:
-        engine.cache.free(blocks)
-    assert done == [len(sequence) for sequence in sequences]
-    return [np.concatenate(rows) for rows in logits]
+    def make(case: Case, family: str = "qwen2", left_float: tuple[str, ...] = (), head: bool = False):
+        tiny = tiny_checkpoint(family, "float16")
+        tensors, model, weights = load_file(tiny.path / "model.safetensors"), copy.deepcopy(tiny.model), {}
+        config = json.loads((tiny.path / "config.json").read_text())
+        if head:  # outputs have to fill whole int32
+            config["vocab_size"] = 128
+            tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:128].copy()
+            model.lm_head.weight.data = model.lm_head.weight.data[:128]
+        for name, module in model.named_modules():
+            if type(module).__name__ != "Linear" or name in left_float or (name == "lm_head" and not head):
+                continue
+            seed, parent = zlib.crc32(name.encode()), name.rpartition(".")[0]
+            order_seed = zlib.crc32(parent.encode()) if ".0." in name else seed
+            packed, weights[name] = random_packed(case, tuple(module.weight.shape), seed, order_seed)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{suffix}": np.ascontiguousarray(tensor) for suffix, tensor in packed.items()}
+            module.weight.data = torch.tensor(weights[name])
+        path = tmp_path / "packed"
+        path.mkdir()
+        save_file(tensors, path / "model.safetensors")
+        config["quantization_config"] = case.config | {"modules_to_not_convert": list(left_float)}
+        (path / "config.json").write_text(json.dumps(config))
+        return PackedCheckpoint(path, weights, model)
 
-
-def run_alone(engine: Any, sequence: Sequence[int]) -> np.ndarray:
-    """Logits of every token of one sequence, fed at once."""
-    return run_chunks(engine, [sequence], [[len(sequence)]])[0]
+    return make

@@ -33,4 +33,4 @@ if ! [ -d "$root/site" ]; then
   mv "$root/wheels" "$root/site"
 fi
 arm_python -m qwen_plugin.compile --output "$QWEN_PLUGIN_LIBRARY"
-arm_python -m pytest -p no:cacheprovider tests/test_plugin_attention.py tests/test_plugin_linear.py "$@"
+arm_python -m pytest -p no:cacheprovider tests/qwen_plugin/test_attention.py tests/qwen_plugin/test_linear.py "$@"

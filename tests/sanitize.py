@@ -11,15 +11,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "qwen_plugin" / "csrc"
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         stress = Path(directory, "threads_stress")
-        sources = [ROOT / "tests" / "threads_stress.cc", ROOT / "qwen_plugin" / "csrc" / "threads.cc"]
+        sources = [ROOT / "tests/qwen_plugin/threads_stress.cc", CSRC / "operator/threads.cc"]
         for flags in (("-fsanitize=thread",), FLAGS):
-            subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-pthread", *flags, *sources, "-o", stress], check=True)
+            subprocess.run(
+                ["g++", "-std=c++17", "-O1", "-g", "-pthread", f"-I{CSRC}", *flags, *sources, "-o", stress], check=True
+            )
             subprocess.run([stress], check=True)
         library = Path(directory, "libqwen_plugin.so")
         flags = [f"--flag={flag}" for flag in FLAGS]
@@ -38,7 +41,7 @@ def main() -> int:
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "QWEN_PLUGIN_LIBRARY": str(library),
         }
-        tests = sorted(str(path) for path in Path(__file__).parent.glob("test_plugin_*.py"))
+        tests = sorted(str(path) for path in (ROOT / "tests/qwen_plugin").glob("test_[alt]*.py"))
         command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests]
         command += sys.argv[1:]
         return subprocess.run(command, cwd=ROOT, env=environment).returncode

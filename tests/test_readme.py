@@ -17,7 +17,7 @@ ENGINE = "engines/SmolLM2-135M-Instruct-int4"
 def demo(tmp_path_factory, build_engine):
     """A directory in which ``qwen-build`` was run."""
     pytest.importorskip("gguf")
-    from qwen_build.locate import resolve_checkpoint
+    from qwen_build.checkpoint.locate import resolve_checkpoint
     from qwen_engine.errors import BuildError
 
     try:

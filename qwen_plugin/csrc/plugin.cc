@@ -3,9 +3,9 @@
 #include <string>
 #include <thread>
 
-#include "operator.h"
-#include "paged_attention.h"
-#include "quant_operators.h"
+#include "attention/paged_attention.h"
+#include "linear/quant_operators.h"
+#include "operator/operator.h"
 
 namespace {
 

@@ -1,0 +1,1 @@
+"""The builder: a Hugging Face checkpoint in, an engine directory out."""

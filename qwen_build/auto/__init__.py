@@ -1,0 +1,1 @@
+"""``--quant auto``: a scheme for every linear, within a budget."""

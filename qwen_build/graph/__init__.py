@@ -1,0 +1,1 @@
+"""What is computed: modules, layers, and the weights each of them has."""

@@ -1,0 +1,303 @@
+"""Building blocks of the graph, one class per Hugging Face module, written in ONNX operators.
+
+Shape letters: T new tokens, H hidden_size, N heads, K key/value heads, D head_dim, I
+intermediate_size, V vocab_size, L tokens that get logits. Weights are (out_features, in_features).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.graph.weight_map import EMBEDDING, FUSED, HEAD
+from qwen_build.quantization.schemes import Fusion, NativeInt, Norm, Scheme
+from qwen_engine.graph_io import (
+    BLOCK_TABLE,
+    CUMULATIVE_LENGTHS,
+    PAST_LENGTHS,
+    PLUGIN_DOMAIN,
+    key_cache_name,
+    key_scale_name,
+    value_cache_name,
+    value_scale_name,
+)
+from qwen_engine.manifest import Quantization
+from qwen_plugin.layout import GATED_PANELS, PANEL
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """How one linear of the checkpoint is stored.
+
+    Attributes:
+        permutation: int32 (in_features), stored column k multiplies input column permutation[k]; None: in order.
+        packed: whether the checkpoint has it on this grid already, see ``packed.py``.
+    """
+
+    scheme: Scheme
+    permutation: np.ndarray | None = None
+    packed: bool = False
+
+    def agrees(self, other: Choice) -> bool:
+        """Whether both can lie in one weight."""
+        if (self.scheme, self.packed) != (other.scheme, other.packed):
+            return False
+        if self.permutation is None or other.permutation is None:
+            return self.permutation is other.permutation
+        return np.array_equal(self.permutation, other.permutation)
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """How every linear is stored: those of the decoder layers, embedding and head, and exceptions by their name.
+
+    Names are Hugging Face's, such as ``model.layers.0.mlp.up_proj``: never those of fused linears. Without ``fuse``,
+    there are none.
+    """
+
+    linear: Scheme
+    embedding: Scheme
+    exceptions: Mapping[str, Choice] = field(default_factory=dict)
+    fuse: bool = True
+
+    def of(self, name: str) -> Choice:
+        default = self.embedding if f"{name}.weight" in (EMBEDDING, HEAD) else self.linear
+        return self.exceptions.get(name) or Choice(default)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one run share: the graph's inputs, the rotary tables, and the exposed values.
+
+    Attributes:
+        exposing: whether this is the layers graph, so that every sub-block has to have a value of its own.
+    """
+
+    inputs: Mapping[str, ir.Value]
+    cos: ir.Value  # (max_seq_len, D/2)
+    sin: ir.Value
+    exposing: bool
+    exposed: dict[str, ir.Value] = field(default_factory=dict)
+
+    def expose(self, name: str | None, value: ir.Value) -> ir.Value:
+        """Make ``value`` an output of the layers graph, under the Hugging Face name of what computes it."""
+        if self.exposing and name is not None:
+            self.exposed[name] = value
+        return value
+
+
+class Stored(nn.Module):
+    """A weight (out_features, in_features) as its scheme stores it."""
+
+    gated_panels = False  # whether rows of two halves take turns, see qwen_plugin/layout.py
+
+    def __init__(self, out_features: int, in_features: int, scheme: Scheme):
+        super().__init__()
+        self.shape, self.scheme = (out_features, in_features), scheme
+        for name, part in scheme.parts(self.shape).items():
+            setattr(self, name, nn.Parameter(self.declared_shape(part.shape), part.dtype))
+
+    def declared_shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which the operator of this module wants a part."""
+        return stored
+
+    @property
+    def record(self) -> Quantization:
+        """The weight as the manifest describes it."""
+        record = self.scheme.record
+        return replace(record, layout=GATED_PANELS) if self.gated_panels else record
+
+    @property
+    def parts(self) -> dict[str, ir.Value]:
+        return {name: getattr(self, name) for name in self.scheme.parts(self.shape)}
+
+
+class Linear(Stored):
+    """``x @ weight.T + bias``, and what stands right before and after it.
+
+    This is the only place that knows which schemes compute the surroundings in the operator of the product.
+
+    Args:
+        permutation: of the input's columns, see :class:`Choice`.
+        gated: whether outputs are silu of the product's first half times its second.
+        input_name: the name under which the layers graph exposes the product's input; None: not at all.
+        output_name: the same of the product.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        choice: Choice,
+        bias: bool = False,
+        input_name: str | None = None,
+        output_name: str | None = None,
+        gated: bool = False,
+    ):
+        super().__init__(out_features, in_features, choice.scheme)
+        self.permutation, self.gated = choice.permutation, gated
+        self.gated_panels = gated and isinstance(choice.scheme, NativeInt) and out_features % PANEL == 0
+        self.bias = nn.Parameter((out_features,)) if bias else None
+        is_static = isinstance(choice.scheme, NativeInt) and choice.scheme.activation_scales == "static"
+        self.input_scale = nn.Parameter((1,)) if is_static else None
+        self.input_name, self.output_name = input_name, output_name
+
+    def forward(
+        self,
+        op: OpBuilder,
+        x: ir.Value,
+        step: Step,
+        norm: Norm | None = None,
+        residual: ir.Value | None = None,
+    ) -> ir.Value:
+        """``residual + linear(norm(x))``"""
+        permutation = None if self.permutation is None else op.initializer(ir.tensor(self.permutation), "permutation")
+        if not isinstance(self.scheme, NativeInt):
+            if norm is not None:
+                x = op.RMSNormalization(x, norm.weight, axis=-1, epsilon=norm.eps)
+            step.expose(self.input_name, x)
+            if permutation is not None:
+                x = op.Gather(x, permutation, axis=1)
+            product = self._gate(op, self.scheme.linear(op, x, self.parts, self.bias, self.shape))
+            step.expose(self.output_name, product)
+            return product if residual is None else op.Add(residual, product)
+
+        # A layers graph shows what the operator has inside; only the residual is added outside, to the same bits.
+        fusion = Fusion(norm, self.gated_panels, None if step.exposing else residual, permutation, self.input_scale)
+        product, changed = self.scheme.fused_linear(
+            op, x, self.parts, self.bias, self.shape, fusion, with_input=step.exposing and norm is not None
+        )
+        product = self._gate(op, product)
+        step.expose(self.input_name, changed or x)
+        step.expose(self.output_name, product)
+        return op.Add(residual, product) if step.exposing and residual is not None else product
+
+    def _gate(self, op: OpBuilder, product: ir.Value) -> ir.Value:
+        if not self.gated or self.gated_panels:  # where the operator does it
+            return product
+        return swiglu(op, *op.Split(product, axis=-1, num_outputs=2, _outputs=2))
+
+
+def swiglu(op: OpBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """``silu(gate) * up`` (Shazeer, arXiv 2002.05202, eq. 6)"""
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
+def side_by_side(
+    config: ModelConfig,
+    path: str,
+    fused: str,
+    in_features: int,
+    schemes: Schemes,
+    bias: bool,
+    input_name: str,
+    gated: bool = False,
+) -> dict[str, Linear]:
+    """The linears of a row of ``FUSED`` in the layer ``path``, by the names they have in the graph.
+
+    One whose outputs are those of all, where all are stored alike, and with ``gated`` the first gates the second; else
+    one for each.
+    """
+    parts = FUSED[fused](config)
+    parent, _, name = fused.rpartition(".")
+    choices = [schemes.of(f"{path}.{parent}.{part}") for part in parts]
+    if schemes.fuse and all(choices[0].agrees(choice) for choice in choices):
+        return {name: Linear(in_features, sum(parts.values()), choices[0], bias, input_name, gated=gated)}
+    exposing = [input_name, *(None for _ in choices[1:])]  # they have one input
+    return {
+        part: Linear(in_features, rows, choice, bias, exposed)
+        for (part, rows), choice, exposed in zip(parts.items(), choices, exposing, strict=True)
+    }
+
+
+def concatenated(op: OpBuilder, linears: Iterable[Linear], x: ir.Value, step: Step, norm: Norm) -> ir.Value:
+    """``linear(norm(x))`` of each of ``linears``, their outputs next to each other."""
+    outputs = [linear(op, x, step, norm=norm) for linear in linears]
+    return outputs[0] if len(outputs) == 1 else op.Concat(*outputs, axis=-1)
+
+
+class Embedding(Stored):
+    """Rows of a (vocab_size, hidden_size) weight; each row is contiguous, so a part is declared as a matrix."""
+
+    def declared_shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        return stored[0], math.prod(stored[1:])
+
+    def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
+        return self.scheme.lookup(op, input_ids, self.parts, self.shape)
+
+
+class RMSNorm(nn.Module):
+    """Zhang & Sennrich, arXiv 1910.07467, eq. 4: its weight; what reads the result applies it."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter((size,))
+        self.eps = eps
+
+    def forward(self, op: OpBuilder) -> Norm:
+        return Norm(self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``"""
+
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
+        super().__init__()
+        hidden, inner, path = config.hidden_size, config.intermediate_size, f"model.layers.{layer}"
+        self.gate_up = side_by_side(
+            config, path, "mlp.gate_up_proj", hidden, schemes,
+            bias=False, input_name=f"{path}.post_attention_layernorm", gated=True,
+        )  # fmt: skip
+        for name, linear in self.gate_up.items():
+            setattr(self, name, linear)
+        self.down_proj = Linear(
+            inner, hidden, schemes.of(f"{path}.mlp.down_proj"),
+            input_name=f"{path}.mlp.down_proj.input", output_name=f"{path}.mlp",
+        )  # fmt: skip
+
+    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: Step) -> ir.Value:
+        """``x + mlp(norm(x))``"""
+        outputs = [linear(op, x, step, norm=norm) for linear in self.gate_up.values()]
+        gated = outputs[0] if len(outputs) == 1 else swiglu(op, *outputs)  # (T, I)
+        return self.down_proj(op, gated, step, residual=x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache; rotary embedding and q/k norm inside the operator."""
+
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
+        super().__init__()
+        self.config, self.layer, path = config, layer, f"model.layers.{layer}"
+        self.qkv = side_by_side(
+            config, path, "self_attn.qkv_proj", config.hidden_size, schemes,
+            bias=config.architecture.attention_bias, input_name=f"{path}.input_layernorm",
+        )  # fmt: skip
+        for name, linear in self.qkv.items():
+            setattr(self, name, linear)
+        self.o_proj = Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, schemes.of(f"{path}.self_attn.o_proj"),
+            input_name=f"{path}.self_attn.o_proj.input", output_name=f"{path}.self_attn",
+        )  # fmt: skip
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
+
+    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: Step) -> ir.Value:
+        """``x + attention(norm(x))``"""
+        inputs, config = step.inputs, self.config
+        attended = op.PagedAttention(
+            concatenated(op, self.qkv.values(), x, step, norm), None, None,  # packed: no separate key and value
+            inputs[key_cache_name(self.layer)], inputs[value_cache_name(self.layer)],
+            inputs[CUMULATIVE_LENGTHS], inputs[PAST_LENGTHS], inputs[BLOCK_TABLE], step.cos, step.sin,
+            None, None,  # slot_mapping, head_sink
+            self.q_norm(op).weight if self.q_norm else None, self.k_norm(op).weight if self.k_norm else None,
+            inputs.get(key_scale_name(self.layer)), inputs.get(value_scale_name(self.layer)),
+            num_heads=config.num_attention_heads, kv_num_heads=config.num_key_value_heads,
+            do_rotary=1, scale=config.head_dim**-0.5, qk_norm_epsilon=config.rms_norm_eps, _domain=PLUGIN_DOMAIN,
+        )  # fmt: skip
+        return self.o_proj(op, attended, step, residual=x)

@@ -1,0 +1,111 @@
+"""The Qwen graph: the same modules and the same names as ``transformers``' Qwen2 and Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder, OpBuilder, nn
+
+from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.graph.layers import MLP, Attention, Embedding, Linear, RMSNorm, Schemes, Step, Stored
+from qwen_build.graph.rope import rope_tables
+from qwen_build.quantization.schemes import Norm
+from qwen_engine.graph_io import INPUT_IDS, LOGITS, LOGITS_INDICES, PLUGIN_DOMAIN, TensorSpec, logits_output
+
+OPSET = 23  # first with RMSNormalization
+DTYPES = {
+    "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "int8": ir.DataType.INT8,
+}
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
+        super().__init__()
+        self.path = f"model.layers.{layer}"
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, schemes)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, layer, schemes)
+
+    def forward(self, op: OpBuilder, x: ir.Value, step: Step) -> ir.Value:
+        x = self.self_attn(op, x, self.input_layernorm(op), step)
+        return step.expose(self.path, self.mlp(op, x, self.post_attention_layernorm(op), step))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, schemes: Schemes):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, schemes.of("model.embed_tokens").scheme)
+        self.layers = nn.ModuleList([DecoderLayer(config, i, schemes) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, op: OpBuilder, step: Step) -> tuple[ir.Value, Norm]:
+        """What the head multiplies (L, H), and the norm it still has to go through."""
+        x = step.expose("model.embed_tokens", self.embed_tokens(op, step.inputs[INPUT_IDS]))  # (T, H)
+        for layer in self.layers:
+            x = layer(op, x, step)
+        x = op.Gather(x, step.inputs[LOGITS_INDICES])  # (L, H): the vocabulary is multiplied only where asked
+        return x, self.norm(op)
+
+
+class CausalLM(nn.Module):
+    """A tied head is a linear like any other; the weights file holds its bytes once, see ``export.py``."""
+
+    def __init__(self, config: ModelConfig, schemes: Schemes):
+        super().__init__()
+        self.model = Decoder(config, schemes)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, schemes.of("lm_head"), input_name="model.norm")
+
+    def forward(self, op: OpBuilder, step: Step) -> ir.Value:
+        x, norm = self.model(op, step)
+        return self.lm_head(op, x, step, norm=norm)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The graph, its weights still without values.
+
+    ``stored`` holds the modules whose weight a scheme stores, ``plain`` the remaining parameters
+    (norms and biases, 1-D float32), both by the name of the weight in the checkpoint's manner.
+    """
+
+    model: ir.Model
+    stored: Mapping[str, Stored]
+    plain: Mapping[str, ir.Value]
+
+
+def build_graph(
+    config: ModelConfig, schemes: Schemes, inputs: Sequence[TensorSpec], max_seq_len: int, expose: bool = False
+) -> Graph:
+    """Define the engine graph over ``inputs`` (see :mod:`qwen_engine.graph_io`).
+
+    With ``expose`` the output of every sub-block is an output of the graph too, named as the module
+    in Hugging Face; the input of ``o_proj`` and ``down_proj`` is named ``….input``.
+    """
+    opsets = {"": OPSET, "com.microsoft": 1, PLUGIN_DOMAIN: 1}
+    graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name="qwen")
+    builder = GraphBuilder(graph)
+    values = {spec.name: builder.input(spec.name, DTYPES[spec.dtype], list(spec.shape)) for spec in inputs}
+    cos, sin = rope_tables(config.head_dim, config.rope_theta, max_seq_len)
+    step = Step(
+        values,
+        builder.op.initializer(ir.tensor(cos), "rope.cos"),
+        builder.op.initializer(ir.tensor(sin), "rope.sin"),
+        exposing=expose,
+    )
+    model = CausalLM(config, schemes)
+    logits = model(builder.op, step)
+    for name, value in {LOGITS: logits, **step.exposed}.items():
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        builder.add_output(value, name)
+    logits.shape = ir.Shape(logits_output(config.vocab_size).shape)
+    stored = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Stored)}
+    held = {id(part) for module in stored.values() for part in module.parts.values()}
+    plain = {name: value for name, value in model.named_parameters() if id(value) not in held}
+    return Graph(ir.Model(graph, ir_version=11), stored, plain)

@@ -1,0 +1,172 @@
+"""From the names in a Hugging Face checkpoint to the weights of the graph.
+
+A graph weight has the name it has in the checkpoint. ``FUSED`` and the tied head are the only
+exceptions: adding an architecture means adding its rows here. Where the parts of a fused weight are not
+stored alike, the graph has the parts, by their own names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.packed import PackedSource, is_packed
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_engine.errors import CheckpointError, WeightMismatch
+
+Shape = tuple[int, ...]
+
+# graph module -> the checkpoint modules whose rows follow each other in it, and how many rows each has
+FUSED: dict[str, Callable[[ModelConfig], dict[str, int]]] = {
+    "self_attn.qkv_proj": lambda c: {
+        "q_proj": c.num_attention_heads * c.head_dim,
+        "k_proj": c.num_key_value_heads * c.head_dim,
+        "v_proj": c.num_key_value_heads * c.head_dim,
+    },
+    "mlp.gate_up_proj": lambda c: {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
+}
+# the linears of a decoder layer that are nobody's part
+ALONE = ("self_attn.o_proj", "mlp.down_proj")
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+
+# tensors some checkpoints have and no graph needs
+IGNORED = ("rotary_emb.inv_freq",)
+
+# Rows of a tied head that are compared with the embedding at a time.
+_COMPARED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint tensors whose rows, one tensor after the other, are the rows of a graph weight."""
+
+    shapes: tuple[tuple[str, Shape], ...]
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the graph weight, float32."""
+        pieces = [checkpoint.read(*rows) for rows in row_ranges(self.shapes, start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def row_ranges(shapes: Iterable[tuple[str, Shape]], start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    """Which rows of which of the tensors ``shapes``, one after the other, are rows [start, stop) of them all.
+
+    >>> list(row_ranges([("q", (4,)), ("k", (2,)), ("v", (2,))], 3, 6))
+    [('q', 3, 4), ('k', 0, 2)]
+    """
+    for name, (rows, *_) in shapes:
+        if start < rows and stop > 0:
+            yield name, max(start, 0), min(stop, rows)
+        start, stop = start - rows, stop - rows
+
+
+AnySource = Source | PackedSource
+
+
+def linear_names(config: ModelConfig) -> list[str]:
+    """Every linear and the embedding, by its name in the checkpoint."""
+    fused = [f"{module.rpartition('.')[0]}.{part}" for module, parts in FUSED.items() for part in parts(config)]
+    layers = [f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in (*fused, *ALONE)]
+    return ["model.embed_tokens", *layers, "lm_head"]
+
+
+def source(name: str, shape: Shape, config: ModelConfig) -> Source:
+    """Where the graph weight ``name`` of ``shape`` comes from: ``qkv_proj.bias`` from three biases, and so on."""
+    if name == HEAD and config.tie_word_embeddings:
+        return Source(((EMBEDDING, shape),))
+    module, _, kind = name.rpartition(".")
+    for fused, parts in FUSED.items():
+        if module.endswith(f".{fused}"):
+            parent = module.rpartition(".")[0]
+            return Source(
+                tuple((f"{parent}.{part}.{kind}", (rows, *shape[1:])) for part, rows in parts(config).items())
+            )
+    return Source(((name, shape),))
+
+
+def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig) -> dict[str, AnySource]:
+    """The source of each graph weight, after graph and checkpoint were found to agree both ways.
+
+    Args:
+        shapes: graph weight name -> the (out_features, in_features) or (size,) the graph declares for it.
+
+    Raises:
+        WeightMismatch: tensors are missing, unused, or of another shape; all of them in one message.
+    """
+    floats = {name: source(name, shape, config) for name, shape in shapes.items()}
+    plan = {name: packed_source(mapped, checkpoint, config) or mapped for name, mapped in floats.items()}
+    needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
+    present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if not name.endswith(IGNORED)}
+    for name in [name for name in present.keys() - needed.keys() if is_empty_bias(name, checkpoint)]:
+        del present[name]
+    stored_head = present.pop(HEAD, None) if config.tie_word_embeddings else None
+    check_agreement(needed, present)
+    if stored_head is not None:
+        check_tied(checkpoint)
+    return plan
+
+
+def packed_source(floats: Source, checkpoint: Checkpoint, config: ModelConfig) -> PackedSource | None:
+    """The packed linears that the checkpoint has in place of all the tensors of ``floats``, if it has."""
+    linears = [(name.removesuffix(".weight"), shape) for name, shape in floats.shapes]
+    if config.packed is None or not all(is_packed(checkpoint, linear) for linear, _ in linears):
+        return None
+    return PackedSource(config.packed, tuple((linear, shape[0]) for linear, shape in linears), linears[0][1][1])
+
+
+def is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether ``name`` is the bias of zeros that AutoGPTQ gives a packed linear which has none."""
+    linear, _, kind = name.rpartition(".")
+    return kind == "bias" and is_packed(checkpoint, linear) and not checkpoint.read(name).any()
+
+
+def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a config with more layers than the checkpoint: before a graph of what may be any number is made.
+
+    Raises:
+        WeightMismatch: names the first layer that is missing.
+    """
+    present = {int(match[1]) for name in checkpoint.tensors if (match := LAYER.match(name))}
+    missing = next(layer for layer in range(len(present) + 1) if layer not in present)
+    if missing < config.num_hidden_layers:
+        raise WeightMismatch(
+            f"config.json has num_hidden_layers {config.num_hidden_layers}, the checkpoint lacks model.layers.{missing}"
+        )
+
+
+def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -> None:
+    """Raise :class:`WeightMismatch` unless names and shapes are the same on both sides."""
+    complaints = []
+    if missing := sorted(needed.keys() - present.keys()):
+        complaints.append(f"the checkpoint lacks {', '.join(missing)}")
+    if unused := sorted(present.keys() - needed.keys()):
+        complaints.append(f"the graph has no place for {', '.join(unused)}")
+    complaints += [
+        f"{name}: graph expects {needed[name]}, checkpoint has {present[name]}"
+        for name in sorted(needed.keys() & present.keys())
+        if needed[name] != present[name]
+    ]
+    if complaints:
+        raise WeightMismatch("; ".join(complaints))
+
+
+def check_tied(checkpoint: Checkpoint) -> None:
+    """A checkpoint that is tied by its config may store the head again, but not another one."""
+    embedding, head = checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]
+    equal = embedding.shape == head.shape and all(
+        np.array_equal(checkpoint.read(EMBEDDING, row, stop), checkpoint.read(HEAD, row, stop))
+        for row in range(0, head.shape[0], _COMPARED_ROWS)
+        for stop in [min(row + _COMPARED_ROWS, head.shape[0])]
+    )
+    if not equal:
+        raise CheckpointError(
+            "config.json ties the head to the embedding (tie_word_embeddings true), but its lm_head.weight "
+            "differs from model.embed_tokens.weight; set tie_word_embeddings to false if the head is its own"
+        )

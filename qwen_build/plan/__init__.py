@@ -1,0 +1,1 @@
+"""What was asked for, and which linear is stored how."""

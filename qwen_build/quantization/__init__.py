@@ -1,0 +1,1 @@
+"""Grids, and the schemes that store a weight on them."""

@@ -1,0 +1,459 @@
+"""How the weight of a linear layer or an embedding is stored, and multiplied with.
+
+A scheme is one class with everything that has to agree on the stored layout: how a weight is
+written, how it is read back, its shapes, and the operators that read it. Weights are
+(out_features, in_features); every stored part has blocks of ``block_rows`` of their rows, one after the
+other, as its first axis. A block depends on its rows alone, so a weight can be written some blocks at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from qwen_build.quantization.grid import Grid, Rounded
+from qwen_engine.errors import BuildError
+from qwen_engine.graph_io import PLUGIN_DOMAIN
+from qwen_engine.manifest import Quantization
+from qwen_plugin.layout import (
+    BLOCK_COLUMNS,
+    GROUP_SIZES,
+    LEAST_SCALE,
+    PANEL,
+    PANELS,
+    pack_panels,
+    panel_bytes,
+    round_block_scales,
+    round_scales,
+    unpack_panels,
+)
+
+MICROSOFT = "com.microsoft"
+
+Tensors = dict[str, np.ndarray]
+Values = Mapping[str, ir.Value]
+Shape = tuple[int, int]  # (out_features, in_features)
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """Shape and type of one stored tensor; the first axis counts blocks of rows."""
+
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype.bitwidth) // 8
+
+
+# activation precision -> accuracy_level of MatMulNBits. Levels 0 to 3 are the same on CPU.
+ACCURACY_LEVELS = {"int8": 4, "float32": 1}
+
+# The layout in the manifest that is not of qwen_plugin/layout.py: row after row.
+ROWS = "rows"
+
+
+class Scheme(Protocol):
+    """What the graph, the weight writer and the manifest need from a way to store weights of some ``shape``."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a weight that are stored together; what is written begins at a multiple of it."""
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+        """The stored tensors of a weight, by the name they have behind the module's."""
+
+    def quantize(self, weight: np.ndarray) -> Tensors:
+        """``weight`` (out_features, in_features) float32, or some of its blocks of rows, as stored.
+
+        Raises:
+            OverflowError: a value is larger than the scheme can store.
+        """
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+        """The float32 weight the engine computes with."""
+
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+        """``x @ weight.T + bias`` for x (T, in_features)."""
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+        """Rows ``token_ids`` (T) of the weight, (T, in_features) float32."""
+
+    @property
+    def record(self) -> Quantization:
+        """The scheme as the manifest describes it."""
+
+
+@dataclass(frozen=True)
+class Float32:
+    """The weight as it is, in float32: 16-bit checkpoints are represented exactly."""
+
+    block_rows = 1
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+        return {"weight": StoredPart(shape, ir.DataType.FLOAT)}
+
+    def quantize(self, weight: np.ndarray) -> Tensors:
+        return {"weight": weight}
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+        return tensors["weight"]
+
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+        return op.Gemm(x, weight["weight"], bias, transB=1)
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+        return op.Gather(weight["weight"], token_ids)
+
+    @property
+    def record(self) -> Quantization:
+        return Quantization("none", 32, 0, True, "float32", "stock", ROWS, "group", "group", "none")
+
+
+@dataclass(frozen=True)
+class StockInt:
+    """A grid as ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read it.
+
+    ``packed`` (out_features, groups, group_size * bits / 8) uint8; ``scales`` (out_features, groups) float32; unless
+    symmetric, ``zero_points`` (out_features, groups * bits / 8 rounded up) uint8.
+
+    ``activations`` "int8" rounds each input row to int8, group by group, before it is multiplied.
+    """
+
+    grid: Grid
+    activations: str
+
+    block_rows = 1
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+        out_features, in_features = shape
+        bits, group_size = self.grid.bits, self.grid.group_size
+        groups = -(-in_features // group_size)
+        parts = {
+            "packed": StoredPart((out_features, groups, group_size * bits // 8), ir.DataType.UINT8),
+            "scales": StoredPart((out_features, groups), ir.DataType.FLOAT),
+        }
+        if not self.grid.symmetric:
+            parts["zero_points"] = StoredPart((out_features, -(-groups * bits // 8)), ir.DataType.UINT8)
+        return parts
+
+    def round(self, weight: np.ndarray) -> Rounded:
+        """``weight`` (out_features, in_features) float32 on the grid, without calibration."""
+        return self.grid.round(weight, self.storable)
+
+    def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
+        """The nearest scales that can be stored: all."""
+        return scales
+
+    storable_alone = storable
+
+    def quantize(self, weight: np.ndarray) -> Tensors:
+        return self.store(self.round(weight))
+
+    def store(self, rounded: Rounded) -> Tensors:
+        """A weight that is on the grid already, as stored."""
+        tensors = {"packed": pack(rounded.q, self.grid.bits), "scales": rounded.scales}
+        if rounded.zero_points is not None:
+            # a row ends with a whole byte
+            padding = -rounded.zero_points.shape[1] % (8 // self.grid.bits)
+            tensors["zero_points"] = pack(np.pad(rounded.zero_points, ((0, 0), (0, padding))), self.grid.bits)
+        return tensors
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+        scales, zero_points = tensors["scales"], tensors.get("zero_points")
+        if zero_points is not None:
+            zero_points = unpack(zero_points, self.grid.bits)[:, : scales.shape[1]]
+        return self.grid.values(Rounded(unpack(tensors["packed"], self.grid.bits), scales, zero_points), shape[1])
+
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+        return op.MatMulNBits(
+            x, weight["packed"], weight["scales"], weight.get("zero_points"), None, bias,
+            N=shape[0], K=shape[1], bits=self.grid.bits, block_size=self.grid.group_size,
+            accuracy_level=ACCURACY_LEVELS[self.activations], _domain=MICROSOFT,
+        )  # fmt: skip
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+        rows = op.GatherBlockQuantized(
+            weight["packed"], token_ids, weight["scales"], weight.get("zero_points"),
+            bits=self.grid.bits, block_size=self.grid.group_size, gather_axis=0, quantize_axis=1, _domain=MICROSOFT,
+        )  # fmt: skip
+        if shape[1] % self.grid.group_size == 0:
+            return rows
+        return op.Slice(rows, [0], [shape[1]], [1])  # the padding of the last group
+
+    @property
+    def record(self) -> Quantization:
+        return int_record(self.grid, self.activations, "stock", ROWS)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The weight of an RMS norm, float32 (features), and its epsilon."""
+
+    weight: ir.Value
+    eps: float
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What the native operator computes along with a product.
+
+    The product's input is ``norm`` of x. With ``permutation`` int32 (in_features), stored column k multiplies column
+    permutation[k] of the input. ``input_scale`` float32 (1) is what a scheme whose activation scales are static rounds
+    the input with. At last ``residual`` (T, out_features) is added; or, with ``swiglu`` and a weight in gated panels,
+    silu of the product's first half is multiplied with the second.
+    """
+
+    norm: Norm | None = None
+    swiglu: bool = False
+    residual: ir.Value | None = None
+    permutation: ir.Value | None = None
+    input_scale: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class NativeInt:
+    """A grid as the plugin's ``QuantLinear`` and ``QuantEmbedding`` read it: panels, see ``qwen_plugin/layout.py``.
+
+    Scales are rounded to what a panel holds before q is computed. ``activations`` "int8" rounds each input row to
+    int8 before it is multiplied; "int8x2" to about 15 bits. ``activation_scales``: each "group" of a row has a scale
+    of its own, a "block" of 128 columns has one, a row ("token"), or the linear has a constant one ("static"), which
+    comes from calibration. Blocks are for 4 bits in groups of 32 or 64 alone, and make the weight's scales small whole
+    multiples of a unit: sums over a block are then exact, in whatever order AMX tiles take them.
+    """
+
+    grid: Grid
+    activations: str
+    activation_scales: str = "group"
+
+    block_rows = PANEL
+
+    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+        out_features, in_features = shape
+        grid = self.grid
+        bytes_each = panel_bytes(in_features, grid.bits, grid.group_size, grid.symmetric, self._blocks)
+        return {"panels": StoredPart((-(-out_features // PANEL), bytes_each), ir.DataType.UINT8)}
+
+    def round(self, weight: np.ndarray) -> Rounded:
+        """``weight`` (out_features, in_features) float32 on the grid, without calibration.
+
+        Raises:
+            OverflowError: a value is larger than the layout can store.
+        """
+        rounded = self.grid.round(weight, self.storable)
+        if not np.isfinite(rounded.scales).all():
+            largest = float(np.abs(weight).max())
+            raise OverflowError(f"{largest:g} is too large for the native layout's float16 scales")
+        return rounded
+
+    def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
+        """The nearest scales (out_features, groups) that can be stored beside these zero points."""
+        if self._blocks:
+            return round_block_scales(scales, self.grid.group_size, zero_points)
+        return round_scales(scales)
+
+    def storable_alone(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
+        """The nearest scales that can be stored of groups for themselves, whatever others of a block have."""
+        alone = round_scales(scales)
+        return alone.clip(min=LEAST_SCALE) if self._blocks else alone
+
+    def quantize(self, weight: np.ndarray) -> Tensors:
+        return self.store(self.round(weight))
+
+    def store(self, rounded: Rounded) -> Tensors:
+        """A weight that is on the grid already, as stored.
+
+        Raises:
+            OverflowError: the layout cannot hold a scale exactly.
+        """
+        lost = self.storable(rounded.scales, rounded.zero_points) != rounded.scales
+        if lost.any():
+            raise OverflowError(f"the native layout's float16 scales cannot hold the scale {rounded.scales[lost][0]:g}")
+        q = rounded.q.reshape(len(rounded.q), -1)
+        grid = self.grid
+        panels = pack_panels(q, rounded.scales, rounded.zero_points, grid.bits, grid.group_size, self._blocks)
+        return {"panels": panels}
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+        bits, group_size = self.grid.bits, self.grid.group_size
+        padded = -(-shape[1] // group_size) * group_size
+        q, scales, zero_points = unpack_panels(
+            tensors["panels"], shape[0], padded, bits, group_size, self.grid.symmetric, self._blocks
+        )
+        return self.grid.values(Rounded(q.reshape(*scales.shape, group_size), scales, zero_points), shape[1])
+
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+        return self.fused_linear(op, x, weight, bias, shape, Fusion())[0]
+
+    def fused_linear(
+        self,
+        op: OpBuilder,
+        x: ir.Value,
+        weight: Values,
+        bias: ir.Value | None,
+        shape: Shape,
+        fusion: Fusion,
+        with_input: bool = False,
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """The product with ``fusion`` around it; ``with_input`` also the input of the product (T, in_features)."""
+        norm = fusion.norm
+        outputs = op.QuantLinear(
+            x, weight["panels"], bias, norm.weight if norm else None, fusion.residual,
+            fusion.permutation, fusion.input_scale,
+            **self._attributes(shape), precision=self.activations, activation_scales=self.activation_scales,
+            swiglu=int(fusion.swiglu), **({"epsilon": norm.eps} if norm else {}),
+            _domain=PLUGIN_DOMAIN, _outputs=1 + with_input,
+        )  # fmt: skip
+        return (outputs[0], outputs[1]) if with_input else (outputs, None)
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+        return op.QuantEmbedding(
+            token_ids, weight["panels"], **self._attributes(shape), blocks=int(self._blocks), _domain=PLUGIN_DOMAIN
+        )
+
+    def _attributes(self, shape: Shape) -> dict[str, int]:
+        grid = self.grid
+        return {
+            "N": shape[0],
+            "K": shape[1],
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "symmetric": int(grid.symmetric),
+        }
+
+    @property
+    def _blocks(self) -> bool:
+        return self.activation_scales == "block"
+
+    @property
+    def record(self) -> Quantization:
+        return int_record(self.grid, self.activations, "native", PANELS, self.activation_scales)
+
+
+# the schemes that round to a grid
+IntScheme = NativeInt | StockInt
+
+
+def int_record(
+    grid: Grid, activations: str, kernels: str, layout: str, activation_scales: str = "group"
+) -> Quantization:
+    return Quantization(
+        f"int{grid.bits}", grid.bits, grid.group_size, grid.symmetric, activations, kernels, layout,
+        grid.weight_scales, activation_scales, "rtn",
+    )  # fmt: skip
+
+
+def pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """Store 4-bit values two to a byte along the last axis, the even index in the low half.
+
+    >>> pack(np.array([[1, 2, 3, 4]], np.uint8), bits=4).tolist()
+    [[33, 67]]
+    """
+    return q if bits == 8 else q[..., 0::2] | q[..., 1::2] << 4
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Invert :func:`pack`."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class SchemeRow:
+    """A choice of ``--quant``: its bits (0: float32), whether its grid is symmetric unless asked, what it is for.
+
+    A zero point takes a fifth of int4's KL off and nothing of int8's: tables of ``benchmarks/schemes.py``.
+    """
+
+    bits: int
+    symmetric: bool
+    help: str
+
+
+@dataclass(frozen=True)
+class KernelsRow:
+    """A choice of ``--kernels``: who stores and multiplies integers, in which precisions; the first is the default."""
+
+    store: type[NativeInt] | type[StockInt]
+    activations: tuple[str, ...]
+
+
+# name on the command line -> scheme; option choices, help text and tests are made from these tables
+SCHEMES = {
+    "none": SchemeRow(0, True, "float32, equal to Hugging Face"),
+    "int8": SchemeRow(8, True, "8-bit weights, a scale for each group"),
+    "int4": SchemeRow(4, False, "4-bit weights, a scale for each group"),
+}
+KERNELS = {
+    "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32")),
+    "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS)),
+}
+
+# see Grid and NativeInt
+WEIGHT_SCALES = ("group", "channel", "tensor")
+ACTIVATION_SCALES = ("group", "block", "token", "static")
+
+
+def make_scheme(
+    name: str,
+    group_size: int,
+    symmetric: bool | None,
+    activations: str | None,
+    kernels: str,
+    weight_scales: str = "group",
+    activation_scales: str | None = None,
+) -> Scheme:
+    """The scheme called ``name`` on the command line; None is the default of the tables.
+
+    ``activation_scales`` are of a "block" by default where they can be, and of a "group" elsewhere.
+
+    Raises:
+        BuildError: an option is not one of its table, or does not go with ``kernels``.
+    """
+    for option, value, choices in (
+        ("quant", name, tuple(SCHEMES)),
+        ("group-size", group_size, GROUP_SIZES),
+        ("kernels", kernels, tuple(KERNELS)),
+        ("weight-scales", weight_scales, WEIGHT_SCALES),
+        ("activation-scales", activation_scales or "group", ACTIVATION_SCALES),
+    ):
+        if value not in choices:
+            raise BuildError(f"--{option} {value} is not one of {', '.join(map(str, choices))}")
+    row, store, precisions = SCHEMES[name], KERNELS[kernels].store, KERNELS[kernels].activations
+    if activations is not None and activations not in precisions:
+        raise BuildError(f"--kernels {kernels} has no --activations {activations}; choose {' or '.join(precisions)}")
+    if not row.bits:
+        return Float32()
+    shared = weight_scales != "group"
+    if shared and symmetric is False:
+        raise BuildError(f"--weight-scales {weight_scales} goes with symmetric grids only; leave --asymmetric out")
+    grid = Grid(row.bits, group_size, shared or row.symmetric if symmetric is None else symmetric, weight_scales)
+    activations = activations or precisions[0]
+    if store is StockInt:
+        for option, chosen in (("weight-scales", weight_scales), ("activation-scales", activation_scales)):
+            if chosen not in (None, "group"):
+                raise BuildError(f"--kernels stock has no --{option} {chosen}; use --kernels native")
+        return StockInt(grid, activations)
+    return _native_int(grid, activations, activation_scales)
+
+
+def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> NativeInt:
+    if activations == "float32" and activation_scales not in (None, "group"):
+        raise BuildError(f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2")
+    small_groups = grid.weight_scales == "group" and grid.group_size < BLOCK_COLUMNS
+    blocks = grid.bits == 4 and small_groups and activations != "float32"
+    if activation_scales == "block" and not blocks:
+        raise BuildError(
+            "--activation-scales block goes with int4 in groups of 32 or 64 and a scale for each group, found "
+            f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, "
+            "or leave it out"
+        )
+    return NativeInt(grid, activations, activation_scales or ("block" if blocks else "group"))

@@ -1,0 +1,1 @@
+"""The files of an engine, written whole or not at all."""

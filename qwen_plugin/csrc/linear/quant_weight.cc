@@ -1,0 +1,39 @@
+#include "linear/quant_weight.h"
+
+#include <string>
+
+#include "operator/operator.h"
+
+QuantWeight ReadWeight(const operators::Attributes& attributes, bool has_blocks) {
+  constexpr int64_t kMost = int64_t(1) << 30;
+  QuantWeight w = {};
+  w.out_features = attributes.Int("N", 0, 1, kMost);
+  w.in_features = attributes.Int("K", 0, 1, kMost);
+  w.bits = int(attributes.Int("bits", 0, 4, 8));
+  if (w.bits != 4 && w.bits != 8) attributes.Refuse("bits", std::to_string(w.bits), "4 or 8");
+  w.group_size = attributes.Int("group_size", 0, 32, kMaxGroup);
+  if (w.group_size != 32 && w.group_size != 64 && w.group_size != 128)
+    attributes.Refuse("group_size", std::to_string(w.group_size), "32, 64 or 128");
+  w.symmetric = attributes.Int("symmetric", -1, 0, 1) == 1;
+  if (has_blocks && w.bits != 4) attributes.Refuse("bits", std::to_string(w.bits), "4, as scales are of blocks");
+  if (has_blocks && w.group_size >= kBlockColumns)
+    attributes.Refuse("group_size", std::to_string(w.group_size), "32 or 64, as scales are of blocks");
+  const auto lines = [&](int64_t bytes) { return CeilDiv(bytes, 64) * 64; };
+  w.groups = CeilDiv(w.in_features, w.group_size);
+  w.block_groups = has_blocks ? kBlockColumns / w.group_size : 1;
+  w.blocks = CeilDiv(w.groups, w.block_groups);
+  w.panels = CeilDiv(w.out_features, kPanel);
+  w.group_bytes = w.group_size * 4 * w.bits;
+  w.header_bytes = 2 * kPanel + (has_blocks ? lines(w.block_groups * (w.symmetric ? 16 : 32)) : 0);
+  w.block_bytes = w.header_bytes + w.block_groups * w.group_bytes;
+  w.prefix_bytes = w.symmetric || has_blocks ? 0 : lines(w.groups * 4 * w.bits);
+  w.panel_bytes = w.prefix_bytes + w.blocks * w.header_bytes + w.groups * w.group_bytes;
+  return w;
+}
+
+void SetWeight(QuantWeight& w, const operators::Tensor& tensor) {
+  tensor.Require();
+  tensor.Expect(operators::kUint8, {w.panels, w.panel_bytes},
+                "(panels, panel_bytes) of N, K, bits, group_size, symmetric and blocks");
+  w.weight = tensor.as<uint8_t>();
+}

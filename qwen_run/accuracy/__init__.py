@@ -1,0 +1,1 @@
+"""How close an engine is to Hugging Face: both sides, the numbers, the verdict."""

@@ -1,0 +1,411 @@
+"""One engine judged: every document through both sides, the metrics, the verdicts, the report.
+
+The phases follow one another so that only one reference is in memory at a time. What each finds of a document is
+kept in a journal as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qwen_engine import __version__
+from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest, Quantization
+from qwen_run.accuracy.answer_cost import ANSWER_TOKENS, measure_cost
+from qwen_run.accuracy.both_sides import (
+    Prompt,
+    answer_text,
+    compare_sequence,
+    engine_layers,
+    engine_logits,
+    greedy,
+    layer_errors,
+    make_prompt,
+    timed,
+)
+from qwen_run.accuracy.datasets import Document, load_dataset
+from qwen_run.accuracy.gate import THRESHOLDS, Threshold, judge, load_thresholds, parse_threshold
+from qwen_run.accuracy.journal import Journal
+from qwen_run.accuracy.metrics import (
+    Positions,
+    continuation_agreement,
+    first_divergence,
+    rouge,
+    rouge_scores,
+    summarise_positions,
+    worst_position,
+)
+from qwen_run.accuracy.reference import CHUNK_TOKENS, Recipe
+from qwen_run.accuracy.reference_sources import Layers, LiveSources, Open, Phase, SavedSources, find_checkpoint
+from qwen_run.accuracy.report import (
+    SCHEMA_VERSION,
+    Cost,
+    DatasetInfo,
+    EngineInfo,
+    LayerError,
+    LogitPairs,
+    Report,
+    SampleResult,
+    WorstPosition,
+    compare_baseline,
+)
+from qwen_run.accuracy.saved_reference import Identity
+from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.machine import physical_cores
+from qwen_run.text.text_model import TextModel
+
+# Packages whose versions the report names.
+VERSIONED = ("onnxruntime", "numpy", "tokenizers", "rouge-score")
+# Prompts whose answers are timed.
+TIMED_PROMPTS = 3
+# Tokens shown on each side of the worst position.
+CONTEXT_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``qwen-summarize``, by their names there."""
+
+    checkpoint: str | None = None
+    dataset: str = "default"
+    document_field: str = "document"
+    summary_field: str = "summary"
+    max_samples: int | None = 20
+    max_new_tokens: int = 64
+    check: bool = False
+    thresholds: Path | None = None
+    threshold: Sequence[str] = ()
+    baseline: Path | None = None
+    save_reference: Path | None = None
+    reference: Path | None = None
+    cost: bool = True
+    resume: bool = False
+    threads: int | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document, its prompt and the reference's continuation of it; both sides are compared on ``token_ids``."""
+
+    document: Document
+    prompt: Prompt
+    continuation: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt.token_ids + self.continuation
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What each side wrote of a document, and the summary a person wrote."""
+
+    engine: str
+    reference: str
+    summary: str
+
+
+class Assessment:
+    """The work on one engine, phase by phase; every method keeps its results in the journal.
+
+    ``seconds``: how long reference and engine took, for what was not in the journal already.
+    """
+
+    def __init__(
+        self, engine_directory: Path, threads: int, model: TextModel, journal: Journal, max_new_tokens: int
+    ) -> None:
+        self.engine_directory, self.threads = engine_directory, threads
+        self.model, self.journal, self.max_new_tokens = model, journal, max_new_tokens
+        self.seconds = {"reference": 0.0, "engine": 0.0}
+
+    def continue_samples(self, samples: Sequence[Sample], reference: Open) -> list[Sample]:
+        """Each sample with the reference's greedy continuation."""
+
+        def continuation(sample: Sample) -> list[int]:
+            with self._clock("reference"):
+                return reference().continuation(sample.prompt.token_ids, self.max_new_tokens, self.model.eos_token_ids)
+
+        return [
+            replace(sample, continuation=tuple(self._do("continuation", sample, continuation)))
+            if sample.prompt.continues
+            else sample
+            for sample in self._progress("reference writes", samples)
+        ]
+
+    def compare(self, phase: Phase, samples: Sequence[Sample], reference: Open) -> list[Any]:
+        """Both sides on every sample; what :class:`qwen_run.accuracy.both_sides.Comparison` holds, as plain data.
+
+        Against what was meant, the engine computes with float32 activations, see ``float_activations.py``.
+        """
+
+        @cache
+        def engine() -> Engine:
+            return Engine.load(self.engine_directory, self.threads, float_activations=phase == "as_built")
+
+        def comparison(sample: Sample) -> dict[str, Any]:
+            token_ids = sample.token_ids
+            expected = timed(iter(reference().logits(token_ids)), self.seconds, "reference")
+            found = timed(engine_logits(engine(), token_ids), self.seconds, "engine")
+            result = compare_sequence(expected, found, token_ids)
+            positions = {f.name: getattr(result.positions, f.name).tolist() for f in fields(Positions)}
+            return {"positions": positions, "worst": result.worst, "pairs": result.pairs}
+
+        label = {"original": "compare with the original", "as_built": "compare with what was meant"}[phase]
+        return [self._do(phase, sample, comparison) for sample in self._progress(label, samples)]
+
+    def layers(self, phase: Phase, sample: Sample, layers_of: Layers | None) -> list[LayerError]:
+        """The error of every sub-block on one sample; none where the reference has no layers to show.
+
+        Against the original, errors add up from layer to layer. Against what was meant, the reference computes each
+        sub-block from what the engine fed it, so that an error shows where it is made and nowhere else.
+        """
+        if layers_of is None:
+            return []
+
+        def errors() -> list[dict[str, Any]]:
+            token_ids = sample.token_ids[:CHUNK_TOKENS]
+            engine = Engine.load(
+                self.engine_directory, self.threads, graph=LAYERS_GRAPH_FILE, float_activations=phase == "as_built"
+            )
+            found = engine_layers(engine, token_ids)
+            return [asdict(error) for error in layer_errors(layers_of(token_ids, found), found, phase)]
+
+        return [LayerError(**error) for error in self.journal.do("layers", phase, errors)]
+
+    def costs(self, manifest: Manifest, samples: Sequence[Sample], sources: LiveSources | SavedSources) -> list[Cost]:
+        """What answers cost on both sides."""
+
+        def costs() -> list[dict[str, Any]]:
+            continued = [sample.prompt.token_ids for sample in samples if sample.prompt.continues]
+            prompts = (continued or [sample.prompt.token_ids for sample in samples])[:TIMED_PROMPTS]
+            longest = manifest.limits.max_seq_len - ANSWER_TOKENS
+            prompts = [prompt[:longest] for prompt in prompts]
+            size_bytes = sum(part.size_bytes for part in manifest.parts.values())
+            engine = measure_cost("engine", self.engine_directory, self.threads, prompts, size_bytes)
+            return [asdict(cost) for cost in (engine, sources.cost(prompts, self.threads)) if cost]
+
+        return [Cost(**cost) for cost in self.journal.do("cost", "", costs)]
+
+    def answer(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """The engine's own greedy continuations of the prompts that are continued."""
+
+        def answer(sample: Sample) -> list[int]:
+            with self._clock("engine"):
+                return greedy(self.model, sample.prompt.token_ids, self.max_new_tokens)
+
+        return [self._do("answer", sample, answer) for sample in self._progress("engine writes", samples)]
+
+    def _do(self, phase: str, sample: Sample, compute: Callable[[Sample], Any]) -> Any:
+        return self.journal.do(phase, sample.document.id, lambda: compute(sample))
+
+    def _progress(self, label: str, samples: Sequence[Sample]) -> Iterator[Sample]:
+        return iter(tqdm(samples, desc=label, unit="document", disable=not sys.stderr.isatty()))
+
+    @contextmanager
+    def _clock(self, side: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[side] += time.perf_counter() - started
+
+
+def assess(engine_directory: Path, report_directory: Path, options: Options) -> Report:
+    """Compare the engine with its references and judge it.
+
+    Raises:
+        EngineError: the engine cannot be opened or run.
+        CheckpointError: the checkpoint is gone, was changed, or cannot be loaded.
+        RequestError: the data set, thresholds, journal or saved reference are not what they should be.
+    """
+    started = time.perf_counter()
+    manifest = Manifest.read(engine_directory)
+    thresholds = chosen_thresholds(manifest, options)
+    baseline = Report.read(options.baseline) if options.baseline else None
+    dataset = load_dataset(options.dataset, options.document_field, options.summary_field, options.max_samples)
+    threads = options.threads or physical_cores()
+    identity = Identity(
+        checkpoint=dict(manifest.origin.sha256),
+        dataset=dataset.sha256,
+        recipe=Recipe.read(engine_directory).with_float_activations().digest,
+        options={"max_new_tokens": options.max_new_tokens, "max_seq_len": manifest.limits.max_seq_len},
+    )
+    sources: LiveSources | SavedSources
+    if options.reference:
+        sources = SavedSources.load(options.reference, identity, Path(manifest.origin.checkpoint).name)
+    else:
+        path = find_checkpoint(manifest, options.checkpoint)
+        sources = LiveSources(manifest, engine_directory, path, threads, record=options.save_reference is not None)
+    checks = sources.checks(engine_directory)
+
+    model = TextModel.of(Engine.load(engine_directory, threads))
+    key = {
+        "engine": {name: part.sha256 for name, part in manifest.parts.items()},
+        "reference": asdict(identity) | {"kind": type(sources).__name__},
+    }
+    with Journal(report_directory / "progress.jsonl", key, options.resume) as journal:
+        work = Assessment(engine_directory, threads, model, journal, options.max_new_tokens)
+        samples = [
+            Sample(document, sources.prompt(document) or make_prompt(model, document, options.max_new_tokens))
+            for document in dataset.documents
+        ]
+        with sources.open("original") as (reference, layers_of):
+            samples = work.continue_samples(samples, reference)
+            original = work.compare("original", samples, reference)
+            layers = work.layers("original", samples[0], layers_of)
+        with sources.open("as_built") as (reference, layers_of):
+            as_built = work.compare("as_built", samples, reference)
+            layers += work.layers("as_built", samples[0], layers_of)
+        continued = [sample for sample in samples if sample.prompt.continues]
+        answers = work.answer(continued)
+        costs = work.costs(manifest, samples, sources) if options.cost else []
+    if options.save_reference and isinstance(sources, LiveSources):
+        prompts = {sample.document.id: sample.prompt.token_ids for sample in samples}
+        cost = next((cost for cost in costs if cost.side == "reference"), None)
+        sources.save(options.save_reference, identity, prompts, cost)
+
+    texts = [
+        Texts(answer_text(model, answer), answer_text(model, sample.continuation), sample.document.summary or "")
+        for answer, sample in zip(answers, continued, strict=True)
+    ]
+    positions = [_positions(found) for found in original]
+    metrics = [
+        *summarise_positions("original", positions),
+        *summarise_positions("as_built", [_positions(found) for found in as_built]),
+        *continuation_agreement(answers, [sample.continuation for sample in continued]),
+        *rouge([text.engine for text in texts], [text.summary for text in texts], "rouge.engine"),
+        *rouge([text.reference for text in texts], [text.summary for text in texts], "rouge.reference"),
+        *rouge([text.engine for text in texts], [text.reference for text in texts], "rouge.agreement"),
+    ]
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        engine=engine_info(engine_directory, manifest),
+        checkpoint=sources.checkpoint,
+        dataset=DatasetInfo(dataset.name, dataset.sha256, len(samples), sum(len(found.kl) for found in positions)),
+        versions={"qwen-engine": __version__, **{name: version(name) for name in VERSIONED}},
+        command=options.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds={**work.seconds, "all": time.perf_counter() - started},
+        metrics=tuple(metrics),
+        checks=tuple(checks),
+        verdicts=tuple(judge(metrics, thresholds)),
+        samples=tuple(sample_results(samples, positions, answers, texts)),
+        worst=find_worst(model, samples, original, positions),
+        logits=LogitPairs(*(tuple(x for found in original for x in found["pairs"][side]) for side in (0, 1))),
+        layers=tuple(layers),
+        costs=tuple(costs),
+        baseline=None,
+    )
+    return replace(report, baseline=compare_baseline(report, baseline)) if baseline else report
+
+
+def chosen_thresholds(manifest: Manifest, options: Options) -> tuple[Threshold, ...]:
+    """The thresholds the options ask for; with ``--check`` alone those of the engine's coarsest rounding.
+
+    Raises:
+        RequestError: a threshold does not parse.
+    """
+    chosen: tuple[Threshold, ...] = ()
+    if options.thresholds:
+        chosen = load_thresholds(options.thresholds)
+    elif options.check:
+        chosen = THRESHOLDS[coarsest_scheme(manifest)]
+    return (*chosen, *map(parse_threshold, options.threshold))
+
+
+def coarsest_scheme(manifest: Manifest) -> str:
+    """The scheme with the fewest bits; a float engine with a float16 cache is held to what int8 is."""
+    coarsest = min((linear.quantization for linear in manifest.linears), key=lambda quantization: quantization.bits)
+    return "int8" if coarsest.scheme == "none" and manifest.cache.dtype != "float32" else coarsest.scheme
+
+
+def engine_info(directory: Path, manifest: Manifest) -> EngineInfo:
+    """The engine as the report names it."""
+    weights: Counter[str] = Counter()
+    for linear in manifest.linears:
+        if linear.name.startswith("model.layers."):
+            weights[_scheme_words(linear.quantization)] += linear.in_features * linear.out_features
+    words = "; ".join(
+        kind if len(weights) == 1 else f"{count / weights.total():.0%} of the layers' weights {kind}"
+        for kind, count in weights.most_common()
+    )
+    head = next(record for record in manifest.linears if record.name == "lm_head").quantization
+    words += f"; head {head.scheme if head.group_size else 'float32'}; {manifest.cache.dtype} cache"
+    parts = manifest.parts
+    size_bytes = sum(part.size_bytes for part in parts.values())
+    return EngineInfo(directory.resolve().name, words, size_bytes, {name: part.sha256 for name, part in parts.items()})
+
+
+def _scheme_words(stored: Quantization) -> str:
+    if not stored.group_size:
+        return "float32"
+    grid = "symmetric" if stored.symmetric else "asymmetric"
+    scales = f"groups of {stored.group_size}" if stored.weight_scales == "group" else f"per {stored.weight_scales}"
+    return f"{stored.scheme}, {scales}, {grid}, {stored.activation_words} activations"
+
+
+def sample_results(
+    samples: Sequence[Sample], positions: Sequence[Positions], answers: Sequence[Sequence[int]], texts: Sequence[Texts]
+) -> Iterator[SampleResult]:
+    """One result a document; ``answers`` and ``texts`` are those of the documents that are continued, in order."""
+    written = iter(zip(answers, texts, strict=True))
+    for sample, found in zip(samples, positions, strict=True):
+        answer, text = next(written) if sample.prompt.continues else (None, None)
+        scores: dict[str, float] = {}
+        if text:
+            pairs = {
+                "rouge.engine": (text.engine, text.summary),
+                "rouge.reference": (text.reference, text.summary),
+                "rouge.agreement": (text.engine, text.reference),
+            }
+            scores = {f"{p}.{name}": x for p, pair in pairs.items() for name, x in rouge_scores(*pair).items()}
+        yield SampleResult(
+            id=sample.document.id,
+            kl=tuple(found.kl.tolist()),
+            top1=float(found.top1.mean()),
+            engine_text=text.engine if text else None,
+            reference_text=text.reference if text else None,
+            summary=sample.document.summary,
+            first_divergence=None if answer is None else first_divergence(answer, sample.continuation),
+            rouge=scores,
+        )
+
+
+def find_worst(
+    model: TextModel, samples: Sequence[Sample], found: Sequence[Mapping[str, Any]], positions: Sequence[Positions]
+) -> WorstPosition:
+    """The position with the largest KL against the original weights, with the text around it."""
+    index, position = worst_position(positions)
+    token_ids = samples[index].token_ids
+    _, reference_choice, engine_choice = found[index]["worst"]
+
+    def text(ids: Sequence[int]) -> str:
+        return model.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    return WorstPosition(
+        sample=samples[index].document.id,
+        position=position,
+        kl=float(positions[index].kl[position]),
+        before=text(token_ids[max(0, position + 1 - CONTEXT_TOKENS) : position + 1]),
+        following=text(token_ids[position + 1 : position + 2]),
+        after=text(token_ids[position + 2 : position + 2 + CONTEXT_TOKENS]),
+        reference_choice=text([reference_choice]),
+        engine_choice=text([engine_choice]),
+    )
+
+
+def _positions(found: Mapping[str, Any]) -> Positions:
+    return Positions(**{name: np.array(values, np.float64) for name, values in found["positions"].items()})

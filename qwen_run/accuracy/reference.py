@@ -1,0 +1,359 @@
+"""What Hugging Face transformers says: the reference that an engine's accuracy is measured against.
+
+Two references answer two questions. The checkpoint's own weights (``recipe`` None) say what rounding costs. The weights
+that the engine holds (a :class:`Recipe`) say whether it computes with them what was meant; whether they are the right
+ones is seen without computing, see ``stored_weights.py``.
+
+This is the only module that imports torch and transformers, inside functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from qwen_engine.errors import CheckpointError, RequestError
+from qwen_engine.graph_io import LOGITS
+from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
+from qwen_plugin.layout import BLOCK_COLUMNS
+from qwen_run.accuracy.metrics import FullLogits, ReferenceLogits
+from qwen_run.accuracy.weight_checks import CheckpointWeights
+from qwen_run.engine_files.weights import HEAD, EngineWeights, StoredLinear, parts, slices
+
+# Positions whose logits are in memory at a time.
+CHUNK_TOKENS = 128
+
+# what layers.onnx exposes of every decoder layer: module -> whether its input or its output
+SUB_BLOCKS = {
+    ".input_layernorm": "output",
+    ".self_attn.o_proj": "input",
+    ".self_attn": "output",
+    ".post_attention_layernorm": "output",
+    ".mlp.down_proj": "input",
+    ".mlp": "output",
+    "": "output",
+}
+
+# precision of a product's input -> the largest of the integers it is rounded to: one byte, two bytes
+ROUNDING_STEPS = {"int8": 127, "int8x2": 127 * 256}
+
+# name of a parameter, some of its rows, their values
+Pieces = Iterable[tuple[str, slice, np.ndarray]]
+
+
+class Reference(Protocol):
+    """Somebody who knows the right answer, live or from a file."""
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[ReferenceLogits]:
+        """The logits of every position of one sequence, ``CHUNK_TOKENS`` positions at a time, in order."""
+
+    def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
+        """The greedy continuation of ``prompt``; a stop token that ends it is its last."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an engine computes, and with what.
+
+    Attributes:
+        engine: its directory.
+        quantizations: of every linear and the embedding, by transformers' name.
+        cache_dtype: what keys and values are rounded to.
+        calibrated: sha256 of the weights where they were calibrated; else they follow from checkpoint and schemes.
+    """
+
+    engine: Path
+    quantizations: Mapping[str, Quantization]
+    cache_dtype: str
+    calibrated: str | None
+
+    @classmethod
+    def read(cls, engine: Path) -> Recipe:
+        """The recipe that the manifest in the directory ``engine`` records.
+
+        Raises:
+            EngineError: it cannot be read.
+        """
+        manifest = Manifest.read(engine)
+        quantizations = {
+            part.name: linear.quantization
+            for linear in manifest.linears
+            for part in parts(linear.name, linear.out_features, manifest.model)
+        }
+        calibrated = any(linear.output_error is not None for linear in manifest.linears)
+        digest = manifest.parts[WEIGHTS_FILE].sha256 if calibrated else None
+        return cls(engine, quantizations, manifest.cache.dtype, digest)
+
+    def with_float_activations(self) -> Recipe:
+        """The same without the rounding of what goes into a linear.
+
+        Rounding is a step function: two sums that differ in the last bit land on two sides of a step now and then, and
+        within a few layers sides that agree in everything else are as far apart as rounding itself is large. From
+        end to end only weights, graph and cache can be held to float thresholds; rounded inputs can be one
+        sub-block at a time, see :meth:`HuggingFace.hidden_outputs`.
+        """
+        unrounded = {name: replace(row, activations="float32") for name, row in self.quantizations.items()}
+        return replace(self, quantizations=unrounded)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that the answers depend on besides the checkpoint."""
+        rows = sorted((name, *astuple(quantization)) for name, quantization in self.quantizations.items())
+        return hashlib.sha256(json.dumps([rows, self.cache_dtype, self.calibrated]).encode()).hexdigest()
+
+
+class HuggingFace:
+    """A checkpoint in transformers.
+
+    Args:
+        checkpoint: the directory; its weights are held in memory once, in ``dtype``.
+        threads: threads torch uses, in all of this process.
+        recipe: take an engine's weights, and round inputs of linears, keys and values as it does; None for the
+            checkpoint's own weights.
+        dtype: what it computes in, by torch's name; all but :meth:`stream_batch` is meant for float32.
+
+    Raises:
+        RequestError: torch or transformers is not installed.
+        CheckpointError: transformers cannot load the directory.
+        EngineError: the weights of the engine cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path, threads: int, recipe: Recipe | None = None, dtype: str = "float32") -> None:
+        self._torch, self._transformers = _import_torch_and_transformers()
+        self._torch.set_num_threads(threads)
+        try:
+            self._model = self._load(checkpoint, getattr(self._torch, dtype)).eval()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
+        self._cache_dtype = "float32"
+        if recipe is not None:
+            self._cache_dtype = recipe.cache_dtype
+            self._compute_as(recipe)
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[FullLogits]:
+        """See :meth:`Reference.logits`: chunks of (up to ``CHUNK_TOKENS``, vocab_size) float32."""
+        hidden = self._hidden(token_ids, self._new_cache())  # (T, H)
+        for start in range(0, len(token_ids), CHUNK_TOKENS):
+            yield FullLogits(self._head(hidden[start : start + CHUNK_TOKENS]))
+
+    def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
+        return list(self.stream(prompt, max_new_tokens, stop_token_ids))
+
+    def stream(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> Iterator[int]:
+        """The tokens of :meth:`continuation`, each as soon as it is known: for measuring time."""
+        cache = self._new_cache()
+        fed = prompt
+        for _ in range(max_new_tokens):
+            token_id = int(self._head(self._hidden(fed, cache)[-1:])[0].argmax())
+            yield token_id
+            if token_id in stop_token_ids:
+                return
+            fed = [token_id]
+
+    def stream_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int]]:
+        """Greedy tokens of all ``prompts`` together, one of each a step, past any end of sequence.
+
+        The batch is static, as in ``transformers.generate``: shorter prompts are padded on the left.
+        """
+        torch = self._torch
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        fed = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        columns = torch.arange(longest + max_new_tokens)
+        padding = longest - lengths[:, None]
+        mask = (columns >= padding).long() if int(padding.max()) else None
+        cache = self._new_cache()
+        stop = longest
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():
+                logits = self._model(
+                    fed,
+                    attention_mask=None if mask is None else mask[:, :stop],
+                    position_ids=(columns[stop - fed.shape[1] : stop] - padding).clamp(min=0),
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                ).logits
+            fed = logits[:, -1].argmax(-1, keepdim=True)
+            yield fed[:, 0].tolist()
+            stop += 1
+
+    def hidden_outputs(
+        self, token_ids: Sequence[int], given: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Everything ``layers.onnx`` exposes, by its names.
+
+        Args:
+            given: what the engine has at each of these names. Every sub-block then reads the engine's values instead of
+                those computed here, so that errors do not add up: a sub-block that differs is itself at fault.
+
+        Returns:
+            (tokens, features) float32 each, ``logits`` included.
+        """
+        layers = [f"model.layers.{i}" for i in range(self._model.config.num_hidden_layers)]
+        wanted = {layer + block: side for layer in layers for block, side in SUB_BLOCKS.items()}
+        wanted = {"model.embed_tokens": "output", **wanted, "model.norm": "output"}
+        seen: dict[str, np.ndarray] = {}
+
+        def exchange(name: str, tensor: Any) -> Any:
+            seen[name] = tensor[0].numpy()
+            return tensor if given is None else self._torch.tensor(given[name])[None]
+
+        def on_input(name: str) -> Any:
+            return lambda module, arguments: (exchange(f"{name}.input", arguments[0]), *arguments[1:])
+
+        def on_output(name: str) -> Any:
+            def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+                if isinstance(output, tuple):  # attention: with its weights
+                    return exchange(name, output[0]), *output[1:]
+                return exchange(name, output)
+
+            return hook
+
+        hooks = []
+        for name, side in wanted.items():
+            module = self._model.get_submodule(name)
+            if side == "input":  # as it is before the hook that rounds it
+                hooks.append(module.register_forward_pre_hook(on_input(name), prepend=True))
+            else:
+                hooks.append(module.register_forward_hook(on_output(name)))
+        try:
+            hidden = self._hidden(token_ids, self._new_cache())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen | {LOGITS: self._head(hidden)}
+
+    def _hidden(self, token_ids: Sequence[int], cache: Any) -> Any:
+        """The last norm's output for new tokens, a tensor (tokens, hidden_size)."""
+        with self._torch.inference_mode():
+            return self._model.model(self._torch.tensor([list(token_ids)]), past_key_values=cache).last_hidden_state[0]
+
+    def _head(self, hidden: Any) -> np.ndarray:
+        with self._torch.inference_mode():
+            logits: np.ndarray = self._model.lm_head(hidden).numpy()
+        return logits
+
+    def _new_cache(self) -> Any:
+        cache = self._transformers.DynamicCache(config=self._model.config)
+        if self._cache_dtype != "float32":
+            update = cache.update
+            cache.update = lambda key, value, *rest, **named: update(
+                self._as_cached(key), self._as_cached(value), *rest, **named
+            )
+        return cache
+
+    def _as_cached(self, x: Any) -> Any:
+        """Keys or values (..., head_dim) rounded as the cache holds them."""
+        if self._cache_dtype == "int8":
+            return round_activations(self._torch, x, x.shape[-1], ROUNDING_STEPS["int8"])
+        return x.half().float()
+
+    def _load(self, checkpoint: Path, dtype: Any) -> Any:
+        """The model of ``checkpoint``; transformers itself reads packed weights only with other packages."""
+        auto = self._transformers.AutoModelForCausalLM
+        config = self._transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        if getattr(config, "quantization_config", None) is None:
+            return auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+        del config.quantization_config
+        model = auto.from_config(config, dtype=dtype)
+        with CheckpointWeights(checkpoint) as weights:
+            self._fill(model, _checkpoint_pieces(model, weights))
+        return model
+
+    def _compute_as(self, recipe: Recipe) -> None:
+        """Give the model the weights of an engine, and have its linears round their inputs as the engine's do."""
+        weights = EngineWeights(recipe.engine)
+        if self._model.config.tie_word_embeddings and not weights.head_is_shared:
+            self._model.lm_head.weight = self._torch.nn.Parameter(self._model.lm_head.weight.detach().clone())
+        self._fill(self._model, _engine_pieces(weights))
+        for name, quantization in recipe.quantizations.items():
+            module = self._model.get_submodule(name)
+            if quantization.activations in ROUNDING_STEPS and isinstance(module, self._torch.nn.Linear):
+                stored = weights.linears[weights.parts[name].owner]
+                module.register_forward_pre_hook(_rounding_hook(self._torch, quantization, stored))
+
+    def _fill(self, model: Any, pieces: Pieces) -> None:
+        """Set all parameters of ``model``, each piece of which comes once."""
+        unset = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        for name, rows, values in pieces:
+            model.get_parameter(name).data[rows] = self._torch.tensor(values)
+            unset[name] -= values.size
+        assert not any(unset.values()), [name for name, elements in unset.items() if elements]
+
+
+def _checkpoint_pieces(model: Any, weights: CheckpointWeights) -> Pieces:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            yield name, slice(None), weights.vector(name)
+            continue
+        for rows in slices(*parameter.shape):
+            yield name, rows, weights.rows(name.removesuffix(".weight"), tuple(parameter.shape), rows)
+
+
+def _engine_pieces(weights: EngineWeights) -> Pieces:
+    for name, vector in weights.vectors.items():
+        yield name, slice(None), vector
+    for name in weights.parts:
+        if name != HEAD or not weights.head_is_shared:
+            yield from ((f"{name}.weight", rows, values) for rows, values in weights.pieces(name))
+
+
+def _rounding_hook(torch: Any, quantization: Quantization, linear: StoredLinear) -> Any:
+    most = ROUNDING_STEPS[quantization.activations]
+
+    def rounded(x: Any) -> Any:
+        if quantization.activation_scales == "static":
+            return round_statically(x, torch.tensor(linear.tensors["input_scale"]), most)
+        sizes = {"block": BLOCK_COLUMNS, "token": x.shape[-1]}
+        group_size = sizes.get(quantization.activation_scales, quantization.group_size)
+        return round_activations(torch, x, group_size, most)
+
+    if linear.permutation is None:
+        return lambda module, arguments: (rounded(arguments[0]),)
+    stored, restored = (torch.tensor(order) for order in (linear.permutation, np.argsort(linear.permutation)))
+    return lambda module, arguments: (rounded(arguments[0][..., stored])[..., restored],)
+
+
+def round_activations(torch: Any, x: Any, group_size: int, most: int) -> Any:
+    """``x`` as ``QuantLinear`` and ``MatMulNBits`` (``accuracy_level`` 4) read it: a scale for each group of a row.
+
+    ``q = round(x * (most / max|x|))`` with ties to even, in float32; the value is ``q * (max|x| / most)``. That gives
+    the operators' numbers for every tie; dividing by the scale, or rounding ties away from 0, does not.
+
+    Args:
+        x: tensor (..., features) float32; the last group may be shorter.
+        most: the largest q, see ``ROUNDING_STEPS``.
+    """
+    features = x.shape[-1]
+    groups = torch.nn.functional.pad(x, (0, -features % group_size)).unflatten(-1, (-1, group_size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    steps = torch.tensor(float(most))  # a tensor: torch would multiply the number with a rounded reciprocal
+    inverse = torch.where(largest > 1e-36, steps / largest, 0)  # nothing, or too little for a reciprocal, is 0
+    return ((groups * inverse).round() * (largest / steps)).flatten(-2)[..., :features]
+
+
+def round_statically(x: Any, input_scale: Any, most: int) -> Any:
+    """``x`` as ``QuantLinear`` reads it with static activation scales: 127 times ``input_scale`` becomes ``most``."""
+    steps = most / 127
+    return (x * (steps / input_scale)).clamp(-most, most).round() * (input_scale / steps)
+
+
+def _import_torch_and_transformers() -> tuple[ModuleType, ModuleType]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise RequestError(
+            f"the reference needs torch and transformers ({error}); install qwen-engine[hf], or use --reference FILE"
+        ) from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers

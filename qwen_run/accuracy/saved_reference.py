@@ -1,0 +1,244 @@
+"""What a reference said, in a file: an engine can be judged where there is no torch, transformers or checkpoint.
+
+The file is a NumPy ``.npz`` without pickled objects. ``header`` is JSON: what the answers belong to, and all the rest.
+Every sequence has its token ids and the arrays of a :class:`~qwen_run.accuracy.metrics.TopLogits`, its chunks joined.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_engine.errors import RequestError
+from qwen_run.accuracy.metrics import ReferenceLogits, TopLogits
+from qwen_run.accuracy.origin_checks import TextFacts
+from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace
+from qwen_run.accuracy.report import Cost
+
+FORMAT_VERSION = 1
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the answers depend on; a file of another identity is refused.
+
+    Attributes:
+        checkpoint: sha256 of each file, ``origin.sha256`` of the manifest; that of the tokenizer is among them.
+        dataset: ``Dataset.sha256``.
+        recipe: ``Recipe.digest`` of what the second reference was rounded as.
+        options: whatever else decides what is asked, such as ``max_new_tokens``.
+    """
+
+    checkpoint: Mapping[str, str]
+    dataset: str
+    recipe: str
+    options: Mapping[str, int | str]
+
+
+@dataclass
+class Answers:
+    """What one reference said: a :class:`~qwen_run.accuracy.reference.Reference` that knows nothing else."""
+
+    sequences: dict[Ids, TopLogits] = field(default_factory=dict)
+    continuations: dict[Ids, list[int]] = field(default_factory=dict)
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[ReferenceLogits]:
+        """See :meth:`qwen_run.accuracy.reference.Reference.logits`.
+
+        Raises:
+            RequestError: these ids were not asked when the file was saved.
+        """
+        saved = self.sequences.get(tuple(token_ids))
+        if saved is None:
+            raise RequestError(_unknown(token_ids))
+        return _chunks(saved, len(token_ids))
+
+    def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
+        """What was said then; ``max_new_tokens`` and ``stop_token_ids`` are part of the file's identity.
+
+        Raises:
+            RequestError: this prompt was not asked when the file was saved.
+        """
+        saved = self.continuations.get(tuple(prompt))
+        if saved is None:
+            raise RequestError(_unknown(prompt))
+        return saved
+
+
+@dataclass
+class Recording:
+    """A live reference whose answers are kept; what ``answers`` has already is not asked again."""
+
+    live: HuggingFace
+    answers: Answers = field(default_factory=Answers)
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[ReferenceLogits]:
+        if tuple(token_ids) in self.answers.sequences:
+            yield from self.answers.logits(token_ids)
+            return
+        following = np.array([*token_ids[1:], -1], np.int64)
+        chunks: list[TopLogits] = []
+        for start, full in zip(range(0, len(token_ids), CHUNK_TOKENS), self.live.logits(token_ids), strict=True):
+            chunks.append(full.top(following[start : start + len(full)]))
+            yield full
+        self.answers.sequences[tuple(token_ids)] = _join(chunks)
+
+    def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
+        known = self.answers.continuations
+        if tuple(prompt) not in known:
+            known[tuple(prompt)] = self.live.continuation(prompt, max_new_tokens, stop_token_ids)
+        return known[tuple(prompt)]
+
+
+@dataclass(frozen=True)
+class SavedReference:
+    """The content of a file.
+
+    Attributes:
+        original, as_built: what each of the two references said.
+        prompts: the token ids of each document's prompt, by document id.
+        text_facts: to compare an engine's tokenizer, template and end-of-sequence ids with.
+        cost: what the reference's answers cost where the file was made, if that was measured.
+    """
+
+    identity: Identity
+    original: Answers
+    as_built: Answers
+    prompts: Mapping[str, Ids]
+    text_facts: TextFacts
+    cost: Cost | None = None
+
+
+def save_reference(path: Path, saved: SavedReference) -> None:
+    """Write ``saved`` to ``path``, replacing what is there once all is written.
+
+    Raises:
+        RequestError: ``path`` cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    roles: dict[str, Any] = {}
+    for role, answers in (("original", saved.original), ("as_built", saved.as_built)):
+        for index, (token_ids, logits) in enumerate(answers.sequences.items()):
+            arrays[f"{role}.{index}.token_ids"] = np.array(token_ids, np.int32)
+            arrays |= {f"{role}.{index}.{name}": getattr(logits, name) for name in _array_names(logits)}
+        vocab_size = next((logits.vocab_size for logits in answers.sequences.values()), 0)
+        continuations = [[prompt, answer] for prompt, answer in answers.continuations.items()]
+        roles[role] = {"sequences": len(answers.sequences), "vocab_size": vocab_size, "continuations": continuations}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "identity": asdict(saved.identity),
+        "roles": roles,
+        "prompts": dict(saved.prompts),
+        "text_facts": asdict(saved.text_facts),
+        "cost": saved.cost and asdict(saved.cost),
+    }
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_reference(path: Path, identity: Identity) -> SavedReference:
+    """Read what :func:`save_reference` wrote.
+
+    Args:
+        identity: of the engine and the texts it is to be used for.
+
+    Raises:
+        RequestError: the file cannot be read, or it belongs to something else; says in what.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = json.loads(file["header"].tobytes())
+            version = header["format_version"]
+            if version != FORMAT_VERSION:
+                raise RequestError(
+                    f"{path} has format version {version}, this runtime reads {FORMAT_VERSION}; save it again"
+                )
+            found = Identity(**header["identity"])
+            _refuse(path, found, identity)
+            answers = {role: _read_answers(file, role, content) for role, content in header["roles"].items()}
+            facts = header["text_facts"]
+            return SavedReference(
+                found,
+                answers["original"],
+                answers["as_built"],
+                {name: tuple(prompt) for name, prompt in header["prompts"].items()},
+                TextFacts(facts["sha256"], tuple(facts["eos_token_ids"])),
+                Cost(**header["cost"]) if header["cost"] else None,
+            )
+    except FileNotFoundError:
+        raise RequestError(f"{path} does not exist; make it with --save-reference") from None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RequestError(f"{path} is not a saved reference ({reason}); make it with --save-reference") from error
+
+
+def _read_answers(file: Mapping[str, np.ndarray], role: str, content: Mapping[str, Any]) -> Answers:
+    answers = Answers(continuations={tuple(prompt): answer for prompt, answer in content["continuations"]})
+    for index in range(content["sequences"]):
+        names = [item.name for item in fields(TopLogits) if item.name != "vocab_size"]
+        arrays: dict[str, Any] = {name: file[f"{role}.{index}.{name}"] for name in names}
+        token_ids = tuple(file[f"{role}.{index}.token_ids"].tolist())
+        answers.sequences[token_ids] = TopLogits(vocab_size=content["vocab_size"], **arrays)
+    return answers
+
+
+def _refuse(path: Path, found: Identity, expected: Identity) -> None:
+    changed = sorted(
+        name
+        for name in found.checkpoint.keys() | expected.checkpoint.keys()
+        if found.checkpoint.get(name) != expected.checkpoint.get(name)
+    )
+    options = sorted(
+        f"{name} {found.options.get(name)}, expected {expected.options.get(name)}"
+        for name in found.options.keys() | expected.options.keys()
+        if found.options.get(name) != expected.options.get(name)
+    )
+    complaints = [f"another checkpoint ({', '.join(changed)} differ)"] * bool(changed)
+    complaints += ["other texts"] * (found.dataset != expected.dataset)
+    complaints += ["an engine of another quantisation"] * (found.recipe != expected.recipe)
+    complaints += [f"other options ({'; '.join(options)})"] * bool(options)
+    if complaints:
+        raise RequestError(f"{path} was saved for {' and '.join(complaints)}; save one for this engine and these texts")
+
+
+def _array_names(logits: TopLogits) -> list[str]:
+    return [item.name for item in fields(logits) if item.name != "vocab_size"]
+
+
+def _join(chunks: Sequence[TopLogits]) -> TopLogits:
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in _array_names(chunks[0])
+    }
+    return replace(chunks[0], **joined)
+
+
+def _chunks(logits: TopLogits, length: int) -> Iterator[TopLogits]:
+    for start in range(0, length, CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        arrays: dict[str, Any] = {name: getattr(logits, name)[part] for name in _array_names(logits)}
+        yield replace(logits, **arrays)
+
+
+def _unknown(token_ids: Sequence[int]) -> str:
+    return (
+        f"the saved reference has no text of these {len(token_ids)} tokens: the engine's tokenizer or chat template "
+        "makes other tokens of the texts than when it was saved; check the engine's files, or save it again"
+    )

@@ -1,0 +1,175 @@
+"""Engines built where one is asked for.
+
+What is built from a checkpoint is kept in the user's cache directory, under a key of everything it depends on: the
+content of the checkpoint's files, the options, the builder's version. A process that asks while another builds waits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_engine import __version__
+from qwen_engine.errors import BuildError, EngineError
+from qwen_engine.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from qwen_plugin import OPERATORS
+
+if TYPE_CHECKING:
+    from qwen_build.checkpoint.locate import Located
+    from qwen_build.plan.options import BuildOptions
+
+KEY_LENGTH = 16  # hexadecimal digits of a key in a directory's name
+READ_SUFFIXES = (".json", ".safetensors", ".jinja")  # of the files a build reads
+
+
+def is_engine(path: str | Path) -> bool:
+    """Whether ``path`` is an engine directory, as opposed to a checkpoint."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None = None) -> Path:
+    """The engine directory ``source`` stands for: itself, or what is built from it once and then found again.
+
+    Args:
+        source: an engine directory, a checkpoint directory or a Hub id.
+        options: fields of ``qwen_build.plan.options.BuildOptions``; none for an engine.
+        cache: where engines are kept; ``qwen-engine/engines`` in the user's cache directory if None.
+
+    Raises:
+        EngineError: build options were given for an engine.
+        BuildError: an option is unknown, or the engine cannot be built.
+    """
+    if is_engine(source):
+        if options:
+            raise EngineError(
+                f"{source} is an engine, {', '.join(options)} cannot change it any more; give the checkpoint instead"
+            )
+        return Path(source)
+    from qwen_build.checkpoint.locate import resolve_checkpoint, user_cache
+
+    chosen = _build_options(options)
+    located = resolve_checkpoint(str(source))
+    kept = cache or user_cache() / "qwen-engine" / "engines"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        engine = kept / f"{located.name}-{_quant(located, chosen)}-{_key(_digests(located.path, kept), chosen)}"
+        with _locked(kept / f".{engine.name}.lock"):
+            if not _is_whole(engine):
+                _build(located, engine, chosen, replace=is_engine(engine))
+    except OSError as error:
+        reason = error.strerror or error
+        raise BuildError(f"{kept} cannot be written: {reason}; set XDG_CACHE_HOME to another place") from error
+    return engine
+
+
+def build_engine(checkpoint: Path, engine: Path, options: Mapping[str, Any]) -> None:
+    """Build ``checkpoint`` into the directory ``engine``, which must not exist and appears whole or not at all.
+
+    Args:
+        options: fields of ``qwen_build.plan.options.BuildOptions``.
+
+    Raises:
+        BuildError: an option is unknown, or the engine cannot be built.
+    """
+    from qwen_build.checkpoint.locate import resolve_checkpoint
+
+    _build(resolve_checkpoint(str(checkpoint)), engine, _build_options(options), replace=False)
+
+
+def _build(located: Located, engine: Path, options: BuildOptions, replace: bool) -> None:
+    from qwen_build.build import plan_build, write_engine
+    from qwen_build.checkpoint.safetensors import Checkpoint
+
+    with Checkpoint.open(located.path) as weights:
+        write_engine(plan_build(weights, located, options), weights, engine, replace)
+
+
+def _build_options(options: Mapping[str, Any]) -> BuildOptions:
+    """``exclude`` may be one pattern, ``quant_config`` and ``calibration`` paths, as on the command line."""
+    from qwen_build.plan.options import BuildOptions
+    from qwen_build.plan.rules import read_rules
+
+    if unknown := sorted(options.keys() - BuildOptions.__dataclass_fields__.keys()):
+        raise BuildError(f"unknown option {unknown[0]}, expected {', '.join(BuildOptions.__dataclass_fields__)}")
+    given = dict(options)
+    if isinstance(given.get("exclude"), str):
+        given["exclude"] = (given["exclude"],)
+    if isinstance(given.get("quant_config"), (str, Path)):
+        given["quant_config"] = read_rules(Path(given["quant_config"]))
+    if isinstance(given.get("calibration"), str):
+        given["calibration"] = Path(given["calibration"])
+    return BuildOptions(**given)
+
+
+def _quant(located: Located, options: BuildOptions) -> str | None:
+    """The scheme of most linears: of a packed checkpoint that is its own."""
+    from qwen_build.checkpoint.config import ModelConfig
+
+    packed = ModelConfig.from_hf(located.path).packed
+    return packed.quant if packed else options.resolved().quant
+
+
+def _key(digests: Mapping[str, str], options: BuildOptions) -> str:
+    """What an engine depends on, in short."""
+    from qwen_build.checkpoint.safetensors import digest_files
+
+    fields = vars(options.resolved())
+    if options.calibration is not None:
+        fields |= {"calibration": digest_files([options.calibration])}
+    operators = sorted((domain, name, version) for (domain, name), version in OPERATORS.items())
+    return _hash([digests, fields, __version__, FORMAT_VERSION, operators])
+
+
+def _digests(checkpoint: Path, kept: Path) -> dict[str, str]:
+    """sha256 of every file of a checkpoint, by name; read again only when one of them has changed.
+
+    What was computed lies in ``kept`` under a hash of the files' names, sizes, inodes and times, where a change of
+    content always shows in the last: no program can set ``st_ctime``.
+    """
+    from qwen_build.checkpoint.safetensors import digest_files
+
+    files = sorted(path for path in checkpoint.iterdir() if path.suffix in READ_SUFFIXES and path.is_file())
+    known = kept / f".digests-{_hash([_state(path) for path in files])}.json"
+    with suppress(OSError, ValueError):
+        digests = json.loads(known.read_text(encoding="utf-8"))
+        if isinstance(digests, dict) and digests.keys() == {path.name for path in files}:
+            return digests
+    digests = digest_files(files)
+    known.write_text(json.dumps(digests), encoding="utf-8")
+    return digests
+
+
+def _state(file: Path) -> tuple[str | int, ...]:
+    stat = file.stat()
+    return str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _is_whole(engine: Path) -> bool:
+    """Whether every part of ``engine`` is there in its size; loading it checks what they hold."""
+    try:
+        parts = Manifest.read(engine).parts
+        return all((engine / name).stat().st_size == part.size_bytes for name, part in parts.items())
+    except (EngineError, OSError):
+        return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file ``path`` against other processes; without effect where there are no locks."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,318 @@
+"""An engine in Hugging Face's clothes: :class:`QwenForCausalLM`, arrays of token ids in and out."""
+
+from __future__ import annotations
+
+import operator
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.manifest import MANIFEST_FILE, Manifest
+from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
+from qwen_run.api.engine_config import EngineConfig
+from qwen_run.runtime.core import Core, CoreOptions
+from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.kv_cache import choose_num_blocks
+from qwen_run.runtime.machine import available_bytes
+from qwen_run.runtime.request import Request
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.text.chat_template import read_json
+from qwen_run.text.text_model import GENERATION_CONFIG_FILE
+
+Ids = NDArray[np.int64]
+Config = EngineConfig | Mapping[str, Any] | None
+
+DEFAULT_NEW_TOKENS = 20  # what transformers generates where nothing says how many
+
+
+class QwenForCausalLM:
+    """A language model that generates as transformers' models do. Make one with ``from_pretrained`` or ``from_model``.
+
+    Attributes:
+        engine: what runs.
+        engine_config: how it is run.
+        generation_config: what the checkpoint's ``generation_config.json`` says, the defaults of :meth:`generate`.
+    """
+
+    def __init__(self, directory: Path, config: EngineConfig) -> None:
+        manifest = Manifest.read(directory)
+        config.check(manifest)
+        config.warn_above(choose_num_blocks(manifest, None, available_bytes()))
+        self.engine_config = config
+        self.engine = Engine.load(directory, num_blocks=config.kvcache_num_blocks)
+        found = directory / GENERATION_CONFIG_FILE
+        self.generation_config = read_json(found) if found.is_file() else {}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, export: bool = False, engine_config: Config = None) -> QwenForCausalLM:
+        """Open the engine ``path``; with ``export`` build it first from the checkpoint ``path``.
+
+        Args:
+            path: an engine directory; with ``export`` a checkpoint directory or Hub id, whose engine is built once
+                and kept in the user's cache directory.
+
+        Raises:
+            ValueError: ``engine_config`` violates a rule, or ``path`` and ``export`` do not go together.
+            EngineError: the engine is damaged.
+            BuildError: the checkpoint cannot be built.
+        """
+        config = EngineConfig.of(engine_config)
+        if not isinstance(path, str | Path):
+            raise ValueError(f"path is {path!r}, expected the path of an engine or a checkpoint")
+        if export and is_engine(path):
+            raise ValueError(f"export is True and {path} is an engine already; leave out export")
+        if not export and (Path(path) / "config.json").is_file() and not is_engine(path):
+            raise ValueError(f"export is False and {path} is a checkpoint, expected an engine; pass export=True")
+        return cls(engine_of(path, config.build_options) if export else Path(path), config)
+
+    @classmethod
+    def from_model(cls, model: Any, engine_config: Config = None) -> QwenForCausalLM:
+        """Build an engine from the weights of a transformers model; it lasts as long as the object that is returned.
+
+        Raises:
+            ValueError: ``engine_config`` violates a rule.
+            BuildError: the model cannot be built.
+        """
+        config = EngineConfig.of(engine_config)
+        if not hasattr(model, "save_pretrained"):
+            raise ValueError(f"model is {model!r}, expected a transformers model")
+        try:
+            scratch = tempfile.TemporaryDirectory(prefix="qwen-engine-")
+        except OSError as error:
+            raise EngineError(f"no directory for temporary files: {error.strerror}; set TMPDIR to one") from error
+        checkpoint, engine = Path(scratch.name) / "checkpoint", Path(scratch.name) / "engine"
+        try:
+            _save(model, checkpoint)
+            build_engine(checkpoint, engine, config.build_options)
+            shutil.rmtree(checkpoint)
+            made = cls(engine, config)
+        except BaseException:
+            scratch.cleanup()
+            raise
+        made._scratch = scratch
+        return made
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the engine to ``directory``, for :meth:`from_pretrained` and the commands.
+
+        It appears whole or not at all.
+
+        Raises:
+            EngineError: ``directory`` holds something, or cannot be written.
+        """
+        source, target = self.engine.directory, Path(os.path.realpath(directory))
+        try:
+            if target.exists() and any(target.iterdir()):
+                raise EngineError(f"{directory} is not empty; remove it or choose another")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+                new = Path(scratch) / "engine"
+                new.mkdir()
+                for name in (*self.engine.manifest.parts, MANIFEST_FILE):
+                    shutil.copyfile(source / name, new / name)
+                new.rename(target)
+        except OSError as error:
+            raise EngineError(f"{directory} cannot be written: {error.strerror}; choose another") from error
+
+    def generate(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        num_return_sequences: int = 1,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int = 0,
+        inputs_embeds: Any = None,
+    ) -> Any:
+        """Continue every row of ``input_ids``, with the arguments and defaults of transformers' ``generate``.
+
+        A row's answer depends on that row alone, not on the batch nor on how it is padded.
+
+        Args:
+            input_ids: (rows, length) integers, a NumPy array or a torch tensor, padded left or right.
+            attention_mask: (rows, length), 0 where ``input_ids`` is padding. If None, padding is where the pad token
+                stands, provided that it is no end-of-sequence token.
+            max_length: most tokens of a row, padding included.
+            max_new_tokens: most new tokens of a row; counts before ``max_length``.
+            do_sample: draw tokens instead of taking the likeliest; the next five are for that.
+            num_return_sequences: answers to each row, one after the other.
+            eos_token_id: what ends a row; else what ``generation_config`` says, else what the engine says.
+            pad_token_id: fills the rows that end early; else ``generation_config``'s, else the first end of sequence.
+            seed: row ``i`` draws with ``seed + i``.
+
+        Returns:
+            (rows * num_return_sequences, length + most new tokens) int64: ``input_ids``, the new tokens with the
+            end-of-sequence token, padding. A tensor on the same device where ``input_ids`` is one.
+
+        Raises:
+            ValueError: an argument is missing, out of range or not as described.
+        """
+        if inputs_embeds is not None:
+            raise ValueError("inputs_embeds is given, engines look embeddings up; give the token ids as input_ids")
+        for name, number in (("max_length", max_length), ("max_new_tokens", max_new_tokens), ("seed", seed)):
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+                raise ValueError(f"{name} is {number!r}, expected a whole number")
+        if not isinstance(do_sample, bool | None):
+            raise ValueError(f"do_sample is {do_sample!r}, expected True or False")
+        ids = _to_array("input_ids", input_ids)
+        eos = _as_ids("eos_token_id", self._default("eos_token_id", eos_token_id, self.engine.manifest.eos_token_ids))
+        pad = _first(_as_ids("pad_token_id", self._default("pad_token_id", pad_token_id, eos[:1])))
+        mask = _mask(ids, attention_mask, pad, eos)
+        length = ids.shape[1]
+        room = self._num_new(length, max_length, max_new_tokens)
+        try:
+            params = SamplingParams(
+                **self._choosing(
+                    do_sample,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                    repetition_penalty=repetition_penalty,
+                ),
+                n=num_return_sequences,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                early_stopping=early_stopping,
+                min_tokens=min_new_tokens,
+                max_tokens=room,
+            )
+            requests = [
+                Request(tuple(row[kept].tolist()), replace(params, seed=seed + i), frozenset(eos))
+                for i, (row, kept) in enumerate(zip(ids, mask, strict=True))
+            ]
+            answers = self._answer(requests)
+        except RequestError as error:
+            raise ValueError(str(error)) from error
+        rows = np.full((len(answers), length + max(map(len, answers))), 0 if pad is None else pad, np.int64)
+        rows[:, :length] = np.repeat(ids, num_return_sequences, axis=0)
+        for row, answer in zip(rows, answers, strict=True):
+            row[length : length + len(answer)] = answer
+        return input_ids.new_tensor(rows) if _is_tensor(input_ids) else rows
+
+    def close(self) -> None:
+        """Remove an engine that was built from a model; nothing else is kept on disk."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _answer(self, requests: list[Request]) -> list[list[int]]:
+        """The new tokens of every answer to every request."""
+        width = max(self.engine_config.batch_size, *(request.params.num_beams for request in requests))
+        core = Core(self.engine, CoreOptions(width, width + self.engine_config.prefill_chunk_size))
+        try:
+            for row, request in enumerate(requests):
+                core.add(request, f"row {row}")
+            while not core.is_done:
+                core.step()
+        finally:
+            core.close()
+        return [sequence.output for request in requests for sequence in request.sequences]
+
+    def _default(self, name: str, given: Any, otherwise: Any) -> Any:
+        """An argument of ``generate``: as given, else as ``generation_config`` has it."""
+        if given is not None:
+            return given
+        configured = self.generation_config.get(name)
+        return otherwise if configured is None else configured
+
+    def _num_new(self, length: int, max_length: int | None, max_new_tokens: int | None) -> int:
+        """Most new tokens of a row of ``length``; what is given as an argument goes before ``generation_config``."""
+        longest = self.engine_config.max_seq_len or self.engine.manifest.limits.max_seq_len
+        if max_new_tokens is None and max_length is None:
+            max_new_tokens = self.generation_config.get("max_new_tokens")
+            max_length = self.generation_config.get("max_length")
+        if max_new_tokens is None:
+            max_new_tokens = DEFAULT_NEW_TOKENS if max_length is None else max_length - length
+            if max_new_tokens < 1:
+                raise ValueError(f"max_length is {max_length}, expected more than the {length} tokens of input_ids")
+        elif max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+        if length >= longest:
+            raise ValueError(f"input_ids has {length} columns, expected less than max_seq_len, which is {longest}")
+        return min(max_new_tokens, longest - length)
+
+    def _choosing(self, do_sample: bool | None, **given: float | None) -> dict[str, Any]:
+        """The fields of SamplingParams that say how a token is chosen."""
+        config = {**self.generation_config, **{name: value for name, value in given.items() if value is not None}}
+        config["do_sample"] = bool(self._default("do_sample", do_sample, False))
+        defaults = SamplingParams.from_generation_config(config)
+        return {name: getattr(defaults, name) for name in given}
+
+
+def _save(model: Any, checkpoint: Path) -> None:
+    try:
+        model.save_pretrained(checkpoint)
+    except Exception as error:  # a full disk is an error of safetensors' own, not an OSError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EngineError(
+            f"the model cannot be saved to {checkpoint}: {reason}; set TMPDIR to another place"
+        ) from error
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether ``value`` is torch's, seen without importing torch."""
+    return type(value).__module__.partition(".")[0] == "torch"
+
+
+def _to_array(name: str, value: Any) -> Ids:
+    """(rows, length) int64 of an argument of ``generate``."""
+    try:
+        array = np.asarray(value.detach().cpu() if _is_tensor(value) else value)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"{name} has rows of different lengths, expected integers (rows, length)") from None
+    is_whole = array.dtype.kind in "iub"
+    if array.ndim != 2 or 0 in array.shape or not is_whole:
+        found = "None" if value is None else f"{array.dtype} {array.shape}"
+        raise ValueError(f"{name} is {found}, expected integers (rows, length), neither of them 0")
+    return array.astype(np.int64)
+
+
+def _mask(ids: Ids, attention_mask: Any, pad: int | None, eos: list[int]) -> NDArray[np.bool_]:
+    """Where ``ids`` are tokens and not padding."""
+    if attention_mask is None:
+        mask = np.ones_like(ids, bool) if pad is None or pad in eos else ids != pad
+    else:
+        values = _to_array("attention_mask", attention_mask)
+        if values.shape != ids.shape or not np.isin(values, (0, 1)).all():
+            raise ValueError(
+                f"attention_mask is {values.shape}, expected 0 and 1 in the shape of input_ids {ids.shape}"
+            )
+        mask = values.astype(bool)
+    if not mask.any(axis=1).all():
+        raise ValueError(f"row {int(np.argmin(mask.any(axis=1)))} of input_ids is all padding, expected a token")
+    return mask
+
+
+def _as_ids(name: str, value: Any) -> list[int]:
+    if value is None:
+        return []
+    try:
+        return [operator.index(token_id) for token_id in (value if isinstance(value, list | tuple) else [value])]
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, expected a token id or a list of them") from None
+
+
+def _first(ids: list[int]) -> int | None:
+    return ids[0] if ids else None

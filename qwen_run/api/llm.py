@@ -1,0 +1,422 @@
+"""Prompts in, answers out, for programs: :class:`LLM` with the names and results of vLLM's class."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import reprlib
+from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Sequence as List
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from qwen_engine.errors import EngineError, RequestError
+from qwen_run.api.build_on_demand import engine_of
+from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
+from qwen_run.runtime.core import Core, CoreOptions
+from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.request import Request, Sequence, check_request
+from qwen_run.sampling.logprobs import TokenLogprobs
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.text.chat_template import Message
+from qwen_run.text.stops import Stopper
+from qwen_run.text.text_model import TextModel
+from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
+
+# The demo's summaries come 1.34 times as fast one at a time, 0.99 times eight at once: benchmarks/results/core.md.
+MAX_DRAFTS = 8
+
+
+class ChatPrompt(str):
+    """A conversation as the chat template wrote it, to which the tokenizer adds nothing."""
+
+
+Prompt = str | List[int]
+_CORE_OPTIONS = ", ".join(CoreOptions.__dataclass_fields__)
+Params = SamplingParams | List[SamplingParams] | None
+
+
+class LLM:
+    """An engine that answers prompts, many at once.
+
+    Not for several threads at a time; :class:`~qwen_run.api.async_llm.AsyncLLM` is.
+
+    Args:
+        model: an engine directory, an engine that is open already (with its text or without), or a checkpoint (a
+            directory or a Hub id), which is built once and kept in the user's cache directory.
+        threads: threads of one run; the physical cores if None.
+        num_blocks: blocks of the cache; chosen by ``cache_bytes`` if None.
+        cache_bytes: memory of the cache; chosen from the free memory if None.
+        options: fields of :class:`~qwen_run.runtime.core.CoreOptions`, such as ``max_batch_size``; ``max_drafts`` is
+            ``MAX_DRAFTS`` if left out: guessing costs little where it does not pay. For a checkpoint also those of
+            ``qwen_build.plan.options.BuildOptions``, such as ``quant``.
+
+    Attributes:
+        default_params: sampling as the checkpoint's ``generation_config.json`` asks for it.
+
+    Raises:
+        EngineError: the engine is damaged, or cannot have these options.
+        BuildError: the checkpoint cannot be built, or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Engine | TextModel,
+        *,
+        threads: int | None = None,
+        num_blocks: int | None = None,
+        cache_bytes: int | None = None,
+        **options: Any,
+    ) -> None:
+        core_options = {name: options.pop(name) for name in CoreOptions.__dataclass_fields__ if name in options}
+        core_options.setdefault("max_drafts", MAX_DRAFTS)
+        opening: dict[str, Any] = {"threads": threads, "num_blocks": num_blocks, "cache_bytes": cache_bytes}
+        if isinstance(model, str | Path):
+            model = Engine.load(engine_of(model, options), **opening)
+        elif not isinstance(model, Engine | TextModel):
+            raise EngineError(f"model is {reprlib.repr(model)}, expected an engine or a checkpoint, or the path of one")
+        elif fixed := [*options, *(name for name, value in opening.items() if value is not None)]:
+            raise EngineError(f"the engine is open, {', '.join(fixed)} cannot change it; expected {_CORE_OPTIONS}")
+        text = model if isinstance(model, TextModel) else _text_model(model)
+        self.core = Core(model.engine if isinstance(model, TextModel) else model, CoreOptions(**core_options))
+        self.default_params = text.defaults if text else SamplingParams()
+        self._text = text
+        self._answering: dict[int, Answering] = {}  # by the request's number
+        self._numbers = itertools.count()
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.core.engine.manifest.limits.max_seq_len
+
+    @property
+    def has_template(self) -> bool:
+        """:meth:`chat` can be used."""
+        return self._text is not None and self._text.template is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+            RequestError: the engine has none.
+        """
+        return self._require_text().tokenizer
+
+    def generate(
+        self, prompts: Prompt | List[Prompt], sampling_params: Params = None, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """Answer ``prompts``, each as it would be answered alone.
+
+        Args:
+            prompts: a text or the token ids of one, or a list of either. Texts go to the model as they are;
+                :meth:`chat` is for questions.
+            sampling_params: one for all prompts or one each; ``default_params`` if None.
+            use_tqdm: show progress where standard error is a terminal.
+
+        Returns:
+            One result a prompt, in their order.
+
+        Raises:
+            RequestError: before any is answered, for a prompt that is empty, too long, or holds unknown ids.
+        """
+        answerings = self._prepare_all(prompts, sampling_params)
+        if use_tqdm:
+            import tqdm
+
+            with tqdm.tqdm(total=len(answerings), unit="prompt", disable=None) as bar:
+                for output in self.run(answerings):
+                    bar.update(output.finished)
+        else:
+            for _ in self.run(answerings):
+                pass
+        return [answering.output() for answering in answerings]
+
+    def chat(
+        self,
+        messages: List[Message] | List[List[Message]],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        tools: List[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several.
+
+        Args:
+            messages: objects with ``role`` and ``content``; a list of them, or a list of such lists.
+            sampling_params, use_tqdm: as in :meth:`generate`.
+            tools: JSON schemas of functions the model may call.
+            chat_template_kwargs: passed to the chat template, such as ``enable_thinking``.
+
+        Returns:
+            One result a conversation; ``prompt`` is its text as the template wrote it.
+
+        Raises:
+            RequestError: as in :meth:`generate`, or the template refuses the messages.
+        """
+        if not isinstance(messages, List) or isinstance(messages, str):
+            raise RequestError(f"messages is {reprlib.repr(messages)}, expected a list of messages, or of such lists")
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        prompts = [self.chat_prompt(each, tools, **(chat_template_kwargs or {})) for each in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(
+        self, prompts: Prompt | List[Prompt], sampling_params: Params = None
+    ) -> Generator[RequestOutput, None, None]:
+        """As :meth:`generate`, and yield each answer as far as it has come, every time it has grown.
+
+        Closing the iterator gives up what is not finished. Several may be read in turn.
+        """
+        return self.run(self._prepare_all(prompts, sampling_params))
+
+    def chat_prompt(
+        self, messages: List[Message], tools: List[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> ChatPrompt:
+        """A conversation and the opening of an answer as one prompt; ``variables`` go to the chat template.
+
+        Raises:
+            RequestError: the engine has no chat template, or it refuses the messages.
+        """
+        template = self._require_text().template
+        if template is None:
+            raise RequestError(f"{self.core.engine.directory} has no chat template that can be used; use generate")
+        return ChatPrompt(template.render(messages, tools, **variables))
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        name: str = "the prompt",
+    ) -> Answering:
+        """A request for :meth:`submit`; may be called by any thread.
+
+        Args:
+            name: what an error calls the prompt.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or holds ids the model does not have; or an argument is of
+                another type.
+        """
+        params = self.default_params if params is None else params
+        for label, value, kind in (("sampling_params", params, SamplingParams), ("request_id", request_id or "", str)):
+            if not isinstance(value, kind):
+                raise RequestError(f"{label} is {reprlib.repr(value)}, expected {kind.__name__}")
+        if isinstance(prompt, str):
+            text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt))
+        else:
+            text, ids = None, _token_ids(prompt, name)
+        if params.stop_strings or self._text:
+            request = self._require_text().new_request(ids, params)
+        else:
+            request = Request(tuple(ids), params, frozenset(self.core.engine.manifest.eos_token_ids))
+        check_request(request, self.core.engine.manifest, name)
+        tokenizer = self._text.tokenizer if self._text else None
+        return Answering(request_id or str(next(self._numbers)), text, request, tokenizer)
+
+    def submit(self, answering: Answering) -> None:
+        """Let a prepared request run with the next :meth:`step`.
+
+        Raises:
+            RequestError: there is no room for its beams.
+        """
+        self._answering[self.core.add(answering.request)] = answering
+
+    def abort(self, answering: Answering) -> None:
+        """Give a submitted request up and free its cache; nothing when it is finished, or was not submitted."""
+        if self._answering.pop(answering.request.number, None):
+            self.core.abort(answering.request)
+            answering.is_new = True  # a stream that is still read ends with it
+
+    def step(self) -> list[Answering]:
+        """Run the model once; the requests whose answers have grown, none when nothing is left to do.
+
+        Raises:
+            EngineError: the engine cannot run; every request is given up.
+        """
+        try:
+            tokens = self.core.step()
+        except BaseException:
+            self.close()
+            raise
+        grown = {token.request_index: self._answering[token.request_index] for token in tokens}
+        for token in tokens:
+            if token.logits is not None:
+                grown[token.request_index].logits.append(token.logits)
+        for number, answering in grown.items():
+            answering.is_new = True
+            if answering.request.is_finished:
+                del self._answering[number]
+        return list(grown.values())
+
+    def abort_all(self) -> list[Answering]:
+        """Give up every unfinished request; those."""
+        given_up = list(self._answering.values())
+        for answering in given_up:
+            self.abort(answering)
+        return given_up
+
+    def close(self) -> None:
+        """Give up all requests and free every cache block."""
+        self.abort_all()
+        self.core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _prepare_all(self, prompts: Prompt | List[Prompt], params: Params) -> list[Answering]:
+        every = _as_list(prompts)
+        each: list[Any] = list(params) if isinstance(params, list | tuple) else [params] * len(every)
+        if len(each) != len(every):
+            raise RequestError(f"{len(each)} sampling_params for {len(every)} prompts; give one, or one a prompt")
+        names = [f"prompt {index + 1}" if len(every) > 1 else "the prompt" for index in range(len(every))]
+        return [self.prepare(prompt, p, None, name) for prompt, p, name in zip(every, each, names, strict=True)]
+
+    def run(self, answerings: List[Answering]) -> Generator[RequestOutput, None, None]:
+        """Answer prepared requests, and yield each as :meth:`stream` does."""
+        with self._submitted(answerings):
+            unfinished = answerings
+            while unfinished:
+                self.step()  # which others may have done since, hence the flag
+                for answering in unfinished:
+                    if answering.is_new:
+                        yield answering.output()
+                unfinished = [answering for answering in unfinished if not answering.is_told]
+
+    @contextmanager
+    def _submitted(self, answerings: List[Answering]) -> Iterator[None]:
+        try:
+            for answering in answerings:
+                self.submit(answering)
+            yield
+        finally:
+            for answering in answerings:
+                self.abort(answering)
+
+    def _require_text(self) -> TextModel:
+        if self._text is None:
+            raise RequestError(
+                f"{self.core.engine.directory} has no tokenizer, expected token ids instead of text; "
+                f"or build the engine from a checkpoint that has {TOKENIZER_FILE}"
+            )
+        return self._text
+
+
+class Answering:
+    """A request on its way, and the text of its answers.
+
+    Attributes:
+        is_new: an answer has grown or was given up since :meth:`output` was last called.
+        is_told: :meth:`output` has told the end.
+        logits: what each token was chosen from, (vocab_size,) float32, where the core has ``keep_logits``.
+    """
+
+    def __init__(self, request_id: str, prompt: str | None, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.request_id = request_id
+        self.request = request
+        self.is_new = self.is_told = False
+        self.logits: list[np.ndarray] = []
+        self._prompt = prompt
+        self._prompt_token_ids = list(request.prompt)
+        self._prompt_logprobs: list[Logprobs | None] = []
+        self._tokenizer = tokenizer
+        # what is made of each sequence's tokens so far, by its index
+        self._texts: dict[int, str] = {}
+        self._logprobs: dict[int, list[Logprobs]] = {}
+
+    def output(self) -> RequestOutput:
+        """The answers as far as they have come."""
+        request = self.request
+        self.is_new, self.is_told = False, request.is_finished
+        judged = self._prompt_logprobs
+        for token_id, found in zip(request.prompt[len(judged) :], request.prompt_logprobs[len(judged) :], strict=False):
+            judged.append(found and self._readable(token_id, found))
+        return RequestOutput(
+            self.request_id,
+            self._prompt,
+            self._prompt_token_ids,
+            list(judged) if request.params.prompt_logprobs is not None else None,
+            [self._completion(sequence) for sequence in request.sequences if self._has_answer(sequence)],
+            request.is_finished,
+        )
+
+    def _has_answer(self, sequence: Sequence) -> bool:
+        """Beams are no answers before their search ends."""
+        return self.request.beam_search is None or sequence.finish_reason is not None
+
+    def _completion(self, sequence: Sequence) -> CompletionOutput:
+        token_ids = sequence.output
+        logprobs = None
+        if self.request.params.logprobs is not None:
+            logprobs = self._logprobs.setdefault(sequence.index, [])
+            logprobs += map(self._readable, token_ids[len(logprobs) :], sequence.logprobs[len(logprobs) :])
+        return CompletionOutput(
+            index=sequence.index,
+            text=self._text(sequence),
+            token_ids=token_ids,
+            cumulative_logprob=sum(found.logprob for found in sequence.logprobs) if logprobs is not None else None,
+            logprobs=None if logprobs is None else list(logprobs),
+            finish_reason=sequence.finish_reason,
+            stop_reason=self._stop_reason(sequence),
+        )
+
+    def _text(self, sequence: Sequence) -> str:
+        stopper = sequence.stopper
+        if not isinstance(stopper, Stopper):
+            return ""
+        if self.request.beam_search and sequence.index not in self._texts:  # nobody has told it the beam's tokens
+            for token_id in sequence.output[: -1 if sequence.finish_reason == "stop" else None]:
+                stopper.push(token_id)
+        text = self._texts.get(sequence.index, "") + stopper.release()
+        if sequence.finish_reason:
+            text += stopper.close()
+        self._texts[sequence.index] = text
+        return text
+
+    def _readable(self, token_id: int, found: TokenLogprobs) -> Logprobs:
+        entries = {token_id: (found.logprob, found.rank)}
+        for rank, (other_id, logprob) in enumerate(found.top_logprobs, start=1):
+            entries.setdefault(other_id, (logprob, rank))
+        decode = self._tokenizer.decode if self._tokenizer else lambda *_: None
+        return {i: Logprob(*entry, decode([i], False)) for i, entry in entries.items()}
+
+    def _stop_reason(self, sequence: Sequence) -> int | str | None:
+        if sequence.finish_reason != "stop":
+            return None
+        if isinstance(sequence.stopper, Stopper) and sequence.stopper.stop_reason is not None:
+            return sequence.stopper.stop_reason
+        last = sequence.token_ids[-1]
+        return last if last in (self.request.params.stop_token_ids or ()) else None
+
+
+def _as_list(prompts: Prompt | List[Prompt]) -> List[Prompt]:
+    """``prompts`` as a list: a text is one prompt, and so is a list that begins with a token id."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, List) or isinstance(prompts, bytes):
+        raise RequestError(f"prompts is {reprlib.repr(prompts)}, expected a text, token ids, or a list of them")
+    is_one = len(prompts) > 0 and not isinstance(prompts[0], str | List)
+    return [prompts] if is_one else prompts  # type: ignore[list-item, return-value]
+
+
+def _token_ids(prompt: List[int], name: str) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise RequestError(f"{name} is {reprlib.repr(prompt)}, expected a text or token ids") from None
+
+
+def _text_model(engine: Engine) -> TextModel | None:
+    """What ``engine`` has for text; None where it has no tokenizer. Without a chat template it is for raw prompts."""
+    if not (engine.directory / TOKENIZER_FILE).is_file():
+        return None
+    try:
+        return TextModel.of(engine)
+    except EngineError:
+        return TextModel.of(engine, raw=True)

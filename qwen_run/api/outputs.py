@@ -1,0 +1,69 @@
+"""What an answered prompt looks like to a program; the names are those of vLLM's results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_run.runtime.request import FinishReason
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How likely the model found one token.
+
+    Attributes:
+        logprob: natural logarithm of its probability, before temperature and everything else that chooses.
+        rank: 1 for the likeliest token.
+        decoded_token: its text, where the engine has a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+Logprobs = dict[int, Logprob]  # of one position: the token that stands there and the likeliest, by id
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer, as far as it has come.
+
+    Attributes:
+        index: 0 for the first of ``n`` samples, or the best beam.
+        text: without the token or the text that ended it; empty where the engine has no tokenizer.
+        token_ids: with the token that ended it.
+        cumulative_logprob: sum over the answer's tokens, if ``logprobs`` were asked for.
+        logprobs: one entry a token, if asked for.
+        finish_reason: ``stop``, ``length`` or ``abort``; None while there is more to come.
+        stop_reason: the stop string or token id that ended the answer; None for an end-of-sequence token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[Logprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its answers, as far as they have come.
+
+    What later outputs of the same request bring is in new lists; ``prompt_token_ids`` and the entries of
+    ``prompt_logprobs`` and ``logprobs`` are the same objects in all of them and not to be changed.
+
+    Attributes:
+        prompt: None where token ids were given.
+        prompt_logprobs: one entry a token of the prompt, None for the first, if asked for.
+        finished: nothing more will come.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[Logprobs | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool

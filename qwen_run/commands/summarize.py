@@ -1,0 +1,105 @@
+"""``qwen-summarize``: how close an engine is to Hugging Face, as a report and as an exit code a CI job can gate on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwen_engine import __version__
+from qwen_plugin import MOST_THREADS
+from qwen_run.commands.command import Command, print_table
+
+if TYPE_CHECKING:
+    from qwen_run.accuracy.report import Report
+
+ENGINES = Path("engines")
+REPORTS = Path("reports")
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+    Exit codes:
+      0  passed, or nothing was to be judged
+      1  an error
+      2  wrong usage
+      3  a check or a threshold failed
+      4  none failed, and some could not be decided""",
+)
+@click.option("--engine", type=click.Path(path_type=Path), help="Engine directory.  [default: newest under engines/]")
+@click.option("--checkpoint", help="What it was built from.  [default: what its manifest says]")
+@click.option("--dataset", default="default", help="scitldr, wikitext2, default (both in turn), or a file.")
+@click.option("--document-field", default="document", help="Field of a JSON Lines file that holds the text.")
+@click.option("--summary-field", default="summary", help="Field that holds the summary a person wrote.")
+@click.option("--max-samples", type=click.IntRange(min=1), default=20, help="Documents to compare.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest summary.")
+@click.option("--report", type=click.Path(path_type=Path), help="Directory to write.  [default: reports/<engine>]")
+@click.option("--check", is_flag=True, help="Judge with the thresholds of the engine's scheme.")
+@click.option("--thresholds", type=click.Path(path_type=Path), metavar="FILE.toml", help="Judge with these instead.")
+@click.option("--threshold", multiple=True, metavar="METRIC<=NUMBER", help="Judge with this too; several may be given.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), metavar="REPORT.json", help="Say what changed since this report."
+)
+@click.option("--save-reference", type=click.Path(path_type=Path), metavar="FILE", help="Keep what the reference says.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), metavar="FILE", help="Use what was kept: no torch, no checkpoint."
+)
+@click.option("--layers", is_flag=True, help="Print the error of every sub-block, and where it starts.")
+@click.option("--cost/--no-cost", default=True, help="Measure time and memory of both sides.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted run of the same options left.")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of both sides.  [default: physical cores]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.version_option(__version__, package_name="qwen-engine")
+@click.pass_context
+def main(
+    context: click.Context, /, engine: Path | None, report: Path | None, as_json: bool, layers: bool, **options: Any
+) -> None:
+    """Compare an engine with Hugging Face: logits, perplexity, generated text, speed.
+
+    \b
+    Examples:
+      qwen-summarize                                     the newest engine against the checkpoint it was built from
+      qwen-summarize --check                             the same as a gate: exit code 3 if it is not close enough
+      qwen-summarize --max-samples 50 --save-reference ref.npz
+      qwen-summarize --reference ref.npz --check         without torch, transformers and the checkpoint
+      qwen-summarize --layers                            where does an error start?
+    """
+    from qwen_run.accuracy.assess import Options, assess
+    from qwen_run.accuracy.gate import EXIT_FAILED, exit_code
+    from qwen_run.reports.files import write_report
+    from qwen_run.runtime.engine import newest_engine
+
+    engine = engine or newest_engine(ENGINES)
+    directory = report or REPORTS / engine.resolve().name
+    result = assess(engine, directory, Options(**options, command=shlex.join(["qwen-summarize", *sys.argv[1:]])))
+    write_report(result, directory)
+    click.echo(result.to_json()) if as_json else print_report(result, layers)
+    share = result.seconds["reference"] / result.seconds["all"]
+    click.echo(f"{result.seconds['all']:.0f} s, {share:.0%} of it the reference. Report: {directory}", err=True)
+    context.exit(exit_code(result.verdicts) if all(check.passed for check in result.checks) else EXIT_FAILED)
+
+
+def print_report(report: Report, layers: bool) -> None:
+    """Show a report to a person, the verdict last."""
+    from qwen_run.reports import tables
+
+    shown = [tables.fidelity_table(report), tables.rouge_table(report), tables.greedy_table(report)]
+    shown += [tables.cost_table(report), tables.check_table(report)]
+    if report.verdicts:
+        shown.append(tables.verdict_table(report.verdicts))
+    if report.baseline:
+        shown.append(tables.baseline_table(report))
+    if layers:
+        shown.append(tables.layer_table(report.layers))
+    for table in shown:
+        if table.rows:
+            print_table(table)
+    if layers:
+        click.echo(tables.jump_sentence(report.layers) + "\n")
+    click.echo(tables.headline(report))

@@ -1,0 +1,1 @@
+"""An engine directory read as files, without a session: checksums, graph, weights."""

@@ -1,0 +1,204 @@
+"""The weights an engine computes with, read from its own files: float32, by the names Hugging Face gives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qwen_engine.errors import EngineError
+from qwen_engine.manifest import GRAPH_FILE, WEIGHTS_FILE, LinearRecord, Manifest, ModelSizes
+from qwen_plugin.layout import GATED_PANELS, PANEL, PANELS, ZERO_POINTS, gated_places, unpack_panels
+from qwen_run.engine_files.checksums import check_operators
+from qwen_run.engine_files.onnx_file import Tensor, read_graph
+
+# linear of the engine -> the modules of Hugging Face whose rows follow each other in it, and how many each has
+FUSED: dict[str, Callable[[ModelSizes], dict[str, int]]] = {
+    "qkv_proj": lambda sizes: {
+        "q_proj": sizes.num_attention_heads * sizes.head_dim,
+        "k_proj": sizes.num_key_value_heads * sizes.head_dim,
+        "v_proj": sizes.num_key_value_heads * sizes.head_dim,
+    },
+    "gate_up_proj": lambda sizes: {"gate_proj": sizes.intermediate_size, "up_proj": sizes.intermediate_size},
+}
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+# elements of a weight that are dequantised at a time: bounds the memory that takes to some tens of megabytes
+SLICE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of what the engine stores as ``owner``, which Hugging Face has by themselves as ``name``."""
+
+    name: str
+    owner: str
+    start: int
+    stop: int
+
+
+def parts(name: str, rows: int, sizes: ModelSizes) -> Iterator[Part]:
+    """The modules whose ``rows`` the engine's module ``name`` has."""
+    parent, dot, last = name.rpartition(".")
+    start = 0
+    for part, count in FUSED[last](sizes).items() if last in FUSED else [(last, rows)]:
+        yield Part(parent + dot + part, name, start, start + count)
+        start += count
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear or embedding as its engine stores it.
+
+    Attributes:
+        tensors: by the last part of their name.
+        permutation: int32 (in_features), stored column k multiplies input column permutation[k]; None: in order.
+    """
+
+    record: LinearRecord
+    tensors: Mapping[str, np.ndarray]
+    permutation: np.ndarray | None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the weight, float32 (rows, in_features), the columns in the order of the inputs."""
+        stored = self.record.quantization
+        if not stored.group_size:
+            return self.tensors["weight"][start:stop]
+        readers = {PANELS: self._read_panels, GATED_PANELS: self._read_gated, "rows": self._read_rows}
+        read = readers[stored.layout]
+        q, scales, zero_points = read(start, stop)  # (R, G x group_size), (R, G), (R, G)
+        zero = np.uint8(ZERO_POINTS[stored.bits]) if zero_points is None else zero_points[..., None]
+        weight = q.reshape(*scales.shape, stored.group_size).astype(np.float32)
+        weight -= zero
+        weight *= scales[..., None]
+        weight = weight.reshape(len(weight), -1)[:, : self.record.in_features]
+        if self.permutation is None:
+            return weight
+        ordered = np.empty_like(weight)
+        ordered[:, self.permutation] = weight
+        return ordered
+
+    def _read_panels(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        stored, first = self.record.quantization, start // PANEL
+        panels = self.tensors["panels"][first : -(-stop // PANEL)]
+        blocks = stored.activation_scales == "block"
+        q, scales, zero_points = unpack_panels(
+            panels, stop - first * PANEL, self._padded, stored.bits, stored.group_size, stored.symmetric, blocks
+        )
+        skip = start - first * PANEL
+        return q[skip:], scales[skip:], None if zero_points is None else zero_points[skip:]
+
+    def _read_gated(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        places = gated_places(start, stop, self.record.out_features)
+        first = int(places.min()) // PANEL * PANEL
+        q, scales, zero_points = self._read_panels(first, int(places.max()) + 1)
+        places -= first
+        return q[places], scales[places], None if zero_points is None else zero_points[places]
+
+    def _read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """As ``MatMulNBits`` and ``GatherBlockQuantized`` read them: at 4 bits, the even column in the low half."""
+        scales = self.tensors["scales"][start:stop]
+        integers = [
+            self._integers(self.tensors[name][start:stop].reshape(stop - start, -1))
+            for name in ("packed", "zero_points")
+            if name in self.tensors
+        ]
+        q, zero_points = integers if len(integers) == 2 else (integers[0], None)
+        return q, scales, None if zero_points is None else zero_points[:, : scales.shape[1]]
+
+    def _integers(self, packed: np.ndarray) -> np.ndarray:
+        if self.record.quantization.bits == 8:
+            return packed
+        return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+
+    @property
+    def _padded(self) -> int:
+        """Columns in whole groups."""
+        group_size = self.record.quantization.group_size
+        return -(-self.record.in_features // group_size) * group_size
+
+
+class EngineWeights:
+    """Everything a model of Hugging Face has as a parameter.
+
+    Attributes:
+        linears: by the engine's names.
+        vectors: norms and biases, float32, by Hugging Face's names.
+        parts: the linears and the embedding by Hugging Face's names.
+
+    Args:
+        engine: its directory; the files are read where they are, a slice at a time.
+
+    Raises:
+        EngineError: a file cannot be read, or has something else than the manifest says, or this installation has its
+            operators in other versions.
+    """
+
+    def __init__(self, engine: Path) -> None:
+        self.manifest = Manifest.read(engine)
+        check_operators(engine, self.manifest)
+        initializers = read_graph(engine / GRAPH_FILE).initializers
+        file = _map(engine / WEIGHTS_FILE)
+        self.linears: dict[str, StoredLinear] = {}
+        self.parts: dict[str, Part] = {}
+        self.vectors: dict[str, np.ndarray] = {}
+        self._places: dict[str, list[int | None]] = {}
+        owned: dict[str, dict[str, Tensor]] = {}  # module -> its tensors by the last part of their name
+        for name, tensor in initializers.items():
+            module, _, kind = name.rpartition(".")
+            owned.setdefault(module, {})[kind] = tensor
+        for record in self.manifest.linears:
+            tensors = owned.pop(record.name, None)
+            if tensors is None:
+                raise EngineError(f"{engine / GRAPH_FILE} has no weight of {record.name}; build the engine again")
+            bias, permutation = tensors.pop("bias", None), tensors.pop("permutation", None)
+            arrays = {kind: _values(tensor, file) for kind, tensor in tensors.items()}
+            order = None if permutation is None else _values(permutation, file)
+            self.linears[record.name] = StoredLinear(record, arrays, order)
+            self._places[record.name] = [tensor.offset for tensor in tensors.values()]
+            for part in parts(record.name, record.out_features, self.manifest.model):
+                self.parts[part.name] = part
+                if bias is not None:
+                    self.vectors[f"{part.name}.bias"] = _values(bias, file)[part.start : part.stop]
+        for module, tensors in owned.items():  # what is left are norms, and constants such as the rotary tables
+            if "weight" in tensors:
+                self.vectors[f"{module}.weight"] = _values(tensors["weight"], file)
+
+    @property
+    def head_is_shared(self) -> bool:
+        """Whether head and embedding are the same bytes."""
+        return self._places[EMBEDDING] == self._places[HEAD]
+
+    def pieces(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+        """The weight of the linear that Hugging Face calls ``name``, some rows at a time: which, and their values."""
+        part = self.parts[name]
+        linear = self.linears[part.owner]
+        for rows in slices(part.stop - part.start, linear.record.in_features):
+            yield rows, linear.rows(part.start + rows.start, part.start + rows.stop)
+
+
+def slices(rows: int, in_features: int) -> Iterator[slice]:
+    """All of ``rows``, as many at a time as have ``SLICE_ELEMENTS``."""
+    step = max(1, SLICE_ELEMENTS // in_features // PANEL) * PANEL
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path} cannot be read: {error}; build the engine again") from error
+
+
+def _values(tensor: Tensor, file: np.ndarray) -> np.ndarray:
+    dtype = np.dtype(tensor.dtype)
+    if tensor.offset is None:
+        return np.frombuffer(tensor.raw, dtype).reshape(tensor.shape)
+    stop = tensor.offset + dtype.itemsize * math.prod(tensor.shape)
+    if stop > len(file):
+        raise EngineError(f"{tensor.name} lies beyond the end of {WEIGHTS_FILE}; build the engine again")
+    return file[tensor.offset : stop].view(dtype).reshape(tensor.shape)

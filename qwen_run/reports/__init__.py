@@ -1,0 +1,1 @@
+"""Data in, tables, pages and plots out."""

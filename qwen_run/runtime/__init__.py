@@ -1,0 +1,1 @@
+"""Token ids in, tokens out: the session, its cache, who runs when."""

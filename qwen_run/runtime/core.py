@@ -1,0 +1,323 @@
+"""Many requests at once: every step feeds the engine one batch and gives each sequence its next tokens.
+
+Token ids only, no text. Requests join and leave between any two steps; what one answers does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+
+from qwen_engine.errors import EngineError, RequestError
+from qwen_run.runtime.engine import Batch, Engine
+from qwen_run.runtime.request import FinishReason, Request, Sequence, Token, check_request
+from qwen_run.runtime.scheduler import Chunk, Scheduler
+from qwen_run.runtime.speculation import Speculator
+from qwen_run.sampling.beam import BeamSearch, beam_logprobs
+from qwen_run.sampling.logprobs import TokenLogprobs, token_logprobs
+from qwen_run.sampling.sample import sample
+
+
+@dataclass(frozen=True)
+class CoreOptions:
+    """How requests share an engine.
+
+    Attributes:
+        max_batch_size: most sequences in one step.
+        max_batch_tokens: most tokens in one step, at least ``max_batch_size``; longer prompts are fed in chunks. More
+            of them make a prompt no faster from 128 on (two cores), but whoever answers waits for them:
+            ``benchmarks/stall.py``.
+        prefix_caching: prompts that begin like an earlier one are not fed again.
+        max_drafts: most tokens to guess for a sequence in one step; 0 turns speculation off.
+        keep_logits: set ``logits`` of every token.
+
+    Raises:
+        EngineError: a value is out of range.
+    """
+
+    max_batch_size: int = 16
+    max_batch_tokens: int = 256
+    prefix_caching: bool = True
+    max_drafts: int = 0
+    keep_logits: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch_size", 1), ("max_batch_tokens", 1), ("max_drafts", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise EngineError(f"{name} is {value!r}, expected a whole number, {least} or more")
+        for name in ("prefix_caching", "keep_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise EngineError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.max_batch_tokens < self.max_batch_size:  # those that answer would leave nothing to those that begin
+            raise EngineError(
+                f"max_batch_tokens is {self.max_batch_tokens}, expected at least the max_batch_size of "
+                f"{self.max_batch_size}: a token for every sequence; change one of them"
+            )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Where a core stands, and what it has done so far.
+
+    Attributes:
+        num_running: sequences that take part in steps.
+        num_waiting: sequences that wait for a place or for blocks.
+        num_free_blocks: cache blocks nobody owns, of ``num_blocks``.
+        num_steps: engine runs.
+        num_prefix_tokens: tokens found in the cache instead of being fed.
+        num_preempted: how often a sequence lost its blocks to an older one.
+        num_drafts: guessed tokens that were verified, of which ``num_accepted`` were right.
+        run_s: seconds in the engine.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_steps: int
+    num_prefix_tokens: int
+    num_preempted: int
+    num_drafts: int
+    num_accepted: int
+    run_s: float
+
+
+class Core:
+    """An engine and the requests it answers. One thread at a time; an engine serves one core at a time."""
+
+    def __init__(self, engine: Engine, options: CoreOptions | None = None) -> None:
+        self.engine = engine
+        self.options = options = options or CoreOptions()
+        self._scheduler = Scheduler(
+            engine.cache, options.max_batch_size, options.max_batch_tokens, options.prefix_caching
+        )
+        self._speculator = (
+            Speculator(options.max_drafts, engine.manifest.limits.max_seq_len) if options.max_drafts else None
+        )
+        self._num_added = self._num_steps = self._num_drafts = self._num_accepted = 0
+        self._run_s = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Every request has its answers."""
+        return self._scheduler.is_done
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_free_blocks=self.engine.cache.num_free,
+            num_blocks=self.engine.cache.num_blocks,
+            num_steps=self._num_steps,
+            num_prefix_tokens=self._scheduler.num_prefix_tokens,
+            num_preempted=self._scheduler.num_preempted,
+            num_drafts=self._num_drafts,
+            num_accepted=self._num_accepted,
+            run_s=self._run_s,
+        )
+
+    def add(self, request: Request, name: str = "the prompt") -> int:
+        """Take ``request`` in; it may run in the next step.
+
+        Args:
+            name: what an error calls the prompt.
+
+        Returns:
+            Its number, which its tokens carry: 0 for the first, then 1, 2, ...
+
+        Raises:
+            RequestError: the engine cannot answer it: see :func:`check_request`; or its beams do not fit.
+        """
+        check_request(request, self.engine.manifest, name)
+        if request.params.num_beams > 1:
+            self._check_beams(request)
+            limits = request.params.max_tokens, self.engine.manifest.limits.max_seq_len - len(request.prompt)
+            request.beam_search = BeamSearch(request.params, request.stop_token_ids, min(limits))
+        request.number = self._num_added
+        self._num_added += 1
+        self._scheduler.add(request)
+        return request.number
+
+    def abort(self, request: Request) -> None:
+        """Give up what is unfinished of ``request`` and free its blocks; nothing when it is finished."""
+        for sequence in request.sequences:
+            if not sequence.finish_reason:
+                sequence.finish_reason = "abort"
+                self._finish(sequence)
+
+    def step(self) -> list[Token]:
+        """Run the engine once; the new tokens, those of a sequence in order. None when nothing is left to do.
+
+        The tokens of beams come all at once, at the end of their search.
+
+        Raises:
+            EngineError: the engine cannot run, or its logits are not numbers; :meth:`close` the core then.
+        """
+        speculator = self._speculator
+        chunks = self._scheduler.schedule(speculator.propose if speculator else None)
+        if not chunks:
+            return []
+        batch = build_batch(chunks)
+        started = time.perf_counter()
+        logits = self.engine.run(batch)  # (L, vocab_size)
+        run_s = time.perf_counter() - started
+        self._run_s += run_s
+        self._num_steps += 1
+        if speculator:
+            speculator.cost.observe(len(batch.input_ids), run_s)
+        tokens: list[Token] = []
+        row = 0
+        for chunk in chunks:
+            tokens += self._take(chunk, logits[row : row + chunk.num_logits])
+            row += chunk.num_logits
+        return tokens
+
+    def close(self) -> None:
+        """Give up all requests and free every cache block."""
+        self._scheduler.close()
+
+    def _take(self, chunk: Chunk, logits: np.ndarray) -> list[Token]:
+        """Go on with the sequence of ``chunk``, for whose last tokens there are ``logits`` (num_logits, vocab_size)."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        num_fed = len(chunk.token_ids) - chunk.num_drafts
+        if request.params.prompt_logprobs is not None:
+            self._judge_prompt(request, sequence.num_cached + num_fed - len(logits) + chunk.num_drafts, logits)
+        if num_fed < sequence.num_pending:  # the middle of a prompt
+            self._scheduler.advance(chunk)
+            return []
+        if request.beam_search:
+            self._scheduler.advance(chunk)
+            return self._advance_beams(sequence, request.beam_search, logits[-1])
+        if sequence.num_output:
+            tokens = self._verify(sequence, chunk.token_ids[num_fed:], logits)
+            self._scheduler.advance(chunk, num_rejected=1 + chunk.num_drafts - len(tokens))
+            self._num_drafts += chunk.num_drafts
+            self._num_accepted += len(tokens) - 1
+            if sequence.finish_reason:
+                self._finish(sequence)
+            return tokens
+        self._scheduler.advance(chunk)
+        return self._begin_samples(sequence, logits[-1])
+
+    def _judge_prompt(self, request: Request, position: int, logits: np.ndarray) -> None:
+        """Note how likely the prompt's tokens are, after ``logits`` (n, vocab_size) of ``position`` and on."""
+        count = request.params.prompt_logprobs
+        assert count is not None
+        for token_id, row in zip(request.prompt[position + 1 :], logits, strict=False):
+            request.prompt_logprobs.append(token_logprobs(row, token_id, count))
+
+    def _verify(self, sequence: Sequence, drafts: list[int], logits: np.ndarray) -> list[Token]:
+        """The tokens after the pending one: as many as the drafts guessed, and one more.
+
+        Args:
+            logits: (1 + drafts, vocab_size), the last ones of these.
+        """
+        tokens: list[Token] = []
+        for draft, row in zip([*drafts, None], logits[-1 - len(drafts) :], strict=True):
+            tokens.append(self._extend(sequence, row))
+            if tokens[-1].token_id != draft or sequence.finish_reason:
+                break
+        return tokens
+
+    def _begin_samples(self, sequence: Sequence, logits: np.ndarray) -> list[Token]:
+        """The first tokens of all samples of a prompt, from the ``logits`` (vocab_size,) of its end."""
+        request = sequence.request
+        samples = [sequence, *(sequence.fork(index) for index in range(1, request.params.n))]
+        self._scheduler.fork(sequence, samples[1:])
+        request.sequences = samples
+        tokens = []
+        for each in samples:
+            tokens.append(self._extend(each, logits))
+            if each.finish_reason:
+                self._finish(each)
+        return tokens
+
+    def _advance_beams(self, sequence: Sequence, search: BeamSearch, logits: np.ndarray) -> list[Token]:
+        """Note the ``logits`` (vocab_size,) after a beam; go on once those of all beams of the request are there."""
+        request, beams = sequence.request, sequence.request.sequences
+        sequence.beam_logprobs = beam_logprobs(logits, request.params, sequence.context)
+        if any(beam.num_pending for beam in beams):
+            return []
+        chosen = search.advance(np.stack([beam.beam_logprobs for beam in beams if beam.beam_logprobs is not None]))
+        if not search.is_done:
+            pairs = [(beams[parent], beams[parent].fork(i, token_id)) for i, (parent, token_id) in enumerate(chosen)]
+            self._scheduler.replace(beams, pairs)
+            request.sequences = [child for _, child in pairs]
+            return []
+        for beam in beams:
+            self._scheduler.finish(beam)
+        request.sequences, tokens = [], []
+        for index, found in enumerate(search.hypotheses()):
+            answer = beams[0].fork(index)
+            answer.token_ids = [*request.prompt, *found.token_ids]
+            answer.finish_reason = "stop" if found.token_ids[-1] in request.stop_token_ids else "length"
+            answer.score = found.score
+            request.sequences.append(answer)
+            tokens += [Token(request.number, token_id, None, None, index) for token_id in found.token_ids]
+            tokens[-1] = replace(tokens[-1], finish_reason=answer.finish_reason)
+        return tokens
+
+    def _extend(self, sequence: Sequence, logits: np.ndarray) -> Token:
+        """Sample the next token of ``sequence`` from ``logits`` (vocab_size,)."""
+        request = sequence.request
+        sampled = sample(logits, request.params, sequence.context, len(sequence.token_ids), sequence.index)
+        token_id = sampled.token_id
+        sequence.token_ids.append(token_id)
+        sequence.context.append(token_id)
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = TokenLogprobs(*sampled[1:])  # type: ignore[arg-type]
+            sequence.logprobs.append(logprobs)
+        sequence.finish_reason = self._finish_reason(sequence, token_id)
+        kept = logits.copy() if self.options.keep_logits else None
+        return Token(request.number, token_id, sequence.finish_reason, kept, sequence.index, logprobs)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        request = sequence.request
+        if token_id in request.stop_token_ids or (sequence.stopper and sequence.stopper.push(token_id)):
+            return "stop"
+        if (
+            sequence.num_output >= request.params.max_tokens
+            or len(sequence.token_ids) >= self.engine.manifest.limits.max_seq_len
+        ):
+            return "length"
+        return None
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        if self._speculator:
+            self._speculator.forget(sequence)
+
+    def _check_beams(self, request: Request) -> None:
+        """All beams must run together: a search goes on when it has the logits of each."""
+        num_beams, cache = request.params.num_beams, self.engine.cache
+        if num_beams > self.options.max_batch_size:
+            raise RequestError(
+                f"num_beams is {num_beams}, expected at most the {self.options.max_batch_size} sequences of a batch"
+            )
+        longest = min(len(request.prompt) + request.params.max_tokens, self.engine.manifest.limits.max_seq_len)
+        if num_beams * cache.blocks_for(longest) > cache.num_blocks:
+            raise RequestError(
+                f"{num_beams} beams of {longest} tokens need {num_beams * cache.blocks_for(longest)} cache blocks, "
+                f"there are {cache.num_blocks}; set fewer beams, a smaller max_new_tokens or more cache memory"
+            )
+
+
+def build_batch(chunks: list[Chunk]) -> Batch:
+    """The inputs of one engine run. Unused entries of the block table are 0."""
+    ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
+    width = max(len(chunk.sequence.block_ids) for chunk in chunks)
+    tables = [chunk.sequence.block_ids + [0] * (width - len(chunk.sequence.block_ids)) for chunk in chunks]
+    wanted = [range(end - chunk.num_logits, end) for end, chunk in zip(ends, chunks, strict=True)]
+    return Batch(
+        input_ids=np.array([token_id for chunk in chunks for token_id in chunk.token_ids], np.int64),
+        cumulative_lengths=np.array([0, *ends], np.int32),
+        past_lengths=np.array([chunk.sequence.num_cached for chunk in chunks], np.int32),
+        block_table=np.array(tables, np.int32),
+        logits_indices=np.array([index for indexes in wanted for index in indexes], np.int64),
+    )

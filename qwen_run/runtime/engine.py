@@ -1,0 +1,234 @@
+"""An engine directory opened: the checked parts, the ONNX Runtime session, the cache, one run of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+import qwen_plugin
+from qwen_engine.errors import EngineError
+from qwen_engine.graph_io import (
+    BLOCK_TABLE,
+    CUMULATIVE_LENGTHS,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDICES,
+    PAST_LENGTHS,
+    TensorSpec,
+)
+from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest
+from qwen_run.engine_files.checksums import check_operators, check_parts
+from qwen_run.engine_files.float_activations import with_float_activations
+from qwen_run.runtime.kv_cache import KVCache, choose_num_blocks
+from qwen_run.runtime.machine import available_bytes, physical_cores
+
+# ONNX Runtime's exceptions have no common base of their own; a bound run raises RuntimeError.
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The new tokens of S sequences, one after the other; see ``qwen_engine.graph_io``."""
+
+    input_ids: np.ndarray  # int64 (T,)
+    cumulative_lengths: np.ndarray  # int32 (S+1,): sequence s owns tokens [c[s], c[s+1])
+    past_lengths: np.ndarray  # int32 (S,): tokens of s already in the cache
+    block_table: np.ndarray  # int32 (S, max_blocks): cache blocks of s, in order
+    logits_indices: np.ndarray  # int64 (L,): which of the T tokens get logits
+
+
+class Engine:
+    """One graph, its weights and its cache, ready to run. Make one with :meth:`load`.
+
+    Attributes:
+        directory: where the engine lies.
+        manifest: what ``engine.json`` says.
+        cache: the pools the graph updates in place.
+    """
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, session: onnxruntime.InferenceSession, cache: KVCache
+    ) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.cache = cache
+        self._session = session
+        self._output_names = [output.name for output in session.get_outputs()]
+        # The pools are bound once; binding them again for every run would cost more than the run's overhead.
+        self._binding = onnxruntime.IOBinding(session)
+        for name, pool in cache.pools.items():
+            self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(pool))
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        threads: int | None = None,
+        num_blocks: int | None = None,
+        graph: str = GRAPH_FILE,
+        float_activations: bool = False,
+        cache_bytes: int | None = None,
+    ) -> Engine:
+        """Open the engine in ``directory``; everything is checked before memory is taken.
+
+        Args:
+            threads: threads of one run, and of the check of the files; the physical cores this process may use if None.
+            num_blocks: blocks of the cache pool; chosen from the free memory if None.
+            graph: ``layers.onnx`` to see the output of every sub-block with :meth:`run_layers`.
+            float_activations: compute in float32 what the engine rounds to int8 on its way into a product: far
+                slower, for measuring everything else.
+            cache_bytes: memory of the cache pool, where ``num_blocks`` is not given.
+
+        Raises:
+            EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
+                manifest says, or the pool does not hold one sequence of full length.
+        """
+        for name, value in (("threads", threads), ("num_blocks", num_blocks), ("cache_bytes", cache_bytes)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise EngineError(f"{name} is {value!r}, expected a whole number, 1 or more")
+        if threads is not None and threads > qwen_plugin.MOST_THREADS:
+            raise EngineError(f"threads is {threads}, expected {qwen_plugin.MOST_THREADS} or fewer")
+        if not _is_text(str(directory)):  # ONNX Runtime takes no other path
+            raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
+        manifest = Manifest.read(directory)
+        if graph not in manifest.parts:
+            raise EngineError(f"{directory} has no part {graph}; build the engine again")
+        threads = threads or physical_cores()
+        check_parts(directory, manifest, threads)
+        check_operators(directory, manifest)
+        num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes(), cache_bytes)
+        try:
+            options = _session_options(manifest, threads)
+            source: Path | bytes = directory / graph
+            if float_activations:
+                source = with_float_activations((directory / graph).read_bytes())
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(directory.resolve())
+                )
+            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except _ORT_ERRORS as error:
+            raise EngineError(f"{directory / graph} cannot be loaded: {_first_line(error)}") from error
+        _check_graph(directory / graph, session, manifest)
+        cache = KVCache(manifest.states, manifest.cache.block_size, num_blocks)
+        return cls(directory, manifest, session, cache)
+
+    def run(self, batch: Batch) -> np.ndarray:
+        """Feed ``batch``, writing its keys and values to the cache.
+
+        Returns:
+            logits float32 (L, vocab_size), the caller's own.
+
+        Raises:
+            EngineError: ONNX Runtime or an operator refuses the batch.
+        """
+        return self._run(batch, [LOGITS])[LOGITS]
+
+    def run_layers(self, batch: Batch) -> dict[str, np.ndarray]:
+        """As :meth:`run`, and return every output of the graph by name: all sub-blocks of ``layers.onnx``."""
+        return self._run(batch, self._output_names)
+
+    def _run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        binding = self._binding
+        try:
+            for name, array in (
+                (INPUT_IDS, batch.input_ids),
+                (CUMULATIVE_LENGTHS, batch.cumulative_lengths),
+                (PAST_LENGTHS, batch.past_lengths),
+                (BLOCK_TABLE, batch.block_table),
+                (LOGITS_INDICES, batch.logits_indices),
+            ):
+                binding.bind_cpu_input(name, array)
+            # Bound anew each time: a bound output keeps the shape of the run before.
+            binding.clear_binding_outputs()
+            for name in outputs:
+                binding.bind_output(name)
+            self._session.run_with_iobinding(binding)
+        except _ORT_ERRORS as error:
+            raise EngineError(f"{self.directory} cannot run: {_first_line(error)}") from error
+        values = binding.get_outputs()
+        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def newest_engine(root: Path) -> Path:
+    """The directory in ``root`` whose ``engine.json`` was written last.
+
+    Raises:
+        EngineError: there is none.
+    """
+    written = {}
+    for path in root.glob(f"[!.]*/{MANIFEST_FILE}"):  # a hidden one is still being built
+        with suppress(FileNotFoundError):
+            written[path.parent] = path.stat().st_mtime_ns
+    if not written:
+        raise EngineError(f"no engine in {root}; make one with qwen-build, or name one with --engine")
+    return max(written, key=written.__getitem__)
+
+
+def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    # The plugin's operators have threads of their own; beside them there is a Gather.
+    is_stock = any(linear.quantization.kernels == "stock" for linear in manifest.linears)
+    options.intra_op_num_threads = threads if is_stock else 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # fatal: an error is raised with the same text
+    options.enable_mem_pattern = False  # it keeps a plan for every combination of shapes ever seen
+    # The arena keeps 27 MB more of a prompt of 512 tokens (0.5B) than malloc, and makes nothing faster.
+    options.enable_cpu_mem_arena = False
+    # Threads of stock operators that wait for the next node spin, but briefly. A token of the demo engine (int4,
+    # --kernels stock, 2 threads) takes 12.3 ms with the default of about 1 ms, 12.1 with 20 us, 12.5 without; beside
+    # two busy processes 30, 25 and 25.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    if manifest.operators:
+        qwen_plugin.register(options, threads)
+    return options
+
+
+def _check_graph(path: Path, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
+    """Agree both ways: the graph has the manifest's inputs and no others, and its outputs; types and shapes equal."""
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value for value in session.get_outputs()}
+    complaints = [f"has unknown input {name}" for name in inputs.keys() - {spec.name for spec in manifest.inputs}]
+    for specs, found, kind in ((manifest.inputs, inputs, "input"), (manifest.outputs, outputs, "output")):
+        for spec in specs:
+            value = found.get(spec.name)
+            if value is None:
+                complaints.append(f"lacks {kind} {spec.name}")
+            elif not _matches(spec, value.type, value.shape):
+                complaints.append(
+                    f"has {spec.name} {value.type} {tuple(value.shape)}, expected {spec.dtype} {spec.shape}"
+                )
+    if complaints:
+        raise EngineError(f"{path} {'; '.join(sorted(complaints))}; build the engine again")
+
+
+def _matches(spec: TensorSpec, ort_type: str, shape: Sequence[int | str | None]) -> bool:
+    sizes = [
+        (wanted, size)
+        for wanted, size in zip(spec.shape, shape, strict=False)
+        if isinstance(wanted, int) and isinstance(size, int)
+    ]
+    name = {"float32": "float"}.get(spec.dtype, spec.dtype)  # where ONNX Runtime's name is not NumPy's
+    return ort_type == f"tensor({name})" and len(shape) == len(spec.shape) and all(a == b for a, b in sizes)
+
+
+def _first_line(error: Exception) -> str:
+    """The sentence of ONNX Runtime's message, without the codes before it."""
+    return str(error).splitlines()[0].split(" : ")[-1].strip()

@@ -1,0 +1,206 @@
+"""The paged cache: the pools the graph updates in place, and who owns which of their blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen_engine.errors import EngineError
+from qwen_engine.graph_io import TensorSpec
+from qwen_engine.manifest import ITEM_BYTES, Manifest
+from qwen_run.runtime.prefix_cache import PrefixCache
+
+# Pools begin on a cache line, so that no vector of a kernel straddles two.
+_ALIGNMENT_BYTES = 64
+
+# A pool begins with small pages: with huge ones alone, as NumPy's arrays have, a model of 24 layers takes 48 of them
+# for its first token. A long text has huge ones, no more of which are left unused than it fills.
+_SMALL_PAGES_BYTES = 2 << 20
+
+# Without being told, take at most this many sequences of full length and this part of the memory that is left.
+_MOST_SEQUENCES = 8
+_MEMORY_PART = 0.5
+
+# dtype of the cache -> advice where a smaller one helps
+_SMALLER_DTYPE = {"float32": " or --kv-cache-dtype float16", "float16": " or --kv-cache-dtype int8"}
+
+
+class KVCache:
+    """Pools of ``num_blocks`` blocks for every paged state, who owns which block, and which tokens it holds.
+
+    A block id stands for the same block of every pool. Sequences with equal beginnings share blocks: a block is
+    free when its last owner has given it back. What it holds may still be found by its key until it is given out
+    again. Memory is committed by the operating system when a block is first written: a large pool costs
+    nothing until it is used.
+
+    Attributes:
+        pools: state name -> array of the state's dtype, (num_blocks, ...).
+    """
+
+    def __init__(self, states: Sequence[TensorSpec], block_size: int, num_blocks: int) -> None:
+        """Make the pools.
+
+        Raises:
+            EngineError: the system refuses the memory.
+        """
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        try:
+            self.pools = {state.name: _zeros(_pool_shape(state, num_blocks), state.dtype) for state in states}
+        except MemoryError:
+            pool_bytes = num_blocks * block_bytes(states)
+            raise EngineError(
+                f"no memory for a cache of {pool_bytes / 2**30:.1f} GiB, {num_blocks} blocks; ask for less with "
+                "--kv-cache-memory (in Python cache_bytes or num_blocks)"
+            ) from None
+        self._prefixes = PrefixCache()
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_owners = [0] * num_blocks
+        self._is_clean = [True] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks nobody owns."""
+        return len(self._free) + self._prefixes.num_unused
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` tokens of one sequence."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Give out ``count`` blocks of zeros; None, and nothing is given out, where fewer are free.
+
+        A block that held another sequence is zeroed first: a NaN it hides would poison sums it has no part in.
+        Blocks whose tokens may be found are taken last, those least recently used first.
+        """
+        if count > self.num_free:
+            return None
+        block_ids = [self._free.pop() if self._free else self._prefixes.evict() for _ in range(count)]
+        for block in block_ids:
+            if not self._is_clean[block]:
+                for pool in self.pools.values():
+                    pool[block] = 0
+            self._is_clean[block] = False
+            self._num_owners[block] = 1
+        return block_ids
+
+    def share(self, block_ids: Sequence[int]) -> None:
+        """Add an owner to blocks that have one."""
+        for block in block_ids:
+            assert self._num_owners[block], f"block {block} is shared by nobody"
+            self._num_owners[block] += 1
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Take an owner off the blocks of one sequence, given in order."""
+        for block in reversed(block_ids):  # the end of a sequence is given out again before its beginning
+            assert self._num_owners[block], f"block {block} is freed twice"
+            self._num_owners[block] -= 1
+            if not self._num_owners[block] and not self._prefixes.release(block):
+                self._free.append(block)
+
+    def is_shared(self, block: int) -> bool:
+        """More than one sequence owns ``block``: nobody may write to it."""
+        return self._num_owners[block] > 1
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy what ``source`` holds to ``target``, in every pool."""
+        for pool in self.pools.values():
+            pool[target] = pool[source]
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Let ``block`` be found by ``key``: all its tokens are written and stay."""
+        self._prefixes.publish(block, key)
+
+    def take_prefix(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of the first ``keys`` that are all known, as their new owner."""
+        block_ids: list[int] = []
+        for key in keys:
+            block = self._prefixes.find(key)
+            if block is None:
+                break
+            self._prefixes.use(block)
+            self._num_owners[block] += 1
+            block_ids.append(block)
+        return block_ids
+
+
+def choose_num_blocks(
+    manifest: Manifest, num_blocks: int | None, available_bytes: int | None, cache_bytes: int | None = None
+) -> int:
+    """How many blocks to take: ``num_blocks`` where given, else what ``cache_bytes`` hold where given.
+
+    Else several sequences of full length, as far as half of the memory that the weights leave goes; at least one.
+
+    Args:
+        available_bytes: memory the process can have, None if unknown.
+
+    Raises:
+        EngineError: the blocks, or the memory there is, do not hold one sequence of full length.
+    """
+    max_seq_len, block_size = manifest.limits.max_seq_len, manifest.cache.block_size
+    one_sequence = math.ceil(max_seq_len / block_size)
+    bytes_each = block_bytes(manifest.states)
+    if num_blocks is not None:
+        if num_blocks < one_sequence:
+            raise EngineError(
+                f"{num_blocks} cache blocks hold {num_blocks * block_size} tokens, a sequence can have {max_seq_len}; "
+                f"ask for at least {one_sequence} blocks or build the engine with a smaller --max-seq-len"
+            )
+        return num_blocks
+    if cache_bytes is not None:
+        if cache_bytes < one_sequence * bytes_each:
+            raise EngineError(
+                f"a cache of {cache_bytes / 2**20:.1f} MiB holds {cache_bytes // bytes_each * block_size} tokens, "
+                f"a sequence can have {max_seq_len}; ask for at least {one_sequence * bytes_each / 2**20:.1f} MiB "
+                "or build the engine with a smaller --max-seq-len"
+            )
+        return cache_bytes // bytes_each
+    if available_bytes is None:
+        return one_sequence
+    if one_sequence * bytes_each > available_bytes:
+        raise EngineError(
+            f"the cache of one sequence of {max_seq_len} tokens takes {one_sequence * bytes_each / 2**30:.2f} GiB, "
+            f"{available_bytes / 2**30:.2f} GiB are free; build the engine with a smaller --max-seq-len"
+            + _SMALLER_DTYPE.get(manifest.cache.dtype, "")
+        )
+    weights_bytes = sum(part.size_bytes for part in manifest.parts.values())
+    affordable = int((available_bytes - weights_bytes) * _MEMORY_PART) // max(1, bytes_each)
+    return max(one_sequence, min(affordable, _MOST_SEQUENCES * one_sequence))
+
+
+def block_bytes(states: Sequence[TensorSpec]) -> int:
+    """Bytes of one block over all pools."""
+    return sum(math.prod(_pool_shape(state, 1)) * ITEM_BYTES[state.dtype] for state in states)
+
+
+def _pool_shape(state: TensorSpec, num_blocks: int) -> tuple[int, ...]:
+    first, *inner = state.shape or (None,)
+    fixed = [dimension for dimension in inner if isinstance(dimension, int)]
+    if state.kind != "paged_state" or first != "num_blocks" or len(fixed) != len(inner):
+        raise EngineError(
+            f"state {state.name} is {state.kind} {state.shape}, expected paged_state (num_blocks, sizes); "
+            "build the engine again"
+        )
+    return (num_blocks, *fixed)
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    count = math.prod(shape) * ITEM_BYTES[dtype]
+    if sys.platform == "linux":
+        try:
+            memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise MemoryError from error
+        with contextlib.suppress(OSError):  # of a system without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE, 0, min(count, _SMALL_PAGES_BYTES))
+            if count > _SMALL_PAGES_BYTES:
+                memory.madvise(mmap.MADV_HUGEPAGE, _SMALL_PAGES_BYTES)
+        return np.frombuffer(memory, dtype).reshape(shape)
+    raw = np.zeros(count + _ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT_BYTES
+    return raw[start : start + count].view(dtype).reshape(shape)

@@ -1,0 +1,173 @@
+"""One prompt on its way to its answers, and the rules a request must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from qwen_engine.errors import RequestError
+from qwen_engine.manifest import Manifest
+from qwen_run.sampling.beam import BeamSearch
+from qwen_run.sampling.logprobs import TokenLogprobs
+from qwen_run.sampling.sample import SamplingContext, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Stopper(Protocol):
+    """Ends an answer for a reason that its token ids alone do not show, such as a stop string."""
+
+    def push(self, token_id: int) -> bool:
+        """Take the next token of the answer; True when the answer ends with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Token:
+    """A new token of sequence ``sequence_index`` of request ``request_index``.
+
+    Attributes:
+        request_index: the number ``Core.add`` gave the request; with ``generate``, its place in the list.
+        finish_reason: set on a sequence's last token: ``stop`` (this token is one of its stop tokens, or the
+            request's stopper said so) or ``length``.
+        logits: (vocab_size,) float32, what the token was sampled from, if asked for.
+        logprobs: if asked for by the request's ``params``.
+    """
+
+    request_index: int
+    token_id: int
+    finish_reason: FinishReason | None
+    logits: np.ndarray | None = None
+    sequence_index: int = 0
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to answer it; ``sequences`` holds the answers, one a sample or beam.
+
+    Until the prompt has been fed there is only the first sequence; the others are forked from it.
+
+    Attributes:
+        stop_token_ids: what ends an answer: the ids given, which the checkpoint says, as ``params`` changes them.
+        new_stopper: makes a stopper for each sequence.
+        prompt_logprobs: if ``params`` asks for it, of each prompt token as far as it is fed; None for the first.
+        beam_search: the choice among beams.
+        number: given by the core the request was added to; requests are served in this order.
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_token_ids: frozenset[int] = frozenset()
+    new_stopper: Callable[[], Stopper] | None = None
+    sequences: list[Sequence] = field(init=False)
+    prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
+    beam_search: BeamSearch | None = field(init=False, default=None)
+    number: int = field(init=False, default=-1)
+
+    def __post_init__(self) -> None:
+        self.stop_token_ids = self.params.stop_ids(self.stop_token_ids)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
+        self.sequences = [Sequence(self)]
+
+    @property
+    def is_finished(self) -> bool:
+        """Every sequence has its last token."""
+        return all(sequence.finish_reason for sequence in self.sequences)
+
+    @property
+    def width(self) -> int:
+        """Sequences the request has once its prompt is fed."""
+        return max(self.params.n, self.params.num_beams)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Prompt and one answer, and where its keys and values are cached.
+
+    A token is *pending* until it has been fed to the engine and its keys and values are cached. The last three
+    fields belong to the scheduler.
+
+    Attributes:
+        token_ids: the prompt and the answer so far.
+        logprobs: of each token of the answer, if ``params`` asks for it.
+        score: of an answer found by beam search.
+        beam_logprobs: of the token that follows, while other beams are still waiting for theirs.
+        block_ids: cache blocks in order; positions from ``num_cached`` on may hold leftovers of rejected drafts.
+        block_keys: of the first full blocks, as far as they have been needed; see ``prefix_cache``.
+    """
+
+    request: Request
+    index: int = 0
+    token_ids: list[int] = field(init=False)
+    finish_reason: FinishReason | None = None
+    stopper: Stopper | None = field(init=False)
+    context: SamplingContext = field(init=False)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    score: float | None = None
+    beam_logprobs: np.ndarray | None = None
+    num_cached: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.token_ids = list(request.prompt)
+        self.stopper = request.new_stopper() if request.new_stopper else None
+        self.context = SamplingContext(request.params, request.prompt, request.stop_token_ids)
+
+    def fork(self, index: int, *token_ids: int) -> Sequence:
+        """A sequence of the same tokens and ``token_ids``; what is cached is the scheduler's to copy."""
+        child = copy(self)
+        child.index = index
+        child.token_ids = [*self.token_ids, *token_ids]
+        child.context = self.context.fork()
+        for token_id in token_ids:
+            child.context.append(token_id)
+        child.stopper = self.request.new_stopper() if self.request.new_stopper else None
+        child.logprobs, child.beam_logprobs = list(self.logprobs), None
+        child.num_cached, child.block_ids, child.block_keys = 0, [], []
+        return child
+
+    @property
+    def output(self) -> list[int]:
+        """The answer so far."""
+        return self.token_ids[len(self.request.prompt) :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens still to be fed: of the prompt, the one sampled last, or all after a preemption."""
+        return len(self.token_ids) - self.num_cached
+
+
+def check_request(request: Request, manifest: Manifest, name: str = "the prompt") -> None:
+    """Check that the engine of ``manifest`` can answer ``request``; ``name`` stands in the message.
+
+    Raises:
+        RequestError: the prompt is empty, too long, or it or its parameters hold ids the model does not have.
+    """
+    assert request.number == -1, "a request is answered once"
+    longest = manifest.limits.max_seq_len - 1
+    vocab_size = manifest.model.vocab_size
+    request.params.check_vocabulary(vocab_size)
+    if not request.prompt:
+        raise RequestError(f"{name} is empty, expected at least one token")
+    if len(request.prompt) > longest:
+        raise RequestError(
+            f"{name} has {len(request.prompt)} tokens, the engine takes {longest} and an answer of one; "
+            "shorten it or build the engine with a larger --max-seq-len"
+        )
+    for token_id in (min(request.prompt), max(request.prompt)):
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{name} holds token {token_id}, expected 0 to {vocab_size - 1}; "
+                "the tokenizer does not belong to this engine"
+            )

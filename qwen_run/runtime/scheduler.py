@@ -1,0 +1,276 @@
+"""Which sequences run in the next step, and which of their tokens. Policy only: no tensors, no model.
+
+A step has a budget of tokens. First every sequence that has one token to feed gets its place, so that a long prompt
+never stalls the answers of others. What is left of the budget is shared among the prompts, none of which gets more
+than a fair part while another wants it: a request that comes late starts at once. What is then left goes to drafts.
+
+Blocks are given out as sequences grow. When none are left the youngest running sequence is preempted: it gives its
+blocks back, waits first in line, and later feeds prompt and answer again, which is the same as a longer prompt.
+Sequences start in the order of their requests, and all that run are older than all that wait: the oldest can always
+take blocks from others, so every request comes to its end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qwen_run.runtime.kv_cache import KVCache
+from qwen_run.runtime.prefix_cache import extend_keys
+from qwen_run.runtime.request import Request, Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens one sequence feeds in one step.
+
+    Attributes:
+        num_drafts: how many at the end of ``token_ids`` are guesses and no part of the sequence yet.
+        num_logits: how many at the end of ``token_ids`` get logits; 0 in the middle of a prompt.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    num_drafts: int
+    num_logits: int
+
+
+# A prompt whose log probabilities are asked for has logits of every token: 64 rows of Qwen's vocabulary are 39 MB.
+MAX_JUDGED = 64
+
+Propose = Callable[[dict[Sequence, int], int], dict[Sequence, list[int]]]
+
+
+class Scheduler:
+    """The queue of waiting sequences and the running ones, oldest first.
+
+    Attributes:
+        num_preempted: how often a sequence has lost its blocks to an older one.
+        num_prefix_tokens: tokens that were found in the cache instead of being fed.
+    """
+
+    def __init__(self, cache: KVCache, max_batch_size: int, max_batch_tokens: int, prefix_caching: bool = True) -> None:
+        self._cache = cache
+        self._max_batch_size = max_batch_size
+        self._max_batch_tokens = max_batch_tokens
+        self._prefix_caching = prefix_caching
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.num_preempted = 0
+        self.num_prefix_tokens = 0
+
+    @property
+    def is_done(self) -> bool:
+        """No sequence is waiting or running."""
+        return not self._waiting and not self._running
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> None:
+        self._waiting.extend(request.sequences)
+
+    def schedule(self, propose: Propose | None = None) -> list[Chunk]:
+        """The next step: at least one chunk while a sequence is left, none empty.
+
+        Every chunk's sequence owns the blocks its tokens will be written to, alone. After the engine has run,
+        :meth:`advance` must be called for every chunk before the next step.
+
+        Args:
+            propose: given how many tokens each sequence feeds and how many more the step may have, guesses what
+                follows those that feed their last.
+        """
+        plan: dict[Sequence, int] = {}
+        decoding = [sequence for sequence in self._running if sequence.num_pending == 1]
+        for sequence in decoding[: self._max_batch_tokens]:
+            self._plan(plan, sequence, 1)
+        self._admit()
+        prompts = [sequence for sequence in self._running if sequence.num_pending and sequence not in plan]
+        shares = fair_shares(self._max_batch_tokens - len(plan), [sequence.num_pending for sequence in prompts])
+        num_judged = 0
+        for sequence, count in zip(prompts, shares, strict=True):
+            if sequence.request.params.prompt_logprobs is not None:
+                count = min(count, _num_unjudged(sequence) + MAX_JUDGED - num_judged)
+                num_judged += max(0, count - _num_unjudged(sequence))
+            if count:
+                self._plan(plan, sequence, count)
+        left = self._max_batch_tokens - sum(plan.values())
+        drafts = propose(plan, left) if propose else {}
+        chunks = [self._chunk(sequence, count, drafts.get(sequence, [])) for sequence, count in plan.items()]
+        assert chunks or self.is_done, "no sequence can run"
+        return chunks
+
+    def advance(self, chunk: Chunk, num_rejected: int = 0) -> None:
+        """Note that the engine has run ``chunk``: its tokens but the last ``num_rejected`` are in the cache."""
+        sequence, block_size = chunk.sequence, self._cache.block_size
+        full = sequence.num_cached // block_size
+        sequence.num_cached += len(chunk.token_ids) - num_rejected
+        now_full = sequence.num_cached // block_size
+        if now_full > full and self._prefix_caching:
+            extend_keys(sequence.block_keys, sequence.token_ids, block_size, now_full)
+            for index in range(full, now_full):
+                self._cache.publish(sequence.block_ids[index], sequence.block_keys[index])
+
+    def fork(self, parent: Sequence, children: list[Sequence]) -> None:
+        """Let ``children``, who have the tokens of running ``parent``, go on from what it has cached."""
+        position = self._running.index(parent) + 1
+        room = max(0, self._max_batch_size - len(self._running))
+        for child in children[:room]:
+            self._copy_state(parent, child)
+        self._running[position:position] = children[:room]
+        self._waiting.extendleft(reversed(children[room:]))
+
+    def replace(self, parents: list[Sequence], pairs: list[tuple[Sequence, Sequence]]) -> None:
+        """Put new beams in the place of running ``parents``; ``pairs`` are (the parent it goes on from, the beam)."""
+        position = self._running.index(parents[0])
+        for parent, child in pairs:
+            self._copy_state(parent, child)
+        for parent in parents:
+            self._running.remove(parent)
+            self._release(parent)
+        self._running[position:position] = [child for _, child in pairs]
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take ``sequence`` off the running or waiting ones and free its blocks."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._release(sequence)
+        elif sequence in self._waiting:  # else closed before
+            self._waiting.remove(sequence)
+
+    def close(self) -> None:
+        """Give up all sequences and free their blocks."""
+        for sequence in self._running:
+            self._release(sequence)
+        self._running.clear()
+        self._waiting.clear()
+
+    def _admit(self) -> None:
+        """Let those run who wait, in order, as far as there is a place and blocks for all they have."""
+        slots = sum(_num_slots(sequence) for sequence in self._running)
+        while self._waiting:
+            sequence = self._waiting[0]
+            if self._running and slots + _num_slots(sequence) > self._max_batch_size:
+                return
+            self._find_prefix(sequence)
+            # Room for all it has and the next token, or it would soon be preempted again.
+            unclaimed = self._cache.num_free - sum(map(self._missing, self._running))
+            if self._running and self._missing(sequence) > unclaimed:
+                self._release(sequence)
+                return
+            self.num_prefix_tokens += sequence.num_cached
+            self._running.append(self._waiting.popleft())
+            slots += _num_slots(sequence)
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Blocks that ``sequence`` needs to feed all its tokens and one more, beyond those it has."""
+        wanted = self._cache.blocks_for(len(sequence.token_ids) + 1) + _num_slots(sequence) - 1
+        return max(0, wanted - len(sequence.block_ids))
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        """Give ``sequence``, which has nothing cached, the blocks that hold its beginning already."""
+        if not self._prefix_caching:
+            return
+        # What logits are wanted of is fed: the last token, or more of the prompt.
+        count = _first_logits(sequence) // self._cache.block_size
+        extend_keys(sequence.block_keys, sequence.token_ids, self._cache.block_size, count)
+        sequence.block_ids = self._cache.take_prefix(sequence.block_keys[:count])
+        sequence.num_cached = len(sequence.block_ids) * self._cache.block_size
+
+    def _plan(self, plan: dict[Sequence, int], sequence: Sequence, count: int) -> None:
+        """Enter ``count`` tokens of ``sequence`` and give it blocks for them, at the cost of younger ones."""
+        if sequence not in self._running:  # preempted in this very step
+            return
+        while not self._grow(sequence, count):
+            youngest = self._running.pop()
+            self._release(youngest)
+            self._waiting.appendleft(youngest)
+            self.num_preempted += 1
+            plan.pop(youngest, None)
+            if youngest is sequence:
+                return
+        plan[sequence] = count
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Give ``sequence`` blocks of its own for ``count`` more tokens; False, and nothing changes, where none are."""
+        owned = sequence.block_ids
+        missing = max(0, self._cache.blocks_for(sequence.num_cached + count) - len(owned))
+        first = sequence.num_cached // self._cache.block_size  # the block the first of them is written to
+        copied = first < len(owned) and self._cache.is_shared(owned[first])
+        if not missing and not copied:
+            return True
+        block_ids = self._cache.allocate(missing + copied)
+        if block_ids is None:
+            return False
+        if copied:
+            own = block_ids.pop()
+            self._cache.copy(owned[first], own)
+            self._cache.free(owned[first : first + 1])
+            owned[first] = own
+        owned += block_ids
+        return True
+
+    def _chunk(self, sequence: Sequence, count: int, drafts: list[int]) -> Chunk:
+        drafts = drafts and drafts[: self._room(sequence, len(drafts))]
+        start, num_logits = sequence.num_cached, max(0, count - _num_unjudged(sequence))
+        tokens = [*sequence.token_ids[start : start + count], *drafts]
+        return Chunk(sequence, tokens, len(drafts), num_logits + len(drafts))
+
+    def _room(self, sequence: Sequence, wanted: int) -> int:
+        """How many of ``wanted`` drafts fit behind the pending token, in blocks that nobody will soon need."""
+        owned = len(sequence.block_ids) * self._cache.block_size - sequence.num_cached - 1
+        if wanted <= owned:
+            return wanted
+        if self._cache.num_free <= sum(self._missing(other) for other in self._running if other is not sequence):
+            return owned
+        return wanted if self._grow(sequence, 1 + wanted) else owned
+
+    def _copy_state(self, parent: Sequence, child: Sequence) -> None:
+        self._cache.share(parent.block_ids)
+        child.block_ids = list(parent.block_ids)
+        child.block_keys = list(parent.block_keys)
+        child.num_cached = parent.num_cached
+
+    def _release(self, sequence: Sequence) -> None:
+        block_ids, sequence.block_ids = sequence.block_ids, []  # first: an interrupt here must not free them twice
+        sequence.num_cached = 0
+        self._cache.free(block_ids)
+
+
+def fair_shares(budget: int, wanted: list[int]) -> list[int]:
+    """Divide ``budget`` so that nobody gets more than wanted, nor more than another who still wants some.
+
+    Where there is not one for each, the first get it; what does not divide evenly goes to who wants most.
+
+    >>> fair_shares(10, [20, 2, 20]), fair_shares(2, [5, 5, 5]), fair_shares(10, [1, 2])
+    ([4, 2, 4], [1, 1, 0], [1, 2])
+    """
+    shares = [0] * len(wanted)
+    order = sorted(range(min(budget, len(wanted))), key=lambda index: wanted[index])
+    for position, index in enumerate(order):
+        shares[index] = min(wanted[index], budget // (len(order) - position))
+        budget -= shares[index]
+    return shares
+
+
+def _num_slots(sequence: Sequence) -> int:
+    """Places in the batch to keep for ``sequence``: also for those that will be forked from it."""
+    return sequence.request.width if len(sequence.request.sequences) == 1 else 1
+
+
+def _num_unjudged(sequence: Sequence) -> int:
+    """How many tokens ``sequence`` feeds before the first whose logits are needed."""
+    return max(0, _first_logits(sequence) - sequence.num_cached)
+
+
+def _first_logits(sequence: Sequence) -> int:
+    """The first position whose logits are needed: the last, or that before the first prompt token to be judged."""
+    known = len(sequence.request.prompt_logprobs)
+    wants_more = 0 < known < len(sequence.request.prompt)
+    return known - 1 if wants_more else len(sequence.token_ids) - 1

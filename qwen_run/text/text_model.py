@@ -1,0 +1,179 @@
+"""Prompts and conversations in, text out: an engine together with its tokenizer, chat template and defaults.
+
+The commands and the interactive chat are written against :class:`TextModel`; it knows no terminal and no files but
+those of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.manifest import Manifest
+from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.generate import generate
+from qwen_run.runtime.request import Request, Token, check_request
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.text.chat_template import ChatTemplate, Conversation, Message, read_json
+from qwen_run.text.stops import Stopper
+from qwen_run.text.tokenizer import Tokenizer
+
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """An engine that takes and gives text.
+
+    Attributes:
+        template: None for an engine that is only given raw prompts.
+        defaults: sampling as the checkpoint asks for it.
+        eos_token_ids: tokens that end every answer.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: SamplingParams
+    eos_token_ids: frozenset[int]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.engine.manifest.limits.max_seq_len
+
+    @classmethod
+    def load(
+        cls, engine_directory: Path, threads: int | None = None, raw: bool = False, cache_bytes: int | None = None
+    ) -> TextModel:
+        """Open an engine with everything that belongs to it; the small files first.
+
+        Args:
+            threads: threads of one run; the physical cores if None.
+            raw: do without a chat template.
+            cache_bytes: memory of the cache; chosen from the free memory if None.
+
+        Raises:
+            EngineError: something is missing or damaged, or the cache does not hold a sequence of full length.
+        """
+        Manifest.read(engine_directory)
+        parts = _TextParts.load(engine_directory, raw)
+        return cls._join(Engine.load(engine_directory, threads, cache_bytes=cache_bytes), parts)
+
+    @classmethod
+    def of(cls, engine: Engine, raw: bool = False) -> TextModel:
+        """As :meth:`load`, for an engine that is open already."""
+        return cls._join(engine, _TextParts.load(engine.directory, raw))
+
+    @classmethod
+    def _join(cls, engine: Engine, parts: _TextParts) -> TextModel:
+        return cls(
+            engine=engine,
+            tokenizer=parts.tokenizer,
+            template=parts.template,
+            defaults=parts.defaults,
+            eos_token_ids=frozenset(engine.manifest.eos_token_ids) | end_of_turn_ids(parts.tokenizer, parts.template),
+        )
+
+    def encode_raw(self, prompt: str) -> list[int]:
+        """Ids of a prompt that goes to the model as it is."""
+        return self.tokenizer.encode(prompt, add_special_tokens=True)
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> list[int]:
+        """Ids of a conversation and the opening of an answer; ``variables`` go to the chat template.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        assert self.template is not None, "loaded with raw=True"
+        return self.tokenizer.encode(self.template.render(messages, tools, **variables))
+
+    def request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """A request for an answer to ``prompt``.
+
+        Raises:
+            RequestError: the prompt is empty or longer than the engine takes.
+        """
+        request = self.new_request(prompt, params)
+        check_request(request, self.engine.manifest)
+        return request
+
+    def new_request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """As :meth:`request`, for a caller that checks it."""
+        new_stopper = partial(
+            Stopper,
+            self.tokenizer,
+            params.stop_strings,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+        return Request(tuple(prompt), params, self.eos_token_ids, new_stopper)
+
+    def generate(self, requests: Sequence[Request], keep_logits: bool = False) -> Generator[Token, None, None]:
+        """As :func:`qwen_run.runtime.generate.generate` with this engine."""
+        return generate(self.engine, requests, keep_logits=keep_logits)
+
+    def stream(self, request: Request) -> Generator[str, None, None]:
+        """The answer to ``request`` of :meth:`request`, in whole characters as they become certain.
+
+        For one answer, and no beam search. The token or text that ends the answer is no part of it. Closing the
+        iterator frees the cache.
+        """
+        stopper = request.sequences[0].stopper
+        assert isinstance(stopper, Stopper), "not a request of this class"
+        with closing(self.generate([request])) as tokens:
+            for token in tokens:
+                yield stopper.release() + (stopper.close() if token.finish_reason else "")
+
+    def fit(self, conversation: Conversation, params: SamplingParams, **variables: Any) -> tuple[list[int], int]:
+        """Ids of ``conversation`` without as many of its oldest turns as leave room for an answer.
+
+        Room is ``params.max_tokens``, or a quarter of the engine's length where that is less.
+
+        Returns:
+            The ids, and how many turns are left out of them. The last question always stays.
+        """
+        room, dropped = min(params.max_tokens, self.max_seq_len // 4), 0
+        while True:
+            ids = self.encode_chat(conversation.messages, **variables)
+            if len(ids) + room <= self.max_seq_len or conversation.num_questions < 2:
+                return ids, dropped
+            conversation, dropped = conversation.without_oldest(), dropped + 1
+
+
+@dataclass(frozen=True)
+class _TextParts:
+    """What an engine's directory holds for text."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: SamplingParams
+
+    @classmethod
+    def load(cls, engine_directory: Path, raw: bool) -> _TextParts:
+        return cls(
+            Tokenizer.load(engine_directory),
+            None if raw else ChatTemplate.load(engine_directory),
+            _read_defaults(engine_directory),
+        )
+
+
+def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
+    """The special token the template puts after an answer: checkpoints do not always list it as an end of sequence."""
+    first = tokenizer.encode(template.end_of_turn())[:1] if template else []
+    return frozenset(first) & tokenizer.special_ids
+
+
+def _read_defaults(engine_directory: Path) -> SamplingParams:
+    path = engine_directory / GENERATION_CONFIG_FILE
+    try:
+        return SamplingParams.from_generation_config(read_json(path) if path.is_file() else {})
+    except RequestError as error:
+        raise EngineError(f"{path}: {error}; correct it there") from error

@@ -1,0 +1,94 @@
+"""Tiny random checkpoints as transformers saves them, and ways to run an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Sizes pairwise different and not multiples of each other where the architecture allows it.
+TINY = {
+    "vocab_size": 131,
+    "hidden_size": 80,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 640,
+    "initializer_range": 0.15,
+    "rope_theta": 5000.0,
+}
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+}
+
+
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """A random model and the directory it is saved in; ``model`` holds what was saved, in float32."""
+
+    path: Path
+    model: Any  # transformers.PreTrainedModel
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """transformers' logits, (tokens, vocab_size) float32."""
+        return hf_logits(self.model, token_ids)
+
+
+def hf_logits(model: Any, token_ids: Sequence[int]) -> np.ndarray:
+    """Logits of a transformers model for one sequence, (tokens, vocab_size) float32."""
+    import torch
+
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.tensor([list(token_ids)])).logits[0].float().numpy()
+    return logits
+
+
+def run_chunks(engine: Any, sequences: Sequence[Sequence[int]], steps: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Logits of every token of every sequence, fed in the given steps.
+
+    Args:
+        steps: for each run, how many tokens of each sequence it feeds; zeros leave a sequence out.
+
+    Returns:
+        for each sequence (tokens, vocab_size) float32.
+    """
+    from qwen_run.runtime.engine import Batch
+
+    needed = [engine.cache.blocks_for(len(sequence)) for sequence in sequences]
+    owned = [engine.cache.allocate(count) for count in needed]
+    done = [0] * len(sequences)
+    logits: list[list[np.ndarray]] = [[] for _ in sequences]
+    for step in steps:
+        fed = [s for s, count in enumerate(step) if count]
+        table = np.zeros((len(fed), max(needed[s] for s in fed)), np.int32)
+        for row, s in zip(table, fed, strict=True):
+            row[: needed[s]] = owned[s]
+        lengths = [step[s] for s in fed]
+        batch = Batch(
+            np.concatenate([np.array(sequences[s][done[s] : done[s] + step[s]], np.int64) for s in fed]),
+            np.cumsum([0, *lengths]).astype(np.int32),
+            np.array([done[s] for s in fed], np.int32),
+            table,
+            np.arange(sum(lengths), dtype=np.int64),
+        )
+        for s, rows in zip(fed, np.split(engine.run(batch), np.cumsum(lengths)[:-1]), strict=True):
+            logits[s].append(rows)
+            done[s] += step[s]
+    for blocks in owned:
+        engine.cache.free(blocks)
+    assert done == [len(sequence) for sequence in sequences]
+    return [np.concatenate(rows) for rows in logits]
+
+
+def run_alone(engine: Any, sequence: Sequence[int]) -> np.ndarray:
+    """Logits of every token of one sequence, fed at once."""
+    return run_chunks(engine, [sequence], [[len(sequence)]])[0]

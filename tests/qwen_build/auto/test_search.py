@@ -1,0 +1,412 @@
+"""``--quant auto``: the choice against every other choice, and budgets that engines keep to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models
+
+from cases.tiny import FAMILIES, TinyCheckpoint
+from qwen_build.auto import search as auto
+from qwen_build.auto.report import CHOICES_FILE, REPORT_FILE, Trial
+from qwen_build.auto.search import Search, build_auto, cheapest
+from qwen_build.auto.sensitivity import Probing, Unit
+from qwen_build.checkpoint.locate import resolve_checkpoint
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.cli import main
+from qwen_build.plan.options import BuildOptions
+from qwen_build.plan.rules import read_rules
+from qwen_build.quantization.schemes import Scheme, make_scheme
+from qwen_engine.errors import BuildError
+from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from qwen_run.accuracy.both_sides import engine_logits
+from qwen_run.accuracy.datasets import built_in_documents
+from qwen_run.accuracy.metrics import FullLogits, compare
+from qwen_run.engine_files.checksums import verify_parts
+from qwen_run.runtime.engine import Engine
+from qwen_run.text.tokenizer import Tokenizer
+
+numbers = st.integers(0, 50)
+
+
+@st.composite
+def problems(draw) -> tuple[list[list[int]], list[list[int]], int]:
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    costs, weights = ([draw(st.lists(numbers, min_size=n, max_size=n)) for n in sizes] for _ in range(2))
+    return costs, weights, draw(st.integers(0, 150))
+
+
+def sums(table: list[list[int]]) -> np.ndarray:
+    """The sum of every choice there is."""
+    return np.array([sum(choice) for choice in itertools.product(*table)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_no_choice_within_the_limit_is_cheaper(problem):
+    costs, weights, limit = problem
+    within = sums(weights) <= limit
+    chosen = cheapest(costs, weights, limit)
+    if chosen is None:
+        assert not within.any()
+        return
+    assert sum(w[i] for w, i in zip(weights, chosen, strict=True)) <= limit
+    # a step a unit is wasted at most, and whole numbers are further apart
+    spare = limit - sum(map(min, weights))
+    strictly = sums(weights) <= limit - len(weights) * spare / auto._STEPS
+    assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) <= sums(costs)[strictly].min(initial=10**9)
+    assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) >= sums(costs)[within].min()
+
+
+def test_a_limit_that_is_met_exactly_is_used():
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        costs, weights = (rng.integers(0, 64, (4, 3)).tolist() for _ in range(2))
+        for row in weights:
+            row[0] = 0
+        chosen = cheapest(costs, weights, 128)  # weights are whole numbers of steps
+        assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) == sums(costs)[sums(weights) <= 128].min()
+
+
+def test_many_small_weights_do_not_add_up_to_more_than_the_limit():
+    chosen = cheapest([[1, 0]] * 600, [[0, 1]] * 600, 400.5)
+    assert 0.9 * 400 < sum(chosen) <= 400
+
+
+def make_scheme_of(i: int) -> Scheme:
+    return make_scheme(("int4", "int8")[i % 2], (32, 64, 128)[i // 2], True, None, "native")
+
+
+class Scripted(Search):
+    """A search whose engines need not be built: their KLs are a power of what was predicted, and the texts differ."""
+
+    def __init__(self, power: float, calibration: float, held_out: float):
+        rng = np.random.default_rng(7)
+        sizes = np.sort(rng.integers(100, 10_000, (30, 5)), axis=1)[:, ::-1]
+        kl = np.sort(rng.gamma(0.3, 1e-3, (30, 5)), axis=1)
+        kl[:, 0] = 0
+        self.kl, self.stored_bytes, self.trials = kl.tolist(), sizes.tolist(), []
+        self.units = [
+            Unit(str(i), None if i == 0 else i, (), (), tuple(map(make_scheme_of, range(5)))) for i in range(30)
+        ]
+        self.power, self.calibration, self.held_out = power, calibration, held_out
+        self.alike = 1.0  # what engines whose layers are stored alike have of the KL that others would
+        self.scratch = Path("nowhere")
+
+    def trial(self, choice: tuple[int, ...]) -> Trial:
+        predicted = sum(kl[i] for kl, i in zip(self.kl, choice, strict=True))
+        size = sum(sizes[i] for sizes, i in zip(self.stored_bytes, choice, strict=True))
+        actual = (predicted**self.power + 1e-7) * (self.alike if len(set(choice[1:])) == 1 else 1)
+        self.trials.append(Trial(choice, predicted, self.calibration * actual, self.held_out * actual, size + 5000))
+        return self.trials[-1]
+
+    def _directory(self, choice: tuple[int, ...]) -> Path:
+        return self.scratch
+
+    def _other_bytes(self, choice: tuple[int, ...]) -> int:
+        return 3000  # it guesses less than there will be
+
+
+factors = st.floats(0.1, 10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.8, 1.25), factors, factors, st.sampled_from([1e-3, 1e-2, 0.1]))
+def test_a_search_ends_close_below_its_budget_on_both_texts(power, calibration, held_out, max_kl):
+    search = Scripted(power, calibration, held_out)
+    best = search.within_kl(max_kl)
+    assert max(best.calibration_kl, best.held_out_kl) <= max_kl
+    assert len(search.trials) <= auto._MOST_TRIALS + 1
+    beyond = [trial.size_bytes for trial in search.trials if trial.kl > max_kl]
+    assert best.size_bytes == min(trial.size_bytes for trial in search.trials if trial.kl <= max_kl)
+    assert all(best.size_bytes > size for size in beyond)
+    smallest = sum(min(sizes) for sizes in search.stored_bytes) + 5000
+    assert best.kl > 0.6 * max_kl or best.size_bytes == smallest
+
+
+def test_a_kl_out_of_reach_is_told():
+    search = Scripted(1, 1, 3)
+    with pytest.raises(
+        BuildError, match=r"--max-kl 1e-07 cannot be reached: .* MB, has a KL of 3e-07; allow that much"
+    ):
+        search.within_kl(1e-7)
+
+
+def test_a_size_holds_for_what_was_written():
+    search = Scripted(1, 1, 1)
+    least, most = (sum(map(one, search.stored_bytes)) for one in (min, max))
+    for size in (least + 5000, (least + most) // 2, most + 5000):
+        assert 0.99 * size < search.within_bytes(size).size_bytes <= size
+    with pytest.raises(BuildError, match=r"--max-size is 0\.1 MB, the smallest engine has 0\.1 MB"):
+        search.within_bytes(least + 4999)
+
+
+def test_layers_stored_alike_are_taken_where_they_measure_better():
+    search = Scripted(1, 1, 1)
+    size = sum(sizes[2] for sizes in search.stored_bytes) + 5000
+    mixed = search.within_bytes(size)
+    assert len(set(mixed.choice[1:])) > 1
+    assert mixed.kl == min(trial.kl for trial in search.trials if trial.size_bytes <= size)
+    search = Scripted(1, 1, 1)
+    search.alike = 1e-3
+    best = search.within_bytes(size)
+    assert set(best.choice[1:]) == {2}
+    assert best.size_bytes <= size
+    assert best.kl < mixed.kl
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint, tmp_path_factory):
+    """Makes a copy of a tiny checkpoint with a tokenizer of single characters."""
+
+    def make(family: str) -> TinyCheckpoint:
+        tiny = tiny_checkpoint(family)
+        path = tmp_path_factory.mktemp("text") / family
+        shutil.copytree(tiny.path, path)
+        tokenizer = tokenizers.Tokenizer(models.BPE({chr(c): c - 32 for c in range(32, 127)}, []))
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.save(str(path / "tokenizer.json"))
+        return TinyCheckpoint(path, tiny.model)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(auto, "_MEASURED", 1)
+    monkeypatch.setattr(auto, "_STEPS", 1 << 12)
+
+
+def build(path: Path, output: Path, method: str | None = "rtn", max_kl=None, max_bytes=None, **options):
+    with Checkpoint.open(path) as weights:
+        return build_auto(
+            weights,
+            resolve_checkpoint(str(path)),
+            BuildOptions(quant="auto", int4_method=method, **options),
+            output,
+            max_kl,
+            max_bytes,
+        )
+
+
+def held_out_kl(tiny: TinyCheckpoint, engine: Path) -> float:
+    """Measured here from transformers' logits, over the first 512 tokens of the evaluation half."""
+    tokenizer, ids = Tokenizer.load(tiny.path), []
+    for document in built_in_documents("default", "evaluation"):
+        ids += tokenizer.encode(document.document)
+    found = np.concatenate(list(engine_logits(Engine.load(engine), ids[:512])))
+    return float(compare(FullLogits(tiny.logits(ids[:512])), found, np.full(512, -1)).kl.mean())
+
+
+def parts(engine: Path) -> dict[str, object]:
+    """The parts but for the report, which says where the engine lies."""
+    return {name: part for name, part in Manifest.read(engine).parts.items() if name not in (REPORT_FILE, CHOICES_FILE)}
+
+
+def files(engine: Path) -> int:
+    return sum(path.stat().st_size for path in engine.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_keeps_to_its_kl_and_is_built_again_from_its_choices(family, checkpoint, tmp_path, monkeypatch):
+    tiny, output = checkpoint(family), tmp_path / "engines" / "auto"
+    report = build(tiny.path, output, max_kl=0.01)
+    measured = held_out_kl(tiny, output)
+    assert measured == pytest.approx(report.best.held_out_kl, rel=1e-3)
+    assert 0.005 < max(measured, report.best.calibration_kl) <= 0.01
+    verify_parts(output, Manifest.read(output))
+    assert {path.name for path in output.iterdir()} == {MANIFEST_FILE, *Manifest.read(output).parts}
+    assert list(output.parent.iterdir()) == [output]
+    assert files(output) <= report.best.size_bytes
+    again = tmp_path / "again"
+    result = CliRunner().invoke(main, [*shlex.split(report.rebuild)[1:], "--output", str(again)])
+    assert result.exit_code == 0, result.output
+    assert parts(again) == parts(output)
+    assert len({linear.quantization for linear in Manifest.read(output).linears}) > 2  # it did choose
+
+
+@pytest.mark.parametrize("error", [0.1, 10])
+def test_what_was_predicted_wrong_is_corrected(error, checkpoint, tmp_path, monkeypatch):
+    measure = Probing.measure
+    monkeypatch.setattr(
+        Probing, "measure", lambda self, advance: [[error * kl for kl in one] for one in measure(self, advance)]
+    )
+    report = build(checkpoint("qwen2-tied").path, tmp_path / "auto", max_kl=0.02)
+    assert 0.01 < report.best.kl <= 0.02
+    assert len(report.trials) > 1
+
+
+def test_an_engine_keeps_to_its_size(checkpoint, tmp_path):
+    tiny = checkpoint("qwen3")
+    found = []
+    for number, size in enumerate((440_000, 500_000, 600_000, 2_000_000)):
+        report = build(tiny.path, tmp_path / str(number), max_bytes=size)
+        found.append(report.best)
+        assert files(tmp_path / str(number)) <= report.best.size_bytes <= size
+    assert [trial.kl for trial in found] == sorted([trial.kl for trial in found], reverse=True)
+    assert found[0].kl > 20 * found[2].kl
+    assert found[0].size_bytes > 0.9 * 440_000
+    assert {linear.quantization.scheme for linear in Manifest.read(tmp_path / "3").linears} == {"none"}
+
+
+def test_calibrated_rounding_is_used_where_there_is_int4(checkpoint, tmp_path):
+    path = checkpoint("qwen2").path
+    report = build(path, tmp_path / "small", method=None, max_kl=0.2, calibration_tokens=1024)
+    methods = {linear.quantization.method for linear in Manifest.read(tmp_path / "small").linears}
+    assert "gptq" in methods
+    assert "--int4-method gptq --calibration-tokens 1024" in report.rebuild
+    report = build(path, tmp_path / "exact", method=None, max_kl=1e-4, calibration_tokens=1024)
+    assert {linear.quantization.scheme for linear in Manifest.read(tmp_path / "exact").linears} <= {"int8", "none"}
+    assert "--int4-method" not in report.rebuild
+
+
+def test_what_the_user_decides_stays(checkpoint, tmp_path):
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"*.1.mlp.down_proj": {"quant": "int8", "group_size": 128}}')
+    path = checkpoint("qwen2-tied").path
+    build(path, tmp_path / "auto", max_kl=0.5, exclude=("*.k_proj", "lm_head"), quant_config=read_rules(rules))
+    stored = {linear.name: linear.quantization for linear in Manifest.read(tmp_path / "auto").linears}
+    assert {stored[f"model.layers.{i}.self_attn.k_proj"].scheme for i in range(3)} == {"none"}
+    assert (stored["lm_head"].scheme, stored["model.embed_tokens"].scheme) == ("none", "int4")
+    fixed = stored["model.layers.1.mlp.down_proj"]
+    assert (fixed.scheme, fixed.group_size) == ("int8", 128)
+
+
+def test_the_end_of_a_text_is_held_out(checkpoint, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "".join(d.document for d in built_in_documents("wikitext2", "calibration"))[:6000], "ascii", "ignore"
+    )
+    path = checkpoint("qwen2").path
+    ids = Tokenizer.load(path).encode(text.read_text())
+    seen = []
+    monkeypatch.setattr(auto, "float_states", lambda c, m, token_ids, advance: seen.append(token_ids) or _stop())
+    with pytest.raises(KeyboardInterrupt):
+        build(path, tmp_path / "auto", max_kl=0.1, calibration=text)
+    count = len(ids) // 512
+    options, calibration, held_out, words = auto.split_text(
+        BuildOptions(int4_method="awq", calibration=text), path, auto.ModelConfig.from_hf(path), 640
+    )
+    assert np.array_equal(np.concatenate([calibration, held_out]).ravel(), ids[: count * 512])
+    assert len(held_out) == -(-count // 4)
+    assert options.calibration_tokens == calibration.size
+    assert str(text) in words
+    assert np.array_equal(seen[0], calibration[:1])
+
+
+@pytest.mark.parametrize("kl", [(0.1, math.nan), (math.nan, 0.1)])
+def test_a_measurement_that_failed_is_within_no_budget(kl):
+    assert not Trial((), 0.1, *kl, 1000).kl <= 1
+
+
+def _stop():
+    raise KeyboardInterrupt
+
+
+def test_the_same_budget_gives_the_same_engine_also_after_an_interruption(checkpoint, tmp_path, monkeypatch):
+    path = checkpoint("qwen2").path
+    build(path, tmp_path / "one" / "auto", max_kl=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "measure_kl", lambda *_: _stop())
+        with pytest.raises(KeyboardInterrupt):
+            build(path, tmp_path / "two" / "auto", max_kl=0.05)
+    assert not (tmp_path / "two" / "auto").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Probing, "measure", lambda *_: _stop())  # finished before
+        build(path, tmp_path / "two" / "auto", max_kl=0.05)
+    assert parts(tmp_path / "one" / "auto") == parts(tmp_path / "two" / "auto")
+    assert (tmp_path / "one" / "auto" / CHOICES_FILE).read_bytes() == (
+        tmp_path / "two" / "auto" / CHOICES_FILE
+    ).read_bytes()
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["auto"]
+
+
+def test_the_page_says_what_was_chosen(checkpoint, tmp_path):
+    report = build(checkpoint("qwen3-tied").path, tmp_path / "auto", max_kl=0.05)
+    page = (tmp_path / "auto" / REPORT_FILE).read_text()
+    for linear in Manifest.read(tmp_path / "auto").linears:
+        assert linear.name in page or linear.name == "lm_head"
+    assert f"{report.best.held_out_kl:.3g} on 512 tokens" in page
+    assert "<svg" in page
+    assert page.count("<script") == page.count("http://") - page.count("http://www.w3.org/2000/svg") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quant", "auto"], "either --max-kl or --max-size, found neither; give one"),
+        (["--quant", "auto", "--max-kl", "1", "--max-size", "1MB"], "found both; give one"),
+        (["--max-kl", "1"], "--max-kl is a budget for --quant auto"),
+        (["--quant", "int8", "--max-size", "50%"], "--max-size is a budget for --quant auto"),
+        (["--quant", "auto", "--max-kl", "1", "--group-size", "64"], "the choice of --group-size 64 for each linear"),
+        (["--quant", "auto", "--max-kl", "1", "--asymmetric"], "the choice of --symmetric or --asymmetric"),
+        (["--quant", "auto", "--max-kl", "1", "--embedding-quant", "int8"], "the choice of --embedding-quant int8"),
+        (["--quant", "auto", "--max-kl", "1", "--weight-scales", "channel"], "the choice of --weight-scales channel"),
+        (["--quant", "auto", "--max-kl", "1", "--dry-run"], "--dry-run measures nothing"),
+        (["--quant", "auto", "--max-kl", "1", "--exclude", "nothing"], "matches no linear"),
+        (["--quant", "auto", "--max-kl", "1e-12"], "--max-kl 1e-12 cannot be reached: the most accurate engine, "),
+        (["--quant", "auto", "--max-size", "100kB"], "--max-size is 0.1 MB, the smallest engine has 0.3 MB"),
+        (["--quant", "auto", "--max-kl", "1", "--calibration", "short.txt"], "short.txt"),
+    ],
+)
+def test_one_line_says_what_is_wrong(arguments, message, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short " * 120)
+    result = CliRunner().invoke(main, [str(checkpoint("qwen2").path), *arguments, "--output", "engines/auto"])
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    left = list(Path("engines").iterdir()) if Path("engines").exists() else []
+    assert len(left) == ("What was finished is kept in" in result.stderr)
+    assert not any(list(path.rglob("*.bin")) for path in left), "figures alone"
+
+
+@pytest.mark.parametrize("size", ["much", "10", "0MB", "-1GB", "10 parsecs", "nan%", "1e400MB"])
+def test_a_size_has_a_unit(size):
+    result = CliRunner().invoke(main, ["--quant", "auto", "--max-size", size])
+    assert result.exit_code == 2
+    assert "120MB, 1.5GB or 30%" in result.stderr
+
+
+def test_a_share_is_one_of_the_checkpoint(checkpoint, tmp_path):
+    path = checkpoint("qwen2").path
+    result = CliRunner().invoke(
+        main,
+        [
+            str(path),
+            "--quant",
+            "auto",
+            "--max-size",
+            "60%",
+            "--int4-method",
+            "rtn",
+            "--json",
+            "--output",
+            str(tmp_path / "e"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert 0.5 < files(tmp_path / "e") / summary["checkpoint_bytes"] <= 0.6
+    assert summary["auto"]["held_out_tokens"] == 512
+    assert (tmp_path / "e" / summary["auto"]["page"]).exists()
+    assert summary["weights_bytes"] == (tmp_path / "e" / WEIGHTS_FILE).stat().st_size
+
+
+def test_a_packed_checkpoint_has_nothing_to_choose(checkpoint, tmp_path, monkeypatch):
+    packed = auto.ModelConfig.from_hf(checkpoint("qwen2").path)
+    object.__setattr__(packed, "packed", type("Packed", (), {"method": "gptq", "quant": "int4"})())
+    with pytest.raises(BuildError, match="is stored as gptq int4 already"):
+        auto.check_options(BuildOptions(quant="auto"), packed, 0.1, None)

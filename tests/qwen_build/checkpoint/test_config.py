@@ -1,0 +1,126 @@
+"""config.json in all its spellings, and what the graph does not have refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cases.configs import PUBLISHED
+from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
+from qwen_build.graph.rope import rope_tables
+from qwen_engine.errors import CheckpointError, UnsupportedModel
+
+
+def test_a_published_config():
+    config = ModelConfig.from_json(PUBLISHED)
+    assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (64, 1e6, 1e-6)
+    assert config.tie_word_embeddings
+    assert config.architecture.attention_bias
+    assert config.eos_token_ids == (151645,)
+
+
+def test_old_and_new_spellings_say_the_same():
+    new = {k: v for k, v in PUBLISHED.items() if k not in ("rope_theta", "torch_dtype")}
+    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "dtype": "bfloat16"}
+    new |= {"layer_types": ["full_attention"] * 24}
+    old = PUBLISHED | {"rope_scaling": None}
+    assert ModelConfig.from_json(new) == ModelConfig.from_json(old)
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_theta_is_found_wherever_transformers_keeps_it(key):
+    hf = {k: v for k, v in PUBLISHED.items() if k != "rope_theta"}
+    for rope in ({"rope_theta": 5000}, {"type": "default", "rope_theta": 5000.0, "factor": None}):
+        assert ModelConfig.from_json(hf | {key: rope}).rope_theta == 5000.0
+
+
+def test_defaults_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    qwen3 = PUBLISHED | {"model_type": "qwen3", "head_dim": None}
+    for hf in (PUBLISHED, qwen3):
+        hf = {k: v for k, v in hf.items() if k not in ("rope_theta", "rms_norm_eps", "head_dim", "tie_word_embeddings")}
+        theirs = transformers.AutoConfig.for_model(**hf)
+        ours = ModelConfig.from_json(hf)
+        head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        assert ours.head_dim == head_dim
+        assert ours.rms_norm_eps == theirs.rms_norm_eps
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not one of qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
+        ({"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling asks for rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters asks for rope type 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "only one rotation for all"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "rope_scaling has mrope_section"),
+        ({"model_type": []}, r"model_type \[\] is not one of"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings is 2147483648, expected at most 16777216"),
+        ({"num_hidden_layers": 10**30}, "expected at most 2147483647"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention' are not supported"),
+        ({"attention_bias": False}, "attention_bias False is not supported for model_type 'qwen2'"),
+        (
+            {"model_type": "qwen3", "attention_bias": True},
+            "attention_bias True is not supported for model_type 'qwen3'",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"already quantised \(fp8\)"),
+        ({"head_dim": 260}, "head_dim 260 is not a multiple of 8 up to 256"),
+    ],
+)
+def test_what_the_graph_lacks_is_refused_by_name(change, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        ModelConfig.from_json(PUBLISHED | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "896"}, "hidden_size is '896', expected a positive integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a positive integer"),
+        ({"vocab_size": None}, "vocab_size is None, expected a positive integer"),
+        ({"rope_theta": -1}, "rope_theta is -1, expected a positive number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, expected a positive number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rope_theta": True}, "rope_theta is True"),
+        ({"rope_scaling": {"rope_theta": 5000.0}}, "has rope_theta 5000.0 and 1000000.0; keep the right one"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        ({"rope_scaling": 0}, "rope_scaling is 0, expected an object"),
+        ({"rope_parameters": [4]}, r"rope_parameters is \[4\], expected an object"),
+        ({"layer_types": 5}, "layer_types is 5, expected a list"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        ({"max_position_embeddings": 1e30}, r"max_position_embeddings is 1e\+30, expected a positive integer"),
+        ({"eos_token_id": True}, "eos_token_id is True, expected an integer"),
+        ({"eos_token_id": [1, False]}, r"eos_token_id is \[1, False\], expected an integer"),
+        ({"num_key_value_heads": 4}, "num_attention_heads 14 is not a multiple of num_key_value_heads 4"),
+        ({"eos_token_id": "<|im_end|>"}, "eos_token_id is '<|im_end|>', expected an integer or a list"),
+    ],
+)
+def test_broken_configs_are_refused(change, message):
+    with pytest.raises(CheckpointError, match=message.replace("|", r"\|")):
+        ModelConfig.from_json(PUBLISHED | change)
+
+
+def test_every_architecture_can_be_read():
+    for model_type in ARCHITECTURES:
+        assert ModelConfig.from_json(PUBLISHED | {"model_type": model_type}).model_type == model_type
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(64, 1e6), (128, 1e6), (64, 1e4), (80, 5000.0)])
+def test_rotary_tables_round_where_transformers_rounds(head_dim, theta):
+    torch = pytest.importorskip("torch")
+    inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    angles = torch.arange(32768).float()[:, None] * inv_freq[None]
+    cos, sin = rope_tables(head_dim, theta, 32768)
+    # A frequency may differ by a unit in the last place where a library's pow is not correctly rounded; its column of
+    # angles then drifts by up to 32768 * 2**-24. All others differ by the last place of the cosine alone.
+    for ours, theirs in ((cos, angles.cos().numpy()), (sin, angles.sin().numpy())):
+        difference = np.abs(ours - theirs).max(axis=0)
+        assert difference.max() < 2.1e-3
+        assert np.mean(difference < 1e-6) > 0.9

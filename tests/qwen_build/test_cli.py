@@ -1,0 +1,479 @@
+"""``qwen-build`` as its user meets it: results, messages, exit codes, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from click.testing import CliRunner
+from tokenizers import decoders, models
+
+from cases.tiny import FAMILIES
+from qwen_build.build import plan_build, write_engine
+from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.locate import resolve_checkpoint
+from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
+from qwen_build.checkpoint.text_files import end_of_sequence_ids
+from qwen_build.cli import main
+from qwen_build.plan.options import BuildOptions
+from qwen_build.quantization.schemes import KERNELS, SCHEMES
+from qwen_build.writing import output as output_module
+from qwen_build.writing import weights_file as export
+from qwen_engine.errors import BuildError, CheckpointError
+from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest
+from qwen_run.engine_files.checksums import verify_parts
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    """A copy of a tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint("qwen2").path, tmp_path / "tiny"))
+
+
+def build(*arguments: object):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def refused(result, message: str, left: Path) -> None:
+    """The command failed with one line that holds ``message``, and left nothing in the directory ``left``."""
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not left.exists() or not list(left.iterdir())
+
+
+def tiny_tokenizer() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def edit_config(checkpoint: Path, **changes: object) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_tensors(checkpoint: Path, edit) -> None:
+    path = checkpoint / "model.safetensors"
+    with Checkpoint.open(checkpoint) as weights:
+        tensors = {name: weights.read(name) for name in weights.tensors}
+    edit(tensors)
+    write_safetensors(path, tensors, "float32")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_is_complete_and_its_parts_verify(family, tiny_checkpoint, tmp_path):
+    checkpoint, output = tiny_checkpoint(family).path, tmp_path / "out" / "engine"
+    result = build(checkpoint, "--output", output)
+    assert result.exit_code == 0, result.output
+    manifest = Manifest.read(output)
+    verify_parts(output, manifest)
+    assert {path.name for path in output.iterdir()} == {MANIFEST_FILE, *manifest.parts}
+    assert manifest.origin.checkpoint == str(checkpoint)
+    assert set(manifest.origin.sha256) >= {"config.json", "model.safetensors"}
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
+    for name in ("a", "b"):
+        assert build(checkpoint, "--output", tmp_path / name).exit_code == 0
+    a, b = (Manifest.read(tmp_path / name).parts for name in ("a", "b"))
+    assert a == b
+
+
+def test_a_tied_embedding_is_stored_once(tiny_checkpoint, tmp_path):
+    sizes = {}
+    for family in ("qwen2", "qwen2-tied"):
+        result = build(tiny_checkpoint(family).path, "--dry-run", "--json")
+        description = json.loads(result.stdout)
+        sizes[family] = description["weights_bytes"]
+        head = next(linear for linear in description["linears"] if linear["name"] == "lm_head")
+    assert head["stored_bytes"] > 0
+    assert abs(sizes["qwen2"] - sizes["qwen2-tied"] - head["stored_bytes"]) < 3 * 4096  # but for alignment
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_dry_run_tells_the_size_and_writes_nothing(quant, kernels, checkpoint, tmp_path):
+    options = [checkpoint, "--quant", quant, "--kernels", kernels, "--json", "--output", tmp_path / "engine"]
+    description = json.loads(build(*options, "--dry-run").stdout)
+    assert not (tmp_path / "engine").exists()
+    assert json.loads(build(*options).stdout)["weights_bytes"] == description["weights_bytes"]
+    assert (tmp_path / "engine" / WEIGHTS_FILE).stat().st_size == description["weights_bytes"]
+    assert {linear["kernels"] for linear in description["linears"]} == {kernels if quant != "none" else "stock"}
+
+
+def test_dry_run_shows_a_person_every_linear(checkpoint):
+    description = json.loads(build(checkpoint, "--dry-run", "--json").stdout)
+    table = build(checkpoint, "--dry-run").stdout
+    assert all(linear["name"] in table for linear in description["linears"])
+    assert "int4 g32 asymmetric x int8 per block, native" in table
+    assert "build memory" in table
+
+
+@pytest.mark.parametrize(
+    ("kernels", "elements"),
+    [
+        ("stock", 1000),  # 12 rows of 80, 8 of 112
+        ("native", 1000),  # one panel of 32 rows
+        ("native", 6000),  # two panels of 80 inputs, one of 112
+    ],
+)
+def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, monkeypatch):
+    assert build(checkpoint, "--kernels", kernels, "--output", tmp_path / "whole").exit_code == 0
+    monkeypatch.setattr(export, "SLICE_ELEMENTS", elements)
+    assert build(checkpoint, "--kernels", kernels, "--output", tmp_path / "sliced").exit_code == 0
+    assert Manifest.read(tmp_path / "whole").parts == Manifest.read(tmp_path / "sliced").parts
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: shutil.rmtree(c), "no such directory"),
+        (lambda c: (c / "config.json").unlink(), "has no config.json"),
+        (lambda c: (c / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda c: edit_config(c, model_type="llama"), "model_type 'llama' is not one of qwen2, qwen3"),
+        (lambda c: edit_config(c, rope_scaling={"type": "yarn", "factor": 4}), "asks for rope type 'yarn'"),
+        (lambda c: edit_config(c, use_sliding_window=True), "use_sliding_window True is not supported"),
+        (
+            lambda c: edit_config(c, quantization_config={"quant_method": "bitsandbytes"}),
+            "already quantised (bitsandbytes)",
+        ),
+        (lambda c: (c / "model.safetensors").unlink(), "safetensors"),
+        (lambda c: os.truncate(c / "model.safetensors", 100_000), "model.safetensors"),
+        (lambda c: (c / "model.safetensors").write_bytes(b"x" * 5000), "model.safetensors"),
+        (lambda c: edit_tensors(c, lambda t: t.pop("model.norm.weight")), "the checkpoint lacks model.norm.weight"),
+        (lambda c: edit_tensors(c, lambda t: t.update(extra=t["model.norm.weight"])), "graph has no place for extra"),
+        (
+            lambda c: edit_tensors(c, lambda t: t.update({"model.norm.weight": np.ones(79, np.float32)})),
+            "model.norm.weight: graph expects (80,), checkpoint has (79,)",
+        ),
+        (
+            lambda c: edit_tensors(c, lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), np.nan)),
+            "model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            lambda c: edit_tensors(c, lambda t: t["lm_head.weight"].__setitem__((130, 79), np.inf)),
+            "lm_head.weight",
+        ),
+        (lambda c: edit_config(c, num_hidden_layers=10**30), "num_hidden_layers is 1000"),
+        (lambda c: edit_config(c, num_hidden_layers=10**9), "the checkpoint lacks model.layers.3"),
+        (lambda c: edit_config(c, max_position_embeddings=1), "1 is too short a sequence"),
+        (lambda c: (c / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
+        (lambda c: (c / "tokenizer.json").mkdir(), "tokenizer.json is not a file"),
+        (lambda c: (c / "tokenizer.json").symlink_to("absent"), "tokenizer.json is a link to nothing"),
+        (lambda c: (c / "tokenizer_config.json").write_text('{"eos_token": []}'), "or eos_token of tokenizer_config"),
+        (lambda c: (c / "tokenizer_config.json").write_text('{"eos_token": {"content": []}}'), "eos_token of tok"),
+        (
+            lambda c: edit_tensors(c, lambda t: t.update({"a\x1b[2J\nb": np.ones(3, np.float32)})),
+            r"graph has no place for a\x1b[2J\nb",
+        ),
+        (
+            lambda c: (c / "generation_config.json").write_text('{"eos_token_id": [5, 131]}'),
+            "end-of-sequence ids [131] are outside the vocabulary of 131",
+        ),
+    ],
+)
+def test_bad_checkpoints_are_refused_in_one_line(damage, message, checkpoint, tmp_path):
+    damage(checkpoint)
+    refused(build(checkpoint, "--output", tmp_path / "out" / "engine"), message, tmp_path / "out")
+
+
+def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint("qwen3", "bfloat16", True).path, tmp_path / "sharded"))
+    shard = sorted(checkpoint.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused(build(checkpoint, "--output", tmp_path / "out" / "engine"), shard.name, tmp_path / "out")
+
+
+def test_max_seq_len_above_the_trained_length(checkpoint, tmp_path):
+    result = build(checkpoint, "--max-seq-len", 641, "--output", tmp_path / "out" / "engine")
+    refused(result, "--max-seq-len 641 is more than the 640 tokens", tmp_path / "out")
+
+
+def test_activations_that_the_kernels_lack(checkpoint, tmp_path):
+    options = ["--kernels", "stock", "--activations", "int8x2", "--output", tmp_path / "out" / "engine"]
+    message = "--kernels stock has no --activations int8x2; choose int8 or float32"
+    refused(build(checkpoint, *options), message, tmp_path / "out")
+
+
+def test_a_weight_too_large_for_the_native_layout(checkpoint, tmp_path):
+    edit_tensors(checkpoint, lambda t: t["model.layers.1.self_attn.v_proj.weight"].__setitem__((3, 4), 1e5))
+    result = build(checkpoint, "--output", tmp_path / "out" / "engine")
+    message = "v_proj.weight: 100000 is too large for the native layout's float16 scales; use --kernels stock"
+    refused(result, message, tmp_path / "out")
+    assert build(checkpoint, "--kernels", "stock", "--output", tmp_path / "engine").exit_code == 0
+
+
+def test_an_int8_cache_has_a_scale_for_every_key_and_value(checkpoint, tmp_path):
+    assert build(checkpoint, "--kv-cache-dtype", "int8", "--output", tmp_path / "engine").exit_code == 0
+    manifest = Manifest.read(tmp_path / "engine")
+    pools = {state.name: (state.dtype, state.shape) for state in manifest.states if state.layer == 2}
+    assert pools == {
+        "key_cache.2": ("int8", ("num_blocks", 2, 2, 8, 32)),
+        "value_cache.2": ("int8", ("num_blocks", 2, 64, 8)),
+        "key_scale.2": ("float32", ("num_blocks", 2, 64)),
+        "value_scale.2": ("float32", ("num_blocks", 2, 64)),
+    }
+    assert manifest.cache.bytes_per_token == 3 * 2 * 2 * (8 + 4)  # layers, key and value, heads
+
+
+def test_unknown_options_exit_2(checkpoint):
+    for arguments in (
+        ["--quant", "int3"],
+        ["--group-size", "48"],
+        ["--kernels", "cuda"],
+        ["--max-seq-len", "0"],
+        ["-x"],
+    ):
+        assert build(checkpoint, *arguments).exit_code == 2
+
+
+def test_an_existing_engine_is_kept_unless_forced(checkpoint, tmp_path):
+    output = tmp_path / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    before = (output / MANIFEST_FILE).read_text()
+    result = build(checkpoint, "--output", output, "--quant", "int8")
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {output} exists; use --force to replace it.\n"
+    assert (output / MANIFEST_FILE).read_text() == before
+    assert build(checkpoint, "--output", output, "--quant", "int8", "--force").exit_code == 0
+    assert Manifest.read(output).linears[1].quantization.bits == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "tiny"]
+
+
+def test_force_does_not_replace_what_is_no_engine(checkpoint, tmp_path):
+    output = tmp_path / "precious"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    result = build(checkpoint, "--output", output, "--force")
+    assert result.exit_code == 1
+    assert "is not an engine, --force does not replace it" in result.stderr
+    assert (output / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("manifest", ["intact", "of another version"])
+def test_force_deletes_nothing_but_the_engine(manifest, checkpoint, tmp_path):
+    output = tmp_path / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    if manifest != "intact":
+        (output / MANIFEST_FILE).write_text('{"format_version": 0}')
+    (output / "notes.txt").write_text("mine")
+    result = build(checkpoint, "--output", output, "--force")
+    assert result.exit_code == 1
+    assert "holds notes.txt, which is no part of the engine" in result.stderr
+    assert (output / "notes.txt").read_text() == "mine"
+    (output / "notes.txt").unlink()
+    assert build(checkpoint, "--output", output, "--force").exit_code == 0
+
+
+def test_an_engine_behind_a_link_is_replaced_and_not_the_link(checkpoint, tmp_path):
+    engine, link, elsewhere = tmp_path / "a" / "engine", tmp_path / "b" / "link", tmp_path / "b" / "new"
+    assert build(checkpoint, "--output", engine).exit_code == 0
+    link.parent.mkdir()
+    link.symlink_to(engine)
+    assert build(checkpoint, "--output", link, "--force", "--quant", "int8").exit_code == 0
+    assert link.is_symlink()
+    assert Manifest.read(engine).linears[1].quantization.bits == 8
+    elsewhere.symlink_to(tmp_path / "c" / "engine")  # leads nowhere yet
+    assert build(checkpoint, "--output", elsewhere).exit_code == 0
+    verify_parts(tmp_path / "c" / "engine", Manifest.read(elsewhere))
+    names = {d: sorted(path.name for path in (tmp_path / d).iterdir()) for d in "abc"}
+    assert names == {"a": ["engine"], "b": ["link", "new"], "c": ["engine"]}
+
+
+@pytest.mark.parametrize("spelled", [".", "../engine", "absent/.."])
+def test_an_output_without_a_name_of_its_own(spelled, checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "out" / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    monkeypatch.chdir(output)
+    assert f"{spelled} exists; use --force" in build(checkpoint, "--output", spelled).stderr
+    result = build(checkpoint, "--output", spelled, "--force", "--quant", "int8")
+    assert result.exit_code == 0, result.output
+    monkeypatch.chdir(tmp_path)
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_names_the_system_does_not_take(checkpoint, tmp_path):
+    refused(build(checkpoint, "--output", tmp_path / "out" / ("x" * 300)), "File name too long", tmp_path / "out")
+
+
+def test_names_that_are_not_utf8(checkpoint, tmp_path):
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    tiny_tokenizer().save(str(checkpoint / "tokenizer.json"))
+    shutil.copytree(checkpoint, strange)
+    result = build(strange, "--output", strange + "-engine")
+    assert result.exit_code == 0, result.output
+    manifest = Manifest.read(Path(strange + "-engine"))
+    assert (manifest.name, manifest.origin.checkpoint) == ("caf\ufffd", f"{tmp_path}/caf\ufffd")
+
+
+def test_a_failed_forced_build_keeps_the_old_engine(checkpoint, tmp_path):
+    output = tmp_path / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    before = Manifest.read(output)
+    edit_tensors(checkpoint, lambda t: t["model.norm.weight"].fill(np.nan))
+    assert build(checkpoint, "--output", output, "--force").exit_code == 1
+    assert Manifest.read(output) == before
+    verify_parts(output, before)
+
+
+def test_a_failed_replacement_keeps_the_old_engine(checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "out" / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    before = Manifest.read(output)
+    rename = Path.rename
+
+    def fail_for_the_new_one(self: Path, target: Path) -> Path:
+        if self.name == output_module.NEW:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    result = build(checkpoint, "--output", output, "--force", "--quant", "int8")
+    assert result.exit_code == 1
+    assert "Input/output error" in result.stderr
+    assert Manifest.read(output) == before
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_from_python_too_nothing_is_replaced_unasked(checkpoint, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with Checkpoint.open(checkpoint) as weights:
+        plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions())
+        for replace in (False, True):
+            with pytest.raises(BuildError, match=r"exists; use --force|is not an engine"):
+                write_engine(plan, weights, tmp_path, replace)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("function", ["posix_fallocate", "pwrite"])
+def test_a_full_disk(function, checkpoint, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, function, full)
+    refused(build(checkpoint, "--output", tmp_path / "out" / "engine"), "No space left on device", tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = build(checkpoint, "--output", tmp_path / "file" / "engine")
+    assert result.exit_code == 1
+    assert "cannot be written" in result.stderr
+
+
+def slow_build(checkpoint: Path, output: Path, seconds: float = 0.5) -> subprocess.Popen[str]:
+    """A real process that is in the middle of writing weights; each takes ``seconds`` to read."""
+    program = (
+        "import os, time\n"
+        "from qwen_build import cli\nfrom qwen_build.checkpoint import safetensors as checkpoint\n"
+        "read = checkpoint.Checkpoint.read\n"
+        "def slow(*a):\n    os.write(1, b'reading\\n')\n    time.sleep(SECONDS)\n    return read(*a)\n"
+        "checkpoint.Checkpoint.read = slow\n"
+        "cli.main()\n"
+    )
+    program = program.replace("SECONDS", str(seconds))
+    command = [sys.executable, "-c", program, str(checkpoint), "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reading\n"
+    assert list(output.parent.iterdir())  # something is being written
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_build_leaves_nothing(number, checkpoint, tmp_path):
+    output = tmp_path / "out" / "engine"
+    process = slow_build(checkpoint, output)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert not list(output.parent.iterdir())
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
+    output = tmp_path / "out" / "engine"
+    killed, alive, other = (slow_build(checkpoint, path, 5) for path in (output, output, output.parent / "engine.2"))
+    left = set(output.parent.iterdir())
+    assert len(left) == 3
+    killed.kill()
+    killed.communicate(timeout=60)
+    (output.parent / ".engine.notes.partial").mkdir()  # not a name of ours
+    assert build(checkpoint, "--output", output).exit_code == 0
+    rest = {path.name.rpartition(".")[0].rpartition(".")[0] for path in output.parent.glob(".*")}
+    assert rest == {".engine", ".engine.2"}
+    assert len(left & set(output.parent.iterdir())) == 2  # those of the living
+    assert (output.parent / ".engine.notes.partial").exists()
+    for process in (alive, other):
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_an_engine_lost_between_two_renames_comes_back(checkpoint, tmp_path):
+    output = tmp_path / "engine"
+    assert build(checkpoint, "--output", output).exit_code == 0
+    scratch = tmp_path / ".engine.abcdefgh.partial"
+    scratch.mkdir()
+    output.rename(scratch / output_module.OLD)
+    (checkpoint / "config.json").rename(tmp_path / "config.json")  # so that the next build fails ...
+    with output_module.scratch_beside(output):  # ... but not before it looked at what is left
+        pass
+    verify_parts(output, Manifest.read(output))
+    assert not scratch.exists()
+
+
+def test_end_of_sequence_ids_are_the_union(checkpoint):
+    edit_config(checkpoint, eos_token_id=7)
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
+    (checkpoint / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    added = [{"id": 3, "content": "<|endoftext|>"}, {"id": 4, "content": "<|im_end|>"}, {"id": 5, "content": "other"}]
+    (checkpoint / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert end_of_sequence_ids(checkpoint, ModelConfig.from_hf(checkpoint)) == (9, 7, 3, 4)
+
+
+@pytest.mark.parametrize("added", [[{"id": "3", "content": "<|im_end|>"}], [{"id": 3, "content": []}], 5, [{}]])
+def test_added_tokens_of_another_form(added, checkpoint):
+    (checkpoint / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    with pytest.raises(CheckpointError, match=r"added_tokens|eos_token_id"):
+        end_of_sequence_ids(checkpoint, ModelConfig.from_hf(checkpoint))
+
+
+def test_a_byte_order_mark_is_no_damage(checkpoint, tmp_path):
+    config = checkpoint / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
+
+
+def test_the_tokenizer_travels_with_the_engine(checkpoint, tmp_path):
+    for name in TEXT_FILES:
+        (checkpoint / name).write_text("{}")
+    tiny_tokenizer().save(str(checkpoint / "tokenizer.json"))
+    assert build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
+    assert set(TEXT_FILES) <= set(Manifest.read(tmp_path / "engine").parts)
+    for name in TEXT_FILES:
+        assert (tmp_path / "engine" / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+def test_defaults_follow_the_scheme():
+    exact, quantised = BuildOptions(quant="none").resolved(), BuildOptions(quant="int4").resolved()
+    assert (exact.embedding_quant, exact.kv_cache_dtype) == ("none", "float32")
+    assert (quantised.embedding_quant, quantised.kv_cache_dtype) == ("int8", "float16")
+
+
+def test_the_estimated_memory_bounds_a_slice(checkpoint):
+    with Checkpoint.open(checkpoint) as weights:
+        plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions())
+    assert plan.build_memory_bytes > export.SLICE_ELEMENTS * 4

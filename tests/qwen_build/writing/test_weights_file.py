@@ -1,0 +1,42 @@
+"""The weights file as it is written: by threads, in pieces that are zeros before."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_build.writing.weights_file import WeightsFile
+
+SIZE = 5 * (1 << 20) + 12_345  # two whole pieces and a part of one
+
+
+def test_threads_write_across_pieces_in_any_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, SIZE, np.uint8)
+    cuts = [0, *sorted(rng.choice(SIZE, 40, replace=False).tolist()), SIZE]
+    parts = [(data[start:stop], start) for start, stop in pairwise(cuts)]
+    rng.shuffle(parts)  # type: ignore[arg-type]
+    with closing(WeightsFile(tmp_path / "weights.bin", SIZE)) as file, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda part: file.write(*part), parts))
+    assert np.array_equal(np.fromfile(tmp_path / "weights.bin", np.uint8), data)
+
+
+def test_what_nobody_writes_is_zero(tmp_path: Path) -> None:
+    with closing(WeightsFile(tmp_path / "weights.bin", SIZE)) as file:
+        file.write(np.float32([1.5]), 3 << 20)
+    written = np.fromfile(tmp_path / "weights.bin", np.uint8)
+    assert len(written) == SIZE
+    assert written[3 << 20 :][:4].view(np.float32) == 1.5
+    assert np.count_nonzero(written) == np.count_nonzero(np.float32([1.5]).view(np.uint8))
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_text("mine")
+    with pytest.raises(FileExistsError):
+        WeightsFile(tmp_path / "weights.bin", SIZE)
+    assert (tmp_path / "weights.bin").read_text() == "mine"

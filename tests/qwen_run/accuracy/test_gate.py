@@ -1,0 +1,236 @@
+"""Verdicts: what passes, what fails, what cannot be decided, and where thresholds come from."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+
+import qwen_run.accuracy.gate
+from qwen_build.quantization.schemes import SCHEMES
+from qwen_engine.errors import RequestError
+from qwen_run.accuracy.gate import THRESHOLDS, Threshold, exit_code, judge, load_thresholds, parse_threshold
+from qwen_run.accuracy.metrics import FullLogits, Metric, compare, summarise_positions
+
+AT_MOST = Threshold("original.kl_mean", 0.02, "at_most")
+AT_LEAST = Threshold("original.top1", 0.9, "at_least")
+
+
+def kl(value: float, low: float | None, high: float | None, n: int = 20) -> Metric:
+    return Metric("original.kl_mean", value, low, high, n, "nats")
+
+
+@pytest.mark.parametrize(
+    ("metric", "outcome"),
+    [
+        (kl(0.010, 0.005, 0.015), "passed"),
+        (kl(0.010, 0.005, 0.020), "passed"),  # the bound itself is good enough
+        (kl(0.019, 0.015, 0.025), "undecided"),
+        (kl(0.021, 0.015, 0.025), "undecided"),
+        (kl(0.030, 0.020, 0.040), "undecided"),
+        (kl(0.030, 0.021, 0.040), "failed"),
+        (kl(0.010, 0.005, 0.015, n=5), "passed"),
+        (kl(0.010, 0.005, 0.015, n=4), "undecided"),
+        (kl(0.030, 0.021, 0.040, n=4), "undecided"),
+        (kl(0.010, None, None, n=1), "undecided"),
+        (kl(0.010, None, None, n=0), "passed"),  # was not sampled: a size, a count
+        (kl(0.030, None, None, n=0), "failed"),
+        (kl(math.nan, math.nan, math.nan), "failed"),
+        (kl(math.nan, None, None, n=1), "failed"),
+        (kl(math.nan, None, None, n=0), "failed"),
+        (kl(0.010, math.nan, 0.015), "failed"),
+        (kl(math.inf, math.inf, math.inf), "failed"),
+        (None, "undecided"),
+    ],
+)
+def test_at_most(metric, outcome):
+    metrics = [Metric("original.top1", 1.0, 1.0, 1.0, 20), *([metric] if metric else [])]
+    (verdict,) = judge(metrics, [AT_MOST])
+    assert (verdict.outcome, verdict.metric, verdict.threshold) == (outcome, metric, AT_MOST)
+    assert "\n" not in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "outcome"),
+    [
+        (0.95, 0.92, 0.97, "passed"),
+        (0.95, 0.90, 0.97, "passed"),
+        (0.95, 0.89, 0.97, "undecided"),
+        (0.80, 0.75, 0.89, "failed"),
+    ],
+)
+def test_at_least(value, low, high, outcome):
+    assert judge([Metric("original.top1", value, low, high, 20)], [AT_LEAST])[0].outcome == outcome
+
+
+def test_every_threshold_has_a_verdict_in_its_order():
+    thresholds = [AT_LEAST, AT_MOST, Threshold("original.top1", 0.99, "at_most")]
+    verdicts = judge([Metric("original.top1", 1.0, 1.0, 1.0, 20)], thresholds)
+    assert [verdict.threshold for verdict in verdicts] == thresholds
+    assert [verdict.outcome for verdict in verdicts] == ["passed", "undecided", "failed"]
+
+
+def test_exit_codes():
+    passed, failed, undecided = (
+        judge([metric], [AT_MOST])[0] for metric in (kl(0.01, 0.01, 0.01), kl(1, 1, 1), kl(0.02, 0.01, 0.03))
+    )
+    assert exit_code([]) == 0
+    assert exit_code([passed, passed]) == 0
+    assert exit_code([passed, undecided, failed]) == 3
+    assert exit_code([passed, undecided]) == 4
+
+
+def test_messages_say_what_was_found_and_what_to_do():
+    def message(metric: Metric) -> str:
+        return judge([metric], [AT_MOST])[0].message
+
+    assert message(kl(0.01, 0.005, 0.015)) == "original.kl_mean is 0.01 [0.005, 0.015], bound <= 0.02"
+    assert message(kl(0.5, 0.5, 0.5)) == "original.kl_mean is 0.5, bound <= 0.02"
+    assert message(kl(0.5, 0.5, 0.5, n=2)) == (
+        "original.kl_mean is 0.5, bound <= 0.02; 2 documents decide nothing, give at least 5"
+    )
+    # the interval reaches 0.008 above, the bound is 0.004 away: twice too wide, four times the documents
+    assert message(kl(0.016, 0.01, 0.024)).endswith("; about 84 documents would decide")
+    # below the value, the lower half of the interval counts: 0.006 wide, 0.002 away
+    assert message(kl(0.022, 0.016, 0.03)).endswith("; about 190 documents would decide")
+    assert message(kl(0.02, 0.01, 0.03)).endswith("; more documents would hardly decide")
+    assert (
+        judge([], [AT_MOST])[0].message
+        == "original.kl_mean <= 0.02 cannot be judged: original.kl_mean was not measured"
+    )
+
+
+def test_the_table_has_every_scheme_and_only_metrics_there_are():
+    assert THRESHOLDS.keys() == SCHEMES.keys()
+    logits = np.zeros((2, 9), np.float32)
+    positions = [compare(FullLogits(logits), logits, [1, -1])]
+    names = {metric.name for prefix in ("original", "as_built") for metric in summarise_positions(prefix, positions)}
+    for thresholds in THRESHOLDS.values():
+        assert {threshold.metric for threshold in thresholds} <= names
+        assert all(threshold.reason for threshold in thresholds)
+        assert len({(threshold.metric, threshold.kind) for threshold in thresholds}) == len(thresholds)
+
+
+@pytest.mark.parametrize("scheme", THRESHOLDS)
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_built_in_thresholds_pass_a_perfect_engine_and_fail_a_random_one(scheme, saved):
+    rng = np.random.default_rng(0)
+    for engine_noise, expected in ((0, "passed"), (5, "failed")):
+        documents = []
+        for _ in range(8):
+            logits = rng.normal(0, 3, (40, 500)).astype(np.float32)
+            following = np.append(logits[:-1].argmax(1), -1)  # the reference knows best
+            reference = FullLogits(logits).top(following) if saved else FullLogits(logits)
+            engine = logits + rng.normal(0, engine_noise, logits.shape).astype(np.float32)
+            documents.append(compare(reference, engine, following))
+        metrics = [metric for prefix in ("original", "as_built") for metric in summarise_positions(prefix, documents)]
+        verdicts = judge(metrics, THRESHOLDS[scheme])
+        lower_ratio = [v for v in verdicts if v.threshold.kind == "at_least" and "ratio" in v.threshold.metric]
+        assert {verdict.outcome for verdict in verdicts if verdict not in lower_ratio} == {expected}
+
+
+@pytest.mark.parametrize("noise", [1e-5, 0.03, 0.1, 0.3, 1.0])
+def test_a_saved_reference_gives_the_same_verdicts(noise):
+    rng = np.random.default_rng(1)
+    full, saved = [], []
+    for _ in range(8):
+        logits = rng.normal(0, 2.5, (60, 2000)).astype(np.float32)
+        following = np.append(rng.integers(2000, size=59), -1)
+        engine = logits + rng.normal(0, noise, logits.shape).astype(np.float32)
+        reference = FullLogits(logits)
+        full.append(compare(reference, engine, following))
+        saved.append(compare(reference.top(following), engine, following))
+    thresholds = [
+        Threshold(f"original.{threshold.metric.partition('.')[2]}", threshold.bound, threshold.kind)
+        for scheme in THRESHOLDS.values()
+        for threshold in scheme
+    ]
+    outcomes = [
+        [verdict.outcome for verdict in judge(summarise_positions("original", positions), thresholds)]
+        for positions in (full, saved)
+    ]
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("original.kl_mean<=0.01", ("original.kl_mean", 0.01, "at_most")),
+        (" rouge.engine.rougeL >= .25 ", ("rouge.engine.rougeL", 0.25, "at_least")),
+        ("as_built.kl_mean<=1e-4", ("as_built.kl_mean", 1e-4, "at_most")),
+    ],
+)
+def test_a_threshold_on_the_command_line(text, expected):
+    found = parse_threshold(text)
+    assert (found.metric, found.bound, found.kind) == expected
+    assert parse_threshold(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "kl<0.1", "kl=0.1", "kl<=", "<=0.1", "kl<=x", "kl<=nan", "kl>=inf", "a b<=1", "a<=1 2"]
+)
+def test_a_text_that_is_no_threshold(text):
+    with pytest.raises(RequestError, match="is not METRIC<=NUMBER or METRIC>=NUMBER") as error:
+        parse_threshold(text)
+    assert repr(text) in str(error.value)
+
+
+def test_a_file_of_thresholds(tmp_path):
+    path = tmp_path / "thresholds.toml"
+    path.write_text(
+        """
+        "greedy.identical" = { at_least = 0.5 }
+
+        [original]
+        kl_mean = { at_most = 0.01, reason = "what we need" }
+        perplexity_ratio = { at_least = 0.98, at_most = 1 }
+
+        [rouge.engine.rougeL]
+        at_least = 0.2
+        """,
+        encoding="utf-8",
+    )
+    assert set(load_thresholds(path)) == {
+        Threshold("greedy.identical", 0.5, "at_least"),
+        Threshold("original.kl_mean", 0.01, "at_most", "what we need"),
+        Threshold("original.perplexity_ratio", 0.98, "at_least"),
+        Threshold("original.perplexity_ratio", 1.0, "at_most"),
+        Threshold("rouge.engine.rougeL", 0.2, "at_least"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no threshold"),
+        ("[original]\n[as_built.kl_mean]", "holds no threshold"),
+        ("kl = ", "is not TOML"),
+        ("original.kl_mean = 0.01", r"original.kl_mean is 0.01, expected a table as \"original"),
+        ('[a]\nat_most = "0.1"', "at_most of a is '0.1', expected a number"),
+        ("[a]\nat_most = true", "at_most of a is True, expected a number"),
+        ("[a]\nat_least = nan", "at_least of a is nan, expected a number"),
+        ("[a]\nat_most = 1\nresaon = 'x'", "a has unknown resaon"),
+        ("[a]\nat_most = 1\nreason = 3", "the reason of a is 3, expected text"),
+        ("[a.b]\natmost = 1", "a.b.atmost is 1, expected a table"),
+    ],
+)
+def test_a_file_that_holds_something_else(tmp_path, text, message):
+    path = tmp_path / "thresholds.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RequestError, match=message) as error:
+        load_thresholds(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(RequestError, match="cannot be read: No such file or directory; choose another --thresholds"):
+        load_thresholds(tmp_path / "none.toml")
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(RequestError, match="is not TOML"):
+        load_thresholds(binary)
+
+
+def test_doctests():
+    assert doctest.testmod(qwen_run.accuracy.gate).failed == 0

@@ -1,0 +1,293 @@
+"""QwenForCausalLM: equal to transformers' generate, and every rule of its settings."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_engine.errors import EngineError
+from qwen_engine.manifest import Manifest
+from qwen_run import EngineConfig, QwenForCausalLM
+from qwen_run.api import causal_lm
+from qwen_run.api.engine_config import QUANTIZATIONS
+
+PAD = 130
+ROWS = [[5, 17, 99, 3, 8, 41, 7], [64, 2, 77], [9, 9, 120, 33, 1]]
+
+
+def padded(rows, left=True):
+    """(ids, mask) of rows of different lengths."""
+    width = max(map(len, rows))
+    gaps = [[0] * (width - len(row)) for row in rows]
+    mask = [[*gap, *[1] * len(row)] if left else [*[1] * len(row), *gap] for gap, row in zip(gaps, rows, strict=True)]
+    ids = [[*[PAD] * len(g), *row] if left else [*row, *[PAD] * len(g)] for g, row in zip(gaps, rows, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint):
+    return tiny_checkpoint("qwen3-tied")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, build_engine):
+    return build_engine(checkpoint.path, quant="none")
+
+
+@pytest.fixture(scope="module")
+def model(engine):
+    return QwenForCausalLM.from_pretrained(engine, engine_config={"batch_size": 3})
+
+
+def hf_generate(checkpoint, ids, mask, **options):
+    return checkpoint.model.generate(
+        ids, attention_mask=mask, pad_token_id=PAD, **{"do_sample": False, "max_new_tokens": 12} | options
+    )
+
+
+def frequent_token(checkpoint):
+    """A token that transformers' answers hold early, to end them at."""
+    ids, mask = padded(ROWS)
+    return int(hf_generate(checkpoint, ids, mask)[1, ids.shape[1] + 3])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_new_tokens": None, "max_length": 15},
+        {"repetition_penalty": 1.3},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5, "early_stopping": True},
+        {"min_new_tokens": 6},
+    ],
+)
+@pytest.mark.parametrize("ends", [False, True])
+def test_greedy_and_beams_equal_transformers(checkpoint, model, options, ends):
+    ids, mask = padded(ROWS)
+    if options.get("repetition_penalty"):  # transformers' penalty falls on padding too
+        ids, mask = ids[:1], mask[:1]
+    eos = {"eos_token_id": frequent_token(checkpoint)} if ends else {}
+    expected = hf_generate(checkpoint, ids, mask, **options, **eos)
+    found = model.generate(ids, mask, pad_token_id=PAD, **{"max_new_tokens": 12} | options, **eos)
+    assert isinstance(found, torch.Tensor)
+    assert found.tolist() == expected.tolist()
+    assert not ends or options or (found == PAD).any()
+
+
+def test_padding_may_be_left_right_or_found_by_its_token(model):
+    left, left_mask = padded(ROWS)
+    right, right_mask = padded(ROWS, left=False)
+    expected = model.generate(left, left_mask, pad_token_id=PAD)[:, 7:].tolist()
+    assert model.generate(right, right_mask, pad_token_id=PAD)[:, 7:].tolist() == expected
+    assert model.generate(left, pad_token_id=PAD)[:, 7:].tolist() == expected
+    for row, answer in zip(ROWS, expected, strict=True):
+        assert model.generate(np.array([row]))[0, len(row) :].tolist() == answer
+
+
+def test_numpy_in_numpy_out(model):
+    found = model.generate(np.array(ROWS[:1], np.int32), max_new_tokens=4)
+    assert (type(found), found.dtype, found.shape) == (np.ndarray, np.int64, (1, 11))
+
+
+def test_samples_differ_by_row_and_seed_and_come_back(model):
+    ids = np.array([ROWS[0]] * 2)
+    options = {"do_sample": True, "temperature": 1.5, "num_return_sequences": 2, "max_new_tokens": 8}
+    first = model.generate(ids, **options)
+    assert len({tuple(row) for row in first.tolist()}) == len(first) == 4
+    assert model.generate(ids, **options).tolist() == first.tolist()
+    assert model.generate(ids, **options, seed=9).tolist() != first.tolist()
+
+
+def test_more_rows_than_the_batch(engine, model):
+    small = QwenForCausalLM.from_pretrained(engine)
+    ids, mask = padded(ROWS * 3)
+    expected = model.generate(*padded(ROWS), pad_token_id=PAD).tolist() * 3
+    assert small.generate(ids, mask, pad_token_id=PAD).tolist() == expected
+
+
+def test_defaults_of_the_checkpoint(model, monkeypatch):
+    eos = int(model.generate(np.array(ROWS[:1]))[0, 9])
+    monkeypatch.setattr(model, "generation_config", {"max_new_tokens": 5, "eos_token_id": [eos], "pad_token_id": 1})
+    assert model.generate(np.array(ROWS[:1])).shape == (1, 10)
+    assert model.generate(np.array(ROWS[:1]), eos_token_id=129).shape == (1, 12)
+    assert model.generate(np.array(ROWS[:1]), eos_token_id=129, max_length=9).shape == (1, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"input_ids": None}, "input_ids is None, expected integers"),
+        ({"input_ids": np.array([1, 2])}, r"input_ids is int64 \(2,\), expected integers \(rows, length\)"),
+        ({"input_ids": np.array([[0.5]])}, "input_ids is float64"),
+        ({"input_ids": np.zeros((2, 0), int)}, "neither of them 0"),
+        ({"input_ids": np.array([[131]])}, "row 0 holds token 131, expected 0 to 130"),
+        ({"attention_mask": np.array([[1, 1]])}, "attention_mask is"),
+        ({"attention_mask": np.array([[1, 2, 1]])}, "expected 0 and 1"),
+        ({"attention_mask": np.array([[0, 0, 0]])}, "row 0 of input_ids is all padding"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids has rows of different lengths"),
+        ({"max_length": "3"}, "max_length is '3', expected a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0, expected a whole number"),
+        ({"seed": None, "max_new_tokens": "x"}, "max_new_tokens is 'x', expected a whole number"),
+        ({"do_sample": "yes"}, "do_sample is 'yes', expected True or False"),
+        ({"temperature": "hot", "do_sample": True}, "temperature is 'hot', expected 0"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x', expected a token id or a list of them"),
+        ({"pad_token_id": [None]}, r"pad_token_id is \[None\], expected a token id"),
+        ({"max_length": 3}, "max_length is 3, expected more than the 3 tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
+        ({"input_ids": np.ones((1, 640), int)}, "input_ids has 640 columns, expected less than max_seq_len"),
+        ({"do_sample": True, "temperature": -1}, "temperature is -1"),
+        ({"num_return_sequences": 2}, "n is 2 at temperature 0"),
+        ({"num_beams": 200}, "num_beams is 200"),
+        ({"inputs_embeds": np.zeros((1, 2, 3))}, "inputs_embeds is given, .*; give the token ids as input_ids"),
+    ],
+)
+def test_wrong_arguments_are_value_errors(model, options, says):
+    with pytest.raises(ValueError, match=says):
+        model.generate(**{"input_ids": np.array([[1, 2, 3]])} | options)
+
+
+# -- where models come from
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="path is 3, expected the path of an engine or a checkpoint"):
+        QwenForCausalLM.from_pretrained(3)
+    with pytest.raises(ValueError, match="engine_config is 3, expected an EngineConfig"):
+        QwenForCausalLM.from_pretrained(tmp_path, engine_config=3)
+    with pytest.raises(ValueError, match="model is 3, expected a transformers model"):
+        QwenForCausalLM.from_model(3)
+
+
+def test_a_disk_that_is_full_for_a_model(checkpoint, monkeypatch, tmp_path):
+    def save_pretrained(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.model, "save_pretrained", save_pretrained)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(EngineError, match=r"cannot be saved to .*: .*No space left on device; set TMPDIR"):
+        QwenForCausalLM.from_model(checkpoint.model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_exported_once(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = {"quantization": "none", "max_seq_len": 64, "kvcache_block_size": 32, "kvcache_num_blocks": 2}
+    model = QwenForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
+    ids, mask = padded(ROWS)
+    assert (
+        model.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist()
+        == hf_generate(checkpoint, ids, mask).tolist()
+    )
+    assert model.engine.manifest.cache.block_size == 32
+    (engine,) = (tmp_path / "qwen-engine" / "engines").glob("[!.]*")
+    before = engine.stat().st_ino
+    QwenForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
+    assert [path.stat().st_ino for path in engine.parent.glob("[!.]*")] == [before]
+
+
+def test_a_model_is_built_from_memory_and_saved(checkpoint, tmp_path):
+    model = QwenForCausalLM.from_model(checkpoint.model, EngineConfig(quantization="none", max_seq_len=100))
+    ids, mask = padded(ROWS)
+    expected = hf_generate(checkpoint, ids, mask).tolist()
+    assert model.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist() == expected
+    scratch = Path(model._scratch.name)
+    model.save_pretrained(tmp_path / "new" / "saved")
+    with pytest.raises(EngineError, match="saved is not empty"):
+        model.save_pretrained(tmp_path / "new" / "saved")
+    assert scratch.exists()
+    model.close()
+    assert not scratch.exists()
+    again = QwenForCausalLM.from_pretrained(tmp_path / "new" / "saved")
+    assert again.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist() == expected
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]
+
+
+def test_export_says_what_the_path_is(checkpoint, engine, tmp_path):
+    with pytest.raises(ValueError, match=r"export is True and .* is an engine already"):
+        QwenForCausalLM.from_pretrained(engine, export=True)
+    with pytest.raises(ValueError, match="is a checkpoint, expected an engine; pass export=True"):
+        QwenForCausalLM.from_pretrained(checkpoint.path)
+    with pytest.raises(EngineError, match="does not exist"):
+        QwenForCausalLM.from_pretrained(tmp_path / "absent")
+
+
+# -- the rules of engine_config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("batch_size", 0, "a positive integer"),
+        ("batch_size", True, "a positive integer"),
+        ("batch_size", 1.5, "a positive integer"),
+        ("max_seq_len", 1, "2 tokens or more"),
+        ("kvcache_block_size", 16, "a power of two from 32"),
+        ("kvcache_block_size", 96, "a power of two from 32"),
+        ("kvcache_num_blocks", 0, "a positive integer"),
+        ("prefill_chunk_size", 0, "a positive multiple of 64"),
+        ("prefill_chunk_size", 100, "a positive multiple of 64"),
+        ("prefill_chunk_size", -64, "a positive multiple of 64"),
+        ("quantization", "int3", "one of none, int8, int4"),
+        ("use_inputs_embeds", 1, "True or False"),
+        ("use_inputs_embeds", True, "leave it out and give generate the token ids as input_ids"),
+    ],
+)
+def test_a_violated_rule_is_named(field, value, rule):
+    with pytest.raises(ValueError, match=f"{field} is {value!r}.*{rule}"):
+        EngineConfig.of({field: value})
+
+
+def test_fields_and_defaults():
+    assert dataclasses.asdict(EngineConfig()) == {
+        "batch_size": 1,
+        "max_seq_len": None,
+        "kvcache_block_size": None,
+        "kvcache_num_blocks": None,
+        "prefill_chunk_size": 128,
+        "quantization": None,
+        "use_inputs_embeds": False,
+    }
+    with pytest.raises(ValueError, match="engine_config has 'batch', expected batch_size, "):
+        EngineConfig.of({"batch": 2})
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        ({"max_seq_len": 641}, "max_seq_len is 641, expected 640 or less"),
+        ({"kvcache_block_size": 32}, "kvcache_block_size is 32, expected 64 as the engine was built"),
+        ({"quantization": "int4"}, "quantization is 'int4', expected 'none' as the engine was built"),
+        ({"kvcache_num_blocks": 29, "batch_size": 3}, "expected 30 or more: batch_size 3 times the 10 blocks"),
+        ({"kvcache_num_blocks": 3, "max_seq_len": 64}, "expected 10 or more"),
+    ],
+)
+def test_an_engine_and_its_config_agree(engine, config, rule):
+    with pytest.raises(ValueError, match=rule):
+        QwenForCausalLM.from_pretrained(engine, engine_config=config)
+
+
+def test_more_blocks_than_memory_holds_warn(engine, monkeypatch):
+    monkeypatch.setattr(causal_lm, "choose_num_blocks", lambda *_: 30)
+    with pytest.warns(UserWarning, match="kvcache_num_blocks is 90, more than the 30"):
+        QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 90})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 30})
+    assert model.engine.cache.num_blocks == 30
+
+
+def test_a_mixed_engine_has_no_quantization_to_agree_with(checkpoint, build_engine):
+    manifest = Manifest.read(build_engine(checkpoint.path, quant="int8", exclude=("*.up_proj",)))
+    EngineConfig().check(manifest)
+    with pytest.raises(ValueError, match="quantization is 'int8', expected None as the engine mixes int8 and none"):
+        EngineConfig(quantization="int8").check(manifest)
+
+
+def test_quantizations_are_the_builders():
+    from qwen_build.quantization.schemes import SCHEMES
+
+    assert set(QUANTIZATIONS) == set(SCHEMES)

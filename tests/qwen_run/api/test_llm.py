@@ -1,0 +1,421 @@
+"""LLM and AsyncLLM: what programs get, with a scripted engine for texts and tiny engines for numbers."""
+
+import asyncio
+import threading
+import time
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+
+from cases.scripted import Script, scripted_model, write_text_files
+from qwen_engine.errors import EngineError, RequestError
+from qwen_run import LLM, AsyncLLM, SamplingParams
+from qwen_run.runtime.engine import Engine
+
+GREEDY = SamplingParams(temperature=0)
+LONG = "x" * 60
+
+
+def echo(prompt: str) -> str:
+    return prompt.upper()
+
+
+@pytest.fixture
+def model(tmp_path):
+    return scripted_model(write_text_files(tmp_path), echo, max_seq_len=400)[0]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint, build_engine):
+    return Engine.load(build_engine(tiny_checkpoint("qwen3-tied").path, quant="none"), threads=1)
+
+
+# -- LLM
+
+
+def test_prompts_of_every_kind(model):
+    llm = LLM(model)
+    ids = llm.tokenizer.encode("ab")
+    for prompts, texts in (
+        ("ab", ["AB"]),
+        (ids, ["AB"]),
+        (["ab", "c"], ["AB", "C"]),
+        ([ids, "c"], ["AB", "C"]),
+        ([], []),
+    ):
+        results = llm.generate(prompts, GREEDY)
+        assert [result.outputs[0].text for result in results] == texts
+        assert all(result.finished and result.outputs[0].finish_reason == "stop" for result in results)
+    text, numbers = llm.generate(["ab", ids], GREEDY)
+    assert (text.prompt, numbers.prompt) == ("ab", None)
+    assert text.prompt_token_ids == numbers.prompt_token_ids == ids
+    assert int(numbers.request_id) == int(text.request_id) + 1
+    assert model.engine.is_idle
+
+
+def test_params_for_each_prompt_and_defaults(model):
+    llm = LLM(model)
+    first, second = llm.generate(["abc", "abc"], [GREEDY, replace(GREEDY, max_tokens=2)])
+    assert (first.outputs[0].text, second.outputs[0].text) == ("ABC", "AB")
+    assert second.outputs[0].finish_reason == "length"
+    llm.generate("a")
+    assert model.engine.seen[-1].params == llm.default_params == model.defaults
+    with pytest.raises(RequestError, match="1 sampling_params for 2 prompts"):
+        llm.generate(["a", "b"], [GREEDY])
+
+
+def test_mistakes_are_told_before_anything_runs(model):
+    llm = LLM(model)
+    with pytest.raises(RequestError, match="prompt 2 has 500 tokens, the engine takes 399"):
+        llm.generate(["a", [1] * 500], GREEDY)
+    with pytest.raises(RequestError, match="num_beams is 20, expected at most"):
+        llm.generate(["a", "b"], replace(GREEDY, num_beams=20))
+    assert (model.engine.num_runs, model.engine.is_idle, llm.core.is_done) == (0, True, True)
+
+
+def test_chat(model):
+    llm = LLM(model)
+    turn = {"role": "user", "content": "hi"}
+    (result,) = llm.chat([turn], replace(GREEDY, max_tokens=12))
+    assert result.prompt.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert len(llm.chat([[turn], [turn]], GREEDY)) == 2
+    with pytest.raises(RequestError, match="the conversation is empty"):
+        llm.chat([], GREEDY)
+    with pytest.raises(RequestError, match="no chat template"):
+        LLM(replace(model, template=None)).chat([turn])
+
+
+def test_a_stream_grows_to_what_generate_returns(model):
+    llm = LLM(model)
+    params = replace(GREEDY, stop="E")
+    seen = {}
+    for output in llm.stream(["abcdef", "xy"], params):
+        earlier = seen.get(output.request_id)
+        text = output.outputs[0].text
+        assert earlier is None or (not earlier.finished and text.startswith(earlier.outputs[0].text))
+        seen[output.request_id] = output
+    answers = [output.outputs[0] for output in seen.values()]
+    assert [(answer.text, answer.stop_reason) for answer in answers] == [("ABCD", "E"), ("XY", None)]
+    expected = llm.generate(["abcdef", "xy"], params)
+    assert [replace(output, request_id="") for output in seen.values()] == [replace(o, request_id="") for o in expected]
+
+
+def test_streams_read_in_turn_and_closed_early(model):
+    llm = LLM(model)
+    one, two = llm.stream(LONG, GREEDY), llm.stream("abc", GREEDY)
+    next(one)
+    assert [output.outputs[0].text for output in two][-1] == "ABC"
+    assert next(one).outputs[0].text.startswith("XXX")  # it went on in the meantime
+    one.close()
+    assert (model.engine.is_idle, llm.core.is_done) == (True, True)
+
+
+def test_a_stream_whose_request_is_given_up_ends(model):
+    llm = LLM(model)
+    stream = llm.stream(LONG, GREEDY)
+    next(stream)
+    llm.close()
+    assert [output.outputs[0].finish_reason for output in stream] == ["abort"]
+    assert model.engine.is_idle
+
+
+def test_an_open_engine_takes_no_options_of_a_build(model):
+    with pytest.raises(EngineError, match="quant, max_batch_sise cannot change it; expected max_batch_size"):
+        LLM(model, quant="int8", max_batch_sise=3)
+
+
+def test_an_open_engine_takes_no_options_of_a_load(model, engine):
+    for name, value in (("threads", 2), ("num_blocks", 20), ("cache_bytes", 10**6)):
+        for opened in (model, engine):
+            with pytest.raises(EngineError, match=f"the engine is open, {name} cannot change it"):
+                LLM(opened, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((3,), "prompts is 3, expected a text, token ids, or a list of them"),
+        ((None,), "prompts is None, expected"),
+        ((b"abc",), "prompts is b'abc', expected"),
+        (([None],), r"the prompt is \[None\], expected a text or token ids"),
+        ((["a", ["b"]],), r"prompt 2 is \['b'\], expected a text or token ids"),
+        (([1.5, 2],), r"the prompt is \[1.5, 2\], expected a text or token ids"),
+        (("a", {"temperature": 0}), r"sampling_params is \{'temperature': 0\}, expected SamplingParams"),
+        ((["a", "b"], [GREEDY, 3]), "sampling_params is 3, expected SamplingParams"),
+        (("a", 0), "sampling_params is 0, expected SamplingParams"),
+    ],
+)
+def test_arguments_of_another_type(model, arguments, says):
+    llm = LLM(model)
+    for method in (llm.generate, llm.stream):
+        with pytest.raises(RequestError, match=f"^{says}"):
+            method(*arguments)
+    assert (model.engine.num_runs, llm.core.is_done) == (0, True)
+
+
+def test_messages_and_models_of_another_type(model):
+    for messages in (3, "hi", None):
+        with pytest.raises(RequestError, match=f"messages is {messages!r}, expected a list of messages"):
+            LLM(model).chat(messages)
+    with pytest.raises(RequestError, match="message 0 is 'hi', expected an object"):
+        LLM(model).chat([["hi"]])
+    with pytest.raises(EngineError, match="model is 3, expected an engine or a checkpoint"):
+        LLM(3)
+    with pytest.raises(EngineError, match="prefix_caching is 'no', expected True or False"):
+        LLM(model, prefix_caching="no")
+    with pytest.raises(EngineError, match="max_requests is '9', expected a whole number"):
+        AsyncLLM(model, max_requests="9")
+    with pytest.raises(RequestError, match="request_id is 7, expected str"):
+        LLM(model).prepare("a", GREEDY, 7)
+
+
+def test_earlier_outputs_of_a_stream_keep_what_they_had(engine):
+    seen = list(
+        LLM(engine, max_batch_size=1, max_batch_tokens=2).stream(
+            [[3, 1, 4]], replace(GREEDY, max_tokens=4, logprobs=0, prompt_logprobs=0)
+        )
+    )
+    assert [len(output.outputs[0].token_ids) for output in seen] == [1, 2, 3, 4]
+    assert [len(output.outputs[0].logprobs) for output in seen] == [1, 2, 3, 4]
+    assert len({id(output.prompt_logprobs) for output in seen}) == 4
+
+
+def test_a_stop_token_is_the_reason(model):
+    llm = LLM(model)
+    (token_id,) = llm.tokenizer.encode("B")
+    answer = llm.generate("abc", replace(GREEDY, stop_token_ids=[token_id]))[0].outputs[0]
+    assert (answer.text, answer.token_ids[-1], answer.stop_reason) == ("A", token_id, token_id)
+
+
+def test_an_engine_that_fails_gives_everything_up(model, monkeypatch):
+    llm = LLM(model)
+    monkeypatch.setattr(Script, "run", lambda self, batch: (_ for _ in ()).throw(EngineError("broken")))
+    with pytest.raises(EngineError, match="broken"):
+        llm.generate(["a", "b"], GREEDY)
+    assert (model.engine.is_idle, llm.core.is_done) == (True, True)
+
+
+def test_samples_and_logprobs(engine):
+    llm = LLM(engine)
+    params = SamplingParams(n=3, max_tokens=6, logprobs=2, prompt_logprobs=1, seed=5)
+    (result,) = llm.generate([[3, 1, 4, 1, 5]], params)
+    assert [answer.index for answer in result.outputs] == [0, 1, 2]
+    assert len({tuple(answer.token_ids) for answer in result.outputs}) == 3
+    for answer in result.outputs:
+        assert answer.text == ""
+        for token_id, likely in zip(answer.token_ids, answer.logprobs, strict=True):
+            assert len(likely) == 2 + (likely[token_id].rank > 2)
+            assert sorted(found.rank for found in likely.values())[:2] == [1, 2]
+        own = [likely[token_id].logprob for token_id, likely in zip(answer.token_ids, answer.logprobs, strict=True)]
+        assert answer.cumulative_logprob == pytest.approx(sum(own))
+    assert result.prompt_logprobs[0] is None
+    assert all(token_id in likely for token_id, likely in zip([1, 4, 1, 5], result.prompt_logprobs[1:], strict=True))
+    alone = [llm.generate([[3, 1, 4, 1, 5]], replace(params, prompt_logprobs=None))[0].outputs for _ in range(2)]
+    assert alone[0] == alone[1] == result.outputs
+
+
+def test_beams_come_once_best_first(engine):
+    llm = LLM(engine)
+    outputs = list(llm.stream([3, 1, 4], SamplingParams(temperature=0, num_beams=4, n=2, max_tokens=5)))
+    assert [len(output.outputs) for output in outputs] == [2]
+    assert outputs[0].outputs[0].token_ids != outputs[0].outputs[1].token_ids
+
+
+def test_an_engine_without_a_tokenizer_takes_ids_only(engine):
+    llm = LLM(engine)
+    for call in (
+        lambda: llm.generate("a"),
+        lambda: llm.chat([{"role": "user", "content": "a"}]),
+        lambda: llm.tokenizer,
+    ):
+        with pytest.raises(RequestError, match="has no tokenizer, expected token ids"):
+            call()
+    with pytest.raises(RequestError, match="no tokenizer"):
+        llm.generate([1, 2], SamplingParams(stop="x"))
+    assert llm.generate([1, 2], SamplingParams(max_tokens=1))[0].outputs[0].text == ""
+
+
+def test_options_of_the_engine(model):
+    assert LLM(model, max_batch_size=3, max_batch_tokens=40).core.options.max_batch_size == 3
+
+
+# -- AsyncLLM
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Let a run take time, so that a long answer is still on its way when something happens to it."""
+    original = Script.run
+
+    def run(self, batch):
+        time.sleep(0.01)
+        return original(self, batch)
+
+    monkeypatch.setattr(Script, "run", run)
+
+
+def run_async(main, model, **options):
+    async def with_llm():
+        async with AsyncLLM(model, **options) as llm:
+            await main(llm)
+        assert model.engine.is_idle
+        assert not llm._thread.is_alive()
+        assert not llm._streams
+
+    asyncio.run(with_llm())
+
+
+async def last(outputs):
+    async for output in outputs:
+        final = output
+    return final
+
+
+def test_many_tasks_at_once(model):
+    async def main(llm):
+        prompts = ["a" * n for n in range(1, 40)]
+        results = await asyncio.gather(*(last(llm.generate(prompt, GREEDY)) for prompt in prompts))
+        assert [result.outputs[0].text for result in results] == [prompt.upper() for prompt in prompts]
+        assert all(result.finished for result in results)
+
+    run_async(main, model)
+
+
+def test_a_stream_shows_progress_and_a_slow_reader_skips(model):
+    async def main(llm):
+        lengths = [len(output.outputs[0].token_ids) async for output in llm.generate(LONG, GREEDY)]
+        assert lengths == sorted(set(lengths))
+        assert lengths[-1] == 61
+        stream = await llm.add_request(LONG, GREEDY)
+        while not llm._llm.core.is_done or not stream.answering.is_told:
+            await asyncio.sleep(0.01)
+        assert [output.finished async for output in stream] == [True]
+
+    run_async(main, model)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_cancelled_reader_gives_its_request_up(model):
+    async def main(llm):
+        reader = asyncio.create_task(last(llm.generate(LONG, GREEDY)))
+        while model.engine.is_idle:
+            await asyncio.sleep(0.001)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        stream = await llm.add_request(LONG, GREEDY)
+        reader = asyncio.create_task(last(stream))
+        await asyncio.sleep(0.01)
+        reader.cancel()
+        while not model.engine.is_idle:
+            await asyncio.sleep(0.001)
+        async with aclosing(llm.generate(LONG, GREEDY)) as outputs:
+            async for _ in outputs:
+                break
+        while not model.engine.is_idle:
+            await asyncio.sleep(0.001)
+        assert max(len(request.sequences[0].output) for request in model.engine.seen) < 61
+        assert (await last(llm.generate("ab", GREEDY))).outputs[0].text == "AB"
+
+    run_async(main, model)
+
+
+@pytest.mark.usefixtures("slow")
+def test_abort_ends_the_stream_with_what_there_is(model):
+    async def main(llm):
+        stream = await llm.add_request(LONG, GREEDY, "mine")
+        with pytest.raises(RequestError, match="request 'mine' is not finished"):
+            await llm.add_request("a", GREEDY, "mine")
+        await anext(stream)
+        await llm.abort("mine")
+        await llm.abort("nobody")
+        final = await last(stream)
+        assert (final.finished, final.outputs[0].finish_reason) == (True, "abort")
+        assert final.outputs[0].text == "X" * len(final.outputs[0].token_ids)
+        assert (await last(await llm.add_request("ab", GREEDY, "mine"))).outputs[0].text == "AB"
+
+    run_async(main, model)
+
+
+@pytest.mark.usefixtures("slow")
+def test_requests_wait_for_a_place(model):
+    async def main(llm):
+        first, second = await llm.add_request(LONG, GREEDY), await llm.add_request("ab", GREEDY)
+        third = asyncio.create_task(llm.add_request("c", GREEDY))
+        await last(second)
+        await last(await third)
+        assert len(model.engine.seen) == 3
+        await last(first)
+
+    async def crowded(llm):
+        streams = [await llm.add_request(LONG, GREEDY) for _ in range(2)]
+        waiting = asyncio.create_task(llm.add_request("c", GREEDY))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        for stream in streams:
+            stream.close()
+        await last(await waiting)
+
+    run_async(main, model, max_requests=2)
+    run_async(crowded, model, max_requests=2)
+
+
+@pytest.mark.usefixtures("slow")
+def test_refusals_reach_the_caller_alone(model):
+    async def main(llm):
+        other = asyncio.create_task(last(llm.generate(LONG, GREEDY)))
+        with pytest.raises(RequestError, match="the prompt has"):
+            await llm.add_request("x" * 500, GREEDY)
+        with pytest.raises(RequestError, match="num_beams is 20"):
+            await last(llm.generate("x", replace(GREEDY, num_beams=20)))
+        assert (await other).outputs[0].text == LONG.upper()
+
+    run_async(main, model, max_requests=2)
+
+
+def test_a_failure_reaches_every_reader_and_who_comes_later(model, monkeypatch):
+    original = Script.run
+
+    def run(self, batch):
+        if self.num_runs == 5:
+            raise EngineError("broken")
+        return original(self, batch)
+
+    monkeypatch.setattr(Script, "run", run)
+
+    async def main(llm):
+        readers = [last(llm.generate(prompt, GREEDY)) for prompt in (LONG, LONG, LONG)]
+        for found in await asyncio.gather(*readers, return_exceptions=True):
+            assert isinstance(found, EngineError)
+            assert "the engine has stopped: broken" in str(found)
+        with pytest.raises(EngineError, match="the engine has stopped: broken"):
+            await llm.add_request("a", GREEDY)
+
+    run_async(main, model)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_request_without_a_name_gets_one_that_is_free(model):
+    async def main():
+        async with AsyncLLM(model) as llm:
+            named = await llm.add_request(LONG, GREEDY, request_id="0")
+            return named.request_id, (await llm.add_request("a", GREEDY)).request_id
+
+    assert asyncio.run(main()) == ("0", "1")
+
+
+@pytest.mark.usefixtures("slow")
+def test_closing_ends_what_is_unfinished(model):
+    async def main():
+        llm = AsyncLLM(model)
+        stream = await llm.add_request(LONG, GREEDY)
+        await anext(stream)
+        await llm.close()
+        assert (await asyncio.wait_for(last(stream), 5)).outputs[0].finish_reason == "abort"
+        with pytest.raises(EngineError, match="the engine is closed"):
+            await llm.add_request("a", GREEDY)
+
+    asyncio.run(main())
+    assert model.engine.is_idle
+    assert not [thread for thread in threading.enumerate() if thread.name == "qwen-engine"]

@@ -1,0 +1,488 @@
+"""qwen-run: where prompts come from and answers go, exit codes, and the interactive chat, with a scripted engine."""
+
+import doctest
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import qwen_run.commands.command
+import qwen_run.commands.console
+import qwen_run.commands.prompt_file
+from cases import ROOT
+from cases.scripted import IM_END, Script, scripted_model, shout, write_text_files
+from qwen_engine.errors import EngineError
+from qwen_run.commands import run as cli
+from qwen_run.commands.command import printable
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.text.text_model import TextModel
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """An engine under engines/ whose answers are the questions in capitals; its requests are in ``.seen``."""
+    monkeypatch.chdir(tmp_path)
+    directory = write_text_files(tmp_path / "engines" / "tiny", do_sample=True, temperature=0.7, top_k=20)
+    (directory / "engine.json").write_text("{}")
+    model, script = scripted_model(directory, shout, max_seq_len=300)
+    raw_model, _ = scripted_model(directory, str.upper, raw=True)
+    script.loaded = []
+
+    def load(engine, threads=None, raw=False, cache_bytes=None):
+        script.loaded.append((str(engine), threads, raw, cache_bytes))
+        return raw_model if raw else model
+
+    monkeypatch.setattr(TextModel, "load", load)
+    return script
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(cli.main, arguments, input=stdin, catch_exceptions=False)
+
+
+def test_one_answer(script):
+    result = run("--input-text", "hello")
+    assert (result.exit_code, result.stdout) == (0, "«HELLO» 你🤗\n")
+    assert re.fullmatch(
+        r"\d+ prompt tokens, 17 output tokens; first after \d+ ms, then [\d.]+ tokens/s; peak memory \d+ MiB\n",
+        result.stderr,
+    )
+    assert script.loaded == [("engines/tiny", None, False, None)]
+    assert script.seen[0].params == SamplingParams(0.7, 1.0, 20)
+    assert IM_END in script.seen[0].stop_token_ids
+    assert script.is_idle
+
+
+def test_options_reach_the_request(script):
+    options = "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --seed 4 --threads 2"
+    options += " --kv-cache-memory 64"
+    result = run("--input-text", "x", "--engine", "e", "--system", "Be brief.", *options.split())
+    assert result.stdout == "«X\n"
+    assert script.loaded == [("e", 2, False, 64 << 20)]
+    assert script.seen[0].params == SamplingParams(0.5, 0.9, 5, 1.1, 4, 3)
+    assert "system\nBe brief.<|im_end|>" in script.tokenizer.decode(script.seen[0].prompt, False)
+
+
+def test_a_pipe_is_one_prompt(script):
+    assert run(stdin="two\nlines\n").stdout == "«TWO\nLINES» 你🤗\n"
+
+
+def test_raw(script):
+    assert run("--raw", "--input-text", "abc").stdout == "ABC\n"
+
+
+def test_json(script):
+    result = json.loads(run("--json", "--input-text", "x").stdout)
+    assert result["text"] == "«X» 你🤗"
+    assert (result["finish_reason"], result["output_tokens"]) == ("stop", len(result["token_ids"]))
+    assert result["ttft_ms"] >= 0
+    assert result["peak_memory_bytes"] > 10 * cli.MIB
+
+
+def test_output_logits(script):
+    result = run("--input-text", "x", "--output-logits", "l.npy", "--output-file", "answer.txt")
+    assert (result.exit_code, result.stdout) == (0, "")
+    logits = np.load("l.npy")
+    assert (logits.dtype, logits[-1].argmax()) == (np.float32, IM_END)
+    assert Path("answer.txt").read_text("utf-8") == "«X» 你🤗\n"
+
+
+def test_logits_that_cannot_be_written_are_refused_before_an_answer(script):
+    assert run("--input-text", "x", "--output-logits", "absent/l.npy").exit_code == 1
+    assert script.loaded
+    assert script.num_runs == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_leaves_no_piece_of_the_logits(script, monkeypatch):
+    result = run("--input-text", "x", "--output-logits", "/dev/full")
+    assert result.exit_code == 1
+    assert re.fullmatch("Error: /dev/full cannot be written: (?!None)[^\n]+; choose another[^\n]+\n", result.stderr)
+    assert Path("/dev/full").exists()
+
+    def full(file, array):
+        file.write(b"a piece")
+        raise OSError("9 requested and 7 written")  # as NumPy says it
+
+    monkeypatch.setattr(np, "save", full)
+    result = run("--input-text", "x", "--output-logits", "l.npy")
+    assert result.stderr.startswith("Error: l.npy cannot be written: 9 requested and 7 written; choose another")
+    assert not Path("l.npy").exists()
+
+
+def test_prompts_on_standard_input_are_not_overwritten(script):
+    Path("q.txt").write_text("precious")
+    code = "import sys; from qwen_run.commands.run import main; main(sys.argv[1:])"
+    with open("q.txt") as stdin:
+        result = fresh(code, "--engine", "engines/tiny", "--output-file", "q.txt", stdin=stdin)
+    assert result.returncode == 1
+    assert "q.txt is a file of the prompts; choose another --output-file" in result.stderr
+    assert Path("q.txt").read_text() == "precious"
+
+
+def test_what_looks_like_an_array_may_be_text(script):
+    Path("in.txt").write_text("[INST] hi\n[1, 2]")
+    assert len(run("--input-file", "in.txt").stdout.splitlines()) == 2
+    Path("in.txt").write_text("[1, 2, 3]")
+    assert json.loads(run("--input-file", "in.txt").stdout)["text"] == "«[1, 2, 3]» 你🤗"
+
+
+JSON_LINES = """\ufeff{"prompt": "a\u2028b", "tools": null}
+
+{"prompt": 3}
+{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "longer than the others"}]}
+{broken
+{"prompt": "c", "messages": []}
+{"messages": [{"role": "user"}]}
+{"messages": []}
+{"prompt": ""}
+{"prompt": null}
+{"prompt": "x", "temper\\u001bature": 5}
+{"prompt": "%s"}
+{"messages": [{"role": "user", "content": "d"}]}""" % ("x" * 400)
+
+
+def test_json_lines_in_input_order(script):
+    Path("in.jsonl").write_text(JSON_LINES, "utf-8")
+    result = run("--input-file", "in.jsonl", "--system", "T")
+    records = [json.loads(line) for line in result.stdout.split("\n") if line]
+    assert [record["line"] for record in records] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    texts = {record["line"]: record["text"] for record in records if "text" in record}
+    assert texts == {1: "«A\u2028B» 你🤗", 4: "«LONGER THAN THE OTHERS» 你🤗", 13: "«D» 你🤗"}
+    errors = {record["line"]: record["error"] for record in records if "error" in record}
+    for line, says in {
+        3: '"prompt" is int',
+        5: "not JSON",
+        6: "either",
+        7: "refuses",
+        8: "empty",
+        9: "empty",
+        10: '"prompt" is null, expected text',
+        11: 'unknown "temper\x1bature", expected prompt, messages, tools, id or one of temperature, top_p',
+        12: "tokens",
+    }.items():
+        assert says in errors[line]
+        assert f"Line {line}: {printable(errors[line])}\n" in result.stderr
+    assert "\x1b" not in result.stderr
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Error: 9 of 12 prompts could not be answered, see their records\n")
+    prompts = [script.tokenizer.decode(request.prompt, False) for request in script.seen]
+    assert ["system\nT<" in prompts[0], "system\nS<" in prompts[1], "T<" in prompts[1]] == [True, True, False]
+
+
+def test_text_lines_run_together(script):
+    Path("in.txt").write_text("one\r\n\ntwo three\nfour", "utf-8")
+    result = run("--input-file", "in.txt", "--output-file", "out.jsonl")
+    records = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+    assert [(r["line"], r["text"][1:-4]) for r in records] == [(1, "ONE"), (3, "TWO THREE"), (4, "FOUR")]
+    assert re.fullmatch(
+        r"3 answers, \d+ output tokens in [\d.]+ s, [\d.]+ tokens/s; peak memory \d+ MiB\n", result.stderr
+    )
+    assert len(script.seen) == 3
+
+
+def test_prompts_from_standard_input(script):
+    assert json.loads(run("--input-file", "-", stdin="one").stdout)["text"] == "«ONE» 你🤗"
+
+
+QUESTIONS = "".join(f'{{"prompt": "{"long " * 9 if i == 2 else "short"} {i}", "id": "q{i}"}}\n' for i in range(40))
+ASK = ("--input-file", "q.jsonl", "--output-file", "a.jsonl")
+
+
+def records(path="a.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def stop_after(monkeypatch, num_runs, error=KeyboardInterrupt):
+    """Let the engine fail once, after some runs."""
+    original = Script.run
+
+    def run(self, batch):
+        if self.num_runs == num_runs:
+            monkeypatch.setattr(Script, "run", original)
+            raise error
+        return original(self, batch)
+
+    monkeypatch.setattr(Script, "run", run)
+
+
+def test_lines_have_ids_and_options_of_their_own(script):
+    Path("q.jsonl").write_text(
+        '{"prompt": "abcdef", "id": 7, "max_tokens": 3}\n{"prompt": "abcdef", "stop": ["CD"]}\n'
+        '{"prompt": "x", "id": {"a": [1]}, "top_p": 2}\n{"prompt": "x", "logprobs": 1, "n": 2, "temperature": 1}'
+    )
+    result = run(*ASK)
+    assert result.stderr.endswith("Error: 1 of 4 prompts could not be answered, see their records\n")
+    first, second, third, fourth = records()
+    assert (first["id"], first["text"], first["finish_reason"]) == (7, "«A", "length")
+    assert ("id" in second, second["text"], second["finish_reason"]) == (False, "«AB", "stop")
+    assert (third["id"], third["error"]) == ({"a": [1]}, "top_p is 2, expected a number from 0 to 1")
+    assert [answer["text"] for answer in fourth["answers"]] == ["«X» 你🤗"] * 2
+    second_half = fourth["answers"][1]["logprobs"][1]
+    assert (second_half["token"], second_half["logprob"], second_half["rank"]) == ("\ufffd", 0.0, 1)
+    assert [top["token_id"] for top in second_half["top"]] == [second_half["token_id"]]
+
+
+def test_answers_come_as_they_are_known_or_in_order(script):
+    Path("q.jsonl").write_text(QUESTIONS)
+    order = [json.loads(line)["line"] for line in run("--input-file", "q.jsonl", "--as-finished").stdout.splitlines()]
+    assert (sorted(order), order.index(3) > 15) == (list(range(1, 41)), True)
+    order = [json.loads(line)["line"] for line in run("--input-file", "q.jsonl").stdout.splitlines()]
+    assert order == list(range(1, 41))
+    run(*ASK)
+    assert [record["line"] for record in records()] == list(range(1, 41))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(script, monkeypatch):
+    Path("q.jsonl").write_text(QUESTIONS)
+    assert run(*ASK).exit_code == 0
+    expected = Path("a.jsonl").read_bytes()
+    Path("a.jsonl").unlink()
+    stop_after(monkeypatch, script.num_runs + 30)
+    assert run(*ASK).exit_code == 130
+    kept = records()
+    assert 3 not in [record["line"] for record in kept]
+    assert 10 < len(kept) < 40
+    script.seen.clear()
+    result = run(*ASK)
+    assert (result.exit_code, len(script.seen)) == (0, 40 - len(kept))
+    assert result.stderr.startswith(f"{len(kept)} of 40 prompts are answered already\n{40 - len(kept)} answers, ")
+    assert Path("a.jsonl").read_bytes() == expected
+    script.seen.clear()
+    assert (run(*ASK).exit_code, script.seen) == (0, [])
+    assert Path("a.jsonl").read_bytes() == expected
+
+
+def test_a_torn_last_line_is_answered_again(script):
+    Path("q.jsonl").write_text(QUESTIONS)
+    run(*ASK)
+    expected = Path("a.jsonl").read_bytes()
+    end_of_third = [i for i, byte in enumerate(expected) if byte == 10][2] + 1
+    for length in (0, 1, 4, 11, 60, end_of_third - 1, end_of_third, end_of_third + 1, len(expected) - 1):
+        Path("a.jsonl").write_bytes(expected[:length])
+        script.seen.clear()
+        assert run(*ASK).exit_code == 0
+        assert len(script.seen) == 40 - expected[:length].count(b"\n")
+        assert Path("a.jsonl").read_bytes() == expected
+
+
+def test_a_bad_line_is_told_once_more_and_not_tried_again(script):
+    Path("q.jsonl").write_text('{"prompt": "one"}\n{broken\n{"prompt": "two", "id": "\\ud800"}\n')
+    for answered in (0, 3):
+        script.seen.clear()
+        result = run(*ASK)
+        assert (result.exit_code, len(script.seen)) == (1, 2 if answered == 0 else 0)
+        assert result.stderr.endswith("Error: 1 of 3 prompts could not be answered, see their records\n")
+        assert [("error" in record, record.get("id")) for record in records()] == [
+            (False, None), (True, None), (False, "\ud800"),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["option", "prompt", "foreign", "no newline", "twice"])
+def test_a_file_with_other_answers_is_refused_and_left_alone(script, change):
+    Path("q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    run(*ASK)
+    options = ("--seed", "3") if change == "option" else ()
+    if change == "prompt":
+        Path("q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "TWO"}\n')
+    content = {"foreign": "notes\n", "no newline": "notes", "twice": Path("a.jsonl").read_text("utf-8") * 2}
+    Path("a.jsonl").write_text(content.get(change, Path("a.jsonl").read_text("utf-8")), "utf-8")
+    before = Path("a.jsonl").read_bytes()
+    result = run(*ASK, *options)
+    assert (result.exit_code, Path("a.jsonl").read_bytes()) == (1, before)
+    assert re.fullmatch(
+        r"Error: a.jsonl: line \d answers none of these prompts with these options; [^\n]+\n", result.stderr
+    )
+
+
+def test_a_file_that_another_process_writes_is_left_alone(script):
+    Path("q.jsonl").write_text(QUESTIONS)
+    with open("a.jsonl", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result = run(*ASK)
+    assert (result.exit_code, script.seen) == (1, [])
+    assert result.stderr == "Error: a.jsonl is being written by another qwen-run; wait for it to end\n"
+    assert run(*ASK).exit_code == 0
+
+
+def test_several_answers_to_one_prompt(script):
+    result = run("--input-text", "x", "-n", "2", "--temperature", "1")
+    assert result.stdout == "«X» 你🤗\n\n«X» 你🤗\n"
+    result = json.loads(run("--input-text", "x", "--num-beams", "2", "--temperature", "0", "--json").stdout)
+    assert result["text"] == "«X» 你🤗"
+
+
+def test_guessing_ahead_takes_fewer_runs_to_the_same_answer(script):
+    text = "ab" * 30
+    expected = run("--input-text", text, "--draft-tokens", "0").stdout
+    num_runs = script.num_runs
+    assert run("--input-text", text).stdout == expected
+    assert script.num_runs - num_runs < num_runs
+
+
+def test_a_stop_text_ends_the_answer(script):
+    result = run("--input-text", "abcdef", "--stop", "DE", "--stop", "»", "--json")
+    assert json.loads(result.stdout)["text"] == "«ABC"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--input-text", ""], "the prompt is empty"),
+        (["--input-text", " \n"], "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (["--input-text", "x" * 400], r"the prompt has \d+ tokens, the engine takes 299"),
+        (["--input-text", "x", "--temperature", "-1"], r"--temperature: temperature is -1.0, expected 0"),
+        (["--input-text", "x", "--max-new-tokens", "0"], r"--max-new-tokens: max_new_tokens is 0, expected"),
+        (["--input-file", "absent"], "absent cannot be read: No such file"),
+        (["--input-file", "latin1.txt"], r"latin1.txt: byte 5 \(0xe9\) is not UTF-8"),
+        (["--input-file", "empty.txt"], "the prompt is empty"),
+        (["--input-text", "x", "--output-file", "absent/a"], "absent/a cannot be written: No such file"),
+        (["--input-text", "x", "--output-logits", "absent/a"], "absent/a cannot be written: No such file"),
+        (["--input-text", "a\udcff"], r"--input-text: byte 1 \(0xff\) is not UTF-8; convert it to"),
+        (["--input-file", "array.json"], "the prompts are a JSON array, expected one prompt a line"),
+        (["--input-file", "texts.json"], "the prompts are a JSON array"),
+        (["--input-file", "array.json", "--output-file", "array.json"], "array.json is a file of the prompts"),
+        (["--input-file", "array.json", "--output-file", "linked"], "linked is a file of the prompts"),
+        (["--input-text", "x", "--output-file", "engines/tiny/new"], "new is inside the engine engines/tiny"),
+        (["--input-text", "x", "--output-logits", "engines/tiny/engine.json"], "choose another --output-logits"),
+        (["--input-text", "x", "--output-file", "hard"], "hard is a file of the engine engines/tiny"),
+        (["--input-text", "x", "--output-file", "a", "--output-logits", "./a"], "are both a; choose another"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_1(script, arguments, says):
+    Path("latin1.txt").write_bytes("ok\ncaf\u00e9".encode("latin-1")[0:5] + b"\xe9\n")
+    Path("empty.txt").touch()
+    Path("array.json").write_text('\n[{"prompt": "one"},\n{"prompt": "two"}]')
+    Path("texts.json").write_text('["one",\n"two"]')
+    Path("linked").symlink_to("array.json")
+    Path("hard").hardlink_to("engines/tiny/tokenizer.json")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert re.fullmatch(f"Error: .*{says}[^\n]*\n", result.stderr)
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--input-text", "x", "--input-file", "y"],
+        ["--input-file", "y", "--json"],
+        ["--input-file", "y", "--output-logits", "z"],
+        ["--input-text", "x", "--as-finished"],
+        ["--input-text", "x", "--logprobs", "1"],
+        ["--input-text", "x", "--output-logits", "z", "-n", "2"],
+        ["--input-text", "x", "--raw", "--system", "y"],
+        ["--temperature", "hot"],
+        ["--threads", "0"],
+        ["--threads", "1025"],
+        ["--nothing"],
+    ],
+)
+def test_misuse_exits_2(script, arguments):
+    assert run(*arguments).exit_code == 2
+    assert script.loaded == []
+
+
+def test_arguments_that_the_locale_could_not_decode(script):
+    assert run("--input-text", "é".encode().decode("ascii", "surrogateescape")).stdout == "«É» 你🤗\n"
+
+
+def test_newest_engine_and_none(script, tmp_path):
+    older = write_text_files(tmp_path / "engines" / "older")
+    (older / "engine.json").write_text("{}")
+    os.utime(older / "engine.json", (1, 1))
+    run("--input-text", "x")
+    assert script.loaded == [("engines/tiny", None, False, None)]
+    for path in (tmp_path / "engines").glob("*/engine.json"):
+        path.unlink()
+    result = run("--input-text", "x")
+    assert (result.exit_code, "qwen-build" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("option", "thought"), [([], ""), (["--no-thinking"], "<think>\n\n</think>\n\n")])
+def test_thinking_is_the_templates_unless_switched_off(script, monkeypatch, option, thought):
+    model, script = scripted_model(write_text_files(Path("qwen3"), "qwen3"), shout)
+    monkeypatch.setattr(TextModel, "load", lambda *_: model)
+    run("--input-text", "x", *option)
+    assert script.tokenizer.decode(script.seen[0].prompt, False).endswith(f"<|im_start|>assistant\n{thought}")
+
+
+def test_a_prompt_that_is_refused_leaves_the_output_file_alone(script):
+    Path("kept.txt").write_text("old")
+    assert run("--input-text", "x" * 400, "--output-file", "kept.txt").exit_code == 1
+    assert run("--input-text", "x", "--temperature", "-1", "--output-file", "kept.txt").exit_code == 1
+    assert Path("kept.txt").read_text() == "old"
+    assert len(script.loaded) == 1
+
+
+def test_options_without_effect_are_told(script, monkeypatch):
+    greedy, _ = scripted_model(write_text_files(Path("greedy")), shout)
+    monkeypatch.setattr(TextModel, "load", lambda *_: greedy)
+    assert "--top-p and --seed without effect" in run("--input-text", "x", "--top-p", "0.5", "--seed", "1").stderr
+    assert "without effect" not in run("--input-text", "x", "--top-p", "0.5", "--temperature", "1").stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError("broken")])
+def test_an_answer_cut_short(script, monkeypatch, error):
+    stop_after(monkeypatch, 3, error)
+    result = run("--input-text", "x")
+    code, message = (130, "") if error is KeyboardInterrupt else (1, "Error: broken\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "«X", message)
+    assert script.is_idle
+
+
+# -- what only a fresh interpreter shows
+
+FORBIDDEN = ("torch", "transformers", "onnx", "huggingface_hub", "onnx_ir", "onnxscript", "qwen_build")
+HEAVY = ("numpy", "onnxruntime", "tokenizers", "jinja2", "prompt_toolkit", "tqdm")
+
+
+def fresh(code, *arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        **options,
+    )
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = "import sys, atexit; from qwen_run.commands.run import main\n"
+    code += "atexit.register(lambda: print(*sys.modules)); main()"
+    started = os.times()
+    result = fresh(code, "--help")
+    ended = os.times()
+    assert result.returncode == 0
+    assert not {*FORBIDDEN, *HEAVY} & set(result.stdout.split("Examples:")[1].split())
+    spent_s = ended.children_user + ended.children_system - started.children_user - started.children_system
+    assert spent_s < 0.5
+
+
+def test_nothing_of_the_builder_is_imported():
+    modules = ["commands.run", "commands.console", "text.text_model", "text.chat_template", "sampling.sample"]
+    imports = "; ".join(f"import qwen_run.{module}" for module in modules)
+    result = fresh(f"import sys; {imports}; print(*sys.modules)")
+    assert result.returncode == 0, result.stderr
+    assert not set(FORBIDDEN) & set(result.stdout.split())
+
+
+def test_loading_begins_with_the_manifest(tmp_path):
+    with pytest.raises(EngineError, match="absent does not exist; make an engine with qwen-build"):
+        TextModel.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("module", [qwen_run.commands.prompt_file])
+def test_doctests(module):
+    assert doctest.testmod(module).failed == 0

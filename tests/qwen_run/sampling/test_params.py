@@ -1,0 +1,113 @@
+"""The options of a request: what each may be, which exclude each other, and what a checkpoint asks for."""
+
+import dataclasses
+import re
+
+import pytest
+
+from qwen_engine.errors import RequestError
+from qwen_run.sampling.params import RULES, SamplingParams, checked
+
+BEAMS = {"temperature": 0, "num_beams": 3}
+
+
+def test_every_option_has_a_rule_and_every_default_keeps_it():
+    assert list(RULES) == [field.name for field in dataclasses.fields(SamplingParams)]
+    SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", 1e-9),
+        ("temperature", 1e300), ("temperature", 10**400), ("temperature", None), ("temperature", True),
+        ("top_p", 1.1), ("top_p", -0.1), ("top_k", -1), ("top_k", 2.5), ("top_k", True),
+        ("repetition_penalty", 0), ("repetition_penalty", float("inf")),
+        ("repetition_penalty", 1e-46), ("repetition_penalty", 1e300), ("seed", -1), ("seed", 2**64), ("seed", None),
+        ("max_tokens", 0), ("max_tokens", 1.0), ("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan")),
+        ("presence_penalty", 2.1), ("presence_penalty", "1"), ("frequency_penalty", -2.1),
+        ("logit_bias", {3: 101}), ("logit_bias", {3: float("nan")}), ("logit_bias", {-1: 1}), ("logit_bias", {"x": 1}),
+        ("logit_bias", {1.5: 1}), ("logit_bias", {3: None}), ("logit_bias", [3]), ("logit_bias", 3),
+        ("n", 0), ("n", 1025), ("n", 1.5), ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", 1),
+        ("stop_token_ids", [-1]), ("stop_token_ids", ["1"]), ("stop_token_ids", 5), ("stop_token_ids", [True]),
+        ("include_stop_str_in_output", 1), ("ignore_eos", "yes"), ("min_tokens", -1), ("min_tokens", None),
+        ("logprobs", -1), ("logprobs", True), ("logprobs", 1.5), ("prompt_logprobs", -1),
+        ("num_beams", 0), ("num_beams", 129), ("length_penalty", 6), ("length_penalty", float("nan")),
+        ("early_stopping", "always"), ("early_stopping", 1), ("early_stopping", None),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(name, value):
+    label = "max_new_tokens" if name == "max_tokens" else name
+    with pytest.raises(RequestError, match=f"^{label} is .*, expected {re.escape(RULES[name].expected)}"):
+        SamplingParams(**{name: value})
+    with pytest.raises(RequestError, match=f"^{label} is "):
+        checked(name, value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9, expected at most max_new_tokens, which is 8"),
+        ({"num_beams": 3}, "num_beams is 3 at temperature 1.0: .*; set temperature to 0"),
+        ({**BEAMS, "n": 4}, "n is 4, expected at most num_beams, which is 3"),
+        ({**BEAMS, "logprobs": 0}, "logprobs is 0 with num_beams 3"),
+        ({**BEAMS, "stop": "x"}, r"stop is \('x',\) with num_beams 3: .*; use stop_token_ids"),
+        ({"length_penalty": 2.0}, "length_penalty is 2.0 .*; set num_beams"),
+        ({"early_stopping": True}, "length_penalty is 1.0 and early_stopping True .*; set num_beams"),
+        ({"temperature": 0, "n": 2}, "n is 2 at temperature 0"),
+    ],
+)
+def test_contradictions(options, message):
+    with pytest.raises(RequestError, match=f"^{message}"):
+        SamplingParams(**options)
+    for name, value in options.items():  # each of them alone is fine
+        checked(name, value)
+
+
+def test_what_goes_together():
+    for options in (
+        BEAMS | {"n": 3, "length_penalty": -1, "early_stopping": "never", "min_tokens": 4, "repetition_penalty": 1.1},
+        BEAMS | {"top_k": 50, "prompt_logprobs": 2, "ignore_eos": True, "stop_token_ids": (3,)},
+        {"n": 7, "min_tokens": 512},
+    ):
+        params = SamplingParams(**options)
+        assert {name: getattr(params, name) for name in options} == options
+
+
+def test_collections_are_kept_in_one_form():
+    params = SamplingParams(logit_bias={"7": 1, 3: -2.5}, stop="x", stop_token_ids={4})
+    assert (params.biases, params.stop_strings, params.stop_token_ids) == (((3, -2.5), (7, 1)), ("x",), (4,))
+    assert dataclasses.replace(params, seed=0) == params
+    assert hash(dataclasses.replace(params)) == hash(params)
+    none = SamplingParams(logit_bias=None, stop=None, stop_token_ids=None)
+    assert none == SamplingParams(logit_bias={}, stop=[], stop_token_ids=[]) == SamplingParams()
+
+
+def test_stop_ids():
+    assert SamplingParams(stop_token_ids=[3, 4]).stop_ids({9, 4}) == {3, 4, 9}
+    assert SamplingParams(stop_token_ids=[3, 4], ignore_eos=True).stop_ids({9, 4}) == {3, 4}
+    assert SamplingParams().stop_ids([]) == frozenset()
+
+
+def test_tokens_the_model_does_not_have():
+    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_vocabulary(10)
+    with pytest.raises(RequestError, match=r"^logit_bias holds token 10, expected 0 to 9$"):
+        SamplingParams(logit_bias={10: 1}).check_vocabulary(10)
+    with pytest.raises(RequestError, match=r"^stop_token_ids holds token 11, expected 0 to 9$"):
+        SamplingParams(stop_token_ids=[3, 11]).check_vocabulary(10)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, SamplingParams(0, top_k=50)),
+        ({"do_sample": False, "temperature": 0.7}, SamplingParams(0, top_k=50)),
+        ({"do_sample": True}, SamplingParams(1.0, top_k=50)),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+         SamplingParams(0.7, 0.8, 20, 1.05)),
+        ({"do_sample": True, "top_k": 0, "top_p": None, "max_new_tokens": 2048}, SamplingParams(1.0, max_tokens=2048)),
+        ({"do_sample": True, "top_k": 0, "min_p": 0.1}, SamplingParams(1.0, min_p=0.1)),
+    ],
+)  # fmt: skip
+def test_generation_config(config, expected):
+    assert SamplingParams.from_generation_config(config) == expected
