@@ -39,7 +39,7 @@ Feeds = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """Of the attention, and of the tokens: ``new`` ones after ``past`` that are cached."""
 
     heads: int
@@ -93,7 +93,7 @@ def session(nodes: list, inputs: Feeds, threads: int, in_out: dict[str, str]) ->
     return lambda: (built.run_with_iobinding(binding), keep_alive)[0]
 
 
-def paged(shape: Shape, layers: int, threads: int, dtype: str) -> Callable[[], None]:
+def paged(shape: AttentionShape, layers: int, threads: int, dtype: str) -> Callable[[], None]:
     rng = np.random.default_rng(0)
     blocks = -(-shape.tokens // shape.block_size)
     inputs = common(shape) | {
@@ -120,7 +120,7 @@ def paged(shape: Shape, layers: int, threads: int, dtype: str) -> Callable[[], N
     return session(nodes, inputs, threads, {})
 
 
-def stock(shape: Shape, layers: int, threads: int, dtype: str) -> Callable[[], None]:
+def stock(shape: AttentionShape, layers: int, threads: int, dtype: str) -> Callable[[], None]:
     pool = (1, shape.kv_heads, shape.tokens, shape.head_dim)
     inputs = common(shape) | {
         "seqlens_k": np.array([shape.tokens - 1], np.int32),
@@ -138,7 +138,7 @@ def stock(shape: Shape, layers: int, threads: int, dtype: str) -> Callable[[], N
     return session(nodes, inputs, threads, in_out)
 
 
-def attributes(shape: Shape) -> dict[str, int]:
+def attributes(shape: AttentionShape) -> dict[str, int]:
     return {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "do_rotary": 1}
 
 
@@ -146,7 +146,7 @@ def draw(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
 
 
-def common(shape: Shape) -> Feeds:
+def common(shape: AttentionShape) -> Feeds:
     angles = draw(shape.tokens, shape.head_dim // 2)
     query = draw(shape.new, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
     return {"query": query, "cos": np.cos(angles), "sin": np.sin(angles)}
@@ -172,7 +172,7 @@ def take_turn(run: Callable[[], None]) -> Iterator[float]:
         yield time.perf_counter() - start
 
 
-def row(shape: Shape, layers: int, threads: int, seconds: float) -> Iterator[str]:
+def row(shape: AttentionShape, layers: int, threads: int, seconds: float) -> Iterator[str]:
     """Cells of the table: the tokens, the limit, and every variant."""
     runs = {title: make(shape, layers, threads, dtype) for title, (make, dtype) in VARIANTS.items()}
     dtypes = [dtype for _, dtype in VARIANTS.values()]
@@ -212,7 +212,7 @@ def main() -> None:
         print(f"{heads} heads, {kv_heads} kv heads of {head_dim}\n")
         print("| past + new | limit | " + " | ".join(VARIANTS) + " |\n" + "|---" * (2 + len(VARIANTS)) + "|")
         for tokens in a.rows.split(","):
-            shape = Shape(heads, kv_heads, head_dim, *map(int, tokens.split("+")), a.block_size)
+            shape = AttentionShape(heads, kv_heads, head_dim, *map(int, tokens.split("+")), a.block_size)
             layers = max(1, min(a.layers, 256_000_000 // shape.cache_bytes("float16")))
             print("| " + " | ".join(row(shape, layers, a.threads, a.seconds)) + " |", flush=True)
         print()

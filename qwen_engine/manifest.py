@@ -143,7 +143,7 @@ class CacheLayout:
 
 
 @dataclass(frozen=True)
-class Part:
+class FileRecord:
     """A file of the engine, its size and what it must hash to."""
 
     size_bytes: int
@@ -177,7 +177,7 @@ class Manifest:
     linears: tuple[LinearRecord, ...]
     operators: tuple[Operator, ...]
     eos_token_ids: tuple[int, ...]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, FileRecord]
     origin: Origin
 
     @cached_property

@@ -119,7 +119,7 @@ class Text:
 
 
 @dataclass
-class Search:
+class SchemeSearch:
     """The engines that were tried so far, and how another one is.
 
     Attributes:
@@ -410,7 +410,7 @@ def build_auto(
         work = sum(ids.size for _, ids in texts) * config.num_hidden_layers
         with progress("Running the float model", work) as advance:
             read = [Text(name, ids, float_states(checkpoint, config, ids, advance)) for name, ids in texts]
-        search = Search(checkpoint, located, options, units, kl, (read[0], read[1]), scratch, command, progress)
+        search = SchemeSearch(checkpoint, located, options, units, kl, (read[0], read[1]), scratch, command, progress)
         if max_kl is not None:
             best = search.within_kl(max_kl)
         else:

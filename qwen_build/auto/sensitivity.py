@@ -36,9 +36,9 @@ from qwen_build.calibration.results import new_array
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import read_linear
 from qwen_build.checkpoint.safetensors import Checkpoint
-from qwen_build.graph.layers import Choice
+from qwen_build.graph.layers import SchemeChoice
 from qwen_build.graph.weight_map import ALONE, EMBEDDING, FUSED, HEAD, LAYER
-from qwen_build.quantization.schemes import IntScheme, Scheme, Shape
+from qwen_build.quantization.schemes import IntScheme, Scheme, WeightShape
 from qwen_run.runtime.machine import physical_cores
 
 EMBED_TOKENS, LM_HEAD = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
@@ -64,7 +64,7 @@ class Unit:
     name: str
     layer: int | None
     linears: tuple[str, ...]
-    stored: tuple[Shape, ...]
+    stored: tuple[WeightShape, ...]
     schemes: tuple[Scheme, ...]
 
     def stored_bytes(self, scheme: Scheme) -> int:
@@ -72,7 +72,7 @@ class Unit:
         return sum(part.size_bytes for shape in self.stored for part in scheme.parts(shape).values())
 
 
-def decision_units(config: ModelConfig, fixed: Mapping[str, Choice], schemes: tuple[Scheme, ...]) -> list[Unit]:
+def decision_units(config: ModelConfig, fixed: Mapping[str, SchemeChoice], schemes: tuple[Scheme, ...]) -> list[Unit]:
     """The units of a model, in the order they are computed.
 
     Args:
@@ -81,7 +81,7 @@ def decision_units(config: ModelConfig, fixed: Mapping[str, Choice], schemes: tu
     """
     units = []
 
-    def add(fused: str, layer: int | None, shapes: Mapping[str, Shape], shared: bool = False) -> None:
+    def add(fused: str, layer: int | None, shapes: Mapping[str, WeightShape], shared: bool = False) -> None:
         """A unit of the linears with these shapes, their bytes ``shared`` or side by side; or one for each of them."""
         if any(name in fixed for name in shapes):
             for name, shape in shapes.items():

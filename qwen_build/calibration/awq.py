@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_build.calibration.factor_search import least_error, normalised
-from qwen_build.calibration.method import Readers, Rtn
+from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.calibration.scale_search import search_scales
 from qwen_build.quantization.grid import Rounded
 
@@ -28,20 +28,20 @@ def awq_factors(magnitude: np.ndarray, ratio: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Awq(Rtn):
+class Awq(Method):
     """Scales the columns of inputs that only int4 linears round, each with the ratio that has the least output error.
 
     The scales of a weight are then those that make its output error least, group by group.
     """
 
-    def factors(self, readers: Readers) -> np.ndarray | None:
+    def factors(self, readers: InputReaders) -> np.ndarray | None:
         if readers.bits != {4}:
             return None
         magnitude = readers.shared(np.abs(readers.statistics.sample).mean(axis=0), np.mean)
         candidates = (awq_factors(magnitude, ratio) for ratio in RATIOS)
         return least_error(candidates, readers.weights, readers.statistics, readers.schemes)
 
-    def round(self, readers: Readers) -> dict[str, Rounded]:
+    def round(self, readers: InputReaders) -> dict[str, Rounded]:
         importance = readers.statistics.mean_square
         return {
             name: search_scales(weight, importance, readers.schemes[name]) for name, weight in readers.weights.items()

@@ -19,7 +19,7 @@ import numpy as np
 
 from qwen_build.calibration.factor_search import input_scale
 from qwen_build.calibration.folding import PRODUCERS, fold_inputs
-from qwen_build.calibration.input_statistics import Collector, Statistics
+from qwen_build.calibration.input_statistics import Collector, InputStatistics
 from qwen_build.calibration.layer_runner import (
     INPUTS,
     LayerRun,
@@ -29,7 +29,7 @@ from qwen_build.calibration.layer_runner import (
     linear_shapes,
     read_layer,
 )
-from qwen_build.calibration.method import Readers, Rtn
+from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.calibration.results import layer_directory, new_array, save_array, save_rounded
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import is_packed
@@ -60,7 +60,7 @@ class Calibration:
     """
 
     names: Mapping[int, str]
-    methods: Mapping[int, Rtn]
+    methods: Mapping[int, Method]
     sequences: np.ndarray
     schemes: Mapping[str, IntScheme]
 
@@ -68,12 +68,12 @@ class Calibration:
     def needs_second_moment(self) -> bool:
         return any(self.methods[scheme.grid.bits].needs_second_moment for scheme in self.schemes.values())
 
-    def factors(self, readers: Readers) -> np.ndarray | None:
+    def factors(self, readers: InputReaders) -> np.ndarray | None:
         """What the input is divided by; linears of different methods leave the one that they share alone."""
         method, *others = self._methods(readers)
         return None if others else method.factors(readers)
 
-    def round(self, readers: Readers) -> dict[str, Rounded]:
+    def round(self, readers: InputReaders) -> dict[str, Rounded]:
         """What its method makes of each weight; those that have the same go together."""
         rounded: dict[str, Rounded] = {}
         for method in self._methods(readers):
@@ -82,7 +82,7 @@ class Calibration:
             rounded |= method.round(replace(readers, weights=weights, schemes=own))
         return rounded
 
-    def _methods(self, readers: Readers) -> list[Rtn]:
+    def _methods(self, readers: InputReaders) -> list[Method]:
         return list(dict.fromkeys(self.methods[bits] for bits in sorted(readers.bits)))
 
     def steps(self, config: ModelConfig) -> int:
@@ -208,7 +208,7 @@ def _statistics(
     schemes: Mapping[str, IntScheme],
     with_second_moment: bool,
     advance: Callable[[int], object],
-) -> dict[str, Statistics]:
+) -> dict[str, InputStatistics]:
     """Of every input of a layer that a linear of ``schemes`` reads."""
     collectors = {
         key: Collector(weights[f"{names[0]}.weight"].shape[1], math.prod(hidden.shape[:2]), with_second_moment)
@@ -226,7 +226,7 @@ def _round_layer(
     calibration: Calibration,
     config: ModelConfig,
     weights: LayerWeights,
-    statistics: dict[str, Statistics],
+    statistics: dict[str, InputStatistics],
     schemes: Mapping[str, IntScheme],
     packed: Set[str],
     directory: Path,
@@ -243,10 +243,10 @@ def _round_layer(
         see :func:`output_errors`.
     """
 
-    def readers_of(key: str, own: Statistics) -> Readers:
+    def readers_of(key: str, own: InputStatistics) -> InputReaders:
         names = [name for name in INPUTS[key] if name in schemes]
         read = {name: weights[f"{name}.weight"] for name in names}
-        return Readers(config, key, own, read, {name: schemes[name] for name in names})
+        return InputReaders(config, key, own, read, {name: schemes[name] for name in names})
 
     factors: dict[str, np.ndarray] = {}
     for key, own in statistics.items():

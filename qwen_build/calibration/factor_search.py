@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from qwen_build.calibration.input_statistics import Statistics
+from qwen_build.calibration.input_statistics import InputStatistics
 from qwen_build.quantization.grid import positive
 from qwen_build.quantization.schemes import IntScheme
 from qwen_plugin.reference_linear import QuantLinearAttributes, quantize_rows
@@ -63,7 +63,7 @@ def input_scale(largest: np.ndarray) -> np.ndarray:
 def least_error(
     candidates: Iterable[np.ndarray],
     weights: Mapping[str, np.ndarray],
-    statistics: Statistics,
+    statistics: InputStatistics,
     schemes: Mapping[str, IntScheme],
 ) -> np.ndarray:
     """The factors (K) among ``candidates`` with the least output error, the first of equals.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_build.calibration.method import Readers, Rtn
+from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.calibration.scale_search import search_scales
 from qwen_build.quantization.grid import Grid, Rounded
 
@@ -32,12 +32,12 @@ _PANEL_ROWS, _ELEMENTS = 1024, 1 << 25
 
 
 @dataclass(frozen=True)
-class Gptq(Rtn):
+class Gptq(Method):
     """Divides nothing and rounds as above."""
 
     needs_second_moment = True
 
-    def round(self, readers: Readers) -> dict[str, Rounded]:
+    def round(self, readers: InputReaders) -> dict[str, Rounded]:
         statistics = readers.statistics
         moment = statistics.second_moment
         assert moment is not None

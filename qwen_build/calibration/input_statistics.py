@@ -13,7 +13,7 @@ _PANEL_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class InputStatistics:
     """Of one input x (K) over the calibration tokens.
 
     Attributes:
@@ -30,13 +30,13 @@ class Statistics:
     sample: np.ndarray
     second_moment: np.ndarray | None
 
-    def divided(self, factors: np.ndarray) -> Statistics:
+    def divided(self, factors: np.ndarray) -> InputStatistics:
         """The statistics of x / ``factors`` (K)."""
         second_moment = self.second_moment
         if second_moment is not None:
             second_moment = second_moment / factors
             second_moment /= factors[:, None]
-        return Statistics(
+        return InputStatistics(
             self.tokens,
             self.largest / factors,
             self.mean_square / np.square(factors),
@@ -55,7 +55,7 @@ class Statistics:
 
 
 class Collector:
-    """Adds up the :class:`Statistics` of an input that comes in batches.
+    """Adds up the :class:`InputStatistics` of an input that comes in batches.
 
     Args:
         in_features: K.
@@ -83,7 +83,7 @@ class Collector:
                 stop = start + _PANEL_ROWS
                 sums[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
 
-    def finish(self) -> Statistics:
+    def finish(self) -> InputStatistics:
         """The statistics of all tokens; the collector's memory becomes theirs."""
         assert self._seen == self._tokens, f"{self._seen} tokens came, expected {self._tokens}"
         if (sums := self._second_moment) is not None:
@@ -92,4 +92,4 @@ class Collector:
                 stop = start + _PANEL_ROWS
                 sums[stop:, start:stop] = sums[start:stop, stop:].T
         mean_square = (self._squares / self._tokens).astype(np.float32)
-        return Statistics(self._tokens, self._largest, mean_square, self._sample, sums)
+        return InputStatistics(self._tokens, self._largest, mean_square, self._sample, sums)

@@ -18,7 +18,7 @@ import qwen_plugin
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import read_linear
 from qwen_build.checkpoint.safetensors import Checkpoint
-from qwen_build.graph.layers import Schemes, Step
+from qwen_build.graph.layers import Schemes, StepTensors
 from qwen_build.graph.model import DTYPES, OPSET, DecoderLayer
 from qwen_build.graph.rope import rope_tables
 from qwen_build.graph.weight_map import EMBEDDING, HEAD
@@ -160,7 +160,7 @@ def _layer_graph(config: ModelConfig, max_tokens: int, caches: Sequence[TensorSp
     values = {name: builder.input(name, ir.DataType.INT32, shape) for name, shape in sequences.items()}
     values |= {spec.name: builder.input(spec.name, DTYPES[spec.dtype], list(spec.shape)) for spec in caches}
     cos, sin = rope_tables(config.head_dim, config.rope_theta, max_tokens)
-    step = Step(
+    step = StepTensors(
         values,
         builder.op.initializer(ir.tensor(cos), "cos"),
         builder.op.initializer(ir.tensor(sin), "sin"),

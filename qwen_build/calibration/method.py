@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_build.calibration.folding import shared
-from qwen_build.calibration.input_statistics import Statistics
+from qwen_build.calibration.input_statistics import InputStatistics
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.quantization.grid import Rounded
 from qwen_build.quantization.schemes import IntScheme
 
 
 @dataclass(frozen=True, eq=False)
-class Readers:
+class InputReaders:
     """The linears of a layer that read one input and become integers here; never one that the checkpoint has packed.
 
     Attributes:
@@ -27,7 +27,7 @@ class Readers:
 
     config: ModelConfig
     input: str
-    statistics: Statistics
+    statistics: InputStatistics
     weights: Mapping[str, np.ndarray]
     schemes: Mapping[str, IntScheme]
 
@@ -41,16 +41,16 @@ class Readers:
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Method:
     """Nothing is divided, and each weight becomes the nearest value: other methods change one of the two, or both."""
 
     needs_second_moment = False
 
-    def factors(self, readers: Readers) -> np.ndarray | None:
+    def factors(self, readers: InputReaders) -> np.ndarray | None:
         """What the input is divided by, float32 (K), see :mod:`qwen_build.calibration.folding`; None: nothing."""
         return None
 
-    def round(self, readers: Readers) -> dict[str, Rounded]:
+    def round(self, readers: InputReaders) -> dict[str, Rounded]:
         """Each weight on the grid of its scheme; may overwrite ``readers.statistics.second_moment``.
 
         Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen_build.calibration.awq import Awq
 from qwen_build.calibration.calibrate import Calibration
 from qwen_build.calibration.gptq import Gptq
-from qwen_build.calibration.method import Rtn
+from qwen_build.calibration.method import Method
 from qwen_build.calibration.smoothquant import SmoothQuant
 from qwen_build.calibration.text import read_sequences
 from qwen_build.checkpoint.config import ModelConfig
@@ -21,14 +21,14 @@ from qwen_engine.errors import BuildError
 INT4_METHODS = ("rtn", "awq", "gptq")  # the choices of --int4-method
 
 
-def _smoothquant(options: BuildOptions) -> Rtn:
+def _smoothquant(options: BuildOptions) -> Method:
     assert options.alpha is not None, "resolved options"
     return SmoothQuant(options.alpha)
 
 
 # any of them -> the method, as the options want it
-METHODS: dict[str, Callable[[BuildOptions], Rtn]] = {
-    "rtn": lambda options: Rtn(),
+METHODS: dict[str, Callable[[BuildOptions], Method]] = {
+    "rtn": lambda options: Method(),
     "awq": lambda options: Awq(),
     "gptq": lambda options: Gptq(),
     "smoothquant": _smoothquant,
@@ -51,7 +51,7 @@ def plan_calibration(
     assert options.int4_method is not None
     if options.int4_method not in INT4_METHODS:
         raise BuildError(f"--int4-method {options.int4_method} is not one of {', '.join(INT4_METHODS)}")
-    choices = {name: schemes.of(name) for name in linear_names(config) if LAYER.match(name)}
+    choices = {name: schemes.choice_of(name) for name in linear_names(config) if LAYER.match(name)}
     own = {name: choice.scheme for name, choice in choices.items() if not choice.packed}
     rounded = {name: scheme for name, scheme in own.items() if isinstance(scheme, IntScheme)}
     names = {4: options.int4_method, 8: options.quant if options.quant in CALIBRATED else options.int4_method}

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from qwen_build.calibration.factor_search import least_error, normalised
-from qwen_build.calibration.method import Readers, Rtn
+from qwen_build.calibration.method import InputReaders, Method
 
 # tried by "auto"
 ALPHAS = tuple(i / 10 for i in range(3, 11))
@@ -33,7 +33,7 @@ def smoothing_factors(activation_max: np.ndarray, weight_max: np.ndarray, alpha:
 
 
 @dataclass(frozen=True)
-class SmoothQuant(Rtn):
+class SmoothQuant(Method):
     """Smooths the inputs that only int8 linears round.
 
     ``alpha`` "auto" smooths each with what has the least output error of the ``ALPHAS`` and nothing at all. For the
@@ -46,7 +46,7 @@ class SmoothQuant(Rtn):
 
     alpha: float | Literal["auto"]
 
-    def factors(self, readers: Readers) -> np.ndarray | None:
+    def factors(self, readers: InputReaders) -> np.ndarray | None:
         if readers.bits != {8}:
             return None
         x, weights = readers.statistics, readers.weights.values()

@@ -32,7 +32,7 @@ from qwen_plugin.layout import GATED_PANELS, PANEL
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class SchemeChoice:
     """How one linear of the checkpoint is stored.
 
     Attributes:
@@ -44,7 +44,7 @@ class Choice:
     permutation: np.ndarray | None = None
     packed: bool = False
 
-    def agrees(self, other: Choice) -> bool:
+    def agrees(self, other: SchemeChoice) -> bool:
         """Whether both can lie in one weight."""
         if (self.scheme, self.packed) != (other.scheme, other.packed):
             return False
@@ -63,16 +63,16 @@ class Schemes:
 
     linear: Scheme
     embedding: Scheme
-    exceptions: Mapping[str, Choice] = field(default_factory=dict)
+    exceptions: Mapping[str, SchemeChoice] = field(default_factory=dict)
     fuse: bool = True
 
-    def of(self, name: str) -> Choice:
+    def choice_of(self, name: str) -> SchemeChoice:
         default = self.embedding if f"{name}.weight" in (EMBEDDING, HEAD) else self.linear
-        return self.exceptions.get(name) or Choice(default)
+        return self.exceptions.get(name) or SchemeChoice(default)
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTensors:
     """What all layers of one run share: the graph's inputs, the rotary tables, and the exposed values.
 
     Attributes:
@@ -92,7 +92,7 @@ class Step:
         return value
 
 
-class Stored(nn.Module):
+class StoredModule(nn.Module):
     """A weight (out_features, in_features) as its scheme stores it."""
 
     gated_panels = False  # whether rows of two halves take turns, see qwen_plugin/layout.py
@@ -118,13 +118,13 @@ class Stored(nn.Module):
         return {name: getattr(self, name) for name in self.scheme.parts(self.shape)}
 
 
-class Linear(Stored):
+class Linear(StoredModule):
     """``x @ weight.T + bias``, and what stands right before and after it.
 
     This is the only place that knows which schemes compute the surroundings in the operator of the product.
 
     Args:
-        permutation: of the input's columns, see :class:`Choice`.
+        permutation: of the input's columns, see :class:`SchemeChoice`.
         gated: whether outputs are silu of the product's first half times its second.
         input_name: the name under which the layers graph exposes the product's input; None: not at all.
         output_name: the same of the product.
@@ -134,7 +134,7 @@ class Linear(Stored):
         self,
         in_features: int,
         out_features: int,
-        choice: Choice,
+        choice: SchemeChoice,
         bias: bool = False,
         input_name: str | None = None,
         output_name: str | None = None,
@@ -152,7 +152,7 @@ class Linear(Stored):
         self,
         op: OpBuilder,
         x: ir.Value,
-        step: Step,
+        step: StepTensors,
         norm: Norm | None = None,
         residual: ir.Value | None = None,
     ) -> ir.Value:
@@ -206,7 +206,7 @@ def side_by_side(
     """
     parts = FUSED[fused](config)
     parent, _, name = fused.rpartition(".")
-    choices = [schemes.of(f"{path}.{parent}.{part}") for part in parts]
+    choices = [schemes.choice_of(f"{path}.{parent}.{part}") for part in parts]
     if schemes.fuse and all(choices[0].agrees(choice) for choice in choices):
         return {name: Linear(in_features, sum(parts.values()), choices[0], bias, input_name, gated=gated)}
     exposing = [input_name, *(None for _ in choices[1:])]  # they have one input
@@ -216,13 +216,13 @@ def side_by_side(
     }
 
 
-def concatenated(op: OpBuilder, linears: Iterable[Linear], x: ir.Value, step: Step, norm: Norm) -> ir.Value:
+def concatenated(op: OpBuilder, linears: Iterable[Linear], x: ir.Value, step: StepTensors, norm: Norm) -> ir.Value:
     """``linear(norm(x))`` of each of ``linears``, their outputs next to each other."""
     outputs = [linear(op, x, step, norm=norm) for linear in linears]
     return outputs[0] if len(outputs) == 1 else op.Concat(*outputs, axis=-1)
 
 
-class Embedding(Stored):
+class Embedding(StoredModule):
     """Rows of a (vocab_size, hidden_size) weight; each row is contiguous, so a part is declared as a matrix."""
 
     def declared_shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -257,11 +257,11 @@ class MLP(nn.Module):
         for name, linear in self.gate_up.items():
             setattr(self, name, linear)
         self.down_proj = Linear(
-            inner, hidden, schemes.of(f"{path}.mlp.down_proj"),
+            inner, hidden, schemes.choice_of(f"{path}.mlp.down_proj"),
             input_name=f"{path}.mlp.down_proj.input", output_name=f"{path}.mlp",
         )  # fmt: skip
 
-    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: Step) -> ir.Value:
+    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
         """``x + mlp(norm(x))``"""
         outputs = [linear(op, x, step, norm=norm) for linear in self.gate_up.values()]
         gated = outputs[0] if len(outputs) == 1 else swiglu(op, *outputs)  # (T, I)
@@ -281,13 +281,14 @@ class Attention(nn.Module):
         for name, linear in self.qkv.items():
             setattr(self, name, linear)
         self.o_proj = Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, schemes.of(f"{path}.self_attn.o_proj"),
+            config.num_attention_heads * config.head_dim, config.hidden_size,
+            schemes.choice_of(f"{path}.self_attn.o_proj"),
             input_name=f"{path}.self_attn.o_proj.input", output_name=f"{path}.self_attn",
         )  # fmt: skip
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
 
-    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: Step) -> ir.Value:
+    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
         """``x + attention(norm(x))``"""
         inputs, config = step.inputs, self.config
         attended = op.PagedAttention(

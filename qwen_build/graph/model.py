@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder, nn
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.graph.layers import MLP, Attention, Embedding, Linear, RMSNorm, Schemes, Step, Stored
+from qwen_build.graph.layers import MLP, Attention, Embedding, Linear, RMSNorm, Schemes, StepTensors, StoredModule
 from qwen_build.graph.rope import rope_tables
 from qwen_build.quantization.schemes import Norm
 from qwen_engine.graph_io import INPUT_IDS, LOGITS, LOGITS_INDICES, PLUGIN_DOMAIN, TensorSpec, logits_output
@@ -33,7 +33,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, layer, schemes)
 
-    def forward(self, op: OpBuilder, x: ir.Value, step: Step) -> ir.Value:
+    def forward(self, op: OpBuilder, x: ir.Value, step: StepTensors) -> ir.Value:
         x = self.self_attn(op, x, self.input_layernorm(op), step)
         return step.expose(self.path, self.mlp(op, x, self.post_attention_layernorm(op), step))
 
@@ -41,11 +41,13 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, schemes.of("model.embed_tokens").scheme)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, schemes.choice_of("model.embed_tokens").scheme
+        )
         self.layers = nn.ModuleList([DecoderLayer(config, i, schemes) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, op: OpBuilder, step: Step) -> tuple[ir.Value, Norm]:
+    def forward(self, op: OpBuilder, step: StepTensors) -> tuple[ir.Value, Norm]:
         """What the head multiplies (L, H), and the norm it still has to go through."""
         x = step.expose("model.embed_tokens", self.embed_tokens(op, step.inputs[INPUT_IDS]))  # (T, H)
         for layer in self.layers:
@@ -60,9 +62,11 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()
         self.model = Decoder(config, schemes)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, schemes.of("lm_head"), input_name="model.norm")
+        self.lm_head = Linear(
+            config.hidden_size, config.vocab_size, schemes.choice_of("lm_head"), input_name="model.norm"
+        )
 
-    def forward(self, op: OpBuilder, step: Step) -> ir.Value:
+    def forward(self, op: OpBuilder, step: StepTensors) -> ir.Value:
         x, norm = self.model(op, step)
         return self.lm_head(op, x, step, norm=norm)
 
@@ -76,7 +80,7 @@ class Graph:
     """
 
     model: ir.Model
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredModule]
     plain: Mapping[str, ir.Value]
 
 
@@ -93,7 +97,7 @@ def build_graph(
     builder = GraphBuilder(graph)
     values = {spec.name: builder.input(spec.name, DTYPES[spec.dtype], list(spec.shape)) for spec in inputs}
     cos, sin = rope_tables(config.head_dim, config.rope_theta, max_seq_len)
-    step = Step(
+    step = StepTensors(
         values,
         builder.op.initializer(ir.tensor(cos), "rope.cos"),
         builder.op.initializer(ir.tensor(sin), "rope.sin"),
@@ -105,7 +109,7 @@ def build_graph(
         value.type = ir.TensorType(ir.DataType.FLOAT)
         builder.add_output(value, name)
     logits.shape = ir.Shape(logits_output(config.vocab_size).shape)
-    stored = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Stored)}
+    stored = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, StoredModule)}
     held = {id(part) for module in stored.values() for part in module.parts.values()}
     plain = {name: value for name, value in model.named_parameters() if id(value) not in held}
     return Graph(ir.Model(graph, ir_version=11), stored, plain)

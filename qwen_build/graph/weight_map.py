@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.packed import PackedSource, is_packed
+from qwen_build.checkpoint.packed import PackedSource, Shape, is_packed
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_engine.errors import CheckpointError, WeightMismatch
-
-Shape = tuple[int, ...]
 
 # graph module -> the checkpoint modules whose rows follow each other in it, and how many rows each has
 FUSED: dict[str, Callable[[ModelConfig], dict[str, int]]] = {

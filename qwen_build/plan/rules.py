@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import column_order, is_packed
 from qwen_build.checkpoint.safetensors import Checkpoint
-from qwen_build.graph.layers import Choice
+from qwen_build.graph.layers import SchemeChoice
 from qwen_build.graph.weight_map import linear_names
 from qwen_build.quantization.schemes import SCHEMES, Scheme
 from qwen_engine.errors import BuildError
@@ -92,7 +92,7 @@ def _pairs(entries: Any, where: str) -> tuple[tuple[str, Any], ...]:
     return entries
 
 
-def packed_choices(config: ModelConfig, checkpoint: Checkpoint, scheme: Scheme) -> dict[str, Choice]:
+def packed_choices(config: ModelConfig, checkpoint: Checkpoint, scheme: Scheme) -> dict[str, SchemeChoice]:
     """How the linears are stored that the checkpoint stores packed, on the grid of ``scheme``.
 
     Raises:
@@ -100,15 +100,15 @@ def packed_choices(config: ModelConfig, checkpoint: Checkpoint, scheme: Scheme) 
     """
     assert config.packed is not None
     return {
-        name: Choice(scheme, column_order(config.packed, checkpoint, name), packed=True)
+        name: SchemeChoice(scheme, column_order(config.packed, checkpoint, name), packed=True)
         for name in linear_names(config)
         if is_packed(checkpoint, name)
     }
 
 
 def choose(
-    names: Sequence[str], packed: Mapping[str, Choice], rules: Iterable[Rule], scheme_of: Callable[[Rule], Scheme]
-) -> dict[str, Choice]:
+    names: Sequence[str], packed: Mapping[str, SchemeChoice], rules: Iterable[Rule], scheme_of: Callable[[Rule], Scheme]
+) -> dict[str, SchemeChoice]:
     """``packed``, and how the linears are stored that a rule matches: the first one decides.
 
     Args:
@@ -128,5 +128,5 @@ def choose(
         undecided = [name for name in matching if name not in choices]
         if not undecided:
             raise BuildError(f"{where} decides nothing, earlier patterns match the same linears; remove one")
-        choices |= dict.fromkeys(undecided, Choice(scheme_of(rule)))
+        choices |= dict.fromkeys(undecided, SchemeChoice(scheme_of(rule)))
     return choices

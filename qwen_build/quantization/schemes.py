@@ -38,7 +38,7 @@ MICROSOFT = "com.microsoft"
 
 Tensors = dict[str, np.ndarray]
 Values = Mapping[str, ir.Value]
-Shape = tuple[int, int]  # (out_features, in_features)
+WeightShape = tuple[int, int]  # (out_features, in_features)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Scheme(Protocol):
     def block_rows(self) -> int:
         """Rows of a weight that are stored together; what is written begins at a multiple of it."""
 
-    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
         """The stored tensors of a weight, by the name they have behind the module's."""
 
     def quantize(self, weight: np.ndarray) -> Tensors:
@@ -77,13 +77,13 @@ class Scheme(Protocol):
             OverflowError: a value is larger than the scheme can store.
         """
 
-    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
         """The float32 weight the engine computes with."""
 
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
         """``x @ weight.T + bias`` for x (T, in_features)."""
 
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
         """Rows ``token_ids`` (T) of the weight, (T, in_features) float32."""
 
     @property
@@ -97,19 +97,19 @@ class Float32:
 
     block_rows = 1
 
-    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
         return {"weight": StoredPart(shape, ir.DataType.FLOAT)}
 
     def quantize(self, weight: np.ndarray) -> Tensors:
         return {"weight": weight}
 
-    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
         return tensors["weight"]
 
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
         return op.Gemm(x, weight["weight"], bias, transB=1)
 
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
         return op.Gather(weight["weight"], token_ids)
 
     @property
@@ -132,7 +132,7 @@ class StockInt:
 
     block_rows = 1
 
-    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
         out_features, in_features = shape
         bits, group_size = self.grid.bits, self.grid.group_size
         groups = -(-in_features // group_size)
@@ -166,20 +166,20 @@ class StockInt:
             tensors["zero_points"] = pack(np.pad(rounded.zero_points, ((0, 0), (0, padding))), self.grid.bits)
         return tensors
 
-    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
         scales, zero_points = tensors["scales"], tensors.get("zero_points")
         if zero_points is not None:
             zero_points = unpack(zero_points, self.grid.bits)[:, : scales.shape[1]]
         return self.grid.values(Rounded(unpack(tensors["packed"], self.grid.bits), scales, zero_points), shape[1])
 
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
         return op.MatMulNBits(
             x, weight["packed"], weight["scales"], weight.get("zero_points"), None, bias,
             N=shape[0], K=shape[1], bits=self.grid.bits, block_size=self.grid.group_size,
             accuracy_level=ACCURACY_LEVELS[self.activations], _domain=MICROSOFT,
         )  # fmt: skip
 
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
         rows = op.GatherBlockQuantized(
             weight["packed"], token_ids, weight["scales"], weight.get("zero_points"),
             bits=self.grid.bits, block_size=self.grid.group_size, gather_axis=0, quantize_axis=1, _domain=MICROSOFT,
@@ -235,7 +235,7 @@ class NativeInt:
 
     block_rows = PANEL
 
-    def parts(self, shape: Shape) -> dict[str, StoredPart]:
+    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
         out_features, in_features = shape
         grid = self.grid
         bytes_each = panel_bytes(in_features, grid.bits, grid.group_size, grid.symmetric, self._blocks)
@@ -281,7 +281,7 @@ class NativeInt:
         panels = pack_panels(q, rounded.scales, rounded.zero_points, grid.bits, grid.group_size, self._blocks)
         return {"panels": panels}
 
-    def dequantize(self, tensors: Tensors, shape: Shape) -> np.ndarray:
+    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
         bits, group_size = self.grid.bits, self.grid.group_size
         padded = -(-shape[1] // group_size) * group_size
         q, scales, zero_points = unpack_panels(
@@ -289,7 +289,7 @@ class NativeInt:
         )
         return self.grid.values(Rounded(q.reshape(*scales.shape, group_size), scales, zero_points), shape[1])
 
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: Shape) -> ir.Value:
+    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
         return self.fused_linear(op, x, weight, bias, shape, Fusion())[0]
 
     def fused_linear(
@@ -298,7 +298,7 @@ class NativeInt:
         x: ir.Value,
         weight: Values,
         bias: ir.Value | None,
-        shape: Shape,
+        shape: WeightShape,
         fusion: Fusion,
         with_input: bool = False,
     ) -> tuple[ir.Value, ir.Value | None]:
@@ -313,12 +313,12 @@ class NativeInt:
         )  # fmt: skip
         return (outputs[0], outputs[1]) if with_input else (outputs, None)
 
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: Shape) -> ir.Value:
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
         return op.QuantEmbedding(
             token_ids, weight["panels"], **self._attributes(shape), blocks=int(self._blocks), _domain=PLUGIN_DOMAIN
         )
 
-    def _attributes(self, shape: Shape) -> dict[str, int]:
+    def _attributes(self, shape: WeightShape) -> dict[str, int]:
         grid = self.grid
         return {
             "N": shape[0],

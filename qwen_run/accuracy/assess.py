@@ -25,7 +25,7 @@ from qwen_engine import __version__
 from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest, Quantization
 from qwen_run.accuracy.answer_cost import ANSWER_TOKENS, measure_cost
 from qwen_run.accuracy.both_sides import (
-    Prompt,
+    ComparedPrompt,
     answer_text,
     compare_sequence,
     engine_layers,
@@ -48,7 +48,7 @@ from qwen_run.accuracy.metrics import (
     worst_position,
 )
 from qwen_run.accuracy.reference import CHUNK_TOKENS, Recipe
-from qwen_run.accuracy.reference_sources import Layers, LiveSources, Open, Phase, SavedSources, find_checkpoint
+from qwen_run.accuracy.reference_sources import Layers, LiveSources, OpenReference, Phase, SavedSources, find_checkpoint
 from qwen_run.accuracy.report import (
     SCHEMA_VERSION,
     Cost,
@@ -75,7 +75,7 @@ CONTEXT_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Options:
+class AssessOptions:
     """The options of ``qwen-summarize``, by their names there."""
 
     checkpoint: str | None = None
@@ -101,7 +101,7 @@ class Sample:
     """A document, its prompt and the reference's continuation of it; both sides are compared on ``token_ids``."""
 
     document: Document
-    prompt: Prompt
+    prompt: ComparedPrompt
     continuation: tuple[int, ...] = ()
 
     @property
@@ -131,7 +131,7 @@ class Assessment:
         self.model, self.journal, self.max_new_tokens = model, journal, max_new_tokens
         self.seconds = {"reference": 0.0, "engine": 0.0}
 
-    def continue_samples(self, samples: Sequence[Sample], reference: Open) -> list[Sample]:
+    def continue_samples(self, samples: Sequence[Sample], reference: OpenReference) -> list[Sample]:
         """Each sample with the reference's greedy continuation."""
 
         def continuation(sample: Sample) -> list[int]:
@@ -145,7 +145,7 @@ class Assessment:
             for sample in self._progress("reference writes", samples)
         ]
 
-    def compare(self, phase: Phase, samples: Sequence[Sample], reference: Open) -> list[Any]:
+    def compare(self, phase: Phase, samples: Sequence[Sample], reference: OpenReference) -> list[Any]:
         """Both sides on every sample; what :class:`qwen_run.accuracy.both_sides.Comparison` holds, as plain data.
 
         Against what was meant, the engine computes with float32 activations, see ``float_activations.py``.
@@ -223,7 +223,7 @@ class Assessment:
             self.seconds[side] += time.perf_counter() - started
 
 
-def assess(engine_directory: Path, report_directory: Path, options: Options) -> Report:
+def assess(engine_directory: Path, report_directory: Path, options: AssessOptions) -> Report:
     """Compare the engine with its references and judge it.
 
     Raises:
@@ -312,7 +312,7 @@ def assess(engine_directory: Path, report_directory: Path, options: Options) -> 
     return replace(report, baseline=compare_baseline(report, baseline)) if baseline else report
 
 
-def chosen_thresholds(manifest: Manifest, options: Options) -> tuple[Threshold, ...]:
+def chosen_thresholds(manifest: Manifest, options: AssessOptions) -> tuple[Threshold, ...]:
     """The thresholds the options ask for; with ``--check`` alone those of the engine's coarsest rounding.
 
     Raises:

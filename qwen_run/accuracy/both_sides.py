@@ -36,14 +36,14 @@ INSTRUCTION = "Summarize the following text in one sentence.\n\n"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ComparedPrompt:
     """The token ids of a document before anything is answered; ``continues`` is False for plain text."""
 
     token_ids: tuple[int, ...]
     continues: bool
 
 
-def make_prompt(model: TextModel, document: Document, max_new_tokens: int) -> Prompt:
+def make_prompt(model: TextModel, document: Document, max_new_tokens: int) -> ComparedPrompt:
     """The ids of ``document``: a window of plain text, or a request for a summary through the chat template.
 
     A document that is too long is shortened before it goes into the template, so that the template stays whole.
@@ -56,14 +56,14 @@ def make_prompt(model: TextModel, document: Document, max_new_tokens: int) -> Pr
         token_ids = tuple(model.encode_raw(document.document)[:window])
         if len(token_ids) < 2:
             raise RequestError(f"document {document.id} has {len(token_ids)} tokens, expected at least 2")
-        return Prompt(token_ids, continues=False)
+        return ComparedPrompt(token_ids, continues=False)
     room = model.max_seq_len - 1 - max_new_tokens
     text = document.document
     while True:
         token_ids = tuple(model.encode_chat([{"role": "user", "content": INSTRUCTION + text}]))
         excess = len(token_ids) - room
         if excess <= 0:
-            return Prompt(token_ids, continues=True)
+            return ComparedPrompt(token_ids, continues=True)
         kept = model.tokenizer.encode(text)[:-excess]
         if not kept:
             raise RequestError(

@@ -14,7 +14,7 @@ import numpy as np
 from qwen_engine.errors import CheckpointError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.answer_cost import measure_cost
-from qwen_run.accuracy.both_sides import Prompt
+from qwen_run.accuracy.both_sides import ComparedPrompt
 from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.origin_checks import check_checkpoint, compare_text_facts, compare_text_files, read_text_facts
 from qwen_run.accuracy.reference import HuggingFace, Recipe, Reference
@@ -30,7 +30,7 @@ from qwen_run.accuracy.saved_reference import (
 from qwen_run.accuracy.weight_checks import compare_weights
 
 Phase = Literal["original", "as_built"]
-Open = Callable[[], Reference]
+OpenReference = Callable[[], Reference]
 # token ids and the engine's outputs of all sub-blocks -> the reference's
 Layers = Callable[[Sequence[int], Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -40,10 +40,10 @@ class Sources(Protocol):
 
     checkpoint: CheckpointInfo
 
-    def open(self, phase: Phase) -> Iterator[tuple[Open, Layers | None]]:
+    def open(self, phase: Phase) -> Iterator[tuple[OpenReference, Layers | None]]:
         """A context: the reference, loaded when it is first asked for, and its layers if it has any."""
 
-    def prompt(self, document: Document) -> Prompt | None:
+    def prompt(self, document: Document) -> ComparedPrompt | None:
         """The prompt the reference was asked then; None where the engine's own tokenizer makes it now."""
 
     def checks(self, engine: Path) -> list[Check]:
@@ -89,7 +89,7 @@ class LiveSources:
         self.checkpoint = CheckpointInfo(self.path.name, dict(self.manifest.origin.sha256))
 
     @contextmanager
-    def open(self, phase: Phase) -> Iterator[tuple[Open, Layers]]:
+    def open(self, phase: Phase) -> Iterator[tuple[OpenReference, Layers]]:
         recipe = None if phase == "original" else Recipe.read(self.engine).with_float_activations()
         answers = self.recorded.setdefault(phase, Answers())
 
@@ -106,7 +106,7 @@ class LiveSources:
         yield reference, layers_of
         live.cache_clear()  # one model in memory at a time
 
-    def prompt(self, document: Document) -> Prompt | None:
+    def prompt(self, document: Document) -> ComparedPrompt | None:
         return None
 
     def checks(self, engine: Path) -> list[Check]:
@@ -135,12 +135,12 @@ class SavedSources:
         return cls(load_reference(path, identity), CheckpointInfo(name, dict(identity.checkpoint)))
 
     @contextmanager
-    def open(self, phase: Phase) -> Iterator[tuple[Open, None]]:
+    def open(self, phase: Phase) -> Iterator[tuple[OpenReference, None]]:
         answers = self.saved.original if phase == "original" else self.saved.as_built
         yield lambda: answers, None
 
-    def prompt(self, document: Document) -> Prompt | None:
-        return Prompt(tuple(self.saved.prompts[document.id]), continues=document.summary is not None)
+    def prompt(self, document: Document) -> ComparedPrompt | None:
+        return ComparedPrompt(tuple(self.saved.prompts[document.id]), continues=document.summary is not None)
 
     def checks(self, engine: Path) -> list[Check]:
         return compare_text_facts(engine, self.saved.text_facts)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from qwen_engine.errors import EngineError, QwenError, RequestError
-from qwen_run.api.llm import LLM, Answering, Prompt
+from qwen_run.api.llm import LLM, PendingRequest, Prompt
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.params import SamplingParams
@@ -173,18 +173,18 @@ class AsyncLLM:
             order()
         return not self._closing
 
-    def _submit(self, answering: Answering) -> None:
+    def _submit(self, answering: PendingRequest) -> None:
         try:
             self._llm.submit(answering)
         except RequestError as error:
             self._call(self._refuse, answering, error)
 
-    def _abort(self, answering: Answering) -> None:
+    def _abort(self, answering: PendingRequest) -> None:
         if not answering.is_told:
             self._llm.abort(answering)
             self._tell([answering])
 
-    def _tell(self, grown: list[Answering]) -> None:
+    def _tell(self, grown: list[PendingRequest]) -> None:
         if grown:
             self._call(self._deliver, [answering.output() for answering in grown])
 
@@ -201,7 +201,7 @@ class AsyncLLM:
                 if output.finished:
                     self._forget(stream)
 
-    def _refuse(self, answering: Answering, error: RequestError) -> None:
+    def _refuse(self, answering: PendingRequest, error: RequestError) -> None:
         if stream := self._streams.get(answering.request_id):
             stream.put(error)
             self._forget(stream)
@@ -219,7 +219,7 @@ class RequestStream:
     Only the newest state is kept, so a slow reader costs no memory.
     """
 
-    def __init__(self, answering: Answering, forget: Callable[[RequestStream], None]) -> None:
+    def __init__(self, answering: PendingRequest, forget: Callable[[RequestStream], None]) -> None:
         self.answering = answering
         self._forget = forget
         self._news: RequestOutput | QwenError | None = None

@@ -23,7 +23,7 @@ from qwen_run.runtime.request import Request, Sequence, check_request
 from qwen_run.sampling.logprobs import TokenLogprobs
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Message
-from qwen_run.text.stops import Stopper
+from qwen_run.text.stops import TextStopper
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -85,7 +85,7 @@ class LLM:
         self.core = Core(model.engine if isinstance(model, TextModel) else model, CoreOptions(**core_options))
         self.default_params = text.defaults if text else SamplingParams()
         self._text = text
-        self._answering: dict[int, Answering] = {}  # by the request's number
+        self._answering: dict[int, PendingRequest] = {}  # by the request's number
         self._numbers = itertools.count()
 
     @property
@@ -191,7 +191,7 @@ class LLM:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         name: str = "the prompt",
-    ) -> Answering:
+    ) -> PendingRequest:
         """A request for :meth:`submit`; may be called by any thread.
 
         Args:
@@ -215,9 +215,9 @@ class LLM:
             request = Request(tuple(ids), params, frozenset(self.core.engine.manifest.eos_token_ids))
         check_request(request, self.core.engine.manifest, name)
         tokenizer = self._text.tokenizer if self._text else None
-        return Answering(request_id or str(next(self._numbers)), text, request, tokenizer)
+        return PendingRequest(request_id or str(next(self._numbers)), text, request, tokenizer)
 
-    def submit(self, answering: Answering) -> None:
+    def submit(self, answering: PendingRequest) -> None:
         """Let a prepared request run with the next :meth:`step`.
 
         Raises:
@@ -225,13 +225,13 @@ class LLM:
         """
         self._answering[self.core.add(answering.request)] = answering
 
-    def abort(self, answering: Answering) -> None:
+    def abort(self, answering: PendingRequest) -> None:
         """Give a submitted request up and free its cache; nothing when it is finished, or was not submitted."""
         if self._answering.pop(answering.request.number, None):
             self.core.abort(answering.request)
             answering.is_new = True  # a stream that is still read ends with it
 
-    def step(self) -> list[Answering]:
+    def step(self) -> list[PendingRequest]:
         """Run the model once; the requests whose answers have grown, none when nothing is left to do.
 
         Raises:
@@ -252,7 +252,7 @@ class LLM:
                 del self._answering[number]
         return list(grown.values())
 
-    def abort_all(self) -> list[Answering]:
+    def abort_all(self) -> list[PendingRequest]:
         """Give up every unfinished request; those."""
         given_up = list(self._answering.values())
         for answering in given_up:
@@ -270,7 +270,7 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _prepare_all(self, prompts: Prompt | List[Prompt], params: Params) -> list[Answering]:
+    def _prepare_all(self, prompts: Prompt | List[Prompt], params: Params) -> list[PendingRequest]:
         every = _as_list(prompts)
         each: list[Any] = list(params) if isinstance(params, list | tuple) else [params] * len(every)
         if len(each) != len(every):
@@ -278,7 +278,7 @@ class LLM:
         names = [f"prompt {index + 1}" if len(every) > 1 else "the prompt" for index in range(len(every))]
         return [self.prepare(prompt, p, None, name) for prompt, p, name in zip(every, each, names, strict=True)]
 
-    def run(self, answerings: List[Answering]) -> Generator[RequestOutput, None, None]:
+    def run(self, answerings: List[PendingRequest]) -> Generator[RequestOutput, None, None]:
         """Answer prepared requests, and yield each as :meth:`stream` does."""
         with self._submitted(answerings):
             unfinished = answerings
@@ -290,7 +290,7 @@ class LLM:
                 unfinished = [answering for answering in unfinished if not answering.is_told]
 
     @contextmanager
-    def _submitted(self, answerings: List[Answering]) -> Iterator[None]:
+    def _submitted(self, answerings: List[PendingRequest]) -> Iterator[None]:
         try:
             for answering in answerings:
                 self.submit(answering)
@@ -308,7 +308,7 @@ class LLM:
         return self._text
 
 
-class Answering:
+class PendingRequest:
     """A request on its way, and the text of its answers.
 
     Attributes:
@@ -368,7 +368,7 @@ class Answering:
 
     def _text(self, sequence: Sequence) -> str:
         stopper = sequence.stopper
-        if not isinstance(stopper, Stopper):
+        if not isinstance(stopper, TextStopper):
             return ""
         if self.request.beam_search and sequence.index not in self._texts:  # nobody has told it the beam's tokens
             for token_id in sequence.output[: -1 if sequence.finish_reason == "stop" else None]:
@@ -389,7 +389,7 @@ class Answering:
     def _stop_reason(self, sequence: Sequence) -> int | str | None:
         if sequence.finish_reason != "stop":
             return None
-        if isinstance(sequence.stopper, Stopper) and sequence.stopper.stop_reason is not None:
+        if isinstance(sequence.stopper, TextStopper) and sequence.stopper.stop_reason is not None:
             return sequence.stopper.stop_reason
         last = sequence.token_ids[-1]
         return last if last in (self.request.params.stop_token_ids or ()) else None

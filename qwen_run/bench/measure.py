@@ -39,7 +39,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What the command line asks of every benchmark; None is its default."""
 
     engine: Path | None
@@ -52,7 +52,7 @@ class Options:
 
 
 def measure(
-    benchmark: str, settings: Sequence[Setting], repeat: int, max_batch_size: int, options: Options, command: str
+    benchmark: str, settings: Sequence[Setting], repeat: int, max_batch_size: int, options: BenchOptions, command: str
 ) -> Bench:
     """Answer the requests of every setting ``repeat`` times on every side.
 
@@ -125,7 +125,7 @@ def _run(
     return runs, bandwidths
 
 
-def _transformers(engine: Engine, options: Options, threads: int, max_batch_size: int) -> HuggingFaceSide:
+def _transformers(engine: Engine, options: BenchOptions, threads: int, max_batch_size: int) -> HuggingFaceSide:
     quantised = any(linear.quantization.group_size for linear in engine.manifest.linears)
     dtype = options.hf_dtype or ("bfloat16" if quantised else "float32")
     checkpoint = find_checkpoint(engine.manifest, options.checkpoint)

@@ -20,10 +20,10 @@ import click
 import tqdm
 
 from qwen_engine.errors import RequestError
-from qwen_run.api.llm import LLM, Answering
+from qwen_run.api.llm import LLM, PendingRequest
 from qwen_run.api.outputs import CompletionOutput, Logprobs, RequestOutput
 from qwen_run.commands.command import printable
-from qwen_run.commands.prompt_file import Prompt
+from qwen_run.commands.prompt_file import FilePrompt
 from qwen_run.runtime.machine import peak_memory_bytes
 
 Record = Mapping[str, Any]
@@ -146,7 +146,10 @@ class AnswerFile:
 
 
 def answer_all(
-    llm: LLM, prompts: Sequence[Prompt], prepare: Callable[[Prompt], Answering], answers: AnswerFile | AnswerStream
+    llm: LLM,
+    prompts: Sequence[FilePrompt],
+    prepare: Callable[[FilePrompt], PendingRequest],
+    answers: AnswerFile | AnswerStream,
 ) -> None:
     """Answer those of ``prompts`` that ``answers`` does not have, many at once.
 
@@ -157,7 +160,7 @@ def answer_all(
         click.echo(f"{len(answers.answered)} of {len(prompts)} prompts are answered already", err=True)
     failed = {line for line, record in answers.answered.items() if "error" in record}
     waiting = iter([prompt for prompt in prompts if prompt.line not in answers.answered])
-    running: dict[Answering, Prompt] = {}
+    running: dict[PendingRequest, FilePrompt] = {}
     started_s, num_answers, num_tokens = time.perf_counter(), 0, 0
     # disable=None: no bar where standard error is not a terminal
     with tqdm.tqdm(total=len(prompts), initial=len(answers.answered), unit="prompt", disable=None) as bar:
@@ -185,9 +188,9 @@ def answer_all(
 
 def _fill(
     llm: LLM,
-    waiting: Iterator[Prompt],
-    prepare: Callable[[Prompt], Answering],
-    running: dict[Answering, Prompt],
+    waiting: Iterator[FilePrompt],
+    prepare: Callable[[FilePrompt], PendingRequest],
+    running: dict[PendingRequest, FilePrompt],
     failed: set[int],
     answers: AnswerFile | AnswerStream,
 ) -> bool:
@@ -233,7 +236,7 @@ def _token_of(token_id: int, likely: Logprobs) -> Record:
     return {"token_id": token_id, "token": own.decoded_token, "logprob": own.logprob, "rank": own.rank, "top": top}
 
 
-def _id_of(prompt: Prompt) -> Record:
+def _id_of(prompt: FilePrompt) -> Record:
     return {} if prompt.id is None else {"id": prompt.id}
 
 

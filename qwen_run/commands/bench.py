@@ -199,14 +199,14 @@ def run(
     **options: Any,
 ) -> None:
     """Measure, draw and print."""
-    from qwen_run.bench.measure import Options, measure
+    from qwen_run.bench.measure import BenchOptions, measure
     from qwen_run.bench.report import PLOTS, definition_lines, result_table
     from qwen_run.commands.command import print_table
 
     if plot and not plot.absolute().parent.is_dir():  # before minutes of measuring
         raise RequestError(f"{plot} cannot be written: {plot.parent} is no directory; make it first")
     command = shlex.join(["qwen-bench", *sys.argv[1:]])
-    bench = measure(benchmark, settings, repeat, max_batch_size, Options(**options), command)
+    bench = measure(benchmark, settings, repeat, max_batch_size, BenchOptions(**options), command)
     if plot:
         try:
             plot.write_text(PLOTS[benchmark](bench), encoding="utf-8")

@@ -150,7 +150,7 @@ class Console:
         self._conf([])
 
 
-class Command(NamedTuple):
+class ConsoleCommand(NamedTuple):
     """``action`` None leaves the chat; ``arguments`` as the help shows them, empty for none."""
 
     action: Callable[[Console, list[str]], None] | None
@@ -158,19 +158,19 @@ class Command(NamedTuple):
     help: str
 
 
-def _commands(*rows: tuple[str, Command]) -> dict[str, Command]:
+def _commands(*rows: tuple[str, ConsoleCommand]) -> dict[str, ConsoleCommand]:
     return {name: command for names, command in rows for name in names.split()}
 
 
 COMMANDS = _commands(
-    ("help h", Command(Console._help, "", "show this list")),
-    ("exit quit q", Command(None, "", "leave; so does Ctrl-D (Ctrl-C stops an answer)")),
-    ("clear cl", Command(Console._clear, "", "clear the screen")),
-    ("clear-history clh", Command(Console._clear_history, "", "forget the conversation")),
-    ("history his", Command(Console._history, "", "show the conversation")),
-    ("seed", Command(Console._seed, "[N]", "show or set the seed of sampling")),
-    ("conf", Command(Console._conf, "[KEY=VALUE ...]", "show or change how answers are sampled")),
-    ("reset-conf", Command(Console._reset_conf, "", "back to the settings of the start")),
+    ("help h", ConsoleCommand(Console._help, "", "show this list")),
+    ("exit quit q", ConsoleCommand(None, "", "leave; so does Ctrl-D (Ctrl-C stops an answer)")),
+    ("clear cl", ConsoleCommand(Console._clear, "", "clear the screen")),
+    ("clear-history clh", ConsoleCommand(Console._clear_history, "", "forget the conversation")),
+    ("history his", ConsoleCommand(Console._history, "", "show the conversation")),
+    ("seed", ConsoleCommand(Console._seed, "[N]", "show or set the seed of sampling")),
+    ("conf", ConsoleCommand(Console._conf, "[KEY=VALUE ...]", "show or change how answers are sampled")),
+    ("reset-conf", ConsoleCommand(Console._reset_conf, "", "back to the settings of the start")),
 )
 
 

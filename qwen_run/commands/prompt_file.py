@@ -16,7 +16,7 @@ PARAMS = tuple(SamplingParams.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class Prompt:
+class FilePrompt:
     """One prompt of a file: ``text``, or a conversation (``messages``, possibly ``tools``).
 
     Attributes:
@@ -37,7 +37,7 @@ class Prompt:
     error: str | None = None
 
 
-def parse_prompts(text: str) -> Iterator[Prompt]:
+def parse_prompts(text: str) -> Iterator[FilePrompt]:
     """The prompts of a file, which is JSON Lines if its first line with anything on it begins with ``{``.
 
     Raises:
@@ -51,7 +51,7 @@ def parse_prompts(text: str) -> Iterator[Prompt]:
     # str.splitlines would also split at U+2028, which may stand in a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _parse_json(number, line) if json_lines else Prompt(number, line, text=line.removesuffix("\r"))
+            yield _parse_json(number, line) if json_lines else FilePrompt(number, line, text=line.removesuffix("\r"))
 
 
 def _refuse_array(text: str) -> None:
@@ -66,17 +66,17 @@ def _refuse_array(text: str) -> None:
         raise RequestError("the prompts are a JSON array, expected one prompt a line; convert them with jq -c '.[]'")
 
 
-def _parse_json(number: int, line: str) -> Prompt:
+def _parse_json(number: int, line: str) -> FilePrompt:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Prompt(number, line, error=f"not JSON: {error}")
+        return FilePrompt(number, line, error=f"not JSON: {error}")
     if not isinstance(record, dict):
-        return Prompt(number, line, error=_NEITHER)
+        return FilePrompt(number, line, error=_NEITHER)
     if fault := _find_fault(record):
-        return Prompt(number, line, id=record.get("id"), error=fault)
+        return FilePrompt(number, line, id=record.get("id"), error=fault)
     params = {name: value for name, value in record.items() if name in PARAMS}
-    return Prompt(
+    return FilePrompt(
         number, line, record.get("prompt"), record.get("messages"), record.get("tools"), record.get("id"), params
     )
 

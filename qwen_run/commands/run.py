@@ -23,9 +23,9 @@ from qwen_run.runtime.machine import peak_memory_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-    from qwen_run.api.llm import LLM, Answering
+    from qwen_run.api.llm import LLM, PendingRequest
     from qwen_run.commands.answer_file import AnswerFile, AnswerStream
-    from qwen_run.commands.prompt_file import Prompt
+    from qwen_run.commands.prompt_file import FilePrompt
     from qwen_run.sampling.params import SamplingParams
     from qwen_run.text.text_model import TextModel
 
@@ -134,7 +134,7 @@ def main(
     if interactive and (as_json or output_logits or output_file):
         raise click.UsageError("--json, --output-file and --output-logits need --input-text, --input-file or a pipe.")
 
-    from qwen_run.commands.prompt_file import Prompt, parse_prompts
+    from qwen_run.commands.prompt_file import FilePrompt, parse_prompts
     from qwen_run.text.encoding import decode_utf8
 
     # an argument may hold bytes the locale cannot decode
@@ -160,7 +160,7 @@ def main(
     guessing = {} if draft_tokens is None else {"max_drafts": draft_tokens}
     if input_file is None:
         llm = LLM(model, keep_logits=output_logits is not None, **guessing)
-        answering = _prepare(llm, Prompt(1, text, text), params, system, variables)
+        answering = _prepare(llm, FilePrompt(1, text, text), params, system, variables)
         with _logits_file(output_logits) as logits_file, _output(output_file) as out:
             _answer_one(llm, answering, out, as_json, logits_file)
         return
@@ -246,8 +246,8 @@ def _load(
 
 
 def _prepare(
-    llm: LLM, prompt: Prompt, params: SamplingParams, system: str | None, variables: dict[str, Any]
-) -> Answering:
+    llm: LLM, prompt: FilePrompt, params: SamplingParams, system: str | None, variables: dict[str, Any]
+) -> PendingRequest:
     """What a line of a file, or the one prompt, asks of the model.
 
     Raises:
@@ -272,7 +272,7 @@ def _check_not_empty(text: str | None) -> None:
         raise RequestError("the prompt is empty, expected text")
 
 
-def _answer_one(llm: LLM, answering: Answering, out: TextIO, as_json: bool, logits_file: BinaryIO | None) -> None:
+def _answer_one(llm: LLM, answering: PendingRequest, out: TextIO, as_json: bool, logits_file: BinaryIO | None) -> None:
     """Stream the answer; several, and JSON, are printed when they are there."""
     import time
 
@@ -361,7 +361,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 
 @contextmanager
 def _output_of_many(
-    path: Path | None, prompts: list[Prompt], settings: list[Any], in_order: bool
+    path: Path | None, prompts: list[FilePrompt], settings: list[Any], in_order: bool
 ) -> Iterator[AnswerFile | AnswerStream]:
     """Where the answers to a file of prompts go: a file that keeps those it has, or what can only be written."""
     from qwen_run.commands.answer_file import AnswerFile, AnswerStream, key_of

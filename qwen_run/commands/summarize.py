@@ -70,14 +70,14 @@ def main(
       qwen-summarize --reference ref.npz --check         without torch, transformers and the checkpoint
       qwen-summarize --layers                            where does an error start?
     """
-    from qwen_run.accuracy.assess import Options, assess
+    from qwen_run.accuracy.assess import AssessOptions, assess
     from qwen_run.accuracy.gate import EXIT_FAILED, exit_code
     from qwen_run.reports.files import write_report
     from qwen_run.runtime.engine import newest_engine
 
     engine = engine or newest_engine(ENGINES)
     directory = report or REPORTS / engine.resolve().name
-    result = assess(engine, directory, Options(**options, command=shlex.join(["qwen-summarize", *sys.argv[1:]])))
+    result = assess(engine, directory, AssessOptions(**options, command=shlex.join(["qwen-summarize", *sys.argv[1:]])))
     write_report(result, directory)
     click.echo(result.to_json()) if as_json else print_report(result, layers)
     share = result.seconds["reference"] / result.seconds["all"]

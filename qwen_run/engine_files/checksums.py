@@ -14,7 +14,7 @@ from pathlib import Path
 
 import qwen_plugin
 from qwen_engine.errors import EngineError
-from qwen_engine.manifest import TEXT_FILES, Manifest, Part
+from qwen_engine.manifest import TEXT_FILES, FileRecord, Manifest
 
 # One buffer for all reads, small enough for a core's own cache.
 _BUFFER_BYTES = 1 << 20
@@ -24,14 +24,14 @@ _SMALL_BYTES = 16 << 20
 _CRC32_POLYNOMIAL = 0xEDB88320
 
 
-def measure_part(path: Path) -> Part:
+def measure_part(path: Path) -> FileRecord:
     """Size, crc32 (eight lower-case hexadecimal digits) and sha256 of the file at ``path``, read once."""
     size_bytes, crc32, sha256 = 0, 0, hashlib.sha256()
     for piece in _pieces(path):
         size_bytes += len(piece)
         crc32 = zlib.crc32(piece, crc32)
         sha256.update(piece)
-    return Part(size_bytes, f"{crc32:08x}", sha256.hexdigest())
+    return FileRecord(size_bytes, f"{crc32:08x}", sha256.hexdigest())
 
 
 def check_parts(directory: Path, manifest: Manifest, threads: int) -> None:

@@ -32,7 +32,7 @@ SLICE_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPart:
     """Rows [start, stop) of what the engine stores as ``owner``, which Hugging Face has by themselves as ``name``."""
 
     name: str
@@ -41,12 +41,12 @@ class Part:
     stop: int
 
 
-def parts(name: str, rows: int, sizes: ModelSizes) -> Iterator[Part]:
+def parts(name: str, rows: int, sizes: ModelSizes) -> Iterator[WeightPart]:
     """The modules whose ``rows`` the engine's module ``name`` has."""
     parent, dot, last = name.rpartition(".")
     start = 0
     for part, count in FUSED[last](sizes).items() if last in FUSED else [(last, rows)]:
-        yield Part(parent + dot + part, name, start, start + count)
+        yield WeightPart(parent + dot + part, name, start, start + count)
         start += count
 
 
@@ -144,7 +144,7 @@ class EngineWeights:
         initializers = read_graph(engine / GRAPH_FILE).initializers
         file = _map(engine / WEIGHTS_FILE)
         self.linears: dict[str, StoredLinear] = {}
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, WeightPart] = {}
         self.vectors: dict[str, np.ndarray] = {}
         self._places: dict[str, list[int | None]] = {}
         owned: dict[str, dict[str, Tensor]] = {}  # module -> its tensors by the last part of their name

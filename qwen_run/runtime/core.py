@@ -60,7 +60,7 @@ class CoreOptions:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class CoreStatistics:
     """Where a core stands, and what it has done so far.
 
     Attributes:
@@ -107,8 +107,8 @@ class Core:
         return self._scheduler.is_done
 
     @property
-    def statistics(self) -> Statistics:
-        return Statistics(
+    def statistics(self) -> CoreStatistics:
+        return CoreStatistics(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self.engine.cache.num_free,

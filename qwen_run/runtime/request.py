@@ -18,7 +18,7 @@ from qwen_run.sampling.sample import SamplingContext, SamplingParams
 FinishReason = Literal["stop", "length", "abort"]
 
 
-class Stopper(Protocol):
+class StopCondition(Protocol):
     """Ends an answer for a reason that its token ids alone do not show, such as a stop string."""
 
     def push(self, token_id: int) -> bool:
@@ -62,7 +62,7 @@ class Request:
     prompt: tuple[int, ...]
     params: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
-    new_stopper: Callable[[], Stopper] | None = None
+    new_stopper: Callable[[], StopCondition] | None = None
     sequences: list[Sequence] = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
     beam_search: BeamSearch | None = field(init=False, default=None)
@@ -105,7 +105,7 @@ class Sequence:
     index: int = 0
     token_ids: list[int] = field(init=False)
     finish_reason: FinishReason | None = None
-    stopper: Stopper | None = field(init=False)
+    stopper: StopCondition | None = field(init=False)
     context: SamplingContext = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     score: float | None = None

@@ -116,7 +116,7 @@ class SamplingParams:
         return cls(**values)
 
 
-class Rule(NamedTuple):
+class FieldRule(NamedTuple):
     """What an option may be. ``normal`` makes what users write into what is kept; ``allowed`` sees the latter."""
 
     expected: str
@@ -149,20 +149,22 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(expected: str, low: float, high: float) -> Rule:
-    return Rule(expected, lambda value: _is_number(value) and low <= value <= high)
+def _number(expected: str, low: float, high: float) -> FieldRule:
+    return FieldRule(expected, lambda value: _is_number(value) and low <= value <= high)
 
 
-def _whole(expected: str, low: int, high: float = float("inf")) -> Rule:
-    return Rule(expected, lambda value: _is_whole(value) and low <= value <= high)
+def _whole(expected: str, low: int, high: float = float("inf")) -> FieldRule:
+    return FieldRule(expected, lambda value: _is_whole(value) and low <= value <= high)
 
 
-def _switch() -> Rule:
-    return Rule("True or False", lambda value: isinstance(value, bool))
+def _switch() -> FieldRule:
+    return FieldRule("True or False", lambda value: isinstance(value, bool))
 
 
-def _count_or_none() -> Rule:
-    return Rule("None or a whole number, 0 or more", lambda value: value is None or (_is_whole(value) and value >= 0))
+def _count_or_none() -> FieldRule:
+    return FieldRule(
+        "None or a whole number, 0 or more", lambda value: value is None or (_is_whole(value) and value >= 0)
+    )
 
 
 def _bias_pairs(value: Any) -> tuple[tuple[int, float], ...]:
@@ -180,7 +182,7 @@ def _strings(value: Any) -> tuple[str, ...]:
 
 
 RULES = {
-    "temperature": Rule(
+    "temperature": FieldRule(
         "0 (greedy) or from 1e-6 to 100", lambda value: _is_number(value) and (value == 0 or 1e-6 <= value <= 100)
     ),
     "top_p": _number("a number from 0 to 1", 0, 1),
@@ -191,14 +193,14 @@ RULES = {
     "min_p": _number("a number from 0 to 1", 0, 1),
     "presence_penalty": _number("a number from -2 to 2", -2, 2),
     "frequency_penalty": _number("a number from -2 to 2", -2, 2),
-    "logit_bias": Rule(
+    "logit_bias": FieldRule(
         "token ids, each with a number from -100 to 100", lambda pairs: all(map(_is_bias, pairs)), _bias_pairs
     ),
     "n": _whole("a whole number from 1 to 1024", 1, 1024),
-    "stop": Rule(
+    "stop": FieldRule(
         "texts that are not empty", lambda texts: all(isinstance(text, str) and text for text in texts), _strings
     ),
-    "stop_token_ids": Rule(
+    "stop_token_ids": FieldRule(
         "token ids, 0 or more",
         lambda ids: all(_is_whole(token_id) and token_id >= 0 for token_id in ids),
         lambda value: tuple(value or ()),
@@ -210,7 +212,7 @@ RULES = {
     "prompt_logprobs": _count_or_none(),
     "num_beams": _whole("a whole number from 1 (off) to 128", 1, 128),
     "length_penalty": _number("a number from -5 to 5", -5, 5),
-    "early_stopping": Rule("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
+    "early_stopping": FieldRule("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
 }
 
 # what of two or more options makes no sense together, and the message about it

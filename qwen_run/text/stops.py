@@ -7,7 +7,7 @@ from collections.abc import Collection
 from qwen_run.text.tokenizer import StreamDecoder, Tokenizer
 
 
-class Stopper:
+class TextStopper:
     """Finds stop strings in an answer, token by token, and holds back what may be the beginning of one.
 
     The answer ends at the character that first completes a stop string, wherever the tokens end; what the last token

@@ -20,7 +20,7 @@ from qwen_run.runtime.generate import generate
 from qwen_run.runtime.request import Request, Token, check_request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import ChatTemplate, Conversation, Message, read_json
-from qwen_run.text.stops import Stopper
+from qwen_run.text.stops import TextStopper
 from qwen_run.text.tokenizer import Tokenizer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -108,7 +108,7 @@ class TextModel:
     def new_request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """As :meth:`request`, for a caller that checks it."""
         new_stopper = partial(
-            Stopper,
+            TextStopper,
             self.tokenizer,
             params.stop_strings,
             include_stop_str_in_output=params.include_stop_str_in_output,
@@ -127,7 +127,7 @@ class TextModel:
         iterator frees the cache.
         """
         stopper = request.sequences[0].stopper
-        assert isinstance(stopper, Stopper), "not a request of this class"
+        assert isinstance(stopper, TextStopper), "not a request of this class"
         with closing(self.generate([request])) as tokens:
             for token in tokens:
                 yield stopper.release() + (stopper.close() if token.finish_reason else "")

@@ -10,9 +10,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from qwen_build.calibration.input_statistics import Statistics
+from qwen_build.calibration.input_statistics import InputStatistics
 from qwen_build.calibration.layer_runner import INPUTS
-from qwen_build.calibration.method import Readers, Rtn
+from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.quantization.schemes import IntScheme
 
@@ -41,20 +41,20 @@ def with_tokenizer(checkpoint: Path, copy: Path) -> Path:
 def layer_readers(
     config: ModelConfig,
     weights: Mapping[str, np.ndarray],
-    statistics: Mapping[str, Statistics],
+    statistics: Mapping[str, InputStatistics],
     schemes: Mapping[str, IntScheme],
-) -> dict[str, Readers]:
+) -> dict[str, InputReaders]:
     """The readers of every input of a layer that an integer linear reads; ``weights`` by their names in the layer."""
     readers = {}
     for key, linears in INPUTS.items():
         own = {name: schemes[name] for name in linears if name in schemes}
         if own:
             read = {name: weights[f"{name}.weight"] for name in own}
-            readers[key] = Readers(config, key, statistics[key], read, own)
+            readers[key] = InputReaders(config, key, statistics[key], read, own)
     return readers
 
 
-def layer_factors(method: Rtn, readers: Mapping[str, Readers]) -> dict[str, np.ndarray]:
+def layer_factors(method: Method, readers: Mapping[str, InputReaders]) -> dict[str, np.ndarray]:
     """What ``method`` divides the inputs of a layer by, those that it divides."""
     found = {key: method.factors(one) for key, one in readers.items()}
     return {key: s for key, s in found.items() if s is not None}

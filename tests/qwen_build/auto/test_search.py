@@ -20,7 +20,7 @@ from tokenizers import decoders, models
 from cases.tiny import FAMILIES, TinyCheckpoint
 from qwen_build.auto import search as auto
 from qwen_build.auto.report import CHOICES_FILE, REPORT_FILE, Trial
-from qwen_build.auto.search import Search, build_auto, cheapest
+from qwen_build.auto.search import SchemeSearch, build_auto, cheapest
 from qwen_build.auto.sensitivity import Probing, Unit
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
@@ -88,7 +88,7 @@ def make_scheme_of(i: int) -> Scheme:
     return make_scheme(("int4", "int8")[i % 2], (32, 64, 128)[i // 2], True, None, "native")
 
 
-class Scripted(Search):
+class Scripted(SchemeSearch):
     """A search whose engines need not be built: their KLs are a power of what was predicted, and the texts differ."""
 
     def __init__(self, power: float, calibration: float, held_out: float):

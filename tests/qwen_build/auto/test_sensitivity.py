@@ -16,7 +16,7 @@ from qwen_build.calibration.factor_search import as_multiplied
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
-from qwen_build.graph.layers import Choice
+from qwen_build.graph.layers import SchemeChoice
 from qwen_build.plan.options import BuildOptions
 from qwen_build.quantization.schemes import make_scheme
 from qwen_run.accuracy.metrics import FullLogits, compare
@@ -54,7 +54,7 @@ def test_units_are_the_weights_of_the_graph(family, tiny_checkpoint):
 def test_what_is_decided_stands_alone(tiny_checkpoint):
     config = ModelConfig.from_hf(tiny_checkpoint("qwen2-tied").path)
     float_, schemes = make_scheme("none", 32, None, None, "native"), (PROBE, PROBE)
-    fixed = {"model.layers.1.self_attn.k_proj": Choice(float_), "lm_head": Choice(float_)}
+    fixed = {"model.layers.1.self_attn.k_proj": SchemeChoice(float_), "lm_head": SchemeChoice(float_)}
     units = {unit.name: unit for unit in decision_units(config, fixed, schemes)}
     assert units["lm_head"].schemes == units["model.layers.1.self_attn.k_proj"].schemes == (float_,)
     assert units["model.embed_tokens"].linears == ("model.embed_tokens",)

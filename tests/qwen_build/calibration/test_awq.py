@@ -10,7 +10,7 @@ import pytest
 from cases.calibration import layer_factors, layer_readers
 from cases.tiny import FAMILIES, TINY
 from qwen_build.calibration.awq import Awq, awq_factors
-from qwen_build.calibration.input_statistics import Collector, Statistics
+from qwen_build.calibration.input_statistics import Collector, InputStatistics
 from qwen_build.calibration.layer_runner import INPUTS, linear_shapes
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.quantization.schemes import make_scheme
@@ -19,7 +19,7 @@ from qwen_plugin.layout import GROUP_SIZES
 INT8 = make_scheme("int8", 32, None, None, "native")
 
 
-def statistics_of(x: np.ndarray) -> Statistics:
+def statistics_of(x: np.ndarray) -> InputStatistics:
     collector = Collector(x.shape[1], len(x), with_second_moment=False)
     collector.add(x)
     return collector.finish()

@@ -22,7 +22,7 @@ from qwen_build import cli
 from qwen_build.build import plan_build, write_engine
 from qwen_build.calibration import calibrate as calibrating
 from qwen_build.calibration.layer_runner import INPUTS
-from qwen_build.calibration.method import Rtn
+from qwen_build.calibration.method import Method
 from qwen_build.calibration.plan import INT4_METHODS, METHODS
 from qwen_build.calibration.results import new_array
 from qwen_build.checkpoint.locate import resolve_checkpoint
@@ -262,7 +262,7 @@ def test_what_a_live_build_uses_is_left_alone(tiny, text, tmp_path, monkeypatch)
 
 
 def test_an_error_leaves_nothing(tiny, text, tmp_path, monkeypatch):
-    class Failing(Rtn):
+    class Failing(Method):
         def round(self, readers):
             raise OverflowError("7e9 is too large")
 
@@ -286,7 +286,7 @@ def test_a_model_that_overflows_is_refused(method, tiny, text, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-class Folding(Rtn):
+class Folding(Method):
     """Folds random factors into every input that an integer linear reads."""
 
     def factors(self, readers):

@@ -7,8 +7,8 @@ import pytest
 
 from qwen_build.calibration import gptq
 from qwen_build.calibration.gptq import Gptq, factorise, permute, round_with_feedback
-from qwen_build.calibration.input_statistics import Statistics
-from qwen_build.calibration.method import Readers
+from qwen_build.calibration.input_statistics import InputStatistics
+from qwen_build.calibration.method import InputReaders
 from qwen_build.calibration.scale_search import search_scales
 from qwen_build.quantization.grid import Grid
 from qwen_build.quantization.schemes import make_scheme
@@ -31,12 +31,12 @@ def inputs(random: np.random.Generator, tokens: int = 400) -> np.ndarray:
 
 def rounded_by_gptq(weights, statistics, schemes):
     """What the method makes of linears that share an input; nothing of it depends on the model around them."""
-    return Gptq().round(Readers(None, "x", statistics, weights, schemes))
+    return Gptq().round(InputReaders(None, "x", statistics, weights, schemes))
 
 
-def statistics_of(x: np.ndarray) -> Statistics:
+def statistics_of(x: np.ndarray) -> InputStatistics:
     moment = (x.T @ x / len(x)).astype(np.float32)
-    return Statistics(len(x), np.abs(x).max(axis=0), moment.diagonal().copy(), x[:512], moment)
+    return InputStatistics(len(x), np.abs(x).max(axis=0), moment.diagonal().copy(), x[:512], moment)
 
 
 def test_permute(blocks):
@@ -140,7 +140,7 @@ def test_where_inputs_do_not_correlate_only_scales_are_searched(blocks):
     weight = random.normal(size=(20, K)).astype(np.float32) ** 3
     mean_square = random.lognormal(sigma=2, size=K).astype(np.float32)
     scheme = make_scheme("int4", 32, None, None, "native")
-    statistics = Statistics(1, mean_square, mean_square, np.zeros((1, K), np.float32), np.diag(mean_square))
+    statistics = InputStatistics(1, mean_square, mean_square, np.zeros((1, K), np.float32), np.diag(mean_square))
     found = rounded_by_gptq({"a": weight}, statistics, {"a": scheme})["a"]
     expected = search_scales(weight, mean_square, scheme)
     for part in ("q", "scales", "zero_points"):

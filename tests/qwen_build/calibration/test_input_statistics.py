@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qwen_build.calibration import input_statistics as statistics
-from qwen_build.calibration.input_statistics import Collector, Statistics
+from qwen_build.calibration.input_statistics import Collector, InputStatistics
 
 
-def collect(x: np.ndarray, cuts: list[int], second_moment: bool = True) -> Statistics:
+def collect(x: np.ndarray, cuts: list[int], second_moment: bool = True) -> InputStatistics:
     collector = Collector(x.shape[1], len(x), second_moment)
     for batch in np.split(x, cuts):
         collector.add(batch)

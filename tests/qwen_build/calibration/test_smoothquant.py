@@ -15,7 +15,7 @@ from cases.calibration import layer_factors, layer_readers
 from cases.tiny import TINY, run_alone
 from qwen_build.build import plan_build
 from qwen_build.calibration.factor_search import as_multiplied, least_error, normalised
-from qwen_build.calibration.input_statistics import Collector, Statistics
+from qwen_build.calibration.input_statistics import Collector, InputStatistics
 from qwen_build.calibration.layer_runner import INPUTS, linear_shapes
 from qwen_build.calibration.plan import METHODS
 from qwen_build.calibration.smoothquant import ALPHAS, SmoothQuant, smoothing_factors
@@ -37,7 +37,7 @@ from qwen_run.text.tokenizer import Tokenizer
 W8A8 = {"weight_scales": "channel", "activation_scales": "token"}
 
 
-def statistics_of(x: np.ndarray) -> Statistics:
+def statistics_of(x: np.ndarray) -> InputStatistics:
     collector = Collector(x.shape[1], len(x), with_second_moment=False)
     collector.add(x)
     return collector.finish()

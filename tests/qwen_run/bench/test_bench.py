@@ -24,7 +24,7 @@ from qwen_run.bench import report as bench_report
 from qwen_run.bench import sides as bench_sides
 from qwen_run.bench.bandwidth import Reader
 from qwen_run.bench.figures import Figures, Percentiles, Reads, Timeline, decode_window
-from qwen_run.bench.measure import Options, Setting, measure
+from qwen_run.bench.measure import BenchOptions, Setting, measure
 from qwen_run.bench.sides import check_lengths, dense_reads, draw_prompts, engine_reads
 from qwen_run.bench.trace import SAMPLE_TRACE, Arrival, at_once, at_rate, mean_rate, read_trace
 from qwen_run.commands import bench
@@ -192,9 +192,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_measure, "Reader", lambda size_bytes, threads: SimpleNamespace(bytes_per_s=lambda: 1e9))
 
 
-def options(engine: Path, **changed: Any) -> Options:
+def options(engine: Path, **changed: Any) -> BenchOptions:
     plain: dict[str, Any] = dict.fromkeys(("compare", "checkpoint", "hf_dtype"))
-    return Options(**plain | {"engine": engine, "threads": 1, "max_batch_tokens": 64, "seed": 0} | changed)
+    return BenchOptions(**plain | {"engine": engine, "threads": 1, "max_batch_tokens": 64, "seed": 0} | changed)
 
 
 ARRIVALS = [Arrival(0.0, 40, 5), Arrival(0.01, 33, 1), Arrival(0.02, 70, 9)]

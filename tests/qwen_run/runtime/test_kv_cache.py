@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec, cache_inputs
-from qwen_engine.manifest import CacheLayout, Limits, Part
+from qwen_engine.manifest import CacheLayout, FileRecord, Limits
 from qwen_run.runtime.kv_cache import KVCache, block_bytes, choose_num_blocks
 from qwen_run.runtime.prefix_cache import extend_keys
 
@@ -26,7 +26,7 @@ SIZES: Any = SimpleNamespace(
     states=STATES,
     limits=Limits(max_seq_len=100),
     cache=CacheLayout(block_size=64, dtype="float16", bytes_per_token=BLOCK_BYTES // 64),
-    parts={"weights.bin": Part(4 * BLOCK_BYTES, "", "")},
+    parts={"weights.bin": FileRecord(4 * BLOCK_BYTES, "", "")},
 )
 
 

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cases.scripted import IM_END, core_tokenizer
-from qwen_run.text.stops import Stopper
+from qwen_run.text.stops import TextStopper
 from qwen_run.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(core_tokenizer())
@@ -13,7 +13,7 @@ TOKENIZER = Tokenizer(core_tokenizer())
 
 def answer(ids, stop, **options):
     """The pieces released token by token, the rest at the end, the stop reason, and how many tokens were taken."""
-    stopper = Stopper(TOKENIZER, stop, **options)
+    stopper = TextStopper(TOKENIZER, stop, **options)
     pieces = []
     for count, token_id in enumerate(ids, start=1):
         ended = stopper.push(token_id)
@@ -67,7 +67,7 @@ def test_equals_the_definition(text, stop, whole_tokens, included):
 @settings(deadline=None)
 @given(TEXTS, STOPS)
 def test_what_is_released_stays_and_no_more_than_needed_is_held(text, stop):
-    stopper, released = Stopper(TOKENIZER, stop), ""
+    stopper, released = TextStopper(TOKENIZER, stop), ""
     final = cut(text, stop)[0]
     for count, token_id in enumerate(byte_ids(text), start=1):
         if stopper.push(token_id):
