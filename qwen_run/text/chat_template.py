@@ -16,20 +16,24 @@ import jinja2.parser
 import jinja2.sandbox
 
 from qwen_engine.errors import EngineError, RequestError
+from qwen_run.text.messages import Message as Message
+from qwen_run.text.messages import normalized_messages
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
-Message = Mapping[str, Any]
-
 # the fields of tokenizer_config.json that templates may refer to
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
 
-# the names a message's reasoning goes by; templates read the first, some the second
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
-# stands for an answer where the text around one is wanted
+# stands for a text that a template may write, or drop
 _PROBE = "The answer."
+_QUESTION = {"role": "user", "content": "A question."}
+_CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+# what a message is probed after, by its role: templates ask for it
+_BEFORE: dict[str, list[Message]] = {"system": [], "tool": [_QUESTION, _CALL]}
+# roles that a template may write without naming them, as it does with every role it is given
+_STANDARD_ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatTemplate:
@@ -47,7 +51,9 @@ class ChatTemplate:
         if "default" not in templates:
             raise EngineError(f"the chat templates are named {', '.join(templates)}, expected one named default")
         self._special_tokens = special_tokens
+        self._texts = templates
         self._templates = {name: _compile(text) for name, text in templates.items()}
+        self._known: dict[tuple[str, str], bool] = {}  # whether a template writes messages of a role
 
     @classmethod
     def load(cls, engine_directory: Path) -> ChatTemplate:
@@ -79,35 +85,64 @@ class ChatTemplate:
         """The text of a conversation, special tokens written out.
 
         Args:
-            messages: objects with ``role`` and ``content``, or what else the template reads (``tool_calls``).
+            messages: objects with ``role`` and ``content``, text or a list of text parts, and what else the template
+                reads (``tool_calls``); :func:`~qwen_run.text.messages.normalized_messages` says what becomes of them.
             tools: JSON schemas of functions the model may call.
             add_generation_prompt: end with the opening of an answer.
             variables: passed on to the template, such as ``enable_thinking``.
 
         Raises:
-            RequestError: there are no messages, one is not an object, or the template refuses them.
+            RequestError: there are no messages, one holds what is no text or has a role that the template does not
+                know, or the template refuses them.
         """
-        if not messages:
-            raise RequestError("the conversation is empty, expected at least one message")
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise RequestError(f"message {index} is {message!r}, expected an object with role and content")
+        normalized = normalized_messages(messages)
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        for index, message in enumerate(normalized):
+            if not self._knows(name, message["role"]):
+                known = ", ".join(role for role in _STANDARD_ROLES if self._knows(name, role))
+                raise RequestError(
+                    f"message {index} has the role {message['role']!r}, which the chat template does not know; "
+                    f"expected one of {known}"
+                )
+        return self._write(name, normalized, tools, add_generation_prompt, variables)
+
+    def _write(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
         values = {**self._special_tokens, **variables}
         try:
             return self._templates[name].render(
-                messages=[_normalized(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **values,
+                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **values
             )
         except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
             raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from error
 
+    def _knows(self, name: str, role: str) -> bool:
+        """Whether the template writes a message of ``role``; many drop one that they do not know without a word."""
+        if role in ("user", "assistant"):  # no chat without them
+            return True
+        if (name, role) not in self._known:
+            text = self._texts[name]
+            named = role in _STANDARD_ROLES or f"'{role}'" in text or f'"{role}"' in text
+            self._known[name, role] = named and self._writes(name, role)
+        return self._known[name, role]
+
+    def _writes(self, name: str, role: str) -> bool:
+        probe = {"role": role, "content": _PROBE}
+        messages = [*_BEFORE.get(role, [_QUESTION]), probe, *([_QUESTION] if role == "system" else [])]
+        try:
+            return _PROBE in self._write(name, messages, None, False, {})
+        except RequestError:
+            return True  # the template itself says what it does not take
+
     def end_of_turn(self) -> str:
         """What the template writes after an answer, ``<|im_end|>`` and a line end for Qwen; empty if it fails."""
-        turn = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _PROBE}]
+        turn = [_QUESTION, {"role": "assistant", "content": _PROBE}]
         try:
             return self.render(turn, add_generation_prompt=False).rpartition(_PROBE)[2]
         except RequestError:
@@ -186,13 +221,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _normalized(message: Message) -> dict[str, Any]:
-    """``message`` without null fields, its reasoning under every name that templates read."""
-    kept = {name: value for name, value in message.items() if value is not None}
-    reasoning = next((kept[name] for name in _REASONING_FIELDS if name in kept), None)
-    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
 def _by_name(found: Any) -> dict[str, str]:

@@ -161,7 +161,7 @@ def test_json_lines_in_input_order(script):
         3: '"prompt" is int',
         5: "not JSON",
         6: "either",
-        7: "refuses",
+        7: "content is null",
         8: "empty",
         9: "empty",
         10: '"prompt" is null, expected text',

@@ -1,0 +1,88 @@
+"""Messages as clients send them, made into what chat templates read: text content, known roles, calls as objects."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen_engine.errors import RequestError
+
+Message = Mapping[str, Any]
+
+# the names a message's reasoning goes by; templates read the first, some the second
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# roles of newer clients, by what checkpoints were trained on
+_SYNONYMS = {"developer": "system"}
+
+
+def normalized_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """``messages`` as templates read them.
+
+    Null fields are left out, text parts of ``content`` are joined, ``arguments`` of tool calls are objects, the role
+    ``developer`` is ``system``, and reasoning goes by every name that templates read.
+
+    Raises:
+        RequestError: there are no messages, one is not an object with a role, or holds what is no text.
+    """
+    if not messages:
+        raise RequestError("the conversation is empty, expected at least one message")
+    return [_normalized(index, message) for index, message in enumerate(messages)]
+
+
+def _normalized(index: int, message: Message) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"message {index} is {reprlib.repr(message)}, expected an object with role and content")
+    kept = {name: value for name, value in message.items() if value is not None}
+    where = f"message {index} ({kept['role']})"
+    kept["role"] = _SYNONYMS.get(kept["role"], kept["role"])
+    if kept.get("tool_calls"):
+        kept["tool_calls"] = _calls(where, kept["tool_calls"])
+        kept.setdefault("content", "")  # what clients send as null beside calls
+    kept["content"] = _text(where, kept.get("content"))
+    reasoning = next((kept[name] for name in _REASONING_FIELDS if name in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _text(where: str, content: Any) -> str:
+    """The text of ``content``, which is text or a list of text parts.
+
+    >>> _text("message 0", [{"type": "text", "text": "What is "}, {"type": "text", "text": "this?"}])
+    'What is this?'
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        found = "null" if content is None else type(content).__name__
+        raise RequestError(f"{where}: content is {found}, expected text or a list of text parts")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise RequestError(f"{where}: content has a part of type {kind!r}, expected parts of type 'text' alone")
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}: a text part has {reprlib.repr(part.get('text'))}, expected text")
+    return "".join(part["text"] for part in content)
+
+
+def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects; clients send JSON text, templates write JSON of what they get."""
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise RequestError(f"{where}: tool_calls is {reprlib.repr(calls)}, expected a list of objects")
+    return [_call(where, call) for call in calls]
+
+
+def _call(where: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        return {**call, "function": _call(where, function)}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(call)
+    try:
+        parsed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise RequestError(f"{where}: arguments of a tool call are {reprlib.repr(arguments)}, expected a JSON object")
+    return {**call, "arguments": parsed}
