@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.int8_peak import int8_peak
 from benchmarks.write_gguf import write_gguf
-from qwen_build.build import plan_build, write_engine
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.manifest import ITEM_BYTES, Manifest
 from qwen_run.bench.bandwidth import Reader

@@ -146,7 +146,7 @@ class Engines:
             QwenError: it failed; its message.
         """
         checkpoint = [self.checkpoint] if self.checkpoint else []
-        command = [sys.executable, "-m", "qwen_build.cli", *checkpoint, *shlex.split(options)]
+        command = [sys.executable, "-P", "-m", "qwen_build.cli", *checkpoint, *shlex.split(options)]
         command += ["--output", str(self.path(options)), "--force", "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

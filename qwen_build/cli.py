@@ -15,7 +15,6 @@ from typing import Any
 
 import click
 
-from qwen_engine import __version__
 from qwen_engine.manifest import WEIGHTS_FILE, Quantization
 from qwen_run.commands.command import Command, printable
 from qwen_run.runtime.machine import peak_memory_bytes
@@ -179,7 +178,6 @@ class Size(click.ParamType[Any]):
 @click.option("--force", is_flag=True, help="Replace the engine if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show what would be built, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.version_option(__version__, package_name="qwen-engine")
 def main(
     checkpoint: str | None,
     max_kl: float | None,
@@ -208,9 +206,9 @@ def main(
     .NAME.KEY.calibration beside the engine, until a build of that engine is finished.
     """
     started = time.monotonic()
-    from qwen_build.build import plan_build, write_engine
     from qwen_build.checkpoint.locate import resolve_checkpoint
     from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.engine_build import plan_build, write_engine
     from qwen_build.plan.options import BuildOptions
     from qwen_build.plan.rules import read_rules
     from qwen_build.writing.output import check_output, left_beside, resolved

@@ -50,7 +50,7 @@ FLOORS = (
     ("qwen_build.graph",),
     ("qwen_build.plan", "qwen_build.writing"),
     ("qwen_build.calibration",),
-    ("qwen_build.build",),
+    ("qwen_build.engine_build",),
     ("qwen_build.auto",),
     ("qwen_build.cli",),
     ("qwen_build",),  # nothing but a docstring

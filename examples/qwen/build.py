@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from qwen_build.build import plan_build, write_engine
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 
 located = resolve_checkpoint(sys.argv[1])

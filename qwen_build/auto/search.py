@@ -21,12 +21,12 @@ import numpy as np
 
 from qwen_build.auto.report import CHOICES_FILE, REPORT_FILE, AutoReport, Trial, megabytes, rebuild_command, to_html
 from qwen_build.auto.sensitivity import Probing, Unit, decision_units, kept, kl_divergence
-from qwen_build.build import plan_build, write_engine
 from qwen_build.calibration.layer_runner import LayerRunner, embed, logits, read_layer
 from qwen_build.calibration.text import read_halves
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
+from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import Rule, excluding, write_rules
 from qwen_build.quantization.schemes import Scheme, make_scheme

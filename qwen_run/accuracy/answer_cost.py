@@ -39,7 +39,7 @@ def measure_cost(side: str, directory: Path, threads: int, prompts: Sequence[Seq
         EngineError: the process that measures failed.
     """
     job = Job(side, str(directory), threads, [list(prompt) for prompt in prompts])
-    command = [sys.executable, "-m", "qwen_run.accuracy.answer_cost"]
+    command = [sys.executable, "-P", "-m", "qwen_run.accuracy.answer_cost"]  # -P: no module of the current folder
     done = subprocess.run(command, input=json.dumps(dataclasses.asdict(job)), capture_output=True, text=True)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

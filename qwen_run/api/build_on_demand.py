@@ -83,8 +83,8 @@ def build_engine(checkpoint: Path, engine: Path, options: Mapping[str, Any]) -> 
 
 
 def _build(located: Located, engine: Path, options: BuildOptions, replace: bool) -> None:
-    from qwen_build.build import plan_build, write_engine
     from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.engine_build import plan_build, write_engine
 
     with Checkpoint.open(located.path) as weights:
         write_engine(plan_build(weights, located, options), weights, engine, replace)

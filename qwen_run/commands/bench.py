@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qwen_engine import __version__
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
 from qwen_run.commands.command import Command
@@ -96,7 +95,6 @@ plot_option = click.option("--plot", type=click.Path(path_type=Path), metavar="F
 
 
 @click.group(cls=Group)
-@click.version_option(__version__, package_name="qwen-engine")
 def main() -> None:
     """Measure how fast an engine is.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_engine import __version__
 from qwen_engine.errors import QwenError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _FULL = {
 
 
 class Command(click.Command):
-    """A click command with ``-h``, and with ``Error: ...`` and exit 1 for a :class:`QwenError`.
+    """A click command with ``-h`` and ``--version``, and with ``Error: ...`` and exit 1 for a :class:`QwenError`.
 
     Ctrl-C exits 130 without a word, SIGTERM and SIGHUP 128 more than their number, each after everything half-written
     was removed; click itself is as quiet when a reader closes the pipe.
@@ -39,6 +40,7 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("context_settings", {"help_option_names": ["-h", "--help"], "show_default": True})
         super().__init__(*args, **kwargs)
+        click.version_option(__version__)(self)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _open_closed_streams()

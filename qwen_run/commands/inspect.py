@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from qwen_engine import __version__
 from qwen_engine.errors import RequestError
 from qwen_engine.manifest import GRAPH_FILE, Manifest
 from qwen_run.commands.command import Command, printable
@@ -28,7 +27,6 @@ ENGINES = Path("engines")
 )
 @click.option("--verify", is_flag=True, help="Check the sha256 of every file first.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-@click.version_option(__version__, package_name="qwen-engine")
 def main(engine: Path | None, as_graph: bool, plot: Path | None, verify: bool, as_json: bool) -> None:
     """Show how every linear layer of ENGINE is stored, or its graph. Without ENGINE, the newest under engines/.
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_engine import __version__
 from qwen_plugin import MOST_THREADS
 from qwen_run.commands.command import Command, print_table
 
@@ -55,7 +54,6 @@ REPORTS = Path("reports")
     "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of both sides.  [default: physical cores]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.version_option(__version__, package_name="qwen-engine")
 @click.pass_context
 def main(
     context: click.Context, /, engine: Path | None, report: Path | None, as_json: bool, layers: bool, **options: Any

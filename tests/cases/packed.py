@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from qwen_build.build import Plan, plan_build
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.engine_build import Plan, plan_build
 from qwen_build.plan.options import BuildOptions
 
 

@@ -18,12 +18,12 @@ from click.testing import CliRunner
 from tokenizers import decoders, models
 
 from cases.tiny import FAMILIES
-from qwen_build.build import plan_build, write_engine
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
 from qwen_build.checkpoint.text_files import end_of_sequence_ids
 from qwen_build.cli import main
+from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_build.quantization.schemes import KERNELS, SCHEMES
 from qwen_build.writing import output as output_module

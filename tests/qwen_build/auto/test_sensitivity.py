@@ -11,11 +11,11 @@ import pytest
 
 from cases.tiny import FAMILIES, hf_logits
 from qwen_build.auto.sensitivity import Probing, decision_units, kl_divergence, output_error, rounded
-from qwen_build.build import plan_build
 from qwen_build.calibration.factor_search import as_multiplied
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.engine_build import plan_build
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.plan.options import BuildOptions
 from qwen_build.quantization.schemes import make_scheme

@@ -17,9 +17,8 @@ from click.testing import CliRunner
 from cases.calibration import letter_tokenizer, letters, with_tokenizer
 from cases.packed import CASES
 from cases.tiny import hf_logits, run_alone
-from qwen_build import build as building
 from qwen_build import cli
-from qwen_build.build import plan_build, write_engine
+from qwen_build import engine_build as building
 from qwen_build.calibration import calibrate as calibrating
 from qwen_build.calibration.layer_runner import INPUTS
 from qwen_build.calibration.method import Method
@@ -27,6 +26,7 @@ from qwen_build.calibration.plan import INT4_METHODS, METHODS
 from qwen_build.calibration.results import new_array
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
+from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import CALIBRATED, BuildOptions
 from qwen_build.plan.rules import Rule
 from qwen_engine.errors import BuildError, CheckpointError

@@ -13,7 +13,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cases.calibration import layer_factors, layer_readers
 from cases.tiny import TINY, run_alone
-from qwen_build.build import plan_build
 from qwen_build.calibration.factor_search import as_multiplied, least_error, normalised
 from qwen_build.calibration.input_statistics import Collector, InputStatistics
 from qwen_build.calibration.layer_runner import INPUTS, linear_shapes
@@ -24,6 +23,7 @@ from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
 from qwen_build.cli import CALIBRATED as CLI_CALIBRATED
 from qwen_build.cli import main
+from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import CALIBRATED, BuildOptions
 from qwen_build.plan.rules import Rule
 from qwen_build.quantization.schemes import make_scheme

@@ -9,9 +9,9 @@ import pytest
 
 from cases.packed import CASES, PackedCheckpoint, case_name
 from cases.tiny import hf_logits, run_alone
-from qwen_build.build import Plan
 from qwen_build.checkpoint.packed import FORMATS, PackedFormat, integers
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.engine_build import Plan
 from qwen_build.plan.rules import Rule
 from qwen_engine.errors import BuildError, CheckpointError, QwenError, UnsupportedModel, WeightMismatch
 from qwen_run.runtime.engine import Engine

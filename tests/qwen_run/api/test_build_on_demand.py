@@ -89,13 +89,13 @@ def test_two_at_once_build_once(checkpoint, tmp_path, built):
 
 
 def test_an_interrupted_build_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    from qwen_build import build
+    from qwen_build import engine_build
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(build, "write_graph", interrupted)
+        patched.setattr(engine_build, "write_graph", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine_of(checkpoint, {}, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("[!.]*"))
@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_line(checkpoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qwen_build.build.write_graph", full)
+    monkeypatch.setattr("qwen_build.engine_build.write_graph", full)
     with pytest.raises(BuildError, match=r"^[^\n]* cannot be written: No space left on device"):
         engine_of(checkpoint, {}, tmp_path / "cache")
     monkeypatch.setattr(build_on_demand, "_digests", full)

@@ -1,12 +1,14 @@
 """What all commands share: messages, signals, closed and full streams; real processes where it takes one."""
 
 import doctest
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from click.testing import CliRunner
 import qwen_run.commands.command
 import qwen_run.runtime.machine
 from cases import ROOT
+from qwen_engine import __version__
 from qwen_engine.errors import EngineError
 from qwen_run.commands.command import Command
 
@@ -163,3 +166,19 @@ def test_doctests():
     results = doctest.testmod(qwen_run.commands.command)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+
+def test_there_are_five_commands():
+    assert sorted(SCRIPTS) == ["qwen-bench", "qwen-build", "qwen-inspect", "qwen-run", "qwen-summarize"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_command_says_its_version(name):
+    module, function = SCRIPTS[name].split(":")
+    command = getattr(importlib.import_module(module), function)
+    result = CliRunner().invoke(command, ["--version"], prog_name=name)
+    assert (result.exit_code, result.output) == (0, f"{name}, version {__version__}\n")
+    assert CliRunner().invoke(command, ["-h"]).output.count("--version") == 1
