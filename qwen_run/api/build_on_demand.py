@@ -6,18 +6,17 @@ content of the checkpoint's files, the options, the builder's version. A process
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError, EngineError
 from qwen_engine.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from qwen_engine.whole_files import locked_file, whole_file
 from qwen_plugin import OPERATORS
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None
     try:
         kept.mkdir(parents=True, exist_ok=True)
         engine = kept / f"{located.name}-{_quant(located, chosen)}-{_key(_digests(located.path, kept), chosen)}"
-        with _locked(kept / f".{engine.name}.lock"):
+        with locked_file(kept / f".{engine.name}.lock"):
             if not _is_whole(engine):
                 _build(located, engine, chosen, replace=is_engine(engine))
     except OSError as error:
@@ -141,7 +140,8 @@ def _digests(checkpoint: Path, kept: Path) -> dict[str, str]:
         if isinstance(digests, dict) and digests.keys() == {path.name for path in files}:
             return digests
     digests = digest_files(files)
-    known.write_text(json.dumps(digests), encoding="utf-8")
+    with whole_file(known) as file:
+        file.write(json.dumps(digests).encode())
     return digests
 
 
@@ -161,15 +161,3 @@ def _is_whole(engine: Path) -> bool:
         return all((engine / name).stat().st_size == part.size_bytes for name, part in parts.items())
     except (EngineError, OSError):
         return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of the file ``path`` against other processes; without effect where there are no locks."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import MANIFEST_FILE, Manifest
+from qwen_engine.whole_files import whole_directory
 from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
 from qwen_run.api.engine_config import EngineConfig
 from qwen_run.runtime.core import Core, CoreOptions
@@ -110,16 +111,17 @@ class QwenForCausalLM:
             EngineError: ``directory`` holds something, or cannot be written.
         """
         source, target = self.engine.directory, Path(os.path.realpath(directory))
-        try:
+
+        def replaces() -> bool:
             if target.exists() and any(target.iterdir()):
                 raise EngineError(f"{directory} is not empty; remove it or choose another")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-                new = Path(scratch) / "engine"
-                new.mkdir()
+            return True
+
+        try:
+            replaces()
+            with whole_directory(target, replaces) as new:
                 for name in (*self.engine.manifest.parts, MANIFEST_FILE):
                     shutil.copyfile(source / name, new / name)
-                new.rename(target)
         except OSError as error:
             raise EngineError(f"{directory} cannot be written: {error.strerror}; choose another") from error
 

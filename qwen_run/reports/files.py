@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from qwen_engine.errors import RequestError
+from qwen_engine.whole_files import whole_file
 from qwen_run.accuracy.report import Report
 from qwen_run.reports.ci import to_junit, to_markdown
 from qwen_run.reports.html_page import to_html
@@ -27,20 +28,15 @@ def write_report(report: Report, directory: Path) -> list[Path]:
         RequestError: the directory cannot be made or written to.
     """
     texts = {name: make(report) for name, make in FILES.items()}
-    unfinished = {name: directory / f".{name}.{os.getpid()}.tmp" for name in FILES}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, path in unfinished.items():
-            # Text of a model may hold half a surrogate pair, which no UTF-8 file can.
-            path.write_bytes(texts[name].encode("utf-8", errors="replace"))
-        for name, path in unfinished.items():
-            path.replace(directory / name)
+        with ExitStack() as files:
+            for name, text in texts.items():
+                file = files.enter_context(whole_file(Path(os.path.realpath(directory / name))))
+                # Text of a model may hold half a surrogate pair, which no UTF-8 file can.
+                file.write(text.encode("utf-8", errors="replace"))
     except OSError as error:
         raise RequestError(
             f"{directory}: the report cannot be written: {error.strerror}; give another --report"
         ) from error
-    finally:
-        for path in unfinished.values():
-            with suppress(OSError):
-                path.unlink()
     return [directory / name for name in FILES]

@@ -26,10 +26,10 @@ from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_build.quantization.schemes import KERNELS, SCHEMES
-from qwen_build.writing import output as output_module
 from qwen_build.writing import weights_file as export
 from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest
+from qwen_engine.whole_files import NEW, OLD, scratch_beside
 from qwen_run.engine_files.checksums import verify_parts
 
 
@@ -336,7 +336,7 @@ def test_a_failed_replacement_keeps_the_old_engine(checkpoint, tmp_path, monkeyp
     rename = Path.rename
 
     def fail_for_the_new_one(self: Path, target: Path) -> Path:
-        if self.name == output_module.NEW:
+        if self.name == NEW:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(self, target)
 
@@ -427,9 +427,9 @@ def test_an_engine_lost_between_two_renames_comes_back(checkpoint, tmp_path):
     assert build(checkpoint, "--output", output).exit_code == 0
     scratch = tmp_path / ".engine.abcdefgh.partial"
     scratch.mkdir()
-    output.rename(scratch / output_module.OLD)
+    output.rename(scratch / OLD)
     (checkpoint / "config.json").rename(tmp_path / "config.json")  # so that the next build fails ...
-    with output_module.scratch_beside(output):  # ... but not before it looked at what is left
+    with scratch_beside(output):  # ... but not before it looked at what is left
         pass
     verify_parts(output, Manifest.read(output))
     assert not scratch.exists()
