@@ -31,7 +31,7 @@ def write_report(report: Report, directory: Path) -> list[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as files:
-            for name, text in texts.items():
+            for name, text in reversed(texts.items()):  # the last one entered is the first that is renamed
                 file = files.enter_context(whole_file(Path(os.path.realpath(directory / name))))
                 # Text of a model may hold half a surrogate pair, which no UTF-8 file can.
                 file.write(text.encode("utf-8", errors="replace"))
