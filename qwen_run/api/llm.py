@@ -19,7 +19,7 @@ from qwen_run.api.build_on_demand import engine_of
 from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
 from qwen_run.runtime.core import Core, CoreOptions
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.request import Request, Sequence, check_request
+from qwen_run.runtime.request import Request, Sequence, check_request, message_of
 from qwen_run.sampling.logprobs import TokenLogprobs
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Message
@@ -235,14 +235,16 @@ class LLM:
         """Run the model once; the requests whose answers have grown, none when nothing is left to do.
 
         Raises:
-            EngineError: the engine cannot run; every request is given up.
+            EngineError: the engine cannot run at all; every request is given up.
         """
+        failed: list[Sequence] = []
         try:
-            tokens = self.core.step()
+            tokens = self.core.step(failed)
         except BaseException:
             self.close()
             raise
-        grown = {token.request_index: self._answering[token.request_index] for token in tokens}
+        numbers = [token.request_index for token in tokens] + [sequence.request.number for sequence in failed]
+        grown = {number: self._answering[number] for number in numbers}
         for token in tokens:
             if token.logits is not None:
                 grown[token.request_index].logits.append(token.logits)
@@ -364,6 +366,7 @@ class PendingRequest:
             logprobs=None if logprobs is None else list(logprobs),
             finish_reason=sequence.finish_reason,
             stop_reason=self._stop_reason(sequence),
+            error=None if sequence.error is None else message_of(sequence.error),
         )
 
     def _text(self, sequence: Sequence) -> str:

@@ -35,8 +35,9 @@ class CompletionOutput:
         token_ids: with the token that ended it.
         cumulative_logprob: sum over the answer's tokens, if ``logprobs`` were asked for.
         logprobs: one entry a token, if asked for.
-        finish_reason: ``stop``, ``length`` or ``abort``; None while there is more to come.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None while there is more to come.
         stop_reason: the stop string or token id that ended the answer; None for an end-of-sequence token.
+        error: what went wrong, where ``finish_reason`` is ``error``.
     """
 
     index: int
@@ -46,6 +47,7 @@ class CompletionOutput:
     logprobs: list[Logprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,9 @@ def answer_all(
                     if answering.request.is_finished:
                         output = answering.output()
                         prompt = running.pop(answering)
+                        if error := next((answer.error for answer in output.outputs if answer.error), None):
+                            _refuse(prompt, error, failed, answers)
+                            continue
                         answers.write({"line": prompt.line, **_id_of(prompt), **record_of(output)})
                         num_answers += 1
                         num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
@@ -201,10 +204,15 @@ def _fill(
             llm.submit(answering)
             running[answering] = prompt
         except RequestError as error:
-            failed.add(prompt.line)
-            click.echo(f"Line {prompt.line}: {printable(str(error))}", err=True)
-            answers.write({"line": prompt.line, **_id_of(prompt), "error": str(error)})
+            _refuse(prompt, str(error), failed, answers)
     return bool(running)
+
+
+def _refuse(prompt: FilePrompt, error: str, failed: set[int], answers: AnswerFile | AnswerStream) -> None:
+    """Say that ``prompt`` gets no answer, and why."""
+    failed.add(prompt.line)
+    click.echo(f"Line {prompt.line}: {printable(error)}", err=True)
+    answers.write({"line": prompt.line, **_id_of(prompt), "error": error})
 
 
 def record_of(output: RequestOutput, token_ids: bool = False) -> Record:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_plugin import MOST_THREADS
 from qwen_run.commands.command import Command
 from qwen_run.runtime.machine import peak_memory_bytes
@@ -288,6 +288,8 @@ def _answer_one(llm: LLM, answering: PendingRequest, out: TextIO, as_json: bool,
                 print(text[shown:], end="", flush=True, file=out)
                 shown = len(text)
     assert output is not None
+    if error := next((answer.error for answer in output.outputs if answer.error), None):
+        raise EngineError(error)
     num_tokens = sum(len(answer.token_ids) for answer in output.outputs)
     ttft_ms, seconds = (times[1] - times[0]) * 1e3, times[-1] - times[1]
     tokens_per_s = (num_tokens - 1) / seconds if seconds else None

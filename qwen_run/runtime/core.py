@@ -18,6 +18,7 @@ from qwen_run.runtime.scheduler import Chunk, Scheduler
 from qwen_run.runtime.speculation import Speculator
 from qwen_run.sampling.beam import BeamSearch, beam_logprobs
 from qwen_run.sampling.logprobs import TokenLogprobs, token_logprobs
+from qwen_run.sampling.processors import check_finite
 from qwen_run.sampling.sample import sample
 
 
@@ -100,6 +101,7 @@ class Core:
         )
         self._num_added = self._num_steps = self._num_drafts = self._num_accepted = 0
         self._run_s = 0.0
+        self._failed: list[Sequence] = []  # in this step
 
     @property
     def is_done(self) -> bool:
@@ -150,43 +152,102 @@ class Core:
                 sequence.finish_reason = "abort"
                 self._finish(sequence)
 
-    def step(self) -> list[Token]:
+    def step(self, failed: list[Sequence] | None = None) -> list[Token]:
         """Run the engine once; the new tokens, those of a sequence in order. None when nothing is left to do.
 
         The tokens of beams come all at once, at the end of their search.
 
+        Args:
+            failed: takes the sequences that end in an error, such as logits that are not numbers; all others go on.
+                Without it the first such error is raised.
+
         Raises:
-            EngineError: the engine cannot run, or its logits are not numbers; :meth:`close` the core then.
+            EngineError: the engine cannot run at all; :meth:`close` the core then.
         """
+        self._failed = [] if failed is None else failed
         speculator = self._speculator
         chunks = self._scheduler.schedule(speculator.propose if speculator else None)
         if not chunks:
             return []
-        batch = build_batch(chunks)
-        started = time.perf_counter()
-        logits = self.engine.run(batch)  # (L, vocab_size)
-        run_s = time.perf_counter() - started
-        self._run_s += run_s
-        self._num_steps += 1
-        if speculator:
-            speculator.cost.observe(len(batch.input_ids), run_s)
         tokens: list[Token] = []
-        row = 0
-        for chunk in chunks:
-            tokens += self._take(chunk, logits[row : row + chunk.num_logits])
-            row += chunk.num_logits
+        for chunk, logits in self._run(chunks):
+            if not chunk.sequence.finish_reason:  # else a beam whose search has failed in this step
+                tokens += self._take(chunk, logits)
+        if failed is None and self._failed:
+            error = self._failed[0].error
+            assert error is not None
+            raise error
         return tokens
 
     def close(self) -> None:
         """Give up all requests and free every cache block."""
         self._scheduler.close()
 
+    def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, np.ndarray]]:
+        """Feed ``chunks``; those that could be, with their logits (num_logits, vocab_size). The others have failed."""
+        batch = build_batch(chunks)
+        started = time.perf_counter()
+        try:
+            logits = self.engine.run(batch)  # (L, vocab_size)
+        except EngineError:
+            return self._run_apart(chunks)
+        run_s = time.perf_counter() - started
+        self._run_s += run_s
+        self._num_steps += 1
+        if self._speculator:
+            self._speculator.cost.observe(len(batch.input_ids), run_s)
+        ends = list(accumulate(chunk.num_logits for chunk in chunks))
+        return [(chunk, logits[end - chunk.num_logits : end]) for chunk, end in zip(chunks, ends, strict=True)]
+
+    def _run_apart(self, chunks: list[Chunk]) -> list[tuple[Chunk, np.ndarray]]:
+        """As :meth:`_run`, one after the other, because the engine refuses them together."""
+        ran = []
+        for chunk in chunks:
+            try:
+                ran.append((chunk, self.engine.run(build_batch([chunk]))))
+            except EngineError as error:
+                self._fail(chunk.sequence, error)
+        if not ran:
+            self._check_that_engine_runs()
+        return ran
+
+    def _check_that_engine_runs(self) -> None:
+        """Feed one token, to tell an engine that cannot run from sequences that cannot be fed.
+
+        Raises:
+            EngineError: the engine refuses it, too.
+        """
+        cache = self.engine.cache
+        block_ids = cache.allocate(1)
+        if block_ids is None:
+            return
+        try:
+            table = np.array([block_ids], np.int32)
+            no_past, lengths = np.zeros(1, np.int32), np.array([0, 1], np.int32)
+            self.engine.run(Batch(np.zeros(1, np.int64), lengths, no_past, table, np.zeros(1, np.int64)))
+        finally:
+            cache.free(block_ids)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End ``sequence`` with ``error``; beams all together."""
+        request = sequence.request
+        sequence.error, sequence.finish_reason = error, "error"
+        if request.beam_search:
+            for beam in request.sequences:
+                beam.finish_reason = "error"
+                self._finish(beam)
+            sequence.token_ids, request.sequences = list(request.prompt), [sequence]
+        self._finish(sequence)
+        self._failed.append(sequence)
+
     def _take(self, chunk: Chunk, logits: np.ndarray) -> list[Token]:
         """Go on with the sequence of ``chunk``, for whose last tokens there are ``logits`` (num_logits, vocab_size)."""
         sequence, request = chunk.sequence, chunk.sequence.request
         num_fed = len(chunk.token_ids) - chunk.num_drafts
         if request.params.prompt_logprobs is not None:
-            self._judge_prompt(request, sequence.num_cached + num_fed - len(logits) + chunk.num_drafts, logits)
+            position = sequence.num_cached + num_fed - len(logits) + chunk.num_drafts
+            if not self._judge_prompt(sequence, position, logits):
+                return []
         if num_fed < sequence.num_pending:  # the middle of a prompt
             self._scheduler.advance(chunk)
             return []
@@ -195,6 +256,8 @@ class Core:
             return self._advance_beams(sequence, request.beam_search, logits[-1])
         if sequence.num_output:
             tokens = self._verify(sequence, chunk.token_ids[num_fed:], logits)
+            if sequence.error:
+                return tokens
             self._scheduler.advance(chunk, num_rejected=1 + chunk.num_drafts - len(tokens))
             self._num_drafts += chunk.num_drafts
             self._num_accepted += len(tokens) - 1
@@ -204,23 +267,36 @@ class Core:
         self._scheduler.advance(chunk)
         return self._begin_samples(sequence, logits[-1])
 
-    def _judge_prompt(self, request: Request, position: int, logits: np.ndarray) -> None:
-        """Note how likely the prompt's tokens are, after ``logits`` (n, vocab_size) of ``position`` and on."""
+    def _judge_prompt(self, sequence: Sequence, position: int, logits: np.ndarray) -> bool:
+        """Note how likely the prompt's tokens are, after ``logits`` (n, vocab_size) of ``position`` and on.
+
+        Returns:
+            False where ``sequence`` fails.
+        """
+        request = sequence.request
         count = request.params.prompt_logprobs
         assert count is not None
-        for token_id, row in zip(request.prompt[position + 1 :], logits, strict=False):
+        for offset, (token_id, row) in enumerate(zip(request.prompt[position + 1 :], logits, strict=False)):
+            try:
+                check_finite(row.max(), position + offset + 1)
+            except EngineError as error:
+                self._fail(sequence, error)
+                return False
             request.prompt_logprobs.append(token_logprobs(row, token_id, count))
+        return True
 
     def _verify(self, sequence: Sequence, drafts: list[int], logits: np.ndarray) -> list[Token]:
-        """The tokens after the pending one: as many as the drafts guessed, and one more.
+        """The tokens after the pending one: as many as the drafts guessed, and one more; fewer where it fails.
 
         Args:
             logits: (1 + drafts, vocab_size), the last ones of these.
         """
         tokens: list[Token] = []
         for draft, row in zip([*drafts, None], logits[-1 - len(drafts) :], strict=True):
-            tokens.append(self._extend(sequence, row))
-            if tokens[-1].token_id != draft or sequence.finish_reason:
+            token = self._extend(sequence, row)
+            if token:
+                tokens.append(token)
+            if sequence.finish_reason or (token and token.token_id != draft):
                 break
         return tokens
 
@@ -232,7 +308,8 @@ class Core:
         request.sequences = samples
         tokens = []
         for each in samples:
-            tokens.append(self._extend(each, logits))
+            if token := self._extend(each, logits):
+                tokens.append(token)
             if each.finish_reason:
                 self._finish(each)
         return tokens
@@ -240,7 +317,11 @@ class Core:
     def _advance_beams(self, sequence: Sequence, search: BeamSearch, logits: np.ndarray) -> list[Token]:
         """Note the ``logits`` (vocab_size,) after a beam; go on once those of all beams of the request are there."""
         request, beams = sequence.request, sequence.request.sequences
-        sequence.beam_logprobs = beam_logprobs(logits, request.params, sequence.context)
+        try:
+            sequence.beam_logprobs = beam_logprobs(logits, request.params, sequence.context)
+        except Exception as error:  # whatever it is, it is this request's alone
+            self._fail(sequence, error)
+            return []
         if any(beam.num_pending for beam in beams):
             return []
         chosen = search.advance(np.stack([beam.beam_logprobs for beam in beams if beam.beam_logprobs is not None]))
@@ -262,8 +343,15 @@ class Core:
             tokens[-1] = replace(tokens[-1], finish_reason=answer.finish_reason)
         return tokens
 
-    def _extend(self, sequence: Sequence, logits: np.ndarray) -> Token:
-        """Sample the next token of ``sequence`` from ``logits`` (vocab_size,)."""
+    def _extend(self, sequence: Sequence, logits: np.ndarray) -> Token | None:
+        """Sample the next token of ``sequence`` from ``logits`` (vocab_size,); None where the sequence fails."""
+        try:
+            return self._next_token(sequence, logits)
+        except Exception as error:  # whatever it is, it is this sequence's alone
+            self._fail(sequence, error)
+            return None
+
+    def _next_token(self, sequence: Sequence, logits: np.ndarray) -> Token:
         request = sequence.request
         sampled = sample(logits, request.params, sequence.context, len(sequence.token_ids), sequence.index)
         token_id = sampled.token_id

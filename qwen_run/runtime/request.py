@@ -9,13 +9,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import QwenError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.sampling.beam import BeamSearch
 from qwen_run.sampling.logprobs import TokenLogprobs
 from qwen_run.sampling.sample import SamplingContext, SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class StopCondition(Protocol):
@@ -95,6 +95,7 @@ class Sequence:
     Attributes:
         token_ids: the prompt and the answer so far.
         logprobs: of each token of the answer, if ``params`` asks for it.
+        error: why the sequence ended before its answer did, where ``finish_reason`` is ``error``.
         score: of an answer found by beam search.
         beam_logprobs: of the token that follows, while other beams are still waiting for theirs.
         block_ids: cache blocks in order; positions from ``num_cached`` on may hold leftovers of rejected drafts.
@@ -108,6 +109,7 @@ class Sequence:
     stopper: StopCondition | None = field(init=False)
     context: SamplingContext = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: Exception | None = None
     score: float | None = None
     beam_logprobs: np.ndarray | None = None
     num_cached: int = 0
@@ -146,6 +148,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens still to be fed: of the prompt, the one sampled last, or all after a preemption."""
         return len(self.token_ids) - self.num_cached
+
+
+def message_of(error: Exception) -> str:
+    """What a user is told of ``error``; what is none of the project's own is named."""
+    return str(error) if isinstance(error, QwenError) else f"{type(error).__name__}: {error}"
 
 
 def check_request(request: Request, manifest: Manifest, name: str = "the prompt") -> None:

@@ -126,3 +126,14 @@ def last_question(prompt: str) -> str:
 
 def shout(prompt: str) -> str:
     return f"«{last_question(prompt).upper()}» 你🤗"
+
+
+def poison(script: Script, word: str) -> None:
+    """Let ``script`` have no numbers for logits once ``word`` is in what it has read, as a key that overflows does."""
+    honest = script._logits
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        found = honest(tokens)
+        return np.full_like(found, np.nan) if word in script.tokenizer.decode(tokens, False) else found
+
+    script._logits = logits

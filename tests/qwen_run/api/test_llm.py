@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from cases.scripted import Script, scripted_model, write_text_files
+from cases.scripted import Script, poison, scripted_model, write_text_files
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run import LLM, AsyncLLM, SamplingParams
 from qwen_run.runtime.engine import Engine
@@ -72,6 +72,33 @@ def test_mistakes_are_told_before_anything_runs(model):
     with pytest.raises(RequestError, match="num_beams is 20, expected at most"):
         llm.generate(["a", "b"], replace(GREEDY, num_beams=20))
     assert (model.engine.num_runs, model.engine.is_idle, llm.core.is_done) == (0, True, True)
+
+
+def test_one_poisonous_prompt_ends_with_its_error_and_all_others_answer(model):
+    poison(model.engine, "Paris")
+    llm = LLM(model)
+    one, bad, two = llm.generate(["abc", "I love Paris", "x"], GREEDY)
+    assert [output.outputs[0].text for output in (one, two)] == ["ABC", "X"]
+    assert (one.outputs[0].error, bad.finished, bad.outputs[0].finish_reason) == (None, True, "error")
+    assert "hold nan, expected numbers" in bad.outputs[0].error
+    assert llm.generate("abc", GREEDY)[0].outputs[0].text == "ABC"
+    assert model.engine.is_idle
+
+
+def test_one_poisonous_request_does_not_end_an_async_engine(model):
+    poison(model.engine, "Paris")
+
+    async def ask(llm, prompt):
+        return [output async for output in llm.generate(prompt, GREEDY)][-1].outputs[0]
+
+    async def main():
+        async with AsyncLLM(model) as llm:
+            answers = await asyncio.gather(*(ask(llm, prompt) for prompt in (LONG, "I love Paris", "abc")))
+            return [*answers, await ask(llm, "later")]
+
+    answers = asyncio.run(main())
+    assert [answer.finish_reason for answer in answers] == ["stop", "error", "stop", "stop"]
+    assert [answer.text for answer in answers] == [LONG.upper(), "", "ABC", "LATER"]
 
 
 def test_chat(model):

@@ -17,7 +17,7 @@ import qwen_run.commands.command
 import qwen_run.commands.console
 import qwen_run.commands.prompt_file
 from cases import ROOT
-from cases.scripted import IM_END, Script, scripted_model, shout, write_text_files
+from cases.scripted import IM_END, Script, poison, scripted_model, shout, write_text_files
 from qwen_engine.errors import EngineError
 from qwen_run.commands import run as cli
 from qwen_run.commands.command import printable
@@ -76,6 +76,26 @@ def test_a_pipe_is_one_prompt(script):
 
 def test_raw(script):
     assert run("--raw", "--input-text", "abc").stdout == "ABC\n"
+
+
+def test_one_poisonous_line_gets_an_error_record_and_all_others_answers(script):
+    poison(script, "Paris")
+    prompts = ["one", "I love Paris now", "three"]
+    Path("in.jsonl").write_text("".join(json.dumps({"prompt": p, "id": p}) + "\n" for p in prompts), "utf-8")
+    result = run("--input-file", "in.jsonl", "--output-file", "out.jsonl")
+    records = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+    assert [record["id"] for record in records] == prompts
+    assert [record.get("text") for record in records] == ["«ONE» 你🤗", None, "«THREE» 你🤗"]
+    assert "hold nan, expected numbers" in records[1]["error"]
+    assert (result.exit_code, result.stderr.splitlines()[0][:7]) == (1, "Line 2:")
+    assert "1 of 3 prompts could not be answered" in result.stderr
+
+
+def test_a_lone_poisonous_prompt_is_an_error(script):
+    poison(script, "Paris")
+    result = run("--input-text", "Paris")
+    assert (result.exit_code, result.stderr[:7]) == (1, "Error: ")
+    assert "hold nan, expected numbers" in result.stderr
 
 
 def test_json(script):
@@ -201,12 +221,13 @@ def records(path="a.jsonl"):
 
 
 def stop_after(monkeypatch, num_runs, error=KeyboardInterrupt):
-    """Let the engine fail once, after some runs."""
+    """Let the engine fail after some runs: once where a user interrupts it, else for good."""
     original = Script.run
 
     def run(self, batch):
         if self.num_runs == num_runs:
-            monkeypatch.setattr(Script, "run", original)
+            if error is KeyboardInterrupt:
+                monkeypatch.setattr(Script, "run", original)
             raise error
         return original(self, batch)
 
