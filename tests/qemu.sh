@@ -29,8 +29,8 @@ if ! [ -d "$root/site" ]; then
   printf 'processor\t: %d\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n' 0 1 >"$root/proc/cpuinfo"
   python3 -m pip install --quiet --target "$root/wheels" --constraint constraints.txt --python-version 3.11 \
     --only-binary=:all: --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 \
-    hypothesis ml_dtypes numpy onnx onnxruntime pytest
+    hypothesis ml_dtypes numpy onnx onnxruntime pytest pytest-timeout
   mv "$root/wheels" "$root/site"
 fi
 arm_python -m qwen_plugin.compile --output "$QWEN_PLUGIN_LIBRARY"
-arm_python -m pytest -p no:cacheprovider tests/qwen_plugin/test_attention.py tests/qwen_plugin/test_linear.py "$@"
+arm_python -m pytest -p no:cacheprovider tests/qwen_plugin/test_{attention,linear}.py "$@"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cases.imports import circle, climbing, find_imports, misplaced, module_name, room_of
+from cases.processes import run_python
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
@@ -172,7 +171,7 @@ def modules_of(package: str) -> list[str]:
 def loaded_after(statement: str) -> set[str]:
     """The top-level modules a fresh interpreter has after ``statement``."""
     script = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = run_python(script)
     assert result.returncode == 0, result.stderr
     return set(result.stdout.split())
 

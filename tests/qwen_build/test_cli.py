@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import tokenizers
 from click.testing import CliRunner
 from tokenizers import decoders, models
 
+from cases.processes import PATIENCE_S, start_python
 from cases.tiny import FAMILIES
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
@@ -385,20 +385,20 @@ def slow_build(checkpoint: Path, output: Path, seconds: float = 0.5) -> subproce
         "cli.main()\n"
     )
     program = program.replace("SECONDS", str(seconds))
-    command = [sys.executable, "-c", program, str(checkpoint), "--output", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_python(program, checkpoint, "--output", output)
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     assert list(output.parent.iterdir())  # something is being written
     return process
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_leaves_nothing(number, checkpoint, tmp_path):
     output = tmp_path / "out" / "engine"
     process = slow_build(checkpoint, output)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert not list(output.parent.iterdir())
@@ -410,7 +410,7 @@ def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
     left = set(output.parent.iterdir())
     assert len(left) == 3
     killed.kill()
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=PATIENCE_S)
     (output.parent / ".engine.notes.partial").mkdir()  # not a name of ours
     assert build(checkpoint, "--output", output).exit_code == 0
     rest = {path.name.rpartition(".")[0].rpartition(".")[0] for path in output.parent.glob(".*")}
@@ -419,7 +419,7 @@ def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
     assert (output.parent / ".engine.notes.partial").exists()
     for process in (alive, other):
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def test_an_engine_lost_between_two_renames_comes_back(checkpoint, tmp_path):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 
-from cases import ROOT
+from cases.processes import run_python
 from qwen_engine.whole_files import NEW, OLD, lock, locked, open_own, scratch_beside, whole_directory, whole_file
 
 
@@ -64,7 +62,7 @@ with getattr(whole_files, sys.argv[1])(Path(sys.argv[2])):
 def test_what_a_killed_writer_left_goes_with_the_next_one_and_the_living_keep_theirs(whole, tmp_path):
     target = tmp_path / "target"
     with whole_file(target):
-        subprocess.run([sys.executable, "-c", KILLED, whole, str(target)], cwd=ROOT, check=False)
+        run_python(KILLED, whole, target)
         assert len(hidden(tmp_path)) == 2
         with scratch_beside(target):
             assert len(hidden(tmp_path)) == 2  # the living one's and that of this one

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 
 from cases.plugin_session import ISAS as SUPPORTED
 from cases.plugin_session import make_model, make_session
+from cases.processes import PATIENCE_S
 from qwen_engine import graph_io
 from qwen_plugin.reference import (
     PagedAttentionAttributes,
@@ -752,4 +753,4 @@ def test_sessions_can_run_at_the_same_time() -> None:
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(run, make_feeds(case), case.node_attributes, ISAS[-1], 2) for _ in range(40)]
         for job in jobs:
-            np.testing.assert_array_equal(job.result(), expected)
+            np.testing.assert_array_equal(job.result(PATIENCE_S), expected)

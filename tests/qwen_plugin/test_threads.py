@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from cases.plugin_session import make_model, make_options, make_session
+from cases.processes import PATIENCE_S
 from qwen_plugin import MOST_THREADS
 from qwen_plugin.compile import FLAGS, SOURCES, find_compiler
 from qwen_plugin.layout import pack_panels
@@ -104,7 +105,7 @@ def test_sessions_of_the_same_options_share_them_to_the_last(alone: np.ndarray) 
 @pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 def test_under_stress(tmp_path: Path) -> None:
     program = tmp_path / "threads_stress"
-    sources = [Path(__file__).with_name("threads_stress.cc"), SOURCES / "threads.cc"]
-    subprocess.run([*find_compiler(), *FLAGS, "-pthread", *sources, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
+    sources = [Path(__file__).with_name("threads_stress.cc"), SOURCES / "operator" / "threads.cc"]
+    subprocess.run([*find_compiler(), *FLAGS, "-pthread", *sources, "-o", program], check=True, timeout=PATIENCE_S)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -4,7 +4,6 @@ import doctest
 import hashlib
 import importlib.util
 import json
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from cases import ROOT
+from cases.processes import run_python
 from qwen_build.checkpoint import demo
 from qwen_build.checkpoint.demo import demo_checkpoint, half_split
 from qwen_build.checkpoint.safetensors import Checkpoint, digest_files, read_json
@@ -34,8 +33,7 @@ from pathlib import Path
 from qwen_build.checkpoint.demo import demo_checkpoint
 print(json.dumps([str(demo_checkpoint(Path(sys.argv[1]))), sorted(sys.modules)]))
 """
-    command = [sys.executable, "-c", script, str(tmp_path_factory.mktemp("cache"))]
-    path, modules = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    path, modules = json.loads(run_python(script, tmp_path_factory.mktemp("cache"), check=True).stdout)
     return Path(path), modules
 
 

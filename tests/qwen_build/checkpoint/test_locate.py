@@ -1,8 +1,5 @@
 """Which directory a CHECKPOINT argument means, and what is said when it means none."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -10,7 +7,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from cases import ROOT
+from cases.processes import run_python
 from qwen_build.checkpoint import locate
 from qwen_build.checkpoint.locate import Located, resolve_checkpoint
 from qwen_engine.errors import CheckpointError
@@ -169,15 +166,9 @@ def test_interrupted_download_is_not_an_error_of_the_hub(monkeypatch):
         resolve_checkpoint("Qwen/Tiny")
 
 
-def run_python(script, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
-
-
 def test_the_real_hub_client_offline(tmp_path):
     script = "from qwen_build.checkpoint.locate import resolve_checkpoint; resolve_checkpoint('Qwen/Tiny')"
-    result = run_python(script, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    result = run_python(script, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(
         "qwen_engine.errors.CheckpointError: no directory 'Qwen/Tiny' here, and the Hugging Face Hub"

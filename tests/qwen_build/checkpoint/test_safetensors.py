@@ -3,8 +3,6 @@
 import hashlib
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import ROOT
+from cases.processes import run_python
 from qwen_build.checkpoint import safetensors as checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint, LazyTensor, digest_files, read_json, write_safetensors
 from qwen_engine.errors import CheckpointError
@@ -177,7 +175,7 @@ with Checkpoint.open(Path({str(tmp_path)!r})) as opened:
         opened.read("w", start, start + 256)
     print(peak_kib() - before)
 """
-    grown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    grown = run_python(script, check=True)
     assert int(grown.stdout) < 24 << 10  # a 4 MiB slice, the one before it and a chunk
 
 

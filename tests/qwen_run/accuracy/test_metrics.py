@@ -3,8 +3,6 @@
 import dataclasses
 import doctest
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen_run.accuracy.metrics
+from cases.processes import run_python
 from qwen_run.accuracy.metrics import (
     ROUGE_TYPES,
     FullLogits,
@@ -407,7 +406,7 @@ def test_the_first_jump_of_an_error():
 def test_importing_it_costs_no_other_library():
     code = "import sys, qwen_run.accuracy.metrics\n"
     code += "print(sorted({'nltk', 'rouge_score', 'scipy', 'torch'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert run_python(code).stdout == "[]\n"
 
 
 def test_doctests():

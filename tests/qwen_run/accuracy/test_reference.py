@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +14,9 @@ import torch
 from onnx import helper
 from onnxscript import GraphBuilder
 
-from cases import ROOT
 from cases.as_built import MIXED, as_built, layer_outputs, relative_errors
 from cases.packed import CASES
+from cases.processes import run_python
 from cases.tiny import FAMILIES, hf_logits, run_alone
 from qwen_build.quantization.schemes import KERNELS, Scheme, make_scheme
 from qwen_engine.errors import CheckpointError, EngineError
@@ -287,8 +285,7 @@ def test_loading_says_nothing_on_stderr(tiny_checkpoint):
         "import sys; from pathlib import Path; from qwen_run.accuracy.reference import HuggingFace; "
         "print(len(HuggingFace(Path(sys.argv[1]), 1).continuation([1, 2, 3], 4, frozenset())))"
     )
-    command = [sys.executable, "-c", script, str(tiny_checkpoint("qwen2-tied", "bfloat16", True).path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(script, tiny_checkpoint("qwen2-tied", "bfloat16", True).path)
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("4", "", 0)
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cases import ROOT, TESTS
+from cases.processes import run_python
 from cases.saved_reference import IDENTITY, SEQUENCES, positions
 from qwen_engine.errors import RequestError
 from qwen_run.accuracy.origin_checks import TextFacts
@@ -168,11 +166,10 @@ def test_a_missing_file_and_an_unwritable_place_are_refused(tmp_path):
 
 
 def test_an_engine_is_judged_where_nothing_but_the_runtime_is(live, file, engine_directory, tmp_path):
-    script = f"""
+    script = """
 import sys
 for name in ("torch", "transformers", "qwen_build", "onnx", "safetensors"):
     sys.modules[name] = None
-sys.path.insert(0, {str(TESTS)!r})
 import json
 from pathlib import Path
 from cases.tiny import run_alone
@@ -183,8 +180,7 @@ saved = load_reference(Path(sys.argv[1]), IDENTITY)
 engine = Engine.load(Path(sys.argv[2]), threads=1)
 print(json.dumps([positions(role, engine, SEQUENCES[0]).kl.mean() for role in (saved.original, saved.as_built)]))
 """
-    command = [sys.executable, "-c", script, str(file), str(engine_directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(script, file, engine_directory)
     assert done.returncode == 0, done.stderr
     engine, saved = Engine.load(engine_directory, threads=1), load_reference(file, IDENTITY)
     expected = [positions(role, engine, SEQUENCES[0]).kl.mean() for role in (saved.original, saved.as_built)]
@@ -203,5 +199,5 @@ try:
 except RequestError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(script)
     assert "install qwen-engine[hf], or use --reference FILE" in done.stdout, done.stderr

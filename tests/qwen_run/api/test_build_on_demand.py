@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from cases.processes import PATIENCE_S
 from qwen_build.checkpoint.safetensors import digest_files
 from qwen_engine.errors import BuildError, CheckpointError, EngineError
 from qwen_engine.manifest import Manifest
@@ -84,7 +85,7 @@ def test_two_at_once_build_once(checkpoint, tmp_path, built):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(PATIENCE_S)
     assert (len(built), found) == (1, built * 4)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from cases.processes import PATIENCE_S, run_async
 from cases.scripted import Script, poison, scripted_model, write_text_files
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run import LLM, AsyncLLM, SamplingParams
@@ -96,7 +97,7 @@ def test_one_poisonous_request_does_not_end_an_async_engine(model):
             answers = await asyncio.gather(*(ask(llm, prompt) for prompt in (LONG, "I love Paris", "abc")))
             return [*answers, await ask(llm, "later")]
 
-    answers = asyncio.run(main())
+    answers = run_async(main())
     assert [answer.finish_reason for answer in answers] == ["stop", "error", "stop", "stop"]
     assert [answer.text for answer in answers] == [LONG.upper(), "", "ABC", "LATER"]
 
@@ -282,7 +283,7 @@ def slow(monkeypatch):
     monkeypatch.setattr(Script, "run", run)
 
 
-def run_async(main, model, **options):
+def run_with(main, model, **options):
     async def with_llm():
         async with AsyncLLM(model, **options) as llm:
             await main(llm)
@@ -290,7 +291,7 @@ def run_async(main, model, **options):
         assert not llm._thread.is_alive()
         assert not llm._streams
 
-    asyncio.run(with_llm())
+    run_async(with_llm())
 
 
 async def last(outputs):
@@ -306,7 +307,7 @@ def test_many_tasks_at_once(model):
         assert [result.outputs[0].text for result in results] == [prompt.upper() for prompt in prompts]
         assert all(result.finished for result in results)
 
-    run_async(main, model)
+    run_with(main, model)
 
 
 def test_a_stream_shows_progress_and_a_slow_reader_skips(model):
@@ -319,7 +320,7 @@ def test_a_stream_shows_progress_and_a_slow_reader_skips(model):
             await asyncio.sleep(0.01)
         assert [output.finished async for output in stream] == [True]
 
-    run_async(main, model)
+    run_with(main, model)
 
 
 @pytest.mark.usefixtures("slow")
@@ -345,7 +346,7 @@ def test_a_cancelled_reader_gives_its_request_up(model):
         assert max(len(request.sequences[0].output) for request in model.engine.seen) < 61
         assert (await last(llm.generate("ab", GREEDY))).outputs[0].text == "AB"
 
-    run_async(main, model)
+    run_with(main, model)
 
 
 @pytest.mark.usefixtures("slow")
@@ -362,7 +363,7 @@ def test_abort_ends_the_stream_with_what_there_is(model):
         assert final.outputs[0].text == "X" * len(final.outputs[0].token_ids)
         assert (await last(await llm.add_request("ab", GREEDY, "mine"))).outputs[0].text == "AB"
 
-    run_async(main, model)
+    run_with(main, model)
 
 
 @pytest.mark.usefixtures("slow")
@@ -384,8 +385,8 @@ def test_requests_wait_for_a_place(model):
             stream.close()
         await last(await waiting)
 
-    run_async(main, model, max_requests=2)
-    run_async(crowded, model, max_requests=2)
+    run_with(main, model, max_requests=2)
+    run_with(crowded, model, max_requests=2)
 
 
 @pytest.mark.usefixtures("slow")
@@ -398,7 +399,7 @@ def test_refusals_reach_the_caller_alone(model):
             await last(llm.generate("x", replace(GREEDY, num_beams=20)))
         assert (await other).outputs[0].text == LONG.upper()
 
-    run_async(main, model, max_requests=2)
+    run_with(main, model, max_requests=2)
 
 
 def test_a_failure_reaches_every_reader_and_who_comes_later(model, monkeypatch):
@@ -419,7 +420,7 @@ def test_a_failure_reaches_every_reader_and_who_comes_later(model, monkeypatch):
         with pytest.raises(EngineError, match="the engine has stopped: broken"):
             await llm.add_request("a", GREEDY)
 
-    run_async(main, model)
+    run_with(main, model)
 
 
 @pytest.mark.usefixtures("slow")
@@ -429,7 +430,7 @@ def test_a_request_without_a_name_gets_one_that_is_free(model):
             named = await llm.add_request(LONG, GREEDY, request_id="0")
             return named.request_id, (await llm.add_request("a", GREEDY)).request_id
 
-    assert asyncio.run(main()) == ("0", "1")
+    assert run_async(main()) == ("0", "1")
 
 
 @pytest.mark.usefixtures("slow")
@@ -439,10 +440,10 @@ def test_closing_ends_what_is_unfinished(model):
         stream = await llm.add_request(LONG, GREEDY)
         await anext(stream)
         await llm.close()
-        assert (await asyncio.wait_for(last(stream), 5)).outputs[0].finish_reason == "abort"
+        assert (await asyncio.wait_for(last(stream), PATIENCE_S)).outputs[0].finish_reason == "abort"
         with pytest.raises(EngineError, match="the engine is closed"):
             await llm.add_request("a", GREEDY)
 
-    asyncio.run(main())
+    run_async(main())
     assert model.engine.is_idle
     assert not [thread for thread in threading.enumerate() if thread.name == "qwen-engine"]

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from click.testing import CliRunner
 import qwen_run.commands.command
 import qwen_run.runtime.machine
 from cases import ROOT
+from cases.processes import PATIENCE_S, run_python, start_python
 from qwen_engine import __version__
 from qwen_engine.errors import EngineError
 from qwen_run.commands.command import Command
@@ -35,21 +35,17 @@ PRINTS = """if True:
 
 
 def test_a_closed_pipe_ends_quietly():
-    with subprocess.Popen(
-        [sys.executable, "-c", PRINTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    ) as process:
+    with start_python(PRINTS) as process:
         process.stdout.read(10)
         process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait(10) == 1
+        assert process.stderr.read() == ""
+        assert process.wait(PATIENCE_S) == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-c", PRINTS], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
-        )
+        result = run_python(PRINTS, stdout=full, stderr=subprocess.PIPE)
     assert result.returncode == 1
     assert re.fullmatch("Error: no space is left[^\n]*\n", result.stderr)
 
@@ -57,9 +53,7 @@ def test_a_full_disk_is_one_line():
 def test_a_file_that_may_not_grow_is_one_line(tmp_path):
     limited = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n{PRINTS}"
     with open(tmp_path / "output", "w") as output:
-        result = subprocess.run(
-            [sys.executable, "-c", limited], stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
-        )
+        result = run_python(limited, stdout=output, stderr=subprocess.PIPE)
     assert result.returncode == 1
     assert re.fullmatch("Error: a file may not become larger[^\n]*\n", result.stderr)
 
@@ -85,38 +79,42 @@ COMMAND = """if True:
 
 
 def test_control_characters_of_an_error_are_shown_and_not_obeyed():
-    result = subprocess.run(
-        [sys.executable, "-c", COMMAND, "fail"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    result = run_python(COMMAND, "fail")
     assert (result.returncode, result.stderr) == (1, "Error: a\\x1b[2J\\nb \\udcff é\n")
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_closed_streams(closed):
-    result = subprocess.run(
-        [sys.executable, "-c", COMMAND, "read"], stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, check=False, cwd=ROOT, preexec_fn=lambda: os.close(closed),
-    )  # fmt: skip
+    result = run_python(COMMAND, "read", stdin=subprocess.DEVNULL, preexec_fn=lambda: os.close(closed))
     assert result.returncode == 0
     assert (result.stdout, result.stderr) == (
         "" if closed == 1 else "False \n", "" if closed == 2 else "on stderr\ncleaned up"
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_cleaned_up_however_often_it_comes(number):
-    with subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "wait"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, cwd=ROOT,
-    ) as process:  # fmt: skip
+    with start_python(COMMAND, "wait", stdin=subprocess.DEVNULL) as process:
         process.stdout.readline()
         process.send_signal(number)
         time.sleep(0.1)
         process.send_signal(number)
-        assert process.wait(10) == 128 + number
-        assert process.stderr.read() == b"on stderr\ncleaned up"
+        assert process.wait(PATIENCE_S) == 128 + number
+        assert process.stderr.read() == "on stderr\ncleaned up"
 
 
+@pytest.mark.usefixtures("ignored_hangup")
+def test_a_command_outlives_a_hangup_that_its_caller_ignores():
+    with start_python(COMMAND, "read", stdin=subprocess.PIPE) as process:
+        assert process.stderr.readline() == "on stderr\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert process.communicate("to the end", timeout=PATIENCE_S) == ("False to the end\n", "cleaned up")
+        assert process.returncode == 0
+
+
+@pytest.mark.usefixtures("default_signals")
 def test_handlers_are_there_only_while_a_command_runs():
     numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
     before, seen = [signal.getsignal(number) for number in numbers], []
@@ -130,27 +128,27 @@ def test_handlers_are_there_only_while_a_command_runs():
     assert [now == then for now, then in zip(seen[0], before, strict=True)] == [False, False, True]
     assert [signal.getsignal(number) for number in numbers] == before
     with ThreadPoolExecutor(1) as pool:  # where Python takes no handlers
-        assert pool.submit(CliRunner().invoke, look).result().exit_code == 1
+        assert pool.submit(CliRunner().invoke, look).result(PATIENCE_S).exit_code == 1
     assert seen[1] == before
 
 
+@pytest.mark.usefixtures("default_signals", "ignored_hangup")
 def test_what_a_caller_ignores_stays_ignored():
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    try:
-        with qwen_run.commands.command._exit_on_signals():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+    seen = []
+
+    @click.command(cls=Command)
+    def look() -> None:
+        seen.extend(signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM))
+
+    assert CliRunner().invoke(look).exit_code == 0
+    assert seen[0] == signal.SIG_IGN
+    assert seen[1] != signal.SIG_DFL
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_help_on_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-c", COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-            cwd=ROOT,
-        )  # fmt: skip
+        result = run_python(COMMAND, "--help", stdout=full, stderr=subprocess.PIPE)
     assert result.returncode == 1
     assert re.fullmatch("Error: no space is left[^\n]*\n", result.stderr)
 

@@ -17,6 +17,7 @@ import pytest
 
 import qwen_run.commands.console
 from cases import ROOT
+from cases.processes import PATIENCE_S
 from cases.scripted import scripted_model, shout, write_text_files
 from qwen_run.commands.console import Console, changed, completions
 from qwen_run.sampling.params import SamplingParams
@@ -179,7 +180,7 @@ class Terminal:
     def send(self, text):
         os.write(self.file, text.encode())
 
-    def expect(self, pattern, timeout_s=30):
+    def expect(self, pattern, timeout_s=PATIENCE_S):
         """Read until ``pattern`` is there; what was read up to its end is used up."""
         deadline = time.monotonic() + timeout_s
         while not (found := re.search(pattern, self.seen)):
@@ -191,7 +192,7 @@ class Terminal:
                     self.send("\x1b[1;1R")
         self.seen = self.seen[found.end() :]
 
-    def wait(self, timeout_s=10):
+    def exit_code(self, timeout_s=PATIENCE_S):
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -222,7 +223,7 @@ def test_a_real_terminal(tmp_path):
     terminal.expect("Ctrl-D leaves")
     terminal.expect(">")
     terminal.send("\x04")
-    assert terminal.wait() == 0
+    assert terminal.exit_code() == 0
 
 
 def test_doctests():

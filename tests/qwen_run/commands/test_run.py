@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from click.testing import CliRunner
 import qwen_run.commands.command
 import qwen_run.commands.console
 import qwen_run.commands.prompt_file
-from cases import ROOT
+from cases.processes import run_python
 from cases.scripted import IM_END, Script, poison, scripted_model, shout, write_text_files
 from qwen_engine.errors import EngineError
 from qwen_run.commands import run as cli
@@ -141,7 +139,7 @@ def test_prompts_on_standard_input_are_not_overwritten(script):
     Path("q.txt").write_text("precious")
     code = "import sys; from qwen_run.commands.run import main; main(sys.argv[1:])"
     with open("q.txt") as stdin:
-        result = fresh(code, "--engine", "engines/tiny", "--output-file", "q.txt", stdin=stdin)
+        result = run_python(code, "--engine", "engines/tiny", "--output-file", "q.txt", stdin=stdin, cwd=".")
     assert result.returncode == 1
     assert "q.txt is a file of the prompts; choose another --output-file" in result.stderr
     assert Path("q.txt").read_text() == "precious"
@@ -467,23 +465,11 @@ FORBIDDEN = ("torch", "transformers", "onnx", "huggingface_hub", "onnx_ir", "onn
 HEAVY = ("numpy", "onnxruntime", "tokenizers", "jinja2", "prompt_toolkit", "tqdm")
 
 
-def fresh(code, *arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        **options,
-    )
-
-
 def test_help_is_quick_and_imports_nothing_heavy():
     code = "import sys, atexit; from qwen_run.commands.run import main\n"
     code += "atexit.register(lambda: print(*sys.modules)); main()"
     started = os.times()
-    result = fresh(code, "--help")
+    result = run_python(code, "--help")
     ended = os.times()
     assert result.returncode == 0
     assert not {*FORBIDDEN, *HEAVY} & set(result.stdout.split("Examples:")[1].split())
@@ -494,7 +480,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
 def test_nothing_of_the_builder_is_imported():
     modules = ["commands.run", "commands.console", "text.text_model", "text.chat_template", "sampling.sample"]
     imports = "; ".join(f"import qwen_run.{module}" for module in modules)
-    result = fresh(f"import sys; {imports}; print(*sys.modules)")
+    result = run_python(f"import sys; {imports}; print(*sys.modules)")
     assert result.returncode == 0, result.stderr
     assert not set(FORBIDDEN) & set(result.stdout.split())
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from cases.processes import run_python
 from cases.scripted import write_text_files
 from cases.tiny import FAMILIES, TINY
 from qwen_build.graph.rope import rope_tables
@@ -271,8 +270,7 @@ def test_a_saved_reference_needs_no_torch(engines, saved, dataset, tmp_path):
     )
     options = ["--engine", engines["int8"], "--dataset", dataset, "--report", tmp_path, "--max-new-tokens", "8"]
     options += ["--reference", saved["int8"], "--no-cost", "--threads", "1", "--threshold", "as_built.kl_mean<=1e-5"]
-    command = [sys.executable, "-c", program, *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(program, *options)
     assert done.returncode == 0, done.stderr
     assert Report.read(tmp_path / "report.json").outcome == "passed"
 

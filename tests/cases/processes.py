@@ -1,0 +1,46 @@
+"""Processes that tests start. None of them can make a test wait for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from cases import ROOT, TESTS
+
+Result = TypeVar("Result")
+
+# Longest wait for a process, a thread or an event loop: what takes longer hangs. A loaded machine needs its share.
+PATIENCE_S = 300.0
+
+
+def run_python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """What a fresh interpreter did with ``code``, which finds the packages and ``cases`` from any folder.
+
+    Args:
+        options: as :func:`subprocess.run` has them; ``env`` is added to the environment.
+    """
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"} | options.pop("env", {})
+    if not {"stdout", "stderr"} & options.keys():
+        options["capture_output"] = True
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, text=True, timeout=PATIENCE_S, env=environment, **{"cwd": ROOT} | options)
+
+
+def start_python(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """A fresh interpreter that runs ``code``. It is killed after ``PATIENCE_S``, which ends every read from it."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **options)
+    killer = threading.Timer(PATIENCE_S, process.kill)
+    killer.daemon = True
+    killer.start()
+    return process
+
+
+def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """As :func:`asyncio.run`; what waits for longer than ``PATIENCE_S`` is cancelled and raises TimeoutError."""
+    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE_S))
