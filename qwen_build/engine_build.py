@@ -26,6 +26,7 @@ from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.packed import PackedSource
 from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
 from qwen_build.checkpoint.text_files import check_text_files, end_of_sequence_ids
+from qwen_build.graph.architecture import layer_kind
 from qwen_build.graph.layers import Schemes
 from qwen_build.graph.model import Graph, build_graph
 from qwen_build.graph.weight_map import EMBEDDING, HEAD, AnySource, Source, check_layers, map_weights
@@ -42,7 +43,7 @@ from qwen_build.writing.weights_file import (
 )
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
-from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, PLUGIN_DOMAIN, TensorSpec, cache_inputs, logits_output
+from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, PLUGIN_DOMAIN, TensorSpec, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -154,18 +155,8 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     check_layers(config, checkpoint)
     check_text_files(located.path)
     max_seq_len = _max_seq_len(options, config)
-    assert options.kv_cache_dtype is not None
     schemes = plan_schemes(options, config, checkpoint)
-    inputs = (
-        *BATCH_INPUTS,
-        *cache_inputs(
-            range(config.num_hidden_layers),
-            config.num_key_value_heads,
-            config.head_dim,
-            options.block_size,
-            options.kv_cache_dtype,
-        ),
-    )
+    inputs = (*BATCH_INPUTS, *_states(options, config))
     graph = build_graph(config, schemes, inputs, max_seq_len)
     shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in graph.stored.items()}
     scales = [name for name in graph.plain if name.endswith(".input_scale")]  # no checkpoint has them
@@ -225,6 +216,13 @@ def write_engine(
         manifest = _manifest(plan, _measured(plan, layout, errors), scratch, digests(), command)
         (scratch / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _states(options: BuildOptions, config: ModelConfig) -> Iterator[TensorSpec]:
+    """What the layers keep between runs, layer after layer."""
+    assert options.kv_cache_dtype is not None
+    for layer in range(config.num_hidden_layers):
+        yield from layer_kind(config, layer).states(config, layer, options.block_size, options.kv_cache_dtype)
 
 
 def _max_seq_len(options: BuildOptions, config: ModelConfig) -> int:

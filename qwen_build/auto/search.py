@@ -351,7 +351,7 @@ def float_states(
     for layer in range(config.num_hidden_layers):
         weights = read_layer(checkpoint, config, layer)
         for i, hidden in enumerate(states):
-            states[i] = runner.run(weights, hidden, [length], with_inputs=False).output
+            states[i] = runner.run(layer, weights, hidden, [length], with_inputs=False).output
             advance(length)
     return states
 

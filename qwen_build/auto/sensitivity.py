@@ -23,21 +23,14 @@ from typing import Any
 import numpy as np
 
 from qwen_build.calibration.factor_search import as_multiplied
-from qwen_build.calibration.layer_runner import (
-    INPUTS,
-    LayerRunner,
-    embed,
-    final_norm,
-    linear_shapes,
-    logits,
-    read_layer,
-)
+from qwen_build.calibration.layer_runner import LayerRunner, embed, final_norm, logits, read_layer
 from qwen_build.calibration.results import new_array
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import read_linear
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.graph.architecture import LAYER, layer_kind
 from qwen_build.graph.layers import SchemeChoice
-from qwen_build.graph.weight_map import ALONE, EMBEDDING, FUSED, HEAD, LAYER
+from qwen_build.graph.weight_map import EMBEDDING, HEAD
 from qwen_build.quantization.schemes import IntScheme, Scheme, WeightShape
 from qwen_run.runtime.machine import physical_cores
 
@@ -73,7 +66,7 @@ class Unit:
 
 
 def decision_units(config: ModelConfig, fixed: Mapping[str, SchemeChoice], schemes: tuple[Scheme, ...]) -> list[Unit]:
-    """The units of a model, in the order they are computed.
+    """The units of a model: those of each layer in turn, the ones that may be fused first.
 
     Args:
         fixed: linears whose scheme is decided already, which keeps them apart from others.
@@ -96,14 +89,11 @@ def decision_units(config: ModelConfig, fixed: Mapping[str, SchemeChoice], schem
         add(EMBED_TOKENS, None, {EMBED_TOKENS: vocabulary, LM_HEAD: vocabulary}, shared=True)
     else:
         add(EMBED_TOKENS, None, {EMBED_TOKENS: vocabulary})
-    shapes = linear_shapes(config)
     for layer in range(config.num_hidden_layers):
-        path = f"model.layers.{layer}"
-        for fused, parts in FUSED.items():
-            names = [f"{fused.rpartition('.')[0]}.{part}" for part in parts(config)]
-            add(f"{path}.{fused}", layer, {f"{path}.{name}": shapes[name] for name in names})
-        for name in ALONE:
-            add(f"{path}.{name}", layer, {f"{path}.{name}": shapes[name]})
+        path, kind = f"model.layers.{layer}", layer_kind(config, layer)
+        alone = {linear.name: (linear,) for linear in kind.linears if not linear.fused}
+        for name, linears in {**kind.fused, **alone}.items():
+            add(f"{path}.{name}", layer, {f"{path}.{linear.name}": linear.shape(config) for linear in linears})
     if not config.tie_word_embeddings:
         add(LM_HEAD, None, {LM_HEAD: vocabulary})
     return units
@@ -181,8 +171,8 @@ class Probing:
         before = np.load(self._states_file(layer), mmap_mode="r")
         weights = read_layer(self.checkpoint, self.config, layer)
         lengths = [self.token_ids.shape[1]] * len(self.token_ids)
-        exact = runner.run(weights, before[0], lengths)
-        inputs = {f"{linear}.weight": exact.inputs[key] for key, linears in INPUTS.items() for linear in linears}
+        exact = runner.run(layer, weights, before[0], lengths)
+        inputs = {f"{one.name}.weight": exact.inputs[one.reads.name] for one in layer_kind(self.config, layer).linears}
         names = [[f"{LAYER.sub('', linear)}.weight" for linear in unit.linears] for unit in self._layers[layer]]
 
         def ratios() -> Iterator[tuple[str, list[float]]]:
@@ -195,10 +185,10 @@ class Probing:
         def states() -> Iterator[np.ndarray]:
             yield exact.output
             for hidden in before[1:]:
-                yield runner.run(weights, hidden, lengths, with_inputs=False).output
+                yield runner.run(layer, weights, hidden, lengths, with_inputs=False).output
             for own in names:
                 altered = weights | {name: rounded(self.probe, weights[name]) for name in own}
-                yield runner.run(altered, before[0], lengths, with_inputs=False).output
+                yield runner.run(layer, altered, before[0], lengths, with_inputs=False).output
 
         kept(self.scratch / f"layer-{layer}.json", lambda: dict(ratios()))
         self._write_states(layer + 1, states(), self._models[layer])

@@ -18,23 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from qwen_build.calibration.factor_search import input_scale
-from qwen_build.calibration.folding import PRODUCERS, fold_inputs
+from qwen_build.calibration.folding import fold_inputs
 from qwen_build.calibration.input_statistics import Collector, InputStatistics
-from qwen_build.calibration.layer_runner import (
-    INPUTS,
-    LayerRun,
-    LayerRunner,
-    LayerWeights,
-    embed,
-    linear_shapes,
-    read_layer,
-)
+from qwen_build.calibration.layer_runner import LayerRun, LayerRunner, LayerWeights, embed, read_layer
 from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.calibration.results import layer_directory, new_array, save_array, save_rounded
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import is_packed
 from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
-from qwen_build.graph.weight_map import FUSED
+from qwen_build.graph.architecture import LayerKind, distinct_kinds, layer_kind
 from qwen_build.quantization.grid import Rounded
 from qwen_build.quantization.schemes import IntScheme
 from qwen_build.writing.output import resumable_beside
@@ -91,14 +83,13 @@ class Calibration:
 
     def memory_bytes(self, config: ModelConfig) -> int:
         """Estimate of what :func:`calibrate` has in memory at its peak."""
-        shapes = linear_shapes(config)
-        layer = sum(math.prod(shape) for shape in shapes.values())
-        inputs = [shapes[names[0]][1] for names in INPUTS.values()]
-        moments = sum(size * size for size in inputs) if self.needs_second_moment else 0
+        kinds = [(list(kind.shapes(config).values()), kind.inputs.values()) for kind in distinct_kinds(config)]
+        layer = max(sum(math.prod(shape) for shape in shapes) for shapes, _ in kinds)
+        moments = max(sum(read.size(config) ** 2 for read in inputs) for _, inputs in kinds)
         run = _RUN_ARRAYS * max(_RUN_ELEMENTS, int(self.sequences.shape[1]) * config.intermediate_size)
-        rounding = max(math.prod(shape) for shape in shapes.values()) * 4
+        rounding = 4 * max(math.prod(shape) for shapes, _ in kinds for shape in shapes)
         hidden = 2 * math.prod(self.sequences.shape) * config.hidden_size
-        return 4 * (layer + moments + max(run, rounding) + hidden)
+        return 4 * (layer + (moments if self.needs_second_moment else 0) + max(run, rounding) + hidden)
 
 
 def calibrate(
@@ -130,26 +121,16 @@ def calibrate(
         hidden = np.load(entering, mmap_mode="r")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        weights = read_layer(checkpoint, config, layer)
-        path = f"model.layers.{layer}."
-        schemes = {n.removeprefix(path): scheme for n, scheme in calibration.schemes.items() if n.startswith(path)}
+        rounding = _read_rounding(calibration, config, checkpoint, layer, scratch)
         errors: dict[str, tuple[float, float]] = {}
-        if schemes:
-            statistics = _statistics(runner, weights, hidden, config, schemes, calibration.needs_second_moment, advance)
-            for key, own in statistics.items():
-                if not np.isfinite(own.mean_square).all():
-                    raise CheckpointError(
-                        f"{path}{INPUTS[key][0]}: what it multiplies is too large for float32 on the calibration text; "
-                        "the checkpoint is damaged, download or save it again"
-                    )
-            packed = {name for names in INPUTS.values() for name in names if is_packed(checkpoint, path + name)}
-            errors = _round_layer(calibration, config, weights, statistics, schemes, packed, scratch, path)
+        if rounding.schemes:
+            errors = rounding.round(rounding.statistics(runner, hidden, advance))
         else:
             advance(len(sequences))
         (scratch / _ERRORS).write_text(json.dumps(errors))
         if layer + 1 < config.num_hidden_layers:
             output = new_array(scratch / _OUTPUT, hidden.shape)
-            for rows, run in _runs(runner, weights, hidden, config, with_inputs=False):
+            for rows, run in rounding.runs(runner, hidden, with_inputs=False):
                 output[rows] = run.output.reshape(-1, *hidden.shape[1:])
                 advance(rows.stop - rows.start)
         else:
@@ -188,105 +169,134 @@ def output_errors(directory: Path, config: ModelConfig) -> dict[str, tuple[float
     return errors
 
 
-def _runs(
-    runner: LayerRunner, weights: LayerWeights, hidden: np.ndarray, config: ModelConfig, with_inputs: bool
-) -> Iterator[tuple[slice, LayerRun]]:
-    """A layer over ``hidden`` (S, L, hidden_size), some sequences at a time: which, and the run."""
-    sequences, length, size = hidden.shape
-    step = max(1, _RUN_ELEMENTS // (config.intermediate_size * length))
-    for start in range(0, sequences, step):
-        rows = slice(start, min(start + step, sequences))
-        batch = hidden[rows].reshape(-1, size)
-        yield rows, runner.run(weights, batch, [length] * (rows.stop - start), with_inputs)
+@dataclass(frozen=True, eq=False)
+class _LayerRounding:
+    """One layer on its way to the weights that the engine computes with.
 
-
-def _statistics(
-    runner: LayerRunner,
-    weights: LayerWeights,
-    hidden: np.ndarray,
-    config: ModelConfig,
-    schemes: Mapping[str, IntScheme],
-    with_second_moment: bool,
-    advance: Callable[[int], object],
-) -> dict[str, InputStatistics]:
-    """Of every input of a layer that a linear of ``schemes`` reads."""
-    collectors = {
-        key: Collector(weights[f"{names[0]}.weight"].shape[1], math.prod(hidden.shape[:2]), with_second_moment)
-        for key, names in INPUTS.items()
-        if any(name in schemes for name in names)
-    }
-    for rows, run in _runs(runner, weights, hidden, config, with_inputs=True):
-        for key, collector in collectors.items():
-            collector.add(run.inputs[key])
-        advance(rows.stop - rows.start)
-    return {key: collectors.pop(key).finish() for key in list(collectors)}
-
-
-def _round_layer(
-    calibration: Calibration,
-    config: ModelConfig,
-    weights: LayerWeights,
-    statistics: dict[str, InputStatistics],
-    schemes: Mapping[str, IntScheme],
-    packed: Set[str],
-    directory: Path,
-    path: str,
-) -> dict[str, tuple[float, float]]:
-    """Fold and round one layer: ``weights`` become those that the engine computes with.
-
-    Args:
-        statistics: are used up.
+    Attributes:
+        number: of the layer.
+        weights: change from the checkpoint's to the engine's.
+        schemes: of the linears that are rounded, by their names in the layer.
         packed: the linears that have to stay as they are.
-        directory: takes everything that is not as in the checkpoint, by its name in the layer behind ``path``.
-
-    Returns:
-        see :func:`output_errors`.
+        directory: takes everything that is not as in the checkpoint.
     """
 
-    def readers_of(key: str, own: InputStatistics) -> InputReaders:
-        names = [name for name in INPUTS[key] if name in schemes]
-        read = {name: weights[f"{name}.weight"] for name in names}
-        return InputReaders(config, key, own, read, {name: schemes[name] for name in names})
+    calibration: Calibration
+    config: ModelConfig
+    number: int
+    weights: LayerWeights
+    schemes: Mapping[str, IntScheme]
+    packed: Set[str]
+    directory: Path
 
-    factors: dict[str, np.ndarray] = {}
-    for key, own in statistics.items():
-        fixed = not packed.isdisjoint((*INPUTS[key], PRODUCERS[key]))
-        if not fixed and (s := calibration.factors(readers_of(key, own))) is not None:
-            factors[key] = s
-    folded = fold_inputs(config, weights, factors)
-    changed = {name for name, weight in folded.items() if weight is not weights[name]}
-    weights.update(folded)
-    del folded
-    errors: dict[str, tuple[float, float]] = {}
-    for key in list(statistics):
-        own = statistics.pop(key)
-        if key in factors:
-            own = own.divided(factors[key])
-        readers = readers_of(key, own)
+    @property
+    def path(self) -> str:
+        """What the names of the layer's weights begin with in the checkpoint."""
+        return f"model.layers.{self.number}."
+
+    @property
+    def kind(self) -> LayerKind:
+        return layer_kind(self.config, self.number)
+
+    def runs(self, runner: LayerRunner, hidden: np.ndarray, with_inputs: bool) -> Iterator[tuple[slice, LayerRun]]:
+        """The layer over ``hidden`` (S, L, hidden_size), some sequences at a time: which, and the run."""
+        sequences, length, size = hidden.shape
+        step = max(1, _RUN_ELEMENTS // (self.config.intermediate_size * length))
+        for start in range(0, sequences, step):
+            rows = slice(start, min(start + step, sequences))
+            batch = hidden[rows].reshape(-1, size)
+            yield rows, runner.run(self.number, self.weights, batch, [length] * (rows.stop - start), with_inputs)
+
+    def statistics(
+        self, runner: LayerRunner, hidden: np.ndarray, advance: Callable[[int], object]
+    ) -> dict[str, InputStatistics]:
+        """Of every input that a linear of ``schemes`` reads, where the layer runs on ``hidden`` (S, L, hidden_size)."""
+        tokens, with_second_moment = math.prod(hidden.shape[:2]), self.calibration.needs_second_moment
+        collectors = {
+            name: Collector(read.size(self.config), tokens, with_second_moment)
+            for name, read in self.kind.inputs.items()
+            if not self.schemes.keys().isdisjoint(self.kind.reader_names[name])
+        }
+        for rows, run in self.runs(runner, hidden, with_inputs=True):
+            for name, collector in collectors.items():
+                collector.add(run.inputs[name])
+            advance(rows.stop - rows.start)
+        statistics = {name: collectors.pop(name).finish() for name in list(collectors)}
+        for name, own in statistics.items():
+            if not np.isfinite(own.mean_square).all():
+                raise CheckpointError(
+                    f"{self.path}{self.kind.reader_names[name][0]}: what it multiplies is too large for float32 on the "
+                    "calibration text; the checkpoint is damaged, download or save it again"
+                )
+        return statistics
+
+    def round(self, statistics: dict[str, InputStatistics]) -> dict[str, tuple[float, float]]:
+        """Fold and round the layer; ``statistics`` are used up.
+
+        Returns:
+            see :func:`output_errors`.
+        """
+        factors = {name: s for name, own in statistics.items() if (s := self._factors(name, own)) is not None}
+        folded = fold_inputs(self.config, self.kind, self.weights, factors)
+        changed = {name for name, weight in folded.items() if weight is not self.weights[name]}
+        self.weights.update(folded)
+        del folded
+        errors: dict[str, tuple[float, float]] = {}
+        for name in list(statistics):
+            own = statistics.pop(name)
+            errors |= self._round_readers(name, own.divided(factors[name]) if name in factors else own)
+        for name in changed - {f"{linear}.weight" for linear in self.schemes}:
+            save_array(self.directory, self.path + name, self.weights[name])
+        return errors
+
+    def _readers(self, name: str, statistics: InputStatistics) -> InputReaders:
+        schemes = {linear: self.schemes[linear] for linear in self.kind.reader_names[name] if linear in self.schemes}
+        weights = {linear: self.weights[f"{linear}.weight"] for linear in schemes}
+        return InputReaders(self.config, self.kind.inputs[name], statistics, weights, schemes)
+
+    def _factors(self, name: str, statistics: InputStatistics) -> np.ndarray | None:
+        """What the input ``name`` is divided by; nothing where that cannot be folded."""
+        producer = self.kind.inputs[name].producer
+        if producer is None or not self.packed.isdisjoint((*self.kind.reader_names[name], producer)):
+            return None
+        return self.calibration.factors(self._readers(name, statistics))
+
+    def _round_readers(self, name: str, statistics: InputStatistics) -> dict[str, tuple[float, float]]:
+        """Round the linears that read the input ``name``."""
+        readers = self._readers(name, statistics)
         if any(scheme.record.activation_scales == "static" for scheme in readers.schemes.values()):
-            for reader in _possible_readers(config, key):
-                save_array(directory, f"{path}{reader}.input_scale", input_scale(own.largest))
+            for reader in self._possible_readers(name):
+                save_array(self.directory, f"{self.path}{reader}.input_scale", input_scale(statistics.largest))
         try:
-            rounded = calibration.round(readers)
+            rounded = self.calibration.round(readers)
         except OverflowError as error:
-            names = " or ".join(path + name for name in readers.schemes)
+            names = " or ".join(self.path + linear for linear in readers.schemes)
             raise CheckpointError(f"{names}: {error}; use --kernels stock") from error
-        for name, scheme in readers.schemes.items():
-            weight = f"{name}.weight"
-            save_rounded(directory, path + weight, rounded[name], scheme.grid.bits)
-            values = scheme.grid.values(rounded.pop(name), weights[weight].shape[1])
-            errors[path + name] = own.output_square(weights[weight] - values), own.output_square(weights[weight])
-            weights[weight] = values
-            changed.discard(weight)
-    for name in changed:
-        save_array(directory, path + name, weights[name])
-    return errors
+        errors: dict[str, tuple[float, float]] = {}
+        for linear, scheme in readers.schemes.items():
+            weight = f"{linear}.weight"
+            before = self.weights[weight]
+            save_rounded(self.directory, self.path + weight, rounded[linear], scheme.grid.bits)
+            values = scheme.grid.values(rounded.pop(linear), before.shape[1])
+            errors[self.path + linear] = (
+                statistics.output_square(before - values),
+                statistics.output_square(before),
+            )
+            self.weights[weight] = values
+        return errors
+
+    def _possible_readers(self, name: str) -> list[str]:
+        """The linears that the graph may have for an input: those of the checkpoint, and what they are fused to."""
+        fused = [module for module, parts in self.kind.fused.items() if parts[0].reads.name == name]
+        return [*self.kind.reader_names[name], *fused]
 
 
-def _possible_readers(config: ModelConfig, key: str) -> list[str]:
-    """The linears that the graph may have for an input: those of the checkpoint, and what they are fused to."""
-    parent = INPUTS[key][0].rpartition(".")[0]
-    fused = [
-        name for name, parts in FUSED.items() if INPUTS[key] == tuple(f"{parent}.{part}" for part in parts(config))
-    ]
-    return [*INPUTS[key], *fused]
+def _read_rounding(
+    calibration: Calibration, config: ModelConfig, checkpoint: Checkpoint, layer: int, directory: Path
+) -> _LayerRounding:
+    """A layer as the checkpoint has it; ``directory`` takes what calibration makes of it."""
+    path, names = f"model.layers.{layer}.", layer_kind(config, layer).shapes(config)
+    schemes = {n.removeprefix(path): scheme for n, scheme in calibration.schemes.items() if n.startswith(path)}
+    packed = {name for name in names if is_packed(checkpoint, path + name)}
+    weights = read_layer(checkpoint, config, layer)
+    return _LayerRounding(calibration, config, layer, weights, schemes, packed, directory)

@@ -10,6 +10,7 @@ import numpy as np
 from qwen_build.calibration.folding import shared
 from qwen_build.calibration.input_statistics import InputStatistics
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.graph.architecture import InputSpec
 from qwen_build.quantization.grid import Rounded
 from qwen_build.quantization.schemes import IntScheme
 
@@ -19,14 +20,14 @@ class InputReaders:
     """The linears of a layer that read one input and become integers here; never one that the checkpoint has packed.
 
     Attributes:
-        input: a key of ``INPUTS``.
+        read: the input.
         statistics: of the input.
         weights: by the linears' names inside the layer, float32 (N, K).
         schemes: likewise.
     """
 
     config: ModelConfig
-    input: str
+    read: InputSpec
     statistics: InputStatistics
     weights: Mapping[str, np.ndarray]
     schemes: Mapping[str, IntScheme]
@@ -37,7 +38,7 @@ class InputReaders:
 
     def shared(self, values: np.ndarray, reduce: Callable[..., np.ndarray] = np.max) -> np.ndarray:
         """``values`` (K) as the input can be divided by them, see :func:`qwen_build.calibration.folding.shared`."""
-        return shared(self.config, self.input, values, reduce)
+        return shared(self.config, self.read, values, reduce)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from qwen_build.calibration.method import Method
 from qwen_build.calibration.smoothquant import SmoothQuant
 from qwen_build.calibration.text import read_sequences
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.graph.architecture import LAYER, linear_names
 from qwen_build.graph.layers import Schemes
-from qwen_build.graph.weight_map import LAYER, linear_names
 from qwen_build.plan.options import CALIBRATED, BuildOptions
 from qwen_build.quantization.schemes import IntScheme
 from qwen_engine.errors import BuildError

@@ -13,7 +13,8 @@ import numpy as np
 
 from qwen_build.checkpoint.packed import Shape
 from qwen_build.checkpoint.safetensors import Checkpoint
-from qwen_build.graph.weight_map import LAYER, row_ranges
+from qwen_build.graph.architecture import LAYER
+from qwen_build.graph.weight_map import row_ranges
 from qwen_build.quantization.grid import Rounded, joined
 from qwen_build.quantization.schemes import pack, unpack
 from qwen_build.writing.weights_file import Layout, reserve

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from qwen_engine.manifest import ModelSizes
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one family of checkpoints has and another has not."""
+    """What one family of checkpoints has and another has not.
+
+    Attributes:
+        head_dim: where config.json has none; None: hidden_size / heads.
+        layer_kinds: of its layers, by turns where config.json has no layer_types; see ``graph/architecture.py``.
+    """
 
     attention_bias: bool = False
     qk_norm: bool = False
-    head_dim: int | None = None  # where config.json has none; None: hidden_size / heads
+    head_dim: int | None = None
+    layer_kinds: tuple[str, ...] = ("full_attention",)
 
 
 # Hugging Face model_type -> its features; a new family starts with a row here
@@ -50,10 +57,12 @@ MOST, MOST_POSITIONS = 2**31 - 1, 2**24
 class ModelConfig(ModelSizes):
     """Sizes and features of one checkpoint. ``eos_token_ids`` are the config's own, maybe none.
 
-    ``packed`` is how its linears are stored where they are quantised already.
+    ``layer_kinds`` are those of the layers, by turns. ``packed`` is how its linears are stored where they are quantised
+    already.
     """
 
     architecture: Architecture
+    layer_kinds: tuple[str, ...]
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...] = ()
     packed: PackedFormat | None = None
@@ -84,6 +93,7 @@ class ModelConfig(ModelSizes):
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         config = cls(
             architecture=architecture,
+            layer_kinds=layer_kinds(hf, architecture),
             model_type=model_type,
             vocab_size=integer(hf, "vocab_size"),
             hidden_size=hidden_size,
@@ -114,15 +124,26 @@ def check_supported(hf: Mapping[str, Any], architecture: Architecture) -> None:
             f"config.json: attention_bias {hf['attention_bias']!r} is not supported for model_type "
             f"{hf['model_type']!r}, only {architecture.attention_bias} is"
         )
-    layer_types = [] if hf.get("layer_types") is None else hf["layer_types"]
-    if not isinstance(layer_types, list):
-        raise CheckpointError(f"config.json: layer_types is {layer_types!r}, expected a list")
-    if other_layers := sorted({repr(kind) for kind in layer_types if kind != "full_attention"}):
-        raise UnsupportedModel(
-            f"config.json: layer_types {', '.join(other_layers)} are not supported, only full_attention is"
-        )
     for key in ROPE_OBJECTS:
         check_rope(key, rope_object(hf, key))
+
+
+def layer_kinds(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
+    """The kinds of the layers, by turns: what ``layer_types`` says, or those of ``architecture``."""
+    count, found = integer(hf, "num_hidden_layers"), hf.get("layer_types")
+    if found is None:
+        return architecture.layer_kinds
+    if not isinstance(found, list):
+        raise CheckpointError(f"config.json: layer_types is {found!r}, expected a list")
+    if others := sorted({repr(kind) for kind in found if kind not in architecture.layer_kinds}):
+        raise UnsupportedModel(
+            f"config.json: layer_types {', '.join(others)} are not supported, "
+            f"only {' and '.join(architecture.layer_kinds)} is"
+        )
+    if len(found) != count:
+        raise CheckpointError(f"config.json: {len(found)} layer_types, num_hidden_layers {count}; make them agree")
+    usual = all(kind == expected for kind, expected in zip(found, cycle(architecture.layer_kinds), strict=False))
+    return architecture.layer_kinds if usual else tuple(found)
 
 
 def check_rope(key: str, rope: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.graph.weight_map import EMBEDDING, FUSED, HEAD
+from qwen_build.graph.architecture import LinearSpec, layer_kind
+from qwen_build.graph.weight_map import EMBEDDING, HEAD
 from qwen_build.quantization.schemes import Fusion, NativeInt, Norm, Scheme
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
@@ -189,31 +190,37 @@ def swiglu(op: OpBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
     return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
 
 
-def side_by_side(
-    config: ModelConfig,
-    path: str,
-    fused: str,
-    in_features: int,
-    schemes: Schemes,
-    bias: bool,
-    input_name: str,
-    gated: bool = False,
+def linears_reading(
+    config: ModelConfig, layer: int, schemes: Schemes, input_name: str, output_name: str | None = None
 ) -> dict[str, Linear]:
-    """The linears of a row of ``FUSED`` in the layer ``path``, by the names they have in the graph.
+    """The linears of a layer that multiply one input, as ``architecture.py`` describes them, by their graph names.
 
-    One whose outputs are those of all, where all are stored alike, and with ``gated`` the first gates the second; else
-    one for each.
+    Those that may stand in one weight do where they are stored alike; the first of all exposes the input.
+
+    Args:
+        input_name, output_name: what the layers graph calls the input and the products, inside the layer.
     """
-    parts = FUSED[fused](config)
-    parent, _, name = fused.rpartition(".")
-    choices = [schemes.choice_of(f"{path}.{parent}.{part}") for part in parts]
-    if schemes.fuse and all(choices[0].agrees(choice) for choice in choices):
-        return {name: Linear(in_features, sum(parts.values()), choices[0], bias, input_name, gated=gated)}
-    exposing = [input_name, *(None for _ in choices[1:])]  # they have one input
-    return {
-        part: Linear(in_features, rows, choice, bias, exposed)
-        for (part, rows), choice, exposed in zip(parts.items(), choices, exposing, strict=True)
-    }
+    path = f"model.layers.{layer}"
+    groups: dict[str, list[LinearSpec]] = {}  # what may be one weight
+    for spec in layer_kind(config, layer).readers(input_name):
+        groups.setdefault(spec.fused.name if spec.fused else spec.name, []).append(spec)
+    found: dict[str, Linear] = {}
+
+    def add(name: str, rows: int, spec: LinearSpec, choice: SchemeChoice, gated: bool) -> None:
+        exposed = None if found else f"{path}.{input_name}"
+        output = output_name and f"{path}.{output_name}"
+        linear = Linear(spec.reads.size(config), rows, choice, spec.bias(config), exposed, output, gated)
+        found[name.rpartition(".")[2]] = linear
+
+    for name, specs in groups.items():
+        choices = [schemes.choice_of(f"{path}.{spec.name}") for spec in specs]
+        if schemes.fuse and all(choices[0].agrees(choice) for choice in choices):
+            gated = bool(specs[0].fused and specs[0].fused.gated)
+            add(name, sum(spec.rows(config) for spec in specs), specs[0], choices[0], gated)
+        else:
+            for spec, choice in zip(specs, choices, strict=True):
+                add(spec.name, spec.rows(config), spec, choice, gated=False)
+    return found
 
 
 def concatenated(op: OpBuilder, linears: Iterable[Linear], x: ir.Value, step: StepTensors, norm: Norm) -> ir.Value:
@@ -244,47 +251,54 @@ class RMSNorm(nn.Module):
         return Norm(self.weight, self.eps)
 
 
-class MLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``"""
+class Block(nn.Module):
+    """A sub-block of a decoder layer, see :class:`~qwen_build.graph.architecture.BlockSpec`.
+
+    Its linears are attributes, by the last part of the names they have in the graph.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__()
-        hidden, inner, path = config.hidden_size, config.intermediate_size, f"model.layers.{layer}"
-        self.gate_up = side_by_side(
-            config, path, "mlp.gate_up_proj", hidden, schemes,
-            bias=False, input_name=f"{path}.post_attention_layernorm", gated=True,
-        )  # fmt: skip
-        for name, linear in self.gate_up.items():
+        self.config, self.layer, self.schemes = config, layer, schemes
+
+    def add_linears(self, input_name: str, output_name: str | None = None) -> list[Linear]:
+        """Make the linears of :func:`linears_reading` attributes."""
+        linears = linears_reading(self.config, self.layer, self.schemes, input_name, output_name)
+        for name, linear in linears.items():
             setattr(self, name, linear)
-        self.down_proj = Linear(
-            inner, hidden, schemes.choice_of(f"{path}.mlp.down_proj"),
-            input_name=f"{path}.mlp.down_proj.input", output_name=f"{path}.mlp",
-        )  # fmt: skip
+        return list(linears.values())
+
+    def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
+        """``x + block(norm(x))``"""
+        raise NotImplementedError
+
+
+class MLP(Block):
+    """``down(silu(gate(x)) * up(x))``"""
+
+    down_proj: Linear
+
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
+        super().__init__(config, layer, schemes)
+        self.gate_up = self.add_linears("post_attention_layernorm")
+        self.add_linears("mlp.down_proj.input", "mlp")
 
     def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
         """``x + mlp(norm(x))``"""
-        outputs = [linear(op, x, step, norm=norm) for linear in self.gate_up.values()]
+        outputs = [linear(op, x, step, norm=norm) for linear in self.gate_up]
         gated = outputs[0] if len(outputs) == 1 else swiglu(op, *outputs)  # (T, I)
         return self.down_proj(op, gated, step, residual=x)
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Grouped-query attention over the paged cache; rotary embedding and q/k norm inside the operator."""
 
+    o_proj: Linear
+
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
-        super().__init__()
-        self.config, self.layer, path = config, layer, f"model.layers.{layer}"
-        self.qkv = side_by_side(
-            config, path, "self_attn.qkv_proj", config.hidden_size, schemes,
-            bias=config.architecture.attention_bias, input_name=f"{path}.input_layernorm",
-        )  # fmt: skip
-        for name, linear in self.qkv.items():
-            setattr(self, name, linear)
-        self.o_proj = Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size,
-            schemes.choice_of(f"{path}.self_attn.o_proj"),
-            input_name=f"{path}.self_attn.o_proj.input", output_name=f"{path}.self_attn",
-        )  # fmt: skip
+        super().__init__(config, layer, schemes)
+        self.qkv = self.add_linears("input_layernorm")
+        self.add_linears("self_attn.o_proj.input", "self_attn")
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
 
@@ -292,7 +306,7 @@ class Attention(nn.Module):
         """``x + attention(norm(x))``"""
         inputs, config = step.inputs, self.config
         attended = op.PagedAttention(
-            concatenated(op, self.qkv.values(), x, step, norm), None, None,  # packed: no separate key and value
+            concatenated(op, self.qkv, x, step, norm), None, None,  # packed: no separate key and value
             inputs[key_cache_name(self.layer)], inputs[value_cache_name(self.layer)],
             inputs[CUMULATIVE_LENGTHS], inputs[PAST_LENGTHS], inputs[BLOCK_TABLE], step.cos, step.sin,
             None, None,  # slot_mapping, head_sink

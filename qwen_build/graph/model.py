@@ -9,7 +9,18 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder, nn
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.graph.layers import MLP, Attention, Embedding, Linear, RMSNorm, Schemes, StepTensors, StoredModule
+from qwen_build.graph.architecture import layer_kind
+from qwen_build.graph.layers import (
+    MLP,
+    Attention,
+    Block,
+    Embedding,
+    Linear,
+    RMSNorm,
+    Schemes,
+    StepTensors,
+    StoredModule,
+)
 from qwen_build.graph.rope import rope_tables
 from qwen_build.quantization.schemes import Norm
 from qwen_engine.graph_io import INPUT_IDS, LOGITS, LOGITS_INDICES, PLUGIN_DOMAIN, TensorSpec, logits_output
@@ -24,18 +35,24 @@ DTYPES = {
 }
 
 
+# sub-block of a layer kind -> what computes it
+BLOCK_MODULES: dict[str, type[Block]] = {"self_attn": Attention, "mlp": MLP}
+
+
 class DecoderLayer(nn.Module):
+    """The sub-blocks of its kind, one after the other, each behind a norm and with a residual around both."""
+
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__()
-        self.path = f"model.layers.{layer}"
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, schemes)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, layer, schemes)
+        self.path, self.blocks = f"model.layers.{layer}", layer_kind(config, layer).blocks
+        for block in self.blocks:
+            setattr(self, block.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
+            setattr(self, block.name, BLOCK_MODULES[block.name](config, layer, schemes))
 
     def forward(self, op: OpBuilder, x: ir.Value, step: StepTensors) -> ir.Value:
-        x = self.self_attn(op, x, self.input_layernorm(op), step)
-        return step.expose(self.path, self.mlp(op, x, self.post_attention_layernorm(op), step))
+        for block in self.blocks:
+            x = getattr(self, block.name)(op, x, getattr(self, block.norm)(op), step)
+        return step.expose(self.path, x)
 
 
 class Decoder(nn.Module):

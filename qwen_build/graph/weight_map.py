@@ -1,14 +1,13 @@
 """From the names in a Hugging Face checkpoint to the weights of the graph.
 
-A graph weight has the name it has in the checkpoint. ``FUSED`` and the tied head are the only
-exceptions: adding an architecture means adding its rows here. Where the parts of a fused weight are not
-stored alike, the graph has the parts, by their own names.
+A graph weight has the name it has in the checkpoint. The only exceptions are the fused weights that
+``architecture.py`` describes, and the tied head. Where the parts of a fused weight are not stored alike, the
+graph has the parts, by their own names.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,23 +15,10 @@ import numpy as np
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import PackedSource, Shape, is_packed
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.graph.architecture import LAYER, module_parts
 from qwen_engine.errors import CheckpointError, WeightMismatch
 
-# graph module -> the checkpoint modules whose rows follow each other in it, and how many rows each has
-FUSED: dict[str, Callable[[ModelConfig], dict[str, int]]] = {
-    "self_attn.qkv_proj": lambda c: {
-        "q_proj": c.num_attention_heads * c.head_dim,
-        "k_proj": c.num_key_value_heads * c.head_dim,
-        "v_proj": c.num_key_value_heads * c.head_dim,
-    },
-    "mlp.gate_up_proj": lambda c: {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
-}
-# the linears of a decoder layer that are nobody's part
-ALONE = ("self_attn.o_proj", "mlp.down_proj")
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # tensors some checkpoints have and no graph needs
 IGNORED = ("rotary_emb.inv_freq",)
@@ -68,25 +54,13 @@ def row_ranges(shapes: Iterable[tuple[str, Shape]], start: int, stop: int) -> It
 AnySource = Source | PackedSource
 
 
-def linear_names(config: ModelConfig) -> list[str]:
-    """Every linear and the embedding, by its name in the checkpoint."""
-    fused = [f"{module.rpartition('.')[0]}.{part}" for module, parts in FUSED.items() for part in parts(config)]
-    layers = [f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in (*fused, *ALONE)]
-    return ["model.embed_tokens", *layers, "lm_head"]
-
-
 def source(name: str, shape: Shape, config: ModelConfig) -> Source:
     """Where the graph weight ``name`` of ``shape`` comes from: ``qkv_proj.bias`` from three biases, and so on."""
     if name == HEAD and config.tie_word_embeddings:
         return Source(((EMBEDDING, shape),))
     module, _, kind = name.rpartition(".")
-    for fused, parts in FUSED.items():
-        if module.endswith(f".{fused}"):
-            parent = module.rpartition(".")[0]
-            return Source(
-                tuple((f"{parent}.{part}.{kind}", (rows, *shape[1:])) for part, rows in parts(config).items())
-            )
-    return Source(((name, shape),))
+    parts = module_parts(module, shape[0], config)
+    return Source(tuple((f"{part}.{kind}", (rows, *shape[1:])) for part, rows in parts))
 
 
 def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig) -> dict[str, AnySource]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import column_order, is_packed
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.graph.architecture import linear_names
 from qwen_build.graph.layers import SchemeChoice
-from qwen_build.graph.weight_map import linear_names
 from qwen_build.quantization.schemes import SCHEMES, Scheme
 from qwen_engine.errors import BuildError
 

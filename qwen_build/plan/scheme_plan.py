@@ -8,8 +8,8 @@ from typing import Any
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import PackedFormat
 from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.graph.architecture import linear_names
 from qwen_build.graph.layers import Schemes
-from qwen_build.graph.weight_map import linear_names
 from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
 from qwen_build.quantization.schemes import Scheme, make_scheme

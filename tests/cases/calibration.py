@@ -11,10 +11,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from qwen_build.calibration.input_statistics import InputStatistics
-from qwen_build.calibration.layer_runner import INPUTS
 from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.graph.architecture import LAYER_KINDS
 from qwen_build.quantization.schemes import IntScheme
+
+# The layers of Qwen2 and Qwen3, and the linears that read each of their inputs.
+KIND = LAYER_KINDS["full_attention"]
+INPUTS = KIND.reader_names
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -50,7 +54,7 @@ def layer_readers(
         own = {name: schemes[name] for name in linears if name in schemes}
         if own:
             read = {name: weights[f"{name}.weight"] for name in own}
-            readers[key] = InputReaders(config, key, statistics[key], read, own)
+            readers[key] = InputReaders(config, KIND.inputs[key], statistics[key], read, own)
     return readers
 
 

@@ -7,11 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cases.calibration import layer_factors, layer_readers
+from cases.calibration import INPUTS, KIND, layer_factors, layer_readers
 from cases.tiny import FAMILIES, TINY
 from qwen_build.calibration.awq import Awq, awq_factors
 from qwen_build.calibration.input_statistics import Collector, InputStatistics
-from qwen_build.calibration.layer_runner import INPUTS, linear_shapes
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.quantization.schemes import make_scheme
 from qwen_plugin.layout import GROUP_SIZES
@@ -30,7 +29,7 @@ def layer(request):
     """Weights and statistics of a layer of the sizes of ``TINY``, some columns of every input large."""
     config = ModelConfig.from_json(TINY | FAMILIES[request.param] | {"hidden_act": "silu"})
     rng = np.random.default_rng(0)
-    weights = {f"{n}.weight": rng.normal(size=s).astype(np.float32) for n, s in linear_shapes(config).items()}
+    weights = {f"{n}.weight": rng.normal(size=s).astype(np.float32) for n, s in KIND.shapes(config).items()}
     statistics = {}
     for name, (linear, *_) in INPUTS.items():
         x = rng.normal(size=(64, weights[f"{linear}.weight"].shape[1])).astype(np.float32)
@@ -49,7 +48,7 @@ def test_the_formula_by_hand():
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_scaled_columns_and_searched_scales_lower_the_output_error(group_size, symmetric, layer):
     config, weights, statistics = layer
-    schemes = dict.fromkeys(linear_shapes(config), make_scheme("int4", group_size, symmetric, "float32", "native"))
+    schemes = dict.fromkeys(KIND.shapes(config), make_scheme("int4", group_size, symmetric, "float32", "native"))
     readers = layer_readers(config, weights, statistics, schemes)
     factors = layer_factors(Awq(), readers)
     assert factors.keys() == INPUTS.keys()
@@ -73,7 +72,7 @@ def test_scaled_columns_and_searched_scales_lower_the_output_error(group_size, s
 
 def test_what_int8_linears_read_is_left_alone(layer):
     config, weights, statistics = layer
-    schemes = dict.fromkeys(linear_shapes(config), make_scheme("int4", 32, None, None, "native"))
+    schemes = dict.fromkeys(KIND.shapes(config), make_scheme("int4", 32, None, None, "native"))
     schemes |= {"self_attn.v_proj": INT8, "mlp.down_proj": INT8}
     assert layer_factors(Awq(), layer_readers(config, weights, statistics, schemes)).keys() == {
         "self_attn.o_proj.input",

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cases.calibration import letter_tokenizer, letters, with_tokenizer
+from cases.calibration import INPUTS, letter_tokenizer, letters, with_tokenizer
 from cases.packed import CASES
 from cases.tiny import hf_logits, run_alone
 from qwen_build import cli
 from qwen_build import engine_build as building
 from qwen_build.calibration import calibrate as calibrating
-from qwen_build.calibration.layer_runner import INPUTS
 from qwen_build.calibration.method import Method
 from qwen_build.calibration.plan import INT4_METHODS, METHODS
 from qwen_build.calibration.results import new_array
@@ -290,7 +289,7 @@ class Folding(Method):
     """Folds random factors into every input that an integer linear reads."""
 
     def factors(self, readers):
-        random = np.random.default_rng(len(readers.input))
+        random = np.random.default_rng(len(readers.read.name))
         return readers.shared(random.uniform(0.5, 2, len(readers.statistics.largest)).astype(np.float32))
 
 
@@ -300,12 +299,12 @@ def test_weights_are_rounded_by_the_statistics_of_folded_inputs(tiny, text, tmp_
     class Spying(Folding):
         def factors(self, readers):
             factors = super().factors(readers)
-            largest[readers.input] = readers.statistics.largest / factors
+            largest[readers.read.name] = readers.statistics.largest / factors
             return factors
 
         def round(self, readers):
-            seen.append(readers.input)
-            np.testing.assert_allclose(readers.statistics.largest, largest.pop(readers.input), rtol=1e-6)
+            seen.append(readers.read.name)
+            np.testing.assert_allclose(readers.statistics.largest, largest.pop(readers.read.name), rtol=1e-6)
             return super().round(readers)
 
     monkeypatch.setitem(METHODS, "gptq", lambda options: Spying())

@@ -11,11 +11,10 @@ import tokenizers
 from click.testing import CliRunner
 from tokenizers import decoders, models, pre_tokenizers
 
-from cases.calibration import layer_factors, layer_readers
+from cases.calibration import INPUTS, KIND, layer_factors, layer_readers
 from cases.tiny import TINY, run_alone
 from qwen_build.calibration.factor_search import as_multiplied, least_error, normalised
 from qwen_build.calibration.input_statistics import Collector, InputStatistics
-from qwen_build.calibration.layer_runner import INPUTS, linear_shapes
 from qwen_build.calibration.plan import METHODS
 from qwen_build.calibration.smoothquant import ALPHAS, SmoothQuant, smoothing_factors
 from qwen_build.checkpoint.config import ModelConfig
@@ -69,7 +68,7 @@ def layer():
     """Weights and statistics of a layer of the sizes of ``TINY``, some columns of every input large."""
     config = ModelConfig.from_json(TINY | {"model_type": "qwen2", "hidden_act": "silu"})
     rng = np.random.default_rng(0)
-    weights = {f"{n}.weight": rng.normal(size=s).astype(np.float32) for n, s in linear_shapes(config).items()}
+    weights = {f"{n}.weight": rng.normal(size=s).astype(np.float32) for n, s in KIND.shapes(config).items()}
     statistics = {}
     for name, (linear, *_) in INPUTS.items():
         x = rng.normal(size=(64, weights[f"{linear}.weight"].shape[1])).astype(np.float32)
@@ -81,7 +80,7 @@ def layer():
 def test_what_int4_linears_read_is_left_alone(layer):
     config, weights, statistics = layer
     int4 = make_scheme("int4", 32, None, None, "native")
-    schemes = dict.fromkeys(linear_shapes(config), int8()) | {"self_attn.k_proj": int4, "mlp.down_proj": int4}
+    schemes = dict.fromkeys(KIND.shapes(config), int8()) | {"self_attn.k_proj": int4, "mlp.down_proj": int4}
     assert layer_factors(SmoothQuant(0.5), layer_readers(config, weights, statistics, schemes)).keys() == {
         "self_attn.o_proj.input",
         "post_attention_layernorm",
@@ -96,7 +95,7 @@ def test_what_int4_linears_read_is_left_alone(layer):
 @pytest.mark.parametrize("scales", [{}, W8A8, {"weight_scales": "tensor", "activation_scales": "static"}], ids=str)
 def test_auto_is_at_least_as_good_as_any_alpha_and_as_none(scales, layer):
     config, weights, statistics = layer
-    schemes = dict.fromkeys(linear_shapes(config), int8(**scales))
+    schemes = dict.fromkeys(KIND.shapes(config), int8(**scales))
 
     def error(name: str, factors: np.ndarray) -> float:
         """As :func:`least_error` defines it, for products in float64."""

@@ -94,6 +94,7 @@ def test_what_the_graph_lacks_is_refused_by_name(change, message):
         ({"rope_scaling": 0}, "rope_scaling is 0, expected an object"),
         ({"rope_parameters": [4]}, r"rope_parameters is \[4\], expected an object"),
         ({"layer_types": 5}, "layer_types is 5, expected a list"),
+        ({"layer_types": ["full_attention"] * 23}, "23 layer_types, num_hidden_layers 24"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
         ({"max_position_embeddings": 1e30}, r"max_position_embeddings is 1e\+30, expected a positive integer"),
         ({"eos_token_id": True}, "eos_token_id is True, expected an integer"),

@@ -10,7 +10,7 @@ import pytest
 from cases.configs import PUBLISHED
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
-from qwen_build.graph.weight_map import FUSED, check_agreement, check_layers, map_weights, source
+from qwen_build.graph.weight_map import check_agreement, check_layers, map_weights, source
 from qwen_engine.errors import CheckpointError, WeightMismatch
 
 CONFIG = ModelConfig.from_json(PUBLISHED | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8})
@@ -37,7 +37,6 @@ def test_a_graph_name_is_the_checkpoints_but_for_the_fused_ones():
         ("model.layers.7.mlp.up_proj.weight", (4864, 896)),
     )
     assert source("lm_head.weight", (151936, 896), CONFIG).shapes[0][0] == "model.embed_tokens.weight"  # tied
-    assert set(FUSED) == {"self_attn.qkv_proj", "mlp.gate_up_proj"}
 
 
 @pytest.mark.parametrize(("layers", "missing"), [((0, 1, 3), 2), ((1,), 0), ((0, 1, 2), None), (range(9), None)])
