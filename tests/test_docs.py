@@ -1,0 +1,246 @@
+"""The documentation: what it says of commands, files, modules and tables is so, and its examples run as they stand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+from cases.markdown import CHECKS, Page, table_column, unknown_options
+from qwen_build.cli import main as build_command
+from qwen_build.plan.rules import read_rules
+from qwen_engine.manifest import Manifest
+from qwen_run import EngineConfig, SamplingParams
+from qwen_run.accuracy.gate import load_thresholds
+from qwen_run.commands.bench import main as bench_command
+from qwen_run.commands.inspect import main as inspect_command
+from qwen_run.commands.prompt_file import parse_prompts
+from qwen_run.commands.run import main as run_command
+from qwen_run.commands.summarize import main as summarize_command
+from qwen_run.runtime.core import CoreOptions
+
+ROOT = Path(__file__).parents[1]
+README = Page.read(ROOT / "README.md", ROOT)
+PATHS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "examples" / "qwen" / "README.md",
+]
+PAGES = {str(path.relative_to(ROOT)): Page.read(path, ROOT) for path in PATHS}
+COMMANDS: dict[str, click.Command] = {
+    "qwen-build": build_command,
+    "qwen-run": run_command,
+    "qwen-summarize": summarize_command,
+    "qwen-bench": bench_command,
+    "qwen-inspect": inspect_command,
+}
+ENGINE = "engines/SmolLM2-135M-Instruct-int4"
+# Commands of other programs stand in this page's left column.
+OTHERS = "docs/coming-from.md"
+
+
+def here_column(page: Page) -> Page:
+    """A page of tables, of which only the last column is kept."""
+    kept = re.sub(r"^\|.*\|(.*\|)$", r"|\1", page.text, flags=re.MULTILINE)
+    return Page(page.path, page.root, kept)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_sound(name: str, check: str) -> None:
+    page = here_column(PAGES[name]) if name == OTHERS and check == "paths exist" else PAGES[name]
+    assert CHECKS[check](page) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_exist(name: str) -> None:
+    page = here_column(PAGES[name]) if name == OTHERS else PAGES[name]
+    assert unknown_options(page, COMMANDS) == []
+
+
+MADE_UP = {
+    "lines are short": ("x" * 121, ["line 1"]),
+    "headings are unique": ("# A\n\n## B\n\n## B\n", ["B"]),
+    "links lead somewhere": ("# A b!\n[a](#a-b) [b](#b) [c](README.md#limits) [d](none.md)", ["#b", "none.md"]),
+    "paths exist": (
+        "`qwen_run/api/llm.py` `api/none.py` `qwen_run.api.none` `LLM` (`qwen_run/api/llm.py`) `NO` (`api/llm.py`)",
+        ["api/none.py", "qwen_run.api.none", "NO in api/llm.py"],
+    ),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_check_finds_what_is_wrong(check: str) -> None:
+    text, complaints = MADE_UP[check]
+    assert CHECKS[check](Page(ROOT / "made-up.md", ROOT, text)) == complaints
+
+
+def test_options_that_do_not_exist_are_found() -> None:
+    text = "```\nqwen-build X --quant int5 --nope  # --no\n$ qwen-bench speed\n```\n"
+    text += "`qwen-run --force` `--quant` `--qant int4`"
+    found = unknown_options(Page(ROOT / "made-up.md", ROOT, text), COMMANDS)
+    assert found == ["qwen-build --quant int5", "qwen-build --nope", "qwen-bench speed", "qwen-run --force", "--qant"]
+
+
+def test_the_readme_is_short_and_opens_with_the_two_commands() -> None:
+    assert len(README.text.splitlines()) <= 150
+    lines = README.text.splitlines()
+    assert lines[2] == "```"
+    assert [line.partition("#")[0].strip() for line in lines[3:5]] == ["make demo", "make test"]
+
+
+def test_the_index_names_every_page() -> None:
+    named = {target.partition("#")[0] for target in PAGES["docs/index.md"].targets}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - named == {"index.md"}
+
+
+def test_every_benchmark_is_named() -> None:
+    page = PAGES["benchmarks/README.md"]
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_")}
+    assert scripts - set(page.codes) == set()
+    kept = {f"results/{path.name}" for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    assert kept - set(page.targets) == set()
+
+
+# Tables that list what a class has
+
+
+def names_in(page: str, heading: str) -> set[str]:
+    cells = table_column(PAGES[page].section(heading))
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def test_tables_name_every_field_of_a_class() -> None:
+    assert names_in("docs/python.md", "Sampling options") == set(SamplingParams.__dataclass_fields__)
+    assert names_in("docs/python.md", "The interface of transformers") == set(EngineConfig.__dataclass_fields__)
+    assert names_in("docs/engine-format.md", "The manifest") == set(Manifest.__dataclass_fields__)
+    assert set(CoreOptions.__dataclass_fields__) - names_in("docs/python.md", "Answering prompts") == {"keep_logits"}
+
+
+def test_sampling_defaults_are_those_of_the_class() -> None:
+    section = PAGES["docs/python.md"].section("Sampling options")
+    for names, defaults in zip(table_column(section), table_column(section, 1), strict=True):
+        fields = re.findall(r"`(\w+)`", names)
+        written = defaults.split(", ") * (1 if ", " in defaults else len(fields))
+        actual = [getattr(SamplingParams(), field) for field in fields]
+        assert written == ["none" if value == () else str(value) for value in actual], names
+
+
+# Examples of files
+
+
+def test_examples_of_files_are_read(tmp_path: Path) -> None:
+    rules = next(fence.text for fence in PAGES["docs/build.md"].fences if fence.language == "json")
+    (tmp_path / "rules.json").write_text(rules)
+    assert [rule.quant for rule in read_rules(tmp_path / "rules.json")] == ["int8", "none"]
+    thresholds = next(fence.text for fence in PAGES["docs/accuracy.md"].fences if fence.language == "toml")
+    (tmp_path / "thresholds.toml").write_text(thresholds)
+    assert len(load_thresholds(tmp_path / "thresholds.toml")) == 3
+    prompts, answers = (fence.text for fence in PAGES["docs/run.md"].fences if fence.language == "json")
+    assert [prompt.error for prompt in parse_prompts(prompts)] == [None, None]
+    assert json.loads(answers)["line"] == 1
+
+
+# Pictures
+
+
+@pytest.fixture(scope="module")
+def pictures() -> ModuleType:
+    """The script that draws them."""
+    spec = importlib.util.spec_from_file_location("make_pictures", ROOT / "docs" / "pictures" / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_are_what_the_script_draws(pictures: ModuleType) -> None:
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pictures").glob("*.svg")}
+    assert files == {name: draw().to_svg() for name, draw in pictures.PICTURES.items()}, "run docs/pictures/make.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "pictures").glob("*.svg")), ids=lambda path: path.stem)
+def test_a_picture_needs_no_page_around_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "var(" not in text
+    assert "class=" not in text
+    root = xml.etree.ElementTree.fromstring(text)
+    background = root[1]
+    assert (background.get("fill"), float(background.get("width", 0)) + 1) == ("#ffffff", float(root.get("width", 0)))
+
+
+# What runs
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, build_engine):
+    """A directory in which ``qwen-build`` was run."""
+    pytest.importorskip("gguf")
+    from qwen_build.checkpoint.locate import resolve_checkpoint
+    from qwen_engine.errors import BuildError
+
+    try:
+        checkpoint = resolve_checkpoint(None).path
+    except BuildError as error:
+        pytest.skip(str(error))
+    directory = tmp_path_factory.mktemp("docs")
+    shutil.copytree(build_engine(checkpoint), directory / ENGINE)
+    return directory
+
+
+EXAMPLES = {
+    f"{name}:{index}": fence.text
+    for name, page in PAGES.items()
+    for index, fence in enumerate(fence for fence in page.fences if fence.language == "python")
+}
+
+
+def test_each_way_to_call_it_has_an_example() -> None:
+    assert [name for name in EXAMPLES if name.startswith("README")] == ["README.md:0"]
+    for name in ("LLM(", "AsyncLLM(", "QwenForCausalLM.", ".stream("):
+        assert any(name in text and ENGINE in text for text in EXAMPLES.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_and_prints_what_it_says(demo, monkeypatch, capsys, name):
+    monkeypatch.chdir(demo)
+    exec(compile(EXAMPLES[name], name, "exec"), {"__name__": "__main__"})
+    printed, expected = capsys.readouterr().out, re.findall(r"# prints: (.+)", EXAMPLES[name])
+    assert expected
+    for words in expected:
+        assert words in printed
+        printed = printed.partition(words)[2]
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r"\d+(\.\d+)?", "#", line.strip())
+
+
+def test_the_readmes_session_goes_as_it_says(demo):
+    session = re.search(r"^```\n(.*?)^```", README.section("A session"), re.DOTALL | re.MULTILINE)
+    assert session is not None
+    first, *rest = re.split(r"^\$ ", session[1], flags=re.MULTILINE)[1:]
+    assert first.strip() == "source .venv/bin/activate"
+    assert "VENV ?= .venv\n" in (ROOT / "Makefile").read_text()
+    assert len(rest) == 3
+    for part in rest:
+        line, *shown = part.strip().splitlines()
+        program, *arguments = shlex.split(line)
+        command = [str(Path(sys.executable).with_name(program)), *arguments]
+        done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        printed = list(map(without_numbers, f"{done.stdout}\n{done.stderr}".splitlines()))
+        for each in shown:
+            assert without_numbers(each) in printed
