@@ -27,18 +27,15 @@ def answer(directory: Path, threads: int | None) -> dict[str, float]:
     """Load the engine and answer; meant for a fresh process."""
     import numpy as np
 
-    from qwen_run.runtime.engine import Engine
-    from qwen_run.runtime.generate import generate
+    from qwen_run import LLM, SamplingParams
     from qwen_run.runtime.machine import peak_memory_bytes
-    from qwen_run.runtime.request import Request
-    from qwen_run.sampling.sample import SamplingParams
 
     started = time.perf_counter()
-    engine = Engine.load(directory, threads)
+    llm = LLM(directory, threads=threads, skip_tokenizer_init=True, max_drafts=0)
     loaded = time.perf_counter()
     prompt = np.random.default_rng(0).integers(0, 10_000, PROMPT).tolist()
-    request = Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=ANSWER))
-    times = [time.perf_counter() for _ in generate(engine, [request])]
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    times = [time.perf_counter() for _ in llm.stream(prompt, params)]
     return {
         "load_s": loaded - started,
         "first_token_s": times[0] - loaded,

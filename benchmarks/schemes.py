@@ -45,6 +45,7 @@ from qwen_run.accuracy.datasets import Document, built_in_documents, load_datase
 from qwen_run.accuracy.journal import Journal
 from qwen_run.accuracy.metrics import FullLogits, Metric, Positions, compare, rouge, summarise_positions
 from qwen_run.accuracy.weight_checks import CheckpointWeights
+from qwen_run.api.llm import LLM
 from qwen_run.bench.measure import processor_name
 from qwen_run.engine_files.weights import EngineWeights
 from qwen_run.inspection.linears import linear_rows, totals
@@ -217,7 +218,7 @@ class Comparison:
     def continuation(self, paper: Document) -> list[int]:
         """The float engine's greedy summary of ``paper``."""
         assert self.model is not None
-        return greedy(self.model, make_prompt(self.model, paper, SUMMARY_TOKENS).token_ids, SUMMARY_TOKENS)
+        return greedy(LLM(self.model), make_prompt(self.model, paper, SUMMARY_TOKENS).token_ids, SUMMARY_TOKENS)
 
     def measure(self, directory: Path, continuations: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The figures of the engine in ``directory``: metrics by name as (value, low, high), and plain numbers."""
@@ -234,11 +235,12 @@ class Comparison:
 
     def _summaries(self, engine: Engine, continuations: Sequence[Sequence[int]]) -> list[Metric]:
         model = TextModel.of(engine)
+        llm = LLM(model)
         found, answers = [], []
         for paper, continuation in zip(self.papers, continuations, strict=True):
             prompt = make_prompt(model, paper, SUMMARY_TOKENS).token_ids
             found.append(self.positions(engine, [*prompt, *continuation]))
-            answers.append(answer_text(model, greedy(model, prompt, SUMMARY_TOKENS)))
+            answers.append(answer_text(model, greedy(llm, prompt, SUMMARY_TOKENS)))
         kl = next(metric for metric in summarise_positions("original", found) if metric.name == "original.kl_mean")
         scores = rouge(answers, [paper.summary or "" for paper in self.papers], "summaries")
         return [Metric("summaries.kl_mean", kl.value, kl.low, kl.high), *scores]

@@ -19,9 +19,9 @@ import onnxruntime
 
 from qwen_run.accuracy.both_sides import make_prompt
 from qwen_run.accuracy.datasets import built_in_documents
-from qwen_run.runtime.core import Core, CoreOptions, Statistics
+from qwen_run.api.llm import LLM
+from qwen_run.runtime.core import CoreStatistics
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.request import Request
 from qwen_run.sampling.sample import SamplingParams
 from qwen_run.text.text_model import TextModel
 
@@ -29,18 +29,19 @@ NEW_TOKENS = 64
 
 
 def answer(
-    engine: Engine, prompts: list[tuple[int, ...]], stop: frozenset[int], max_drafts: int
-) -> tuple[list[list[int]], float, Statistics]:
+    model: TextModel, prompts: list[tuple[int, ...]], max_drafts: int
+) -> tuple[list[list[int]], float, CoreStatistics]:
     """The answers, seconds of decoding, and what the core did."""
-    core = Core(engine, CoreOptions(len(prompts), max_batch_tokens=8192, prefix_caching=False, max_drafts=max_drafts))
-    requests = [Request(prompt, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS), stop) for prompt in prompts]
-    for request in requests:
-        core.add(request)
-    core.step()
+    llm = LLM(model, max_batch_size=len(prompts), max_batch_tokens=8192, prefix_caching=False, max_drafts=max_drafts)
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+    requests = [llm.prepare(prompt, params) for prompt in prompts]
+    answers = llm.run(requests)
+    next(answers)  # the prompts are fed
     started = time.perf_counter()
-    while not core.is_done:
-        core.step()
-    return [request.sequences[0].output for request in requests], time.perf_counter() - started, core.statistics
+    for _ in answers:
+        pass
+    seconds = time.perf_counter() - started
+    return [pending.request.sequences[0].output for pending in requests], seconds, llm.core.statistics
 
 
 def main() -> None:
@@ -64,8 +65,8 @@ def main() -> None:
         num_tokens, seconds, steps, drafts, accepted = 0, [0.0, 0.0], [0, 0], 0, 0
         for start in range(0, len(prompts), batch):
             group = prompts[start : start + batch]
-            plain, plain_s, plain_did = answer(engine, group, model.eos_token_ids, 0)
-            guessed, guessed_s, did = answer(engine, group, model.eos_token_ids, arguments.max_drafts)
+            plain, plain_s, plain_did = answer(model, group, 0)
+            guessed, guessed_s, did = answer(model, group, arguments.max_drafts)
             if plain != guessed:
                 raise SystemExit(f"documents {start + 1} to {start + len(group)}: the answers differ")
             num_tokens += sum(len(output) - 1 for output in plain)

@@ -64,17 +64,13 @@ def _answerer(job: Job) -> Callable[[Sequence[int], int], object]:
         reference = HuggingFace(Path(job.directory), job.threads)
         return lambda prompt, count: reference.continuation(prompt, count, frozenset())
 
-    from qwen_run.runtime.engine import Engine
-    from qwen_run.runtime.generate import generate
-    from qwen_run.runtime.request import Request
-    from qwen_run.sampling.sample import SamplingParams
+    from qwen_run.api.llm import LLM
+    from qwen_run.sampling.params import SamplingParams
 
-    engine = Engine.load(Path(job.directory), job.threads)
-    return lambda prompt, count: list(
-        generate(  # the same prompt twice: what the first has cached would make the second cheap
-            engine, [Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=count))], prefix_caching=False
-        )
-    )
+    # the same prompt comes twice: what the first has cached would make the second cheap
+    llm = LLM(job.directory, threads=job.threads, skip_tokenizer_init=True, prefix_caching=False, max_drafts=0)
+    greedy = SamplingParams(temperature=0, ignore_eos=True)
+    return lambda prompt, count: llm.generate(list(prompt), dataclasses.replace(greedy, max_tokens=count), False)
 
 
 def _figures(job: Job) -> dict[str, float]:

@@ -62,6 +62,7 @@ from qwen_run.accuracy.report import (
     compare_baseline,
 )
 from qwen_run.accuracy.saved_reference import Identity
+from qwen_run.api.llm import LLM
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.machine import physical_cores
 from qwen_run.text.text_model import TextModel
@@ -124,11 +125,9 @@ class Assessment:
     ``seconds``: how long reference and engine took, for what was not in the journal already.
     """
 
-    def __init__(
-        self, engine_directory: Path, threads: int, model: TextModel, journal: Journal, max_new_tokens: int
-    ) -> None:
+    def __init__(self, engine_directory: Path, threads: int, llm: LLM, journal: Journal, max_new_tokens: int) -> None:
         self.engine_directory, self.threads = engine_directory, threads
-        self.model, self.journal, self.max_new_tokens = model, journal, max_new_tokens
+        self.llm, self.journal, self.max_new_tokens = llm, journal, max_new_tokens
         self.seconds = {"reference": 0.0, "engine": 0.0}
 
     def continue_samples(self, samples: Sequence[Sample], reference: OpenReference) -> list[Sample]:
@@ -136,7 +135,9 @@ class Assessment:
 
         def continuation(sample: Sample) -> list[int]:
             with self._clock("reference"):
-                return reference().continuation(sample.prompt.token_ids, self.max_new_tokens, self.model.eos_token_ids)
+                return reference().continuation(
+                    sample.prompt.token_ids, self.max_new_tokens, self.llm.text.eos_token_ids
+                )
 
         return [
             replace(sample, continuation=tuple(self._do("continuation", sample, continuation)))
@@ -204,7 +205,7 @@ class Assessment:
 
         def answer(sample: Sample) -> list[int]:
             with self._clock("engine"):
-                return greedy(self.model, sample.prompt.token_ids, self.max_new_tokens)
+                return greedy(self.llm, sample.prompt.token_ids, self.max_new_tokens)
 
         return [self._do("answer", sample, answer) for sample in self._progress("engine writes", samples)]
 
@@ -252,12 +253,13 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     checks = sources.checks(engine_directory)
 
     model = TextModel.of(Engine.load(engine_directory, threads))
+    llm = LLM(model)
     key = {
         "engine": {name: part.sha256 for name, part in manifest.parts.items()},
         "reference": asdict(identity) | {"kind": type(sources).__name__},
     }
     with Journal(report_directory / "progress.jsonl", key, options.resume) as journal:
-        work = Assessment(engine_directory, threads, model, journal, options.max_new_tokens)
+        work = Assessment(engine_directory, threads, llm, journal, options.max_new_tokens)
         samples = [
             Sample(document, sources.prompt(document) or make_prompt(model, document, options.max_new_tokens))
             for document in dataset.documents

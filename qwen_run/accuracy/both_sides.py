@@ -20,8 +20,8 @@ from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.metrics import FullLogits, Positions, ReferenceLogits, compare, first_jump, logit_pairs
 from qwen_run.accuracy.reference import CHUNK_TOKENS
 from qwen_run.accuracy.report import LayerError
+from qwen_run.api.llm import LLM
 from qwen_run.runtime.engine import Batch, Engine
-from qwen_run.runtime.request import Request
 from qwen_run.sampling.sample import SamplingParams
 from qwen_run.text.text_model import TextModel
 
@@ -149,13 +149,10 @@ def timed(pieces: Iterator[T], seconds: dict[str, float], name: str) -> Iterator
         yield piece
 
 
-def greedy(model: TextModel, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+def greedy(llm: LLM, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """The engine's greedy continuation of ``prompt``; a token that ends it is its last."""
     params = SamplingParams(temperature=0, max_tokens=max_new_tokens)
-    request = Request(tuple(prompt), params, model.eos_token_ids)
-    for _ in model.generate([request]):
-        pass
-    return request.sequences[0].output
+    return llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
 
 
 def answer_text(model: TextModel, token_ids: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import operator
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,10 @@ from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_engine.whole_files import whole_directory
 from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
 from qwen_run.api.engine_config import EngineConfig
-from qwen_run.runtime.core import Core, CoreOptions
+from qwen_run.api.llm import LLM
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.kv_cache import choose_num_blocks
 from qwen_run.runtime.machine import available_bytes
-from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import read_json
 from qwen_run.text.text_model import GENERATION_CONFIG_FILE
@@ -52,6 +52,7 @@ class QwenForCausalLM:
         found = directory / GENERATION_CONFIG_FILE
         self.generation_config = read_json(found) if found.is_file() else {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()  # an engine serves one core at a time
 
     @classmethod
     def from_pretrained(cls, path: str | Path, export: bool = False, engine_config: Config = None) -> QwenForCausalLM:
@@ -200,12 +201,13 @@ class QwenForCausalLM:
                 early_stopping=early_stopping,
                 min_tokens=min_new_tokens,
                 max_tokens=room,
+                ignore_eos=True,
+                stop_token_ids=[i for i in eos if 0 <= i < self.engine.manifest.model.vocab_size],
             )
-            requests = [
-                Request(tuple(row[kept].tolist()), replace(params, seed=seed + i), frozenset(eos))
-                for i, (row, kept) in enumerate(zip(ids, mask, strict=True))
-            ]
-            answers = self._answer(requests)
+            answers = self._answer(
+                [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)],
+                [replace(params, seed=seed + i) for i in range(len(ids))],
+            )
         except RequestError as error:
             raise ValueError(str(error)) from error
         rows = np.full((len(answers), length + max(map(len, answers))), 0 if pad is None else pad, np.int64)
@@ -219,18 +221,23 @@ class QwenForCausalLM:
         if self._scratch is not None:
             self._scratch.cleanup()
 
-    def _answer(self, requests: list[Request]) -> list[list[int]]:
-        """The new tokens of every answer to every request."""
-        width = max(self.engine_config.batch_size, *(request.params.num_beams for request in requests))
-        core = Core(self.engine, CoreOptions(width, width + self.engine_config.prefill_chunk_size))
-        try:
-            for row, request in enumerate(requests):
-                core.add(request, f"row {row}")
-            while not core.is_done:
-                core.step()
-        finally:
-            core.close()
-        return [sequence.output for request in requests for sequence in request.sequences]
+    def _answer(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+        """The new tokens of every answer to every prompt."""
+        width = max(self.engine_config.batch_size, *(each.num_beams for each in params))
+        llm = LLM(
+            self.engine,
+            skip_tokenizer_init=True,
+            max_batch_size=width,
+            max_batch_tokens=width + self.engine_config.prefill_chunk_size,
+            max_drafts=0,
+        )
+        rows = [
+            llm.prepare(prompt, p, name=f"row {i}") for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+        ]
+        with self._lock, llm:
+            for _ in llm.run(rows):
+                pass
+        return [sequence.output for row in rows for sequence in row.request.sequences]
 
     def _default(self, name: str, given: Any, otherwise: Any) -> Any:
         """An argument of ``generate``: as given, else as ``generation_config`` has it."""

@@ -51,6 +51,7 @@ class LLM:
         threads: threads of one run; the physical cores if None.
         num_blocks: blocks of the cache; chosen by ``cache_bytes`` if None.
         cache_bytes: memory of the cache; chosen from the free memory if None.
+        skip_tokenizer_init: do without what the engine has for text: prompts are token ids.
         options: fields of :class:`~qwen_run.runtime.core.CoreOptions`, such as ``max_batch_size``; ``max_drafts`` is
             ``MAX_DRAFTS`` if left out: guessing costs little where it does not pay. For a checkpoint also those of
             ``qwen_build.plan.options.BuildOptions``, such as ``quant``.
@@ -70,6 +71,7 @@ class LLM:
         threads: int | None = None,
         num_blocks: int | None = None,
         cache_bytes: int | None = None,
+        skip_tokenizer_init: bool = False,
         **options: Any,
     ) -> None:
         core_options = {name: options.pop(name) for name in CoreOptions.__dataclass_fields__ if name in options}
@@ -81,7 +83,7 @@ class LLM:
             raise EngineError(f"model is {reprlib.repr(model)}, expected an engine or a checkpoint, or the path of one")
         elif fixed := [*options, *(name for name, value in opening.items() if value is not None)]:
             raise EngineError(f"the engine is open, {', '.join(fixed)} cannot change it; expected {_CORE_OPTIONS}")
-        text = model if isinstance(model, TextModel) else _text_model(model)
+        text = model if isinstance(model, TextModel) else None if skip_tokenizer_init else _text_model(model)
         self.core = Core(model.engine if isinstance(model, TextModel) else model, CoreOptions(**core_options))
         self.default_params = text.defaults if text else SamplingParams()
         self._text = text
@@ -97,6 +99,15 @@ class LLM:
     def has_template(self) -> bool:
         """:meth:`chat` can be used."""
         return self._text is not None and self._text.template is not None
+
+    @property
+    def text(self) -> TextModel:
+        """What the engine has for text.
+
+        Raises:
+            RequestError: it has no tokenizer, or was opened without.
+        """
+        return self._require_text()
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -12,12 +12,11 @@ import numpy as np
 from qwen_engine.errors import RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.reference import HuggingFace
+from qwen_run.api.llm import LLM
 from qwen_run.bench.figures import Reads, Timeline
 from qwen_run.bench.trace import Arrival
 from qwen_run.engine_files.weights import EMBEDDING
-from qwen_run.runtime.core import Core, CoreOptions
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.request import Request
 from qwen_run.sampling.sample import SamplingParams
 
 REFERENCE_ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # what transformers is measured in
@@ -61,26 +60,30 @@ class EngineSide:
     def __init__(self, engine: Engine, max_batch_size: int, max_batch_tokens: int) -> None:
         self.name = engine.directory.resolve().name
         self.reads = engine_reads(engine.manifest)
-        self._engine = engine
-        self._options = CoreOptions(max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
+        # Without guesses, of which random prompts allow none, a step brings one token to every request that answers.
+        self._llm = LLM(
+            engine,
+            skip_tokenizer_init=True,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            max_drafts=0,
+        )
 
     def serve(self, arrivals: Sequence[Arrival], prompts: Prompts) -> list[Timeline]:
-        core = Core(self._engine, self._options)
-        requests = [
-            Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=arrival.output_tokens))
-            for arrival, prompt in zip(arrivals, prompts, strict=True)
-        ]
+        params = [SamplingParams(temperature=0, max_tokens=each.output_tokens, ignore_eos=True) for each in arrivals]
+        requests = [self._llm.prepare(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        indexes = {pending: index for index, pending in enumerate(requests)}
         clock = _Clock(arrivals)
-        while not (clock.all_arrived and core.is_done):
+        while not (clock.all_arrived and self._llm.core.is_done):
             for index in clock.arrived():
-                core.add(requests[index])
-            if core.is_done:
+                self._llm.submit(requests[index])
+            if self._llm.core.is_done:
                 clock.sleep_until_next()
                 continue
-            tokens = core.step()
+            grown = self._llm.step()
             moment = clock.now()
-            for token in tokens:
-                clock.timelines[token.request_index].token_s.append(moment)
+            for pending in grown:
+                clock.timelines[indexes[pending]].token_s.append(moment)
         return clock.timelines
 
 

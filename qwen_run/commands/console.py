@@ -10,11 +10,10 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from qwen_engine.errors import QwenError, RequestError
+from qwen_run.api.llm import LLM, PendingRequest
 from qwen_run.commands.command import printable
-from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Conversation
-from qwen_run.text.text_model import TextModel
 
 PROMPT = "> "
 
@@ -43,7 +42,7 @@ class Console:
     """An interactive chat without its terminal: a conversation, its settings, and what each line does to them.
 
     Args:
-        model: answers; without a template every line is a prompt of its own.
+        llm: answers; without a template every line is a prompt of its own.
         params: settings to begin with and to go back to with ``:reset-conf``.
         system: system message, if any.
         variables: passed to the chat template.
@@ -52,13 +51,13 @@ class Console:
 
     def __init__(
         self,
-        model: TextModel,
+        llm: LLM,
         params: SamplingParams,
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
         write: Callable[[str], None] | None = None,
     ) -> None:
-        self.model = model
+        self.llm = llm
         self.params = params
         self.conversation = Conversation(system)
         self._first_params = params
@@ -93,8 +92,9 @@ class Console:
         answer = ""
         self.conversation.ask(question)
         try:
-            with closing(self.model.stream(self._request(question))) as pieces:
-                for piece in pieces:
+            with closing(self.llm.run([self._prepare(question)])) as outputs:
+                for output in outputs:
+                    piece = output.outputs[0].text[len(answer) :]
                     answer += piece
                     self._write(piece.translate(_VISIBLE))
             self._write("\n")
@@ -106,16 +106,16 @@ class Console:
             else:
                 self.conversation.withdraw()
 
-    def _request(self, question: str) -> Request:
-        if self.model.template is None:
-            return self.model.request(self.model.encode_raw(question), self.params)
-        ids, dropped = self.model.fit(self.conversation, self.params, **self._variables)
-        request = self.model.request(ids, self.params)
+    def _prepare(self, question: str) -> PendingRequest:
+        if not self.llm.has_template:
+            return self.llm.prepare(question, self.params)
+        ids, dropped = self.llm.text.fit(self.conversation, self.params, **self._variables)
+        pending = self.llm.prepare(ids, self.params)
         if dropped:
             self._write(f"(no room for the whole conversation: forgot its oldest {dropped} turns)\n")
         for _ in range(dropped):
             self.conversation = self.conversation.without_oldest()
-        return request
+        return pending
 
     def _help(self, arguments: list[str]) -> None:
         for command in dict.fromkeys(COMMANDS.values()):

@@ -149,15 +149,16 @@ def main(
     _check_written(engine, input_text, input_file, {"--output-file": output_file, "--output-logits": output_logits})
     model, params = _load(engine, threads, raw, kv_cache_memory, asked)
     variables = {} if thinking is None else {"enable_thinking": thinking}
+    from qwen_run.api.llm import LLM
+
     if interactive:
         from qwen_run.commands import console
 
-        console.run(console.Console(model, params, system, variables))
+        console.run(console.Console(LLM(model), params, system, variables))
         return
-    from qwen_run.api.llm import LLM
 
     assert text is not None
-    guessing = {} if draft_tokens is None else {"max_drafts": draft_tokens}
+    guessing: dict[str, Any] = {} if draft_tokens is None else {"max_drafts": draft_tokens}
     if input_file is None:
         llm = LLM(model, keep_logits=output_logits is not None, **guessing)
         answering = _prepare(llm, FilePrompt(1, text, text), params, system, variables)

@@ -1,13 +1,11 @@
-"""Prompts and conversations in, text out: an engine together with its tokenizer, chat template and defaults.
+"""What an engine has for text: its tokenizer, chat template, stop texts and sampling defaults.
 
-The commands and the interactive chat are written against :class:`TextModel`; it knows no terminal and no files but
-those of the engine.
+:class:`TextModel` makes requests out of texts; :class:`~qwen_run.api.llm.LLM` answers them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,7 @@ from typing import Any
 from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.generate import generate
-from qwen_run.runtime.request import Request, Token, check_request
+from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import ChatTemplate, Conversation, Message, read_json
 from qwen_run.text.stops import TextStopper
@@ -28,7 +25,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 @dataclass(frozen=True)
 class TextModel:
-    """An engine that takes and gives text.
+    """An engine and what it has for text.
 
     Attributes:
         template: None for an engine that is only given raw prompts.
@@ -95,18 +92,8 @@ class TextModel:
         assert self.template is not None, "loaded with raw=True"
         return self.tokenizer.encode(self.template.render(messages, tools, **variables))
 
-    def request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """A request for an answer to ``prompt``.
-
-        Raises:
-            RequestError: the prompt is empty or longer than the engine takes.
-        """
-        request = self.new_request(prompt, params)
-        check_request(request, self.engine.manifest)
-        return request
-
     def new_request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """As :meth:`request`, for a caller that checks it."""
+        """A request for an answer to ``prompt``; nothing of it is checked."""
         new_stopper = partial(
             TextStopper,
             self.tokenizer,
@@ -115,22 +102,6 @@ class TextModel:
             min_tokens=params.min_tokens,
         )
         return Request(tuple(prompt), params, self.eos_token_ids, new_stopper)
-
-    def generate(self, requests: Sequence[Request], keep_logits: bool = False) -> Generator[Token, None, None]:
-        """As :func:`qwen_run.runtime.generate.generate` with this engine."""
-        return generate(self.engine, requests, keep_logits=keep_logits)
-
-    def stream(self, request: Request) -> Generator[str, None, None]:
-        """The answer to ``request`` of :meth:`request`, in whole characters as they become certain.
-
-        For one answer, and no beam search. The token or text that ends the answer is no part of it. Closing the
-        iterator frees the cache.
-        """
-        stopper = request.sequences[0].stopper
-        assert isinstance(stopper, TextStopper), "not a request of this class"
-        with closing(self.generate([request])) as tokens:
-            for token in tokens:
-                yield stopper.release() + (stopper.close() if token.finish_reason else "")
 
     def fit(self, conversation: Conversation, params: SamplingParams, **variables: Any) -> tuple[list[int], int]:
         """Ids of ``conversation`` without as many of its oldest turns as leave room for an answer.

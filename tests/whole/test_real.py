@@ -11,10 +11,8 @@ import pytest
 from cases import TESTS
 from cases.tiny import run_alone
 from cases.traffic import MAX_SEQ_LEN, assert_mixtures_answer_as_alone
+from qwen_run import LLM, SamplingParams
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.request import Request
-from qwen_run.sampling.sample import SamplingParams
-from qwen_run.text.text_model import TextModel
 
 DATA = TESTS / "data"
 ANSWER_TOKENS = 64
@@ -77,17 +75,15 @@ def test_greedy_answers_are_those_of_transformers(checkpoint, reference, build_e
     import torch
 
     directory = build_engine(checkpoint, quant="none")
-    text = TextModel.load(directory)
+    llm = LLM(directory)
     prompts = [json.loads(line)["prompt"] for line in (DATA / "mt-bench-sample.jsonl").read_text().splitlines()]
-    encoded = [tuple(text.encode_chat([{"role": "user", "content": prompt}])) for prompt in prompts]
-    params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
-    requests = [Request(prompt, params) for prompt in encoded]
-    for _ in text.generate(requests):
-        pass
+    encoded = [tuple(llm.text.encode_chat([{"role": "user", "content": prompt}])) for prompt in prompts]
+    params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    results = llm.generate(encoded, params, use_tqdm=False)
 
     assert len(prompts) == 10
-    for prompt, request in zip(encoded, requests, strict=True):
-        answer = request.sequences[0].output
+    for prompt, result in zip(encoded, results, strict=True):
+        answer = result.outputs[0].token_ids
         with torch.no_grad():  # teacher-forced: transformers' choice after each of our tokens
             logits = reference(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].numpy()
         assert len(answer) == ANSWER_TOKENS
@@ -133,12 +129,11 @@ def test_int8x2_is_as_near_the_stored_weights_as_float32_activations(quant, chec
 
 
 def test_the_int4_demo_knows_the_capital_of_france(checkpoint, build_engine):
-    text = TextModel.load(build_engine(checkpoint, quant="int4"))
+    llm = LLM(build_engine(checkpoint, quant="int4"))
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    request = text.request(text.encode_chat(question), SamplingParams(temperature=0, max_tokens=32))
-    answer = "".join(text.stream(request))
-    assert "Paris" in answer
-    assert request.sequences[0].finish_reason == "stop"
+    answer = llm.chat(question, SamplingParams(temperature=0, max_tokens=32))[0].outputs[0]
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,29 @@ def test_a_stream_grows_to_what_generate_returns(model):
     assert [replace(output, request_id="") for output in seen.values()] == [replace(o, request_id="") for o in expected]
 
 
+@pytest.mark.parametrize(("reply", "length", "text"), [("ab", 9, "ab"), ("aé", 2, "a\ufffd"), ("a<|im_end|>b", 9, "a")])
+def test_the_text_of_an_answer(tmp_path, reply, length, text):
+    """The token that stops it is no part of it, half a character that ends it is not lost."""
+    model, _ = scripted_model(write_text_files(tmp_path), lambda prompt: reply)
+    *_, last_output = LLM(model).stream([1, 2], SamplingParams(max_tokens=length))
+    assert last_output.outputs[0].text == text
+
+
+def test_a_stop_string_ends_an_answer(tmp_path):
+    model, script = scripted_model(write_text_files(tmp_path), lambda prompt: "one two three")
+    texts = [output.outputs[0].text for output in LLM(model).stream([1, 2], SamplingParams(stop="o t"))]
+    assert (texts[-1], texts[:3]) == ("one tw", ["", "on", "one"])
+    assert script.is_idle
+
+
+def test_a_closed_stream_frees_the_cache(model):
+    stream = LLM(model).stream([1, 2], SamplingParams())
+    next(stream)
+    assert not model.engine.is_idle
+    stream.close()
+    assert model.engine.is_idle
+
+
 def test_streams_read_in_turn_and_closed_early(model):
     llm = LLM(model)
     one, two = llm.stream(LONG, GREEDY), llm.stream("abc", GREEDY)
@@ -262,6 +285,16 @@ def test_an_engine_without_a_tokenizer_takes_ids_only(engine):
     with pytest.raises(RequestError, match="no tokenizer"):
         llm.generate([1, 2], SamplingParams(stop="x"))
     assert llm.generate([1, 2], SamplingParams(max_tokens=1))[0].outputs[0].text == ""
+
+
+def test_an_engine_opened_without_its_tokenizer_takes_ids_only(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "directory", write_text_files(tmp_path))
+    assert LLM(engine).tokenizer.encode("a")
+    llm = LLM(engine, skip_tokenizer_init=True)
+    with pytest.raises(RequestError, match="no tokenizer"):
+        llm.generate("a")
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    assert len(llm.generate([1, 2], params)[0].outputs[0].token_ids) == 2
 
 
 def test_options_of_the_engine(model):

@@ -19,6 +19,7 @@ import qwen_run.commands.console
 from cases import ROOT
 from cases.processes import PATIENCE_S
 from cases.scripted import scripted_model, shout, write_text_files
+from qwen_run import LLM
 from qwen_run.commands.console import Console, changed, completions
 from qwen_run.sampling.params import SamplingParams
 
@@ -29,7 +30,7 @@ class Chat:
     def __init__(self, directory, reply=shout, max_seq_len=300, **options):
         self.model, self.script = scripted_model(write_text_files(directory, do_sample=True), reply, max_seq_len)
         self.shown = []
-        self.console = Console(self.model, self.model.defaults, write=self.shown.append, **options)
+        self.console = Console(LLM(self.model), self.model.defaults, write=self.shown.append, **options)
 
     def say(self, line, goes_on=True):
         self.shown.clear()
@@ -143,22 +144,22 @@ TERMINAL = """if True:
     import dataclasses, sys, time
     from pathlib import Path
     from cases.scripted import scripted_model, write_text_files
+    from qwen_run import LLM, SamplingParams
     from qwen_run.commands import run as cli
-    from qwen_run.sampling.params import SamplingParams
     from qwen_run.text.text_model import TextModel
 
     def reply(prompt):
         return "answer " * 1000 if "slow" in prompt else "answer"
 
-    def generate(self, requests, keep_logits=False):
+    def run(self, requests):
         try:
-            for token in original(self, requests):
+            for output in original(self, requests):
                 time.sleep(0.002)
-                yield token
+                yield output
         finally:
             print("[closed]", flush=True)
 
-    original, TextModel.generate = TextModel.generate, generate
+    original, LLM.run = LLM.run, run
     model, script = scripted_model(write_text_files(Path(sys.argv.pop())), reply, max_seq_len=20000)
     model = dataclasses.replace(model, defaults=SamplingParams(0, max_tokens=9000))
     TextModel.load = lambda *_: model

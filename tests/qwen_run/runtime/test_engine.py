@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qwen_plugin
+from cases.answering import generate
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import BATCH_INPUTS, cache_inputs, logits_output
 from qwen_engine.manifest import (
@@ -35,7 +36,6 @@ from qwen_engine.manifest import (
 from qwen_run.engine_files import checksums as parts
 from qwen_run.engine_files.checksums import check_parts, measure_part, verify_parts
 from qwen_run.runtime.engine import Batch, Engine, newest_engine
-from qwen_run.runtime.generate import generate
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.sample import SamplingParams
 

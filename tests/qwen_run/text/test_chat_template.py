@@ -222,26 +222,3 @@ def test_a_long_conversation_loses_its_oldest_turns(tmp_path):
     short, _ = scripted_model(tmp_path, str, max_seq_len=4)
     ids, dropped = short.fit(talk, SamplingParams())
     assert (dropped, "last" in model.tokenizer.decode(ids)) == (10, True)
-
-
-@pytest.mark.parametrize(("reply", "length", "text"), [("ab", 9, "ab"), ("aé", 2, "a\ufffd"), ("a<|im_end|>b", 9, "a")])
-def test_the_text_of_an_answer(tmp_path, reply, length, text):
-    """The token that stops it is no part of it, half a character that ends it is not lost."""
-    model, _ = scripted_model(write_text_files(tmp_path), lambda prompt: reply)
-    assert "".join(model.stream(model.request((1, 2), SamplingParams(max_tokens=length)))) == text
-
-
-def test_a_stop_string_ends_an_answer(tmp_path):
-    model, script = scripted_model(write_text_files(tmp_path), lambda prompt: "one two three")
-    pieces = list(model.stream(model.request((1, 2), SamplingParams(stop="o t"))))
-    assert ("".join(pieces), pieces[:3]) == ("one tw", ["", "on", "e"])
-    assert script.is_idle
-
-
-def test_closing_the_text_frees_the_cache(tmp_path):
-    model, script = scripted_model(write_text_files(tmp_path), str)
-    pieces = model.stream(model.request((1, 2), SamplingParams()))
-    next(pieces)
-    assert not script.is_idle
-    pieces.close()
-    assert script.is_idle

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases.answering import generate
 from cases.scripted_engine import VOCAB_SIZE, ScriptedEngine, expected_tokens, scripted_logits
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.runtime.core import build_batch
-from qwen_run.runtime.generate import Token, generate
-from qwen_run.runtime.request import Request
+from qwen_run.runtime.request import Request, Token
 from qwen_run.runtime.scheduler import Chunk
 from qwen_run.sampling.sample import SamplingParams
 
