@@ -71,6 +71,18 @@ def test_an_outlier_that_nothing_multiplies_is_clipped():
     assert grid.values(found, 32)[0, 3] < 0.75
 
 
+@pytest.mark.parametrize("part", [0.95, 0.75, 0.6, 0.5])
+def test_a_grid_may_reach_half_as_far_as_the_largest_weight(part):
+    """All weights but one lie on the grid that reaches to ``part`` of that one, which nothing multiplies."""
+    weight = np.float32(part / 7) * np.resize(np.arange(-7, 8, dtype=np.float32), (1, 32))
+    weight[0, 31] = 1
+    importance = np.ones(32, np.float32)
+    importance[31] = 0
+    grid = Grid(4, 32, symmetric=True)
+    found = search_scales(weight, importance, StockInt(grid, "int8"))
+    np.testing.assert_allclose(grid.values(found, 32)[0, :31], weight[0, :31], atol=1e-6)
+
+
 def test_without_importance_the_largest_weight_decides():
     weight = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     grid = Grid(4, 64, symmetric=False)

@@ -63,6 +63,20 @@ def test_all_offenders_are_named_at_once():
     )
 
 
+@pytest.mark.parametrize("row", [0, 70, 4095, 4096, 9000])
+def test_a_tied_head_is_compared_to_its_last_row(tmp_path, row):
+    embedding = np.arange(9001 * 2, dtype=np.float32).reshape(9001, 2)
+    head = embedding.copy()
+    head[row, 1] += 1
+    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+    write_safetensors(tmp_path / "model.safetensors", tensors, "float32")
+    with (
+        Checkpoint.open(tmp_path) as checkpoint,
+        pytest.raises(CheckpointError, match=r"lm_head.weight differs from model.embed_tokens.weight"),
+    ):
+        map_weights(dict.fromkeys(tensors, (9001, 2)), checkpoint, CONFIG)
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path, equal):
     embedding = np.arange(20, dtype=np.float32).reshape(5, 4)

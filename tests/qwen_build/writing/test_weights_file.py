@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qwen_build.writing.weights_file import WeightsFile
@@ -33,6 +34,20 @@ def test_what_nobody_writes_is_zero(tmp_path: Path) -> None:
     assert len(written) == SIZE
     assert written[3 << 20 :][:4].view(np.float32) == 1.5
     assert np.count_nonzero(written) == np.count_nonzero(np.float32([1.5]).view(np.uint8))
+
+
+@pytest.mark.parametrize("quant", ["none", "int4"])
+def test_large_tensors_start_at_a_page_and_small_ones_at_a_cache_line(tiny_checkpoint, build_engine, quant) -> None:
+    engine = build_engine(tiny_checkpoint("qwen2").path, quant=quant)
+    tensors = [
+        {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+        for tensor in onnx.load(engine / "model.onnx", load_external_data=False).graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    large = [tensor["offset"] % 4096 for tensor in tensors if tensor["length"] >= 4096]
+    small = [tensor["offset"] % 64 for tensor in tensors if tensor["length"] < 4096]
+    assert (len(large) > 5, len(small) > 5) == (True, True)
+    assert (set(large), set(small)) == ({0}, {0})
 
 
 def test_a_file_that_is_there_stays(tmp_path: Path) -> None:

@@ -218,6 +218,9 @@ def test_a_long_conversation_loses_its_oldest_turns(tmp_path):
     assert (f"question {dropped - 1}" in text, f"question {dropped}" in text) == (False, True)
     assert 300 - len(model.encode_chat([*talk.messages[1:3]])) < len(ids) <= 300
     assert len(talk.turns) == 21
+    # room for a long answer is a quarter of the length
+    longer, dropped_for_longer = model.fit(talk, SamplingParams(max_tokens=399))
+    assert (longer, dropped_for_longer) == (ids, dropped)
     # the last question stays however little room there is
     short, _ = scripted_model(tmp_path, str, max_seq_len=4)
     ids, dropped = short.fit(talk, SamplingParams())
