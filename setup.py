@@ -1,4 +1,8 @@
-"""Compiles the operator library when the package is built or installed; everything else is in pyproject.toml."""
+"""Compiles the operator library when the package is built or installed; everything else is in pyproject.toml.
+
+A wheel is for this machine alone, unless the option --plat-name of bdist_wheel names a platform: manylinux_2_28_aarch64
+makes one for any Linux on ARM with glibc 2.28 or later. The Makefile's ``dist`` does that.
+"""
 
 import shutil
 from pathlib import Path
@@ -9,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 from qwen_engine.errors import EngineError
 from qwen_plugin import LIBRARY_NAME
-from qwen_plugin.compile import SOURCES, compile_library, is_current
+from qwen_plugin.compile import SOURCES, Target, compile_library, is_current
 
 
 class BuildLibrary(build_ext):
@@ -20,12 +24,14 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext):
         library, in_place = Path(self.get_ext_fullpath(ext.name)), SOURCES.parent / LIBRARY_NAME
-        if not self.force and is_current(in_place):
+        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+        tag = wheel.plat_name if wheel and wheel.plat_name_supplied else None
+        if tag is None and not self.force and is_current(in_place):
             library.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(in_place, library)
             return
         try:
-            compile_library(library)
+            compile_library(library, target=None if tag is None else Target.of_wheel(tag))
         except EngineError as error:
             raise SystemExit(f"Error: {error}") from None
 

@@ -13,9 +13,10 @@ if TYPE_CHECKING:  # the plugin is compiled before there is an ONNX Runtime
 
 LIBRARY_NAME = "libqwen_plugin.dylib" if sys.platform == "darwin" else "libqwen_plugin.so"
 
-# The session's config entry that says among how many threads the operators divide their work.
+# The session's config entry that says among how many threads the operators divide their work, and the most that it may
+# say. compile.py tells both to plugin.cc.
 THREADS_ENTRY = "qwen.threads"
-MOST_THREADS = 1024  # as plugin.cc has it
+MOST_THREADS = 1024
 
 # (domain, name) -> version of every operator in the library
 OPERATORS = {("qwen", "PagedAttention"): 1, ("qwen", "QuantLinear"): 4, ("qwen", "QuantEmbedding"): 2}

@@ -8,6 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qwen_engine import __version__
+from qwen_engine.errors import (
+    BuildError,
+    CheckpointError,
+    EngineError,
+    QwenError,
+    RequestError,
+    UnsupportedModel,
+    WeightMismatch,
+)
+
 if TYPE_CHECKING:
     from qwen_run.api.async_llm import AsyncLLM
     from qwen_run.api.causal_lm import QwenForCausalLM
@@ -19,12 +30,20 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BuildError",
+    "CheckpointError",
     "CompletionOutput",
     "EngineConfig",
+    "EngineError",
     "Logprob",
+    "QwenError",
     "QwenForCausalLM",
+    "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "UnsupportedModel",
+    "WeightMismatch",
+    "__version__",
 ]
 
 _MODULES = {

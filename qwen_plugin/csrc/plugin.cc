@@ -9,8 +9,9 @@
 
 namespace {
 
-constexpr char kThreadsEntry[] = "qwen.threads";
-constexpr int kMaxThreads = 1024;
+// qwen_plugin/__init__.py has both values, compile.py passes them.
+constexpr char kThreadsEntry[] = THREADS_ENTRY;
+constexpr int kMaxThreads = MOST_THREADS;
 
 // The session's config entry, or all processors that this process may use.
 int ReadThreads(const OrtApi& api, const OrtSessionOptions* options) {

@@ -52,7 +52,7 @@ def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None
         return Path(source)
     from qwen_build.checkpoint.locate import resolve_checkpoint, user_cache
 
-    chosen = _build_options(options)
+    chosen = build_options(options)
     located = resolve_checkpoint(str(source))
     kept = cache or user_cache() / "qwen-engine" / "engines"
     try:
@@ -78,7 +78,7 @@ def build_engine(checkpoint: Path, engine: Path, options: Mapping[str, Any]) -> 
     """
     from qwen_build.checkpoint.locate import resolve_checkpoint
 
-    _build(resolve_checkpoint(str(checkpoint)), engine, _build_options(options), replace=False)
+    _build(resolve_checkpoint(str(checkpoint)), engine, build_options(options), replace=False)
 
 
 def _build(located: Located, engine: Path, options: BuildOptions, replace: bool) -> None:
@@ -89,7 +89,7 @@ def _build(located: Located, engine: Path, options: BuildOptions, replace: bool)
         write_engine(plan_build(weights, located, options), weights, engine, replace)
 
 
-def _build_options(options: Mapping[str, Any]) -> BuildOptions:
+def build_options(options: Mapping[str, Any]) -> BuildOptions:
     """``exclude`` may be one pattern, ``quant_config`` and ``calibration`` paths, as on the command line."""
     from qwen_build.plan.options import BuildOptions
     from qwen_build.plan.rules import read_rules

@@ -77,23 +77,30 @@ class QwenForCausalLM:
         return cls(engine_of(path, config.build_options) if export else Path(path), config)
 
     @classmethod
-    def from_model(cls, model: Any, engine_config: Config = None) -> QwenForCausalLM:
+    def from_model(cls, model: Any, engine_config: Config = None, tokenizer: Any = None) -> QwenForCausalLM:
         """Build an engine from the weights of a transformers model; it lasts as long as the object that is returned.
 
+        Args:
+            model: what has ``save_pretrained``, as transformers' models do.
+            tokenizer: the same of its tokenizer; without one the engine takes and gives token ids only.
+
         Raises:
-            ValueError: ``engine_config`` violates a rule.
+            ValueError: ``engine_config`` violates a rule, or ``model`` or ``tokenizer`` is something else.
             BuildError: the model cannot be built.
         """
         config = EngineConfig.of(engine_config)
-        if not hasattr(model, "save_pretrained"):
-            raise ValueError(f"model is {model!r}, expected a transformers model")
+        given = {"model": model, **({} if tokenizer is None else {"tokenizer": tokenizer})}
+        for name, value in given.items():
+            if not hasattr(value, "save_pretrained"):
+                raise ValueError(f"{name} is {value!r}, expected a transformers {name}")
         try:
             scratch = tempfile.TemporaryDirectory(prefix="qwen-engine-")
         except OSError as error:
             raise EngineError(f"no directory for temporary files: {error.strerror}; set TMPDIR to one") from error
         checkpoint, engine = Path(scratch.name) / "checkpoint", Path(scratch.name) / "engine"
         try:
-            _save(model, checkpoint)
+            for name, value in given.items():
+                _save(name, value, checkpoint)
             build_engine(checkpoint, engine, config.build_options)
             shutil.rmtree(checkpoint)
             made = cls(engine, config)
@@ -270,13 +277,13 @@ class QwenForCausalLM:
         return {name: getattr(defaults, name) for name in given}
 
 
-def _save(model: Any, checkpoint: Path) -> None:
+def _save(name: str, value: Any, checkpoint: Path) -> None:
     try:
-        model.save_pretrained(checkpoint)
+        value.save_pretrained(checkpoint)
     except Exception as error:  # a full disk is an error of safetensors' own, not an OSError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EngineError(
-            f"the model cannot be saved to {checkpoint}: {reason}; set TMPDIR to another place"
+            f"the {name} cannot be saved to {checkpoint}: {reason}; set TMPDIR to another place"
         ) from error
 
 

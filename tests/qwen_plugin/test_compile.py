@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import importlib.util
 import os
-import platform
 import re
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_the_users_compiler_comes_first(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="no C\\+\\+ compiler found; install g\\+\\+"):
+    with pytest.raises(EngineError, match=r"no C\+\+ compiler found for \w+; install g\+\+"):
         compiling.compile_library(tmp_path / "library.so")
 
 
@@ -41,7 +41,30 @@ def test_ziglang_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "ziglang" else None)
     command = compiling.find_compiler()
     assert command is not None
-    assert command[:4] == [sys.executable, "-m", "ziglang", "c++"]
+    assert command[:5] == [sys.executable, "-P", "-m", "ziglang", "c++"]
+
+
+def test_a_wheel_for_other_machines_is_compiled_by_ziglang_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = compiling.Target.of_wheel("manylinux_2_28_aarch64")
+    monkeypatch.setenv("CXX", "my-g++")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "ziglang" else None)
+    assert compiling.find_compiler(target) == [
+        *(sys.executable, "-P", "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu.2.28"),
+    ]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert compiling.find_compiler(target) is None
+    with pytest.raises(EngineError, match=r"no C\+\+ compiler found for aarch64; pip install ziglang"):
+        compiling.compile_library(Path("library.so"), target=target)
+
+
+@pytest.mark.parametrize("tag", ["linux_x86_64", "manylinux_2_28_riscv64", "manylinux2014_x86_64", "win_amd64", ""])
+def test_platforms_without_wheels_are_refused(tag: str) -> None:
+    with pytest.raises(EngineError, match=f"wheels cannot be made for the platform '{tag}', expected one such as"):
+        compiling.Target.of_wheel(tag)
+
+
+def test_examples_in_docstrings() -> None:
+    assert doctest.testmod(compiling) == doctest.TestResults(failed=0, attempted=1)
 
 
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,11 +101,8 @@ def test_a_library_older_than_a_source_is_not_current(tmp_path: Path) -> None:
         ("riscv64", {"plain"}),
     ],
 )
-def test_only_this_processors_instruction_sets_are_compiled(
-    machine: str, sets: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    flags = {path.stem: flags for path, flags in compiling.sources().items()}
+def test_only_this_processors_instruction_sets_are_compiled(machine: str, sets: set[str]) -> None:
+    flags = {path.stem: flags for path, flags in compiling.sources(machine).items()}
     assert {stem.split("_")[2] for stem in flags if stem.count("_") == 2} == sets  # paged_attention_*, quant_linear_*
     assert not flags["paged_attention_plain"]
     assert not flags["quant_linear"]
@@ -119,3 +139,11 @@ def test_the_build_asks_for_ziglang_only_without_a_compiler(hook: str, monkeypat
     assert getattr(module, hook)() == ["else"]
     monkeypatch.setattr(module, "find_compiler", lambda: None)
     assert getattr(module, hook)() == ["else", "ziglang>=0.13"]
+
+
+@pytest.mark.parametrize("option", ["--plat-name=manylinux_2_28_aarch64", ["--verbose", "--plat-name=any"]])
+def test_a_wheel_for_other_machines_asks_for_ziglang(option: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = backend()
+    monkeypatch.setattr(module.build_meta, "get_requires_for_build_wheel", lambda settings: ["else"])
+    monkeypatch.setattr(module, "find_compiler", lambda: ["g++"])
+    assert module.get_requires_for_build_wheel({"--build-option": option}) == ["else", "ziglang>=0.13"]

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from cases.scripted import core_tokenizer
+from cases.tiny import FAMILIES, TINY
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import Manifest
 from qwen_run import EngineConfig, QwenForCausalLM
 from qwen_run.api import causal_lm
 from qwen_run.api.engine_config import QUANTIZATIONS
+from qwen_run.text.tokenizer import Tokenizer
 
 PAD = 130
 ROWS = [[5, 17, 99, 3, 8, 41, 7], [64, 2, 77], [9, 9, 120, 33, 1]]
@@ -204,6 +207,22 @@ def test_a_model_is_built_from_memory_and_saved(checkpoint, tmp_path):
     again = QwenForCausalLM.from_pretrained(tmp_path / "new" / "saved")
     assert again.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist() == expected
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]
+
+
+def test_a_model_is_built_with_its_tokenizer(checkpoint, tmp_path):
+    import transformers
+
+    core = core_tokenizer()
+    config = transformers.AutoConfig.for_model(**TINY | FAMILIES["qwen2"] | {"vocab_size": 283})
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    model = QwenForCausalLM.from_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer=tokenizer)
+    found = Tokenizer.load(model.engine.directory)
+    assert list(found.encode("the cache")) == core.encode("the cache", add_special_tokens=False).ids
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    model.close()
+    with pytest.raises(ValueError, match="tokenizer is 'qwen2', expected a transformers tokenizer"):
+        QwenForCausalLM.from_model(checkpoint.model, tokenizer="qwen2")
 
 
 def test_export_says_what_the_path_is(checkpoint, engine, tmp_path):
