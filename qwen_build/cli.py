@@ -236,6 +236,8 @@ def main(
     with Checkpoint.open(located.path) as weights:
         checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
         plan = None if automatic else plan_build(weights, located, options)
+        for note in plan.notes if plan else ():
+            click.echo(f"Note: {printable(note)}", err=True)
         if dry_run:
             print_json(describe(plan)) if as_json else print_table(describe(plan))
             return

@@ -42,7 +42,7 @@ from qwen_build.writing.weights_file import (
     write_weights,
 )
 from qwen_engine import __version__
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import BuildError, UnsupportedModel
 from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, PLUGIN_DOMAIN, TensorSpec, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
@@ -84,6 +84,7 @@ class Plan:
     eos_token_ids: tuple[int, ...]
     dtype: str
     max_seq_len: int
+    notes: tuple[str, ...]  # what of the checkpoint is left unread or read in another way, a sentence each
 
     @property
     def linears(self) -> tuple[LinearRecord, ...]:
@@ -176,6 +177,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         eos_token_ids=end_of_sequence_ids(located.path, config),
         dtype=checkpoint.dtype,
         max_seq_len=max_seq_len,
+        notes=config.notes,
     )
 
 
@@ -230,6 +232,12 @@ def _max_seq_len(options: BuildOptions, config: ModelConfig) -> int:
     chosen = trained if options.max_seq_len is None else options.max_seq_len
     if chosen > trained:
         raise BuildError(f"--max-seq-len {chosen} is more than the {trained} tokens the checkpoint was trained for")
+    some = config.windowed
+    if some.window is not None and chosen > some.window:
+        raise UnsupportedModel(
+            f"config.json: {some.count} layers, the first of them {some.first}, attend to the last {some.window} "
+            f"tokens only, and engines attend to all; build with --max-seq-len {some.window}, where this is the same"
+        )
     if chosen < MIN_SEQ_LEN:
         raise BuildError(f"{chosen} is too short a sequence for a prompt and an answer, expected {MIN_SEQ_LEN} or more")
     return chosen

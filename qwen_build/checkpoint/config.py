@@ -11,6 +11,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from qwen_build.checkpoint.config_keys import (
+    CLASS_DEFAULTS,
+    NO_WINDOW,
+    WindowedLayers,
+    check_only,
+    check_rope,
+    unknown_keys,
+    windowed_layers,
+)
 from qwen_build.checkpoint.packed import PackedFormat
 from qwen_build.checkpoint.safetensors import read_json
 from qwen_engine.errors import CheckpointError, UnsupportedModel
@@ -38,14 +47,6 @@ ARCHITECTURES = {
     "qwen3": Architecture(qk_norm=True, head_dim=128),
 }
 
-# config key -> (values the graph computes with, what an absent key means)
-SUPPORTED: dict[str, tuple[tuple[Any, ...], Any]] = {
-    "hidden_act": (("silu",), None),
-    "use_sliding_window": ((False,), False),
-    "mlp_bias": ((False,), False),
-    "partial_rotary_factor": ((1, 1.0), 1),
-}
-
 # where a config says how positions are rotated: transformers 5, and before
 ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
 
@@ -55,10 +56,14 @@ MOST, MOST_POSITIONS = 2**31 - 1, 2**24
 
 @dataclass(frozen=True)
 class ModelConfig(ModelSizes):
-    """Sizes and features of one checkpoint. ``eos_token_ids`` are the config's own, maybe none.
+    """Sizes and features of one checkpoint.
 
-    ``layer_kinds`` are those of the layers, by turns. ``packed`` is how its linears are stored where they are quantised
-    already.
+    Attributes:
+        layer_kinds: those of the layers, by turns.
+        eos_token_ids: the config's own, maybe none.
+        packed: how its linears are stored where they are quantised already.
+        windowed: the layers that do not see the whole of a text as long as ``max_position_embeddings``.
+        unknown: keys of the config that nobody here knows.
     """
 
     architecture: Architecture
@@ -66,11 +71,21 @@ class ModelConfig(ModelSizes):
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...] = ()
     packed: PackedFormat | None = None
+    windowed: WindowedLayers = NO_WINDOW
+    unknown: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> ModelSizes:
         """The part that goes into the manifest."""
         return ModelSizes(**{name: getattr(self, name) for name in ModelSizes.__dataclass_fields__})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say of the config beside what was computed of it."""
+        if not self.unknown:
+            return ()
+        keys = ", ".join(self.unknown)
+        return (f"config.json has {keys}, unknown to {self.model_type}'s configuration and left unread.",)
 
     @classmethod
     def from_hf(cls, checkpoint: Path) -> ModelConfig:
@@ -89,8 +104,12 @@ class ModelConfig(ModelSizes):
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise UnsupportedModel(f"model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[model_type]
-        check_supported(hf, architecture)
+        check_only(hf)
+        ropes = {key: rope_object(hf, key) for key in ROPE_OBJECTS}
+        for key, rope in ropes.items():
+            check_rope(key, rope)
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
+        positions = integer(hf, "max_position_embeddings", most=MOST_POSITIONS)
         config = cls(
             architecture=architecture,
             layer_kinds=layer_kinds(hf, architecture),
@@ -100,41 +119,32 @@ class ModelConfig(ModelSizes):
             intermediate_size=integer(hf, "intermediate_size"),
             num_hidden_layers=integer(hf, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=integer(hf, "num_key_value_heads"),
+            num_key_value_heads=integer(hf, "num_key_value_heads", heads),
             head_dim=integer(hf, "head_dim", architecture.head_dim or hidden_size // heads),
-            rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
+            rms_norm_eps=number(hf, "rms_norm_eps"),
             rope_theta=rope_theta(hf),
-            tie_word_embeddings=boolean(hf, "tie_word_embeddings", False),
-            max_position_embeddings=integer(hf, "max_position_embeddings", most=MOST_POSITIONS),
+            tie_word_embeddings=boolean(hf, "tie_word_embeddings"),
+            max_position_embeddings=positions,
             eos_token_ids=token_ids(hf.get("eos_token_id")),
             packed=PackedFormat.from_json(quantized) if (quantized := hf.get("quantization_config")) else None,
+            windowed=windowed_layers(hf, integer(hf, "num_hidden_layers"), positions),
+            unknown=unknown_keys(hf, ropes),
         )
         check_sizes(config)
         return config
 
 
-def check_supported(hf: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raise :class:`UnsupportedModel` naming the first thing ``hf`` asks for that the graph lacks."""
-    for key, (supported, default) in SUPPORTED.items():
-        value = default if hf.get(key) is None else hf[key]
-        if value not in supported:
-            raise UnsupportedModel(f"config.json: {key} {value!r} is not supported, only {supported[0]!r} is")
-    if "attention_bias" in hf and bool(hf["attention_bias"]) != architecture.attention_bias:
-        raise UnsupportedModel(
-            f"config.json: attention_bias {hf['attention_bias']!r} is not supported for model_type "
-            f"{hf['model_type']!r}, only {architecture.attention_bias} is"
-        )
-    for key in ROPE_OBJECTS:
-        check_rope(key, rope_object(hf, key))
-
-
 def layer_kinds(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
-    """The kinds of the layers, by turns: what ``layer_types`` says, or those of ``architecture``."""
+    """The kinds of the layers, by turns: what ``layer_types`` says, or those of ``architecture``.
+
+    Sliding attention counts as full, which it is within its window, see ``ModelConfig.windowed``.
+    """
     count, found = integer(hf, "num_hidden_layers"), hf.get("layer_types")
     if found is None:
         return architecture.layer_kinds
     if not isinstance(found, list):
         raise CheckpointError(f"config.json: layer_types is {found!r}, expected a list")
+    found = ["full_attention" if kind == "sliding_attention" else kind for kind in found]
     if others := sorted({repr(kind) for kind in found if kind not in architecture.layer_kinds}):
         raise UnsupportedModel(
             f"config.json: layer_types {', '.join(others)} are not supported, "
@@ -144,18 +154,6 @@ def layer_kinds(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str,
         raise CheckpointError(f"config.json: {len(found)} layer_types, num_hidden_layers {count}; make them agree")
     usual = all(kind == expected for kind, expected in zip(found, cycle(architecture.layer_kinds), strict=False))
     return architecture.layer_kinds if usual else tuple(found)
-
-
-def check_rope(key: str, rope: Mapping[str, Any]) -> None:
-    """Raise :class:`UnsupportedModel` unless ``rope``, the object ``key`` of a config, asks for the plain rotation."""
-    for name in ("rope_type", "type"):
-        if rope.get(name, "default") != "default":
-            raise UnsupportedModel(f"config.json: {key} asks for rope type {rope[name]!r}, only 'default' is supported")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise UnsupportedModel(f"config.json: {key} asks for partial_rotary_factor, only the whole head can be rotated")
-    for name, value in rope.items():
-        if isinstance(value, dict | list):  # one rotation for each kind of layer, or for each part of a head
-            raise UnsupportedModel(f"config.json: {key} has {name} {value!r}, only one rotation for all is supported")
 
 
 def rope_object(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -169,10 +167,10 @@ def rope_object(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
 def rope_theta(hf: Mapping[str, Any]) -> float:
     """The base of the rotary angles, which transformers has kept in three places over time; they must agree."""
     holders = (hf, *(rope_object(hf, key) for key in ROPE_OBJECTS))
-    found = {number(holder, "rope_theta", None) for holder in holders if holder.get("rope_theta") is not None}
+    found = {number(holder, "rope_theta") for holder in holders if holder.get("rope_theta") is not None}
     if len(found) > 1:
         raise CheckpointError(f"config.json has rope_theta {' and '.join(map(str, sorted(found)))}; keep the right one")
-    return found.pop() if found else 10000.0
+    return found.pop() if found else float(CLASS_DEFAULTS["rope_theta"])
 
 
 def check_sizes(config: ModelConfig) -> None:
@@ -199,8 +197,8 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def integer(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST) -> int:
-    """A field from 1 to ``most``; null counts as absent."""
-    value = hf.get(key)
+    """A field from 1 to ``most``; ``default`` where it is null or, without a class default, absent."""
+    value = hf.get(key, CLASS_DEFAULTS.get(key))
     value = default if value is None else value
     if type(value) is not int or value < 1:
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer")
@@ -209,18 +207,17 @@ def integer(hf: Mapping[str, Any], key: str, default: int | None = None, most: i
     return value
 
 
-def number(hf: Mapping[str, Any], key: str, default: float | None) -> float:
+def number(hf: Mapping[str, Any], key: str) -> float:
     """A positive number field that a float32 can hold; null counts as absent."""
-    value = hf.get(key)
-    value = default if value is None else value
+    value = CLASS_DEFAULTS[key] if hf.get(key) is None else hf[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 3e38:  # NaN is not
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive number")
     return float(value)
 
 
-def boolean(hf: Mapping[str, Any], key: str, default: bool) -> bool:
+def boolean(hf: Mapping[str, Any], key: str) -> bool:
     """A true or false field; null counts as absent."""
-    value = default if hf.get(key) is None else hf[key]
+    value = CLASS_DEFAULTS[key] if hf.get(key) is None else hf[key]
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {key} is {value!r}, expected true or false")
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -86,7 +87,10 @@ def _build(located: Located, engine: Path, options: BuildOptions, replace: bool)
     from qwen_build.engine_build import plan_build, write_engine
 
     with Checkpoint.open(located.path) as weights:
-        write_engine(plan_build(weights, located, options), weights, engine, replace)
+        plan = plan_build(weights, located, options)
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=4)
+        write_engine(plan, weights, engine, replace)
 
 
 def build_options(options: Mapping[str, Any]) -> BuildOptions:

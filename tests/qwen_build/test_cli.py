@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from click.testing import CliRunner
 from tokenizers import decoders, models
 
 from cases.processes import PATIENCE_S, start_python
-from cases.tiny import FAMILIES
+from cases.tiny import FAMILIES, hf_logits, run_chunks
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
@@ -31,6 +32,7 @@ from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest
 from qwen_engine.whole_files import NEW, OLD, scratch_beside
 from qwen_run.engine_files.checksums import verify_parts
+from qwen_run.runtime.engine import Engine
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, mon
         (lambda c: (c / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda c: edit_config(c, model_type="llama"), "model_type 'llama' is not one of qwen2, qwen3"),
         (lambda c: edit_config(c, rope_scaling={"type": "yarn", "factor": 4}), "asks for rope type 'yarn'"),
-        (lambda c: edit_config(c, use_sliding_window=True), "use_sliding_window True is not supported"),
+        (lambda c: edit_config(c, mlp_bias=True), "mlp_bias True is not supported"),
         (
             lambda c: edit_config(c, quantization_config={"quant_method": "bitsandbytes"}),
             "already quantised (bitsandbytes)",
@@ -168,7 +170,7 @@ def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, mon
             "lm_head.weight",
         ),
         (lambda c: edit_config(c, num_hidden_layers=10**30), "num_hidden_layers is 1000"),
-        (lambda c: edit_config(c, num_hidden_layers=10**9), "the checkpoint lacks model.layers.3"),
+        (lambda c: edit_config(c, num_hidden_layers=10**9, layer_types=None), "the checkpoint lacks model.layers.3"),
         (lambda c: edit_config(c, max_position_embeddings=1), "1 is too short a sequence"),
         (lambda c: (c / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
         (lambda c: (c / "tokenizer.json").mkdir(), "tokenizer.json is not a file"),
@@ -200,6 +202,28 @@ def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
 def test_max_seq_len_above_the_trained_length(checkpoint, tmp_path):
     result = build(checkpoint, "--max-seq-len", 641, "--output", tmp_path / "out" / "engine")
     refused(result, "--max-seq-len 641 is more than the 640 tokens", tmp_path / "out")
+
+
+def test_a_window_is_full_attention_up_to_its_length(checkpoint, tiny_checkpoint, build_engine, tmp_path):
+    edit_config(checkpoint, use_sliding_window=True, sliding_window=24, max_window_layers=1, layer_types=None)
+    message = "2 layers, the first of them 1, attend to the last 24 tokens only, and engines attend to all; "
+    refused(build(checkpoint, "--output", tmp_path / "out" / "e"), message, tmp_path / "out")
+    assert build(checkpoint, "--output", tmp_path / "e", "--max-seq-len", 24, "--quant", "none").exit_code == 0
+    assert build(checkpoint, "--output", tmp_path / "f", "--max-seq-len", 25).exit_code == 1
+    engine, ids = Engine.load(tmp_path / "e"), list(range(24))
+    windowed = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    (ours,) = run_chunks(engine, [ids], [[24]])
+    assert np.abs(ours - hf_logits(windowed, ids)).max() < 1e-4  # float32, sums in another order
+    longer = list(range(40))
+    assert np.abs(hf_logits(windowed, longer) - tiny_checkpoint("qwen2").logits(longer)).max() > 1e-2
+
+
+def test_what_is_unknown_in_the_config_is_named_once(checkpoint, tmp_path):
+    edit_config(checkpoint, use_foo=True, rope_scaling={"beta": 2})
+    result = build(checkpoint, "--output", tmp_path / "e")
+    note = "Note: config.json has use_foo, rope_scaling.beta, unknown to qwen2's configuration and left unread.\n"
+    assert result.exit_code == 0
+    assert result.stderr.count(note) == 1
 
 
 def test_activations_that_the_kernels_lack(checkpoint, tmp_path):

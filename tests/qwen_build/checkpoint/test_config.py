@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cases.configs import PUBLISHED
 from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
+from qwen_build.checkpoint.config_keys import WindowedLayers, unknown_keys
 from qwen_build.graph.rope import rope_tables
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 
@@ -53,18 +56,24 @@ def test_defaults_are_those_of_transformers():
     [
         ({"model_type": "llama"}, "model_type 'llama' is not one of qwen2, qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
-        ({"use_sliding_window": True}, "use_sliding_window True is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling asks for rope type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters asks for rope type 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope type 'yarn'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "only one rotation for all"),
-        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "rope_scaling has mrope_section"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "rope_scaling asks for rope type 'mrope'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for rope type 'linear'"),
+        ({"rope_scaling": {"type": [1]}}, r"rope type \[1\]"),
         ({"model_type": []}, r"model_type \[\] is not one of"),
         ({"max_position_embeddings": 2**31}, "max_position_embeddings is 2147483648, expected at most 16777216"),
         ({"num_hidden_layers": 10**30}, "expected at most 2147483647"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention' are not supported"),
-        ({"attention_bias": False}, "attention_bias False is not supported for model_type 'qwen2'"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types 'chunked_attention' are not supported"),
+        ({"mlp_bias": True}, "mlp_bias True is not supported, only False is"),
+        ({"is_causal": False}, "is_causal False is not supported, only True is"),
+        ({"chunk_size_feed_forward": False}, "chunk_size_feed_forward False is not supported, only 0 is"),
+        ({"per_layer_config": {"3": {"head_dim": 32}}}, "per_layer_config .* is not supported"),
+        ({"quantization": {"bits": 4}}, "config.json has quantization: .* by mlx, which cannot be read"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "by compressed-tensors, which cannot"),
         (
             {"model_type": "qwen3", "attention_bias": True},
             "attention_bias True is not supported for model_type 'qwen3'",
@@ -95,6 +104,10 @@ def test_what_the_graph_lacks_is_refused_by_name(change, message):
         ({"rope_parameters": [4]}, r"rope_parameters is \[4\], expected an object"),
         ({"layer_types": 5}, "layer_types is 5, expected a list"),
         ({"layer_types": ["full_attention"] * 23}, "23 layer_types, num_hidden_layers 24"),
+        ({"layer_types": ["sliding_attention"] * 24}, "layer_types has sliding_attention, but use_sliding_window"),
+        ({"use_sliding_window": "yes"}, "use_sliding_window is 'yes', expected true or false"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0, expected a positive integer or null"),
+        ({"use_sliding_window": True, "max_window_layers": "all"}, "max_window_layers is 'all', expected an integer"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
         ({"max_position_embeddings": 1e30}, r"max_position_embeddings is 1e\+30, expected a positive integer"),
         ({"eos_token_id": True}, "eos_token_id is True, expected an integer"),
@@ -111,6 +124,76 @@ def test_broken_configs_are_refused(change, message):
 def test_every_architecture_can_be_read():
     for model_type in ARCHITECTURES:
         assert ModelConfig.from_json(PUBLISHED | {"model_type": model_type}).model_type == model_type
+
+
+def same_computation(change, model_type="qwen2"):
+    """Whether a published config with ``change`` computes what it computes without."""
+    before = ModelConfig.from_json(PUBLISHED | {"model_type": model_type})
+    return replace(ModelConfig.from_json(PUBLISHED | {"model_type": model_type} | change), unknown=()) == before
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4096}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "swish"},
+        {"attention_bias": False},
+        {"attention_bias": True},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 1}},
+        {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}},
+        {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
+        {"sliding_window": 8, "max_window_layers": 0},
+        WINDOWED | {"max_window_layers": 24},
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": 32768, "max_window_layers": 0},
+        WINDOWED | {"max_window_layers": 0, "layer_types": ["full_attention"] * 24},
+    ],
+    ids=str,
+)
+def test_what_is_spelled_otherwise_and_computes_the_same_is_taken(change):
+    assert same_computation(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "sliding"),
+    [
+        (WINDOWED | {"max_window_layers": 21}, (21, 3)),
+        (WINDOWED | {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]}, (23, 1)),
+    ],
+    ids=str,
+)
+def test_layers_that_do_not_see_everything_are_known(change, sliding):
+    assert ModelConfig.from_json(PUBLISHED | change).windowed == WindowedLayers(4096, *sliding)
+
+
+def test_absent_keys_have_the_defaults_of_the_class():
+    transformers = pytest.importorskip("transformers")
+    for model_type in ("qwen2", "qwen3"):
+        theirs, ours = transformers.AutoConfig.for_model(model_type), ModelConfig.from_json({"model_type": model_type})
+        sizes = {name: value for name, value in vars(ours).items() if hasattr(theirs, name) and name != "windowed"}
+        assert len(sizes) >= 10
+        assert sizes == {name: getattr(theirs, name) for name in sizes}
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.windowed.window is None
+    heads = PUBLISHED["num_attention_heads"]
+    assert ModelConfig.from_json(PUBLISHED | {"num_key_value_heads": None}).num_key_value_heads == heads
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_every_key_of_the_class_of_transformers_is_known(model_type):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in PUBLISHED.items() if k != "model_type"})
+    config.dtype = "bfloat16"
+    saved = {name: "?" if value is None else value for name, value in config.to_dict().items()}
+    assert unknown_keys(saved, {"rope_parameters": saved["rope_parameters"]}) == ()
+
+
+def test_unknown_keys_are_named_and_those_without_effect_are_not():
+    change = {"use_foo": True, "mup": None, "_name_or_path": "x", "use_cache": False, "rope_scaling": {"beta": 1}}
+    assert ModelConfig.from_json(PUBLISHED | change).unknown == ("use_foo", "rope_scaling.beta")
 
 
 @pytest.mark.parametrize(("head_dim", "theta"), [(64, 1e6), (128, 1e6), (64, 1e4), (80, 5000.0)])

@@ -1,0 +1,223 @@
+"""Every key that a ``config.json`` may have: computed, refused where it asks for something else, or without effect.
+
+What a key means is what transformers 5 makes of it in ``Qwen2Config`` and ``Qwen3Config``. A key that is in none of
+these tables is named in the build's output: nobody here knows what it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_engine.errors import CheckpointError, UnsupportedModel
+
+# what the classes of both families have where config.json has no such key
+CLASS_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+# read by ``config.py``
+COMPUTED = frozenset(CLASS_DEFAULTS) | {
+    "model_type",
+    "head_dim",
+    "rope_parameters",
+    "rope_scaling",
+    "layer_types",
+    "eos_token_id",
+    "quantization_config",
+}
+
+# key -> the values with which the graph computes what is asked for; null and an absent key are the first
+ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "is_causal": (True,),
+    "use_mrope": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),  # the same numbers in other pieces, and nothing but 0 was ever published
+    "pruned_heads": ({},),
+    "per_layer_config": ({},),
+}
+
+# The biases of qwen2's attention are there whatever it says.
+ATTENTION_BIAS = {"qwen2": (None, True, False), "qwen3": (None, False)}
+
+# how the model is trained, saved, loaded and shown, and what generation_config.json has taken over
+WITHOUT_EFFECT = frozenset(
+    [
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "cls_token_id",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "dtype",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "model_max_length",
+        "model_name",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_last_hidden_states",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    ]
+)
+
+# keys of programs that store weights in a way of their own -> the program
+FOREIGN_QUANTIZATION = {"quantization": "mlx", "compression_config": "compressed-tensors"}
+
+# rope type -> whether what else its object says makes it another than the plain rotation
+_PLAIN_ROPES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "default": lambda rope: True,
+    "linear": lambda rope: bool(rope.get("factor") == 1),
+    "dynamic": lambda rope: bool(rope.get("factor") == 1),
+}
+# mrope_section deals the parts of a head out to three positions, which are all the same for text
+_ROPE_KEYS = frozenset(
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "partial_rotary_factor",
+        "mrope_section",
+        "mrope_interleaved",
+        "original_max_position_embeddings",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class WindowedLayers:
+    """The layers that attend to the last ``window`` tokens only, ``count`` of them; none where ``window`` is None."""
+
+    window: int | None
+    first: int = 0
+    count: int = 0
+
+
+NO_WINDOW = WindowedLayers(None)
+
+
+def check_only(hf: Mapping[str, Any]) -> None:
+    """Raise :class:`UnsupportedModel` naming the first key that asks for what the graph does not have."""
+    for key, supported in ONLY.items():
+        if hf.get(key) is not None and not any(_same(hf[key], value) for value in supported):
+            raise UnsupportedModel(f"config.json: {key} {hf[key]!r} is not supported, only {supported[0]!r} is")
+    model_type, bias = hf["model_type"], hf.get("attention_bias")
+    if model_type in ATTENTION_BIAS and bias not in ATTENTION_BIAS[model_type]:
+        raise UnsupportedModel(f"config.json: attention_bias {bias!r} is not supported for model_type {model_type!r}")
+    for key, program in FOREIGN_QUANTIZATION.items():
+        if hf.get(key):
+            raise UnsupportedModel(
+                f"config.json has {key}: the checkpoint is already quantised, by {program}, which cannot be read; "
+                "give the float checkpoint it was made from"
+            )
+
+
+def check_rope(key: str, rope: Mapping[str, Any]) -> None:
+    """Raise :class:`UnsupportedModel` unless ``rope``, the object ``key`` of a config, asks for the plain rotation."""
+    for name in ("rope_type", "type"):
+        kind = rope.get(name, "default")
+        if not isinstance(kind, str) or kind not in _PLAIN_ROPES or not _PLAIN_ROPES[kind](rope):
+            raise UnsupportedModel(f"config.json: {key} asks for rope type {kind!r}, only 'default' is supported")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UnsupportedModel(f"config.json: {key} asks for partial_rotary_factor, only the whole head can be rotated")
+    for name, value in rope.items():
+        if isinstance(value, dict):  # one rotation for each kind of layer
+            raise UnsupportedModel(f"config.json: {key} has {name} {value!r}, only one rotation for all is supported")
+
+
+def windowed_layers(hf: Mapping[str, Any], num_hidden_layers: int, max_position_embeddings: int) -> WindowedLayers:
+    """Which layers do not see the whole of a text as long as the model was trained for.
+
+    Raises:
+        CheckpointError, UnsupportedModel: the config contradicts itself, or has layers of another kind.
+    """
+    window = _window(hf)
+    layer_types = hf.get("layer_types")
+    if layer_types is None:
+        first = hf.get("max_window_layers", CLASS_DEFAULTS["max_window_layers"])
+        if type(first) is not int:
+            raise CheckpointError(f"config.json: max_window_layers is {first!r}, expected an integer")
+        sliding: Sequence[int] = range(max(first, 0), num_hidden_layers) if window is not None else range(0)
+    else:
+        sliding = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention"]
+        if sliding and window is None:
+            raise CheckpointError(
+                "config.json: layer_types has sliding_attention, but use_sliding_window or sliding_window says there "
+                "is no window; keep the right one"
+            )
+    if not sliding or window is None or window >= max_position_embeddings:
+        return NO_WINDOW
+    return WindowedLayers(window, sliding[0], len(sliding))
+
+
+def _window(hf: Mapping[str, Any]) -> int | None:
+    used = hf.get("use_sliding_window")
+    if used not in (None, False, True):
+        raise CheckpointError(f"config.json: use_sliding_window is {used!r}, expected true or false")
+    window = hf.get("sliding_window", CLASS_DEFAULTS["sliding_window"]) if used else None
+    if window is not None and (type(window) is not int or window < 1):
+        raise CheckpointError(f"config.json: sliding_window is {window!r}, expected a positive integer or null")
+    return window
+
+
+def unknown_keys(hf: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The keys of ``hf`` that no table here has, those of its rope objects ``ropes`` as ``rope_scaling.key``.
+
+    Null asks for nothing, and what begins with an underscore is private to transformers.
+    """
+
+    def unknown() -> Iterator[str]:
+        known = COMPUTED | ONLY.keys() | WITHOUT_EFFECT | FOREIGN_QUANTIZATION.keys() | {"attention_bias"}
+        yield from (key for key, value in hf.items() if value is not None and key not in known and key[:1] != "_")
+        for name, rope in ropes.items():
+            yield from (f"{name}.{key}" for key in rope if key not in _ROPE_KEYS)
+
+    return tuple(unknown())
+
+
+def _same(found: Any, value: Any) -> bool:
+    """Equal, where true is not 1."""
+    return bool(found == value) and isinstance(found, bool) == isinstance(value, bool)
