@@ -26,8 +26,8 @@ from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.packed import PackedSource
 from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
 from qwen_build.checkpoint.text_files import check_text_files, end_of_sequence_ids
-from qwen_build.graph.architecture import layer_kind
-from qwen_build.graph.layers import Schemes
+from qwen_build.graph.architecture import layer_kind, module_parts
+from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
 from qwen_build.graph.weight_map import EMBEDDING, HEAD, AnySource, Source, check_layers, map_weights
 from qwen_build.plan.options import BuildOptions
@@ -55,6 +55,7 @@ from qwen_engine.manifest import (
     WEIGHTS_FILE,
     CacheLayout,
     Limits,
+    LinearPart,
     LinearRecord,
     Manifest,
     Operator,
@@ -89,15 +90,17 @@ class Plan:
     @property
     def linears(self) -> tuple[LinearRecord, ...]:
         """Every linear and embedding; a tied head is listed with the bytes it shares."""
-        return tuple(
-            LinearRecord(
-                name.removesuffix(".weight"),
-                in_features=module.shape[1],
-                out_features=module.shape[0],
-                quantization=dataclasses.replace(module.record, method=self._method(name)),
-                stored_bytes=sum(part.size_bytes for part in module.scheme.parts(module.shape).values()),
-            )
-            for name, module in self.graph.stored.items()
+        return tuple(self._linear(name.removesuffix(".weight"), module) for name, module in self.graph.stored.items())
+
+    def _linear(self, name: str, module: StoredModule) -> LinearRecord:
+        rows, columns = module.shape
+        return LinearRecord(
+            name,
+            in_features=columns,
+            out_features=rows,
+            parts=tuple(LinearPart(*part) for part in module_parts(name, rows, self.config)),
+            quantization=dataclasses.replace(module.record, method=self._method(f"{name}.weight")),
+            stored_bytes=sum(part.size_bytes for part in module.scheme.parts(module.shape).values()),
         )
 
     def _method(self, name: str) -> str:

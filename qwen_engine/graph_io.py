@@ -4,7 +4,8 @@ One graph serves prefill, chunked prefill, decode and any mixture of them: the n
 sequences stand one after the other, without a batch axis and without padding.
 
 Symbolic dimensions: ``T`` new tokens, ``S`` sequences, ``L`` tokens that get logits,
-``max_blocks`` width of the block table, ``num_blocks`` size of the cache pool.
+``max_blocks`` width of the block table, ``num_blocks`` size of the cache pool, ``num_slots`` sequences that have a
+state of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["token", "sequence", "selection", "paged_state"]
+Kind = Literal["token", "sequence", "selection", "paged_state", "sequence_state"]
 Dimension = int | str
 
 INPUT_IDS = "input_ids"
@@ -34,9 +35,13 @@ KEY_TILE = 32
 class TensorSpec:
     """One input or output of the graph.
 
-    ``kind`` says what the runtime has to do with it: ``token`` one row a new token, ``sequence`` one
-    row a sequence, ``selection`` one row a token that gets logits, ``paged_state`` a pool of cache
-    blocks that the graph updates in place.
+    ``kind`` says what the runtime has to do with it:
+
+    - ``token``: one row a new token;
+    - ``sequence``: one row a sequence;
+    - ``selection``: one row a token that gets logits;
+    - ``paged_state``: a pool of cache blocks (num_blocks, ...) that the graph updates in place;
+    - ``sequence_state``: one row a sequence (num_slots, ...) that the graph updates in place, whatever its length.
     """
 
     name: str
@@ -46,6 +51,9 @@ class TensorSpec:
     layer: int | None = None
 
 
+# The kinds that hold something from one run to the next -> the first dimension of such an input.
+STATE_KINDS: dict[str, str] = {"paged_state": "num_blocks", "sequence_state": "num_slots"}
+
 BATCH_INPUTS = (
     TensorSpec(INPUT_IDS, "token", "int64", ("T",)),
     TensorSpec(CUMULATIVE_LENGTHS, "sequence", "int32", ("S+1",)),
@@ -53,6 +61,10 @@ BATCH_INPUTS = (
     TensorSpec(BLOCK_TABLE, "sequence", "int32", ("S", "max_blocks")),
     TensorSpec(LOGITS_INDICES, "selection", "int64", ("L",)),
 )
+
+
+# What the names of an attention layer's states begin with; the number of the layer follows.
+KEY_VALUE_POOLS = ("key_cache.", "value_cache.", "key_scale.", "value_scale.")
 
 
 def key_cache_name(layer: int) -> str:

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 
 from qwen_engine import strict_json
 from qwen_engine.errors import EngineError
-from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, LOGITS, TensorSpec, cache_inputs
+from qwen_engine.graph_io import (
+    BATCH_INPUTS,
+    INPUT_IDS,
+    KEY_TILE,
+    KEY_VALUE_POOLS,
+    LOGITS,
+    STATE_KINDS,
+    TensorSpec,
+    cache_inputs,
+)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
@@ -64,14 +73,21 @@ class ModelSizes:
 class Quantization:
     """How the weight of one linear layer or embedding is stored and multiplied.
 
-    ``scheme`` is the name on the command line; ``bits`` 32 means float32 without groups
-    (``group_size`` 0). ``activations`` is the precision in which inputs enter the product. ``kernels``
-    says whose operator multiplies, ``layout`` how the bytes lie that it reads. ``weight_scales`` says what has a scale
-    of its own: each "group", each output ("channel"), or the whole weight ("tensor"); ``activation_scales`` the same
-    of an input that is rounded: each "group", each "block" of 128 columns, each row ("token"), or the linear, a
-    constant ("static"); where it is a block, panels hold the weight's scales as multiples of a unit of the block.
-    ``method`` is how the weight was rounded: "rtn" (to the nearest), a method that calibrates, or "imported" as it was;
-    for float32 "none", or "folded" if factors of its inputs or outputs went into it.
+    Attributes:
+        scheme: the name on the command line.
+        bits: of a weight; 32 means float32.
+        group_size: columns of a group; 0 for float32.
+        symmetric: whether groups have no zero point.
+        activations: the precision in which inputs enter the product.
+        kernels: whose operator multiplies.
+        layout: how the bytes lie that it reads.
+        weight_scales: what has a scale of its own: each "group", each output ("channel"), or the whole weight
+            ("tensor").
+        activation_scales: the same of an input that is rounded: each "group", each "block" of 128 columns, each row
+            ("token"), or the linear, a constant ("static"). With "block", panels hold the weight's scales as multiples
+            of a unit of the block.
+        method: how the weight was rounded: "rtn" (to the nearest), a method that calibrates, or "imported" as it was;
+            for float32 "none", or "folded" if factors of its inputs or outputs went into it.
     """
 
     scheme: str
@@ -103,15 +119,27 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class LinearRecord:
-    """One linear layer or embedding of the graph; ``stored_bytes`` counts everything it reads.
+class LinearPart:
+    """A module of Hugging Face whose ``rows`` a linear of the graph has."""
 
-    ``output_error`` is the relative error (rms) of its output on the calibration text; None: not calibrated.
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """One linear layer or embedding of the graph.
+
+    Attributes:
+        parts: the modules whose rows follow each other in it; where there is one, that is itself.
+        stored_bytes: everything it reads.
+        output_error: relative error (rms) of its output on the calibration text; None: not calibrated.
     """
 
     name: str
     in_features: int
     out_features: int
+    parts: tuple[LinearPart, ...]
     quantization: Quantization
     stored_bytes: int
     output_error: float | None = None
@@ -183,7 +211,12 @@ class Manifest:
     @cached_property
     def states(self) -> tuple[TensorSpec, ...]:
         """The inputs that hold state from one run to the next."""
-        return tuple(spec for spec in self.inputs if spec.kind == "paged_state")
+        return tuple(spec for spec in self.inputs if spec.kind in STATE_KINDS)
+
+    @cached_property
+    def batch_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs that a batch brings."""
+        return tuple(spec for spec in self.inputs if spec.kind not in STATE_KINDS)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -224,7 +257,17 @@ class Manifest:
             return f": max_seq_len is {self.limits.max_seq_len}, expected {MIN_SEQ_LEN} or more"
         if LOGITS not in (spec.name for spec in self.outputs):
             return f" has no output {LOGITS}"
-        return self._find_cache_fault()
+        return self._find_linear_fault() or self._find_cache_fault() or self._find_input_fault()
+
+    def _find_linear_fault(self) -> str | None:
+        for linear in self.linears:
+            rows = [part.rows for part in linear.parts]
+            if not all(1 <= count <= _MOST for count in rows) or sum(rows) != linear.out_features:
+                return f": {linear.name} has {linear.out_features} rows, its parts {rows}"
+        names = [part.name for linear in self.linears for part in linear.parts]
+        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+            return f": two linears have the rows of {twice}"
+        return None
 
     def _find_cache_fault(self) -> str | None:
         block_size, dtype = self.cache.block_size, self.cache.dtype
@@ -235,11 +278,30 @@ class Manifest:
             return f": cache dtype is {dtype!r}, expected one of {', '.join(ITEM_BYTES)}"
         if not (1 <= kv_heads <= _MOST and 1 <= head_dim <= _MOST):
             return f": num_key_value_heads is {kv_heads} and head_dim {head_dim}, expected 1 or more"
+        return None
+
+    def _find_input_fault(self) -> str | None:
+        """An input that no runtime feeds, or a state that is not of the sizes it says."""
+        names = [spec.name for spec in self.inputs]
+        if INPUT_IDS not in names:
+            return f" has no input {INPUT_IDS}"
+        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+            return f" has input {twice} twice"
+        if other := next((spec for spec in self.batch_inputs if spec not in BATCH_INPUTS), None):
+            return f": input {other.name} is not as expected, a batch has {', '.join(one.name for one in BATCH_INPUTS)}"
+        block_size, dtype = self.cache.block_size, self.cache.dtype
+        kv_heads, head_dim = self.model.num_key_value_heads, self.model.head_dim
         layers = sorted({spec.layer for spec in self.states if spec.layer is not None})
-        expected = (*BATCH_INPUTS, *cache_inputs(layers, kv_heads, head_dim, block_size, dtype))
-        if differing := next((a or b for a, b in zip_longest(self.inputs, expected) if a != b), None):
-            sizes = f"block_size {block_size}, {kv_heads} heads of {head_dim}, {dtype}"
-            return f": input {differing.name} is not as expected with {sizes}"
+        pools = {spec.name: spec for spec in cache_inputs(layers, kv_heads, head_dim, block_size, dtype)}
+        for spec in self.states:
+            if spec.name.startswith(KEY_VALUE_POOLS) and spec != pools.get(spec.name):
+                sizes = f"block_size {block_size}, {kv_heads} heads of {head_dim}, {dtype}"
+                return f": input {spec.name} is not as expected with {sizes}"
+            first, *inner = spec.shape or (None,)
+            sized = all(isinstance(size, int) and 1 <= size <= _MOST for size in inner)
+            if not inner or not sized or first != STATE_KINDS[spec.kind] or spec.dtype not in ITEM_BYTES:
+                found = f"{spec.dtype} {spec.shape}"
+                return f": state {spec.name} is {found}, expected ({STATE_KINDS[spec.kind]}, sizes) of a known type"
         return None
 
     @classmethod

@@ -25,21 +25,13 @@ from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
 from qwen_run.accuracy.metrics import FullLogits, ReferenceLogits
 from qwen_run.accuracy.weight_checks import CheckpointWeights
-from qwen_run.engine_files.weights import HEAD, EngineWeights, StoredLinear, parts, slices
+from qwen_run.engine_files.weights import HEAD, EngineWeights, StoredLinear, slices
 
 # Positions whose logits are in memory at a time.
 CHUNK_TOKENS = 128
 
-# what layers.onnx exposes of every decoder layer: module -> whether its input or its output
-SUB_BLOCKS = {
-    ".input_layernorm": "output",
-    ".self_attn.o_proj": "input",
-    ".self_attn": "output",
-    ".post_attention_layernorm": "output",
-    ".mlp.down_proj": "input",
-    ".mlp": "output",
-    "": "output",
-}
+# The name of a module's input is that of the module and this; the name of its output is the module's own.
+INPUT = ".input"
 
 # precision of a product's input -> the largest of the integers it is rounded to: one byte, two bytes
 ROUNDING_STEPS = {"int8": 127, "int8x2": 127 * 256}
@@ -82,11 +74,7 @@ class Recipe:
             EngineError: it cannot be read.
         """
         manifest = Manifest.read(engine)
-        quantizations = {
-            part.name: linear.quantization
-            for linear in manifest.linears
-            for part in parts(linear.name, linear.out_features, manifest.model)
-        }
+        quantizations = {part.name: linear.quantization for linear in manifest.linears for part in linear.parts}
         calibrated = any(linear.output_error is not None for linear in manifest.linears)
         digest = manifest.parts[WEIGHTS_FILE].sha256 if calibrated else None
         return cls(engine, quantizations, manifest.cache.dtype, digest)
@@ -186,20 +174,18 @@ class HuggingFace:
             stop += 1
 
     def hidden_outputs(
-        self, token_ids: Sequence[int], given: Mapping[str, np.ndarray] | None = None
+        self, token_ids: Sequence[int], names: Iterable[str], given: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """Everything ``layers.onnx`` exposes, by its names.
+        """What an engine's ``layers.onnx`` exposes: the outputs of modules, and inputs of some.
 
         Args:
+            names: of its outputs, ``logits`` among them.
             given: what the engine has at each of these names. Every sub-block then reads the engine's values instead of
                 those computed here, so that errors do not add up: a sub-block that differs is itself at fault.
 
         Returns:
-            (tokens, features) float32 each, ``logits`` included.
+            (tokens, features) float32 of each of ``names``.
         """
-        layers = [f"model.layers.{i}" for i in range(self._model.config.num_hidden_layers)]
-        wanted = {layer + block: side for layer in layers for block, side in SUB_BLOCKS.items()}
-        wanted = {"model.embed_tokens": "output", **wanted, "model.norm": "output"}
         seen: dict[str, np.ndarray] = {}
 
         def exchange(name: str, tensor: Any) -> Any:
@@ -207,7 +193,7 @@ class HuggingFace:
             return tensor if given is None else self._torch.tensor(given[name])[None]
 
         def on_input(name: str) -> Any:
-            return lambda module, arguments: (exchange(f"{name}.input", arguments[0]), *arguments[1:])
+            return lambda module, arguments: (exchange(name, arguments[0]), *arguments[1:])
 
         def on_output(name: str) -> Any:
             def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -218,9 +204,11 @@ class HuggingFace:
             return hook
 
         hooks = []
-        for name, side in wanted.items():
-            module = self._model.get_submodule(name)
-            if side == "input":  # as it is before the hook that rounds it
+        for name in names:
+            if name == LOGITS:
+                continue
+            module = self._model.get_submodule(name.removesuffix(INPUT))
+            if name.endswith(INPUT):  # as it is before the hook that rounds it
                 hooks.append(module.register_forward_pre_hook(on_input(name), prepend=True))
             else:
                 hooks.append(module.register_forward_hook(on_output(name)))

@@ -101,7 +101,7 @@ class LiveSources:
             return Recording(live(), answers) if self.record else live()
 
         def layers_of(token_ids: Sequence[int], found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return live().hidden_outputs(token_ids, None if phase == "original" else found)
+            return live().hidden_outputs(token_ids, found, None if phase == "original" else found)
 
         yield reference, layers_of
         live.cache_clear()  # one model in memory at a time

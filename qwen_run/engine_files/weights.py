@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from qwen_engine.errors import EngineError
-from qwen_engine.manifest import GRAPH_FILE, WEIGHTS_FILE, LinearRecord, Manifest, ModelSizes
+from qwen_engine.manifest import GRAPH_FILE, WEIGHTS_FILE, LinearRecord, Manifest
 from qwen_plugin.layout import GATED_PANELS, PANEL, PANELS, ZERO_POINTS, gated_places, unpack_panels
 from qwen_run.engine_files.checksums import check_operators
 from qwen_run.engine_files.onnx_file import Tensor, read_graph
-
-# linear of the engine -> the modules of Hugging Face whose rows follow each other in it, and how many each has
-FUSED: dict[str, Callable[[ModelSizes], dict[str, int]]] = {
-    "qkv_proj": lambda sizes: {
-        "q_proj": sizes.num_attention_heads * sizes.head_dim,
-        "k_proj": sizes.num_key_value_heads * sizes.head_dim,
-        "v_proj": sizes.num_key_value_heads * sizes.head_dim,
-    },
-    "gate_up_proj": lambda sizes: {"gate_proj": sizes.intermediate_size, "up_proj": sizes.intermediate_size},
-}
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -41,13 +31,12 @@ class WeightPart:
     stop: int
 
 
-def parts(name: str, rows: int, sizes: ModelSizes) -> Iterator[WeightPart]:
-    """The modules whose ``rows`` the engine's module ``name`` has."""
-    parent, dot, last = name.rpartition(".")
+def parts_of(record: LinearRecord) -> Iterator[WeightPart]:
+    """The modules of Hugging Face whose rows a linear of the engine has."""
     start = 0
-    for part, count in FUSED[last](sizes).items() if last in FUSED else [(last, rows)]:
-        yield WeightPart(parent + dot + part, name, start, start + count)
-        start += count
+    for part in record.parts:
+        yield WeightPart(part.name, record.name, start, start + part.rows)
+        start += part.rows
 
 
 @dataclass(frozen=True)
@@ -160,7 +149,7 @@ class EngineWeights:
             order = None if permutation is None else _values(permutation, file)
             self.linears[record.name] = StoredLinear(record, arrays, order)
             self._places[record.name] = [tensor.offset for tensor in tensors.values()]
-            for part in parts(record.name, record.out_features, self.manifest.model):
+            for part in parts_of(record):
                 self.parts[part.name] = part
                 if bias is not None:
                     self.vectors[f"{part.name}.bias"] = _values(bias, file)[part.start : part.stop]

@@ -19,7 +19,7 @@ Widths = Sequence[int]
 # PagedAttention takes the heads of queries, keys and values and gives those of the queries; how much Slice leaves is a
 # value that is not read.
 WIDTHS: dict[str, Callable[[dict[str, Any], Widths, Sequence[Tensor]], int | None]] = {
-    "QuantLinear": lambda a, w, t: a["N"],
+    "QuantLinear": lambda a, w, t: a["N"] // 2 if a.get("swiglu") else a["N"],
     "MatMulNBits": lambda a, w, t: a["N"],
     "Gemm": lambda a, w, t: t[0].shape[0],
     "QuantEmbedding": lambda a, w, t: a["K"],

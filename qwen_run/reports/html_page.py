@@ -193,8 +193,17 @@ def _logit_scatter(logits: LogitPairs) -> str:
     return _figure("Logits: on the line is good", svg.plot("Logits of engine and reference", x, y, *marks), caption)
 
 
-# What is drawn of a layer, by the last part of its name; the whole layer has none.
-PARTS = {"self_attn": "attention", "mlp": "MLP", None: "whole layer"}
+# What readers call the sub-blocks of a layer; others go by their own names.
+BLOCK_WORDS = {"self_attn": "attention", "mlp": "MLP"}
+
+
+def _drawn_parts(layers: Sequence[LayerError]) -> dict[str, str]:
+    """What is drawn of a layer -> its words, by what follows the layer's number: its sub-blocks, then itself ("").
+
+    A sub-block is what something inside is known of.
+    """
+    blocks = [match[1] for layer in layers if (match := re.search(r"\blayers\.\d+\.(\w+)\.", layer.name))]
+    return {f".{name}": BLOCK_WORDS.get(name, name) for name in blocks} | {"": "whole layer"}
 
 
 def _layer_number(name: str) -> int | None:
@@ -210,15 +219,15 @@ def _error_by_layer(layers: Sequence[LayerError], reference: str) -> str:
     places = [(float(number), layer) for layer in layers if (number := _layer_number(layer.name)) is not None]
     x = svg.x_axis("layer", 0, max(at for at, _ in places))
     y = svg.log_y_axis("relative error (rms)", [layer.relative_rms for _, layer in places], ERROR_FLOOR)
-    marks = []
-    for series, part in enumerate(PARTS):
-        ending = re.compile(rf"layers\.\d+{rf'[.]{part}' if part else ''}$")
+    marks, parts = [], _drawn_parts(layers)
+    for series, part in enumerate(parts):
+        ending = re.compile(rf"layers\.\d+{re.escape(part)}$")
         points = [(at, layer.relative_rms) for at, layer in places if ending.search(layer.name)]
         marks += [svg.line(points, x, y, series), svg.dots(points, x, y, series)]
     for at, layer in places:
         if layer.jumps and math.isfinite(layer.relative_rms):
             marks.append(svg.ring(x, y, (at, layer.relative_rms), layer.name.removeprefix("model.")))
-    keys = ", ".join(_key(series, words) for series, words in enumerate(PARTS.values()))
+    keys = ", ".join(_key(series, words) for series, words in enumerate(parts.values()))
     title = f"Error by layer, against {REFERENCES[reference]}: lower is better"
     caption = f"{keys}. 0.01: the output is off by 1 % of its size. A circle marks a jump."
     return _figure(title, svg.plot(title, x, y, *marks), caption)

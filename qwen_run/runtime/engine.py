@@ -13,15 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 import qwen_plugin
 from qwen_engine.errors import EngineError
-from qwen_engine.graph_io import (
-    BLOCK_TABLE,
-    CUMULATIVE_LENGTHS,
-    INPUT_IDS,
-    LOGITS,
-    LOGITS_INDICES,
-    PAST_LENGTHS,
-    TensorSpec,
-)
+from qwen_engine.graph_io import LOGITS, TensorSpec
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest
 from qwen_run.engine_files.checksums import check_operators, check_parts
 from qwen_run.engine_files.float_activations import with_float_activations
@@ -37,7 +29,7 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The new tokens of S sequences, one after the other; see ``qwen_engine.graph_io``."""
+    """The new tokens of S sequences, one after the other: ``BATCH_INPUTS`` of ``qwen_engine.graph_io``, by name."""
 
     input_ids: np.ndarray  # int64 (T,)
     cumulative_lengths: np.ndarray  # int32 (S+1,): sequence s owns tokens [c[s], c[s+1])
@@ -62,6 +54,7 @@ class Engine:
         self.manifest = manifest
         self.cache = cache
         self._session = session
+        self._input_names = [spec.name for spec in manifest.batch_inputs]
         self._output_names = [output.name for output in session.get_outputs()]
         # The pools are bound once; binding them again for every run would cost more than the run's overhead.
         self._binding = onnxruntime.IOBinding(session)
@@ -105,6 +98,7 @@ class Engine:
         threads = threads or physical_cores()
         check_parts(directory, manifest, threads)
         check_operators(directory, manifest)
+        _check_states(directory, manifest)
         num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes(), cache_bytes)
         try:
             options = _session_options(manifest, threads)
@@ -139,14 +133,8 @@ class Engine:
     def _run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         binding = self._binding
         try:
-            for name, array in (
-                (INPUT_IDS, batch.input_ids),
-                (CUMULATIVE_LENGTHS, batch.cumulative_lengths),
-                (PAST_LENGTHS, batch.past_lengths),
-                (BLOCK_TABLE, batch.block_table),
-                (LOGITS_INDICES, batch.logits_indices),
-            ):
-                binding.bind_cpu_input(name, array)
+            for name in self._input_names:
+                binding.bind_cpu_input(name, getattr(batch, name))
             # Bound anew each time: a bound output keeps the shape of the run before.
             binding.clear_binding_outputs()
             for name in outputs:
@@ -199,6 +187,15 @@ def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpt
     if manifest.operators:
         qwen_plugin.register(options, threads)
     return options
+
+
+def _check_states(directory: Path, manifest: Manifest) -> None:
+    """Refuse an engine with a state that lies in no cache block: this runtime keeps, shares and moves blocks alone."""
+    if others := [state.name for state in manifest.states if state.kind != "paged_state"]:
+        raise EngineError(
+            f"{directory} has states of whole sequences ({', '.join(others[:4])}{', ...' if others[4:] else ''}), this "
+            "runtime keeps what lies in cache blocks; run it with a newer qwen-engine"
+        )
 
 
 def _check_graph(path: Path, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:

@@ -152,6 +152,8 @@ def choose_num_blocks(
                 f"ask for at least {one_sequence} blocks or build the engine with a smaller --max-seq-len"
             )
         return num_blocks
+    if not bytes_each:  # a model without attention: blocks are numbers alone
+        return _MOST_SEQUENCES * one_sequence
     if cache_bytes is not None:
         if cache_bytes < one_sequence * bytes_each:
             raise EngineError(
@@ -169,7 +171,7 @@ def choose_num_blocks(
             + _SMALLER_DTYPE.get(manifest.cache.dtype, "")
         )
     weights_bytes = sum(part.size_bytes for part in manifest.parts.values())
-    affordable = int((available_bytes - weights_bytes) * _MEMORY_PART) // max(1, bytes_each)
+    affordable = int((available_bytes - weights_bytes) * _MEMORY_PART) // bytes_each
     return max(one_sequence, min(affordable, _MOST_SEQUENCES * one_sequence))
 
 

@@ -62,7 +62,7 @@ def assert_computed_as_recorded(checkpoint: TinyCheckpoint, directory: Path) -> 
     """Each sub-block by itself, beside transformers with the engine's weights and rounding."""
     found = layer_outputs(directory, TOKENS[:60])
     errors = list(
-        relative_errors(found, as_built(checkpoint, directory).hidden_outputs(TOKENS[:60], given=found)).values()
+        relative_errors(found, as_built(checkpoint, directory).hidden_outputs(TOKENS[:60], found, given=found)).values()
     )
     assert np.median(errors) < 1e-6
     assert max(errors) < 5e-3  # one input in the middle between two steps, in one small sub-block

@@ -181,7 +181,7 @@ def test_activations_are_rounded_in_the_order_of_the_groups(kernels, pack, build
     packed = pack(next(case for case in CASES if case.order))
     directory = build_engine(packed.path, kernels=kernels, activations="int8", kv_cache_dtype="float32")
     found = layer_outputs(directory, TOKENS[:60])
-    isolated = relative_errors(found, as_built(packed, directory).hidden_outputs(TOKENS[:60], given=found))
+    isolated = relative_errors(found, as_built(packed, directory).hidden_outputs(TOKENS[:60], found, given=found))
     # measured 7e-7 at most, see also below; rounded in the model's own order, half of them are 3e-3 to 1.4e-2
     assert np.median(list(isolated.values())) < 1e-6
     assert max(isolated.values()) < 2e-3
@@ -241,7 +241,7 @@ def test_the_digest_tells_calibrated_weights_apart(tiny_checkpoint, build_engine
 def test_hidden_outputs_are_those_of_the_layers_graph(family, tiny_checkpoint, build_engine):
     checkpoint = tiny_checkpoint(family)
     found = layer_outputs(build_engine(checkpoint.path, quant="none"), TOKENS[:60])
-    errors = relative_errors(found, HuggingFace(checkpoint.path, 1).hidden_outputs(TOKENS[:60]))
+    errors = relative_errors(found, HuggingFace(checkpoint.path, 1).hidden_outputs(TOKENS[:60], found))
     assert max(errors.values()) < 1e-5
 
 
@@ -251,8 +251,8 @@ def test_one_sub_block_at_a_time_rounded_activations_agree_too(family, quant, ti
     checkpoint = tiny_checkpoint(family)
     directory = build_engine(checkpoint.path, quant=quant, kv_cache_dtype="float32")
     found, reference = layer_outputs(directory, TOKENS[:60]), as_built(checkpoint, directory)
-    isolated = relative_errors(found, reference.hidden_outputs(TOKENS[:60], given=found))
-    running = relative_errors(found, reference.hidden_outputs(TOKENS[:60]))
+    isolated = relative_errors(found, reference.hidden_outputs(TOKENS[:60], found, given=found))
+    running = relative_errors(found, reference.hidden_outputs(TOKENS[:60], found))
     assert np.median(list(isolated.values())) < 1e-6
     assert max(isolated.values()) < 2e-3  # one input in the middle between two steps, in one small sub-block
     assert max(isolated.values()) <= max(running.values())
@@ -267,7 +267,7 @@ def test_a_faulty_sub_block_stands_out_alone(fault, tiny_checkpoint, build_engin
     with torch.no_grad():
         reference._model.get_submodule(fault).weight *= 1.05
     found = layer_outputs(directory, TOKENS[:60])
-    errors = relative_errors(found, reference.hidden_outputs(TOKENS[:60], given=found))
+    errors = relative_errors(found, reference.hidden_outputs(TOKENS[:60], found, given=found))
     worst = fault.removesuffix(".down_proj").removesuffix(".o_proj")
     assert errors.pop(worst) == pytest.approx(0.05 / 1.05, rel=0.05)
     assert max(errors.values()) < 5e-3

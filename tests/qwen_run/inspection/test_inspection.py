@@ -50,12 +50,12 @@ def test_every_linear_is_listed_with_its_bits(tiny_checkpoint, build_engine):
 
 def test_totals_count_a_shared_head_once_and_leave_nothing_out(tiny_checkpoint, build_engine):
     for family in FAMILIES:
-        manifest = Manifest.read(build_engine(tiny_checkpoint(family).path))
+        checkpoint = tiny_checkpoint(family)
+        manifest = Manifest.read(build_engine(checkpoint.path))
         whole = totals(manifest, linear_rows(manifest))
         assert whole.stored_bytes + whole.other_bytes == manifest.parts[WEIGHTS_FILE].size_bytes
         assert whole.other_bytes > 0
-        layer = 80 * (80 * 2 + 2 * 16 + 3 * 112) if family.startswith("qwen2") else 80 * (240 * 2 + 2 * 48 + 3 * 112)
-        assert whole.weights == 3 * layer + 131 * 80 * (1 if family.endswith("tied") else 2)
+        assert whole.weights == sum(weight.numel() for weight in checkpoint.model.parameters() if weight.dim() == 2)
 
 
 def test_the_table_has_a_row_for_each_linear_and_the_totals(engine):
@@ -114,7 +114,8 @@ def operators(block: Block) -> list[Operator]:
 @pytest.mark.parametrize("options", [{}, {"kernels": "stock"}, {"quant": "none"}, {"exclude": ("*.k_proj",)}], ids=str)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-tied"])
 def test_the_tree_holds_every_operator_where_it_belongs_with_its_shapes(family, options, tiny_checkpoint, build_engine):
-    graph = read_graph(build_engine(tiny_checkpoint(family).path, **options) / GRAPH_FILE)
+    directory = build_engine(tiny_checkpoint(family).path, **options)
+    graph, sizes = read_graph(directory / GRAPH_FILE), Manifest.read(directory).model
     root = tree(graph, "tiny")
     assert [operator.op_type for operator in operators(root)] == [node.op_type for node in graph.nodes]
     model, head = root.children[0], root.children[-1]
@@ -123,12 +124,20 @@ def test_the_tree_holds_every_operator_where_it_belongs_with_its_shapes(family, 
     for layer in layers:
         attention, mlp = layer.children
         assert (attention.name, mlp.name) == ("self_attn", "mlp")
-        inner = 80 if family == "qwen2" else 240
+        queries, keys = sizes.num_attention_heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
         (attended,) = [one for one in operators(attention) if one.op_type == "PagedAttention"]
-        assert (attended.in_features, attended.out_features) == (inner * 7 // 5, inner)
-        assert operators(attention)[-1].out_features == operators(mlp)[-1].out_features == 80
-        assert 224 in {one.out_features for one in operators(mlp)}
-    assert operators(head)[-1].out_features == 131
+        assert (attended.in_features, attended.out_features) == (queries + 2 * keys, queries)
+        assert operators(attention)[-1].out_features == operators(mlp)[-1].out_features == sizes.hidden_size
+    assert operators(head)[-1].out_features == sizes.vocab_size
+
+
+@pytest.mark.parametrize("name", [GRAPH_FILE, LAYERS_GRAPH_FILE])
+@pytest.mark.parametrize("options", [{}, {"kernels": "stock"}, {"exclude": ("*.up_proj",)}], ids=str)
+def test_what_goes_into_a_product_is_as_wide_as_its_rows(name, options, tiny_checkpoint, build_engine):
+    graph = read_graph(build_engine(tiny_checkpoint("qwen3").path, **options) / name)
+    products = [one for one in operators(tree(graph, "tiny")) if "K" in one.attributes and one.in_features]
+    assert len(products) >= 12  # of three layers four each
+    assert [one.in_features for one in products] == [one.attributes["K"] for one in products]
 
 
 def test_layers_that_are_alike_are_one_and_others_are_not(tiny_checkpoint, build_engine):

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qwen_plugin
 from cases.answering import generate
 from qwen_engine.errors import EngineError
-from qwen_engine.graph_io import BATCH_INPUTS, cache_inputs, logits_output
+from qwen_engine.graph_io import BATCH_INPUTS, TensorSpec, cache_inputs, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -28,10 +28,13 @@ from qwen_engine.manifest import (
     WEIGHTS_FILE,
     CacheLayout,
     Limits,
+    LinearPart,
+    LinearRecord,
     Manifest,
     ModelSizes,
     Operator,
     Origin,
+    Quantization,
 )
 from qwen_run.engine_files import checksums as parts
 from qwen_run.engine_files.checksums import check_parts, measure_part, verify_parts
@@ -47,26 +50,25 @@ EMBEDDING = RNG.normal(size=(VOCAB_SIZE, HIDDEN_SIZE)).astype(np.float32)
 HEAD = RNG.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)).astype(np.float32)
 
 
-def write_graph(path: Path, outputs: list[str]) -> None:
+def write_graph(path: Path, outputs: list[str], specs: Sequence[TensorSpec] = (*BATCH_INPUTS, *STATES)) -> None:
     """``logits`` = embedding of the selected tokens times the head; ``hidden`` the embeddings of all tokens.
 
     ``cached`` is the sum of one cache pool, to see which memory the session reads.
     """
     types = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
-    inputs = [
-        helper.make_tensor_value_info(spec.name, types[spec.dtype], spec.shape) for spec in (*BATCH_INPUTS, *STATES)
-    ]
+    inputs = [helper.make_tensor_value_info(spec.name, types[spec.dtype], spec.shape) for spec in specs]
     infos = {
         "logits": helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["L", VOCAB_SIZE]),
         "hidden": helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["T", HIDDEN_SIZE]),
         "cached": helper.make_tensor_value_info("cached", TensorProto.FLOAT, []),
     }
+    summed = [helper.make_node("ReduceSum", ["value_cache.1"], ["cached"], keepdims=0)] if "cached" in outputs else []
     graph = helper.make_graph(
         [
             helper.make_node("Gather", ["embedding", "input_ids"], ["hidden"]),
             helper.make_node("Gather", ["hidden", "logits_indices"], ["selected"]),
             helper.make_node("MatMul", ["selected", "head"], ["logits"]),
-            helper.make_node("ReduceSum", ["value_cache.1"], ["cached"], keepdims=0),
+            *summed,
         ],
         "two matrices",
         inputs,
@@ -338,8 +340,8 @@ FIRST_STATE = len(BATCH_INPUTS)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], "1", "has format version '1', this runtime reads 3"),
-        (["format_version"], 1, "has format version 1, this runtime reads 3"),
+        (["format_version"], "1", "has format version '1', this runtime reads 4"),
+        (["format_version"], 1, "has format version 1, this runtime reads 4"),
         (["format_version"], True, "has format version True"),
         (["parts", "/etc/passwd"], PART, "has part '/etc/passwd', expected the plain name of a file"),
         (["parts", ".."], PART, r"has part '\.\.'"),
@@ -363,7 +365,16 @@ FIRST_STATE = len(BATCH_INPUTS)
         (["inputs", FIRST_STATE, "dtype"], "bogus", r"input key_cache\.0 is not as expected"),
         (["inputs", FIRST_STATE, "shape"], [], r"input key_cache\.0 is not as expected"),
         (["inputs", FIRST_STATE, "layer"], None, r"input key_cache\.\d is not as expected"),
-        (["inputs"], [], "input input_ids is not as expected"),
+        (["inputs"], [], "has no input input_ids"),
+        (
+            ["inputs", 1],
+            {"name": "x", "kind": "sequence", "dtype": "int32", "shape": ["S"], "layer": None},
+            "input x is not as expected, a batch has input_ids, cumulative_lengths",
+        ),
+        (["inputs", 1, "dtype"], "int64", "input cumulative_lengths is not as expected"),
+        (["inputs", 2, "name"], "input_ids", "has input input_ids twice"),
+        (["inputs", FIRST_STATE, "name"], "key_scale.0", r"input key_scale\.0 is not as expected"),
+        (["inputs", 0], 5, r"inputs\[0\] is 5"),
     ],
 )
 def test_a_manifest_that_no_builder_writes(
@@ -374,6 +385,78 @@ def test_a_manifest_that_no_builder_writes(
         Engine.load(engine_directory)
     assert str(caught.value).startswith(str(engine_directory / MANIFEST_FILE))
     assert str(caught.value).endswith(("; build the engine again", "qwen-build of this installation"))
+
+
+def test_a_state_that_this_runtime_cannot_keep_is_refused_by_name(engine_directory: Path) -> None:
+    recurrent = TensorSpec("delta_state.1", "sequence_state", "float32", ("num_slots", 4, 8), layer=1)
+    write_manifest(engine_directory, inputs=(*BATCH_INPUTS, *STATES, recurrent))
+    with pytest.raises(EngineError, match=r"states of whole sequences \(delta_state\.1\), .* newer qwen-engine"):
+        Engine.load(engine_directory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shape", "complaint"),
+    [
+        ("sequence_state", "float32", ("num_blocks", 8), r"float32 \('num_blocks', 8\), expected \(num_slots, sizes\)"),
+        ("paged_state", "float32", ("num_slots", 8), r"expected \(num_blocks, sizes\)"),
+        ("paged_state", "float32", ("num_blocks",), r"expected \(num_blocks, sizes\)"),
+        ("paged_state", "float32", (), r"expected \(num_blocks, sizes\)"),
+        ("paged_state", "float32", ("num_blocks", "T"), r"expected \(num_blocks, sizes\)"),
+        ("paged_state", "float32", ("num_blocks", 0), r"expected \(num_blocks, sizes\)"),
+        ("paged_state", "bogus", ("num_blocks", 8), "of a known type"),
+    ],
+)
+def test_a_state_says_its_sizes(
+    engine_directory: Path, kind: Any, dtype: str, shape: tuple[int | str, ...], complaint: str
+) -> None:
+    state = TensorSpec("state.1", kind, dtype, shape, layer=1)
+    write_manifest(engine_directory, inputs=(*BATCH_INPUTS, *STATES, state))
+    with pytest.raises(EngineError, match=rf"state state\.1 is .*{complaint}.*build the engine again"):
+        Engine.load(engine_directory)
+
+
+def test_a_runtime_keeps_any_state_in_blocks_and_feeds_what_the_manifest_lists(tmp_path: Path) -> None:
+    state, inputs = TensorSpec("sums.0", "paged_state", "int32", ("num_blocks", 5), layer=0), BATCH_INPUTS[::4]
+    assert [spec.name for spec in inputs] == ["input_ids", "logits_indices"]
+    write_graph(tmp_path / GRAPH_FILE, ["logits"], (*inputs, state))
+    shutil.copy(tmp_path / GRAPH_FILE, tmp_path / LAYERS_GRAPH_FILE)
+    write_manifest(tmp_path, inputs=(*inputs, state))
+    engine = Engine.load(tmp_path, num_blocks=7)
+    assert {name: pool.shape for name, pool in engine.cache.pools.items()} == {"sums.0": (7, 5)}
+    batch = make_batch([3, 4], [1, 6])
+    np.testing.assert_allclose(engine.run(batch), expected_logits(batch), rtol=0, atol=1e-5)
+
+
+def test_a_model_without_states_has_blocks_for_its_sequences_all_the_same(tmp_path: Path) -> None:
+    write_graph(tmp_path / GRAPH_FILE, ["logits"], BATCH_INPUTS)
+    shutil.copy(tmp_path / GRAPH_FILE, tmp_path / LAYERS_GRAPH_FILE)
+    write_manifest(tmp_path, inputs=BATCH_INPUTS)
+    for options in ({}, {"cache_bytes": 1}):
+        engine = Engine.load(tmp_path, **options)
+        assert engine.cache.allocate(engine.cache.blocks_for(MAX_SEQ_LEN)) == [0, 1, 2, 3]
+
+
+LINEAR = LinearRecord(
+    "model.layers.0.mlp.gate_up_proj", 6, 14, (LinearPart("gate", 7), LinearPart("up", 7)),
+    Quantization("none", 32, 0, True, "float32", "native", "rows", "group", "group", "none"), 336,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("linears", "complaint"),
+    [
+        ([dataclasses.replace(LINEAR, out_features=15)], r"gate_up_proj has 15 rows, its parts \[7, 7\]"),
+        ([dataclasses.replace(LINEAR, parts=())], r"has 14 rows, its parts \[\]"),
+        ([dataclasses.replace(LINEAR, parts=(LinearPart("x", 15), LinearPart("y", -1)))], r"its parts \[15, -1\]"),
+        ([LINEAR, dataclasses.replace(LINEAR, name="other")], "two linears have the rows of gate"),
+    ],
+)
+def test_the_parts_of_a_linear_are_its_rows(
+    engine_directory: Path, linears: list[LinearRecord], complaint: str
+) -> None:
+    write_manifest(engine_directory, linears=tuple(linears))
+    with pytest.raises(EngineError, match=complaint):
+        Engine.load(engine_directory)
 
 
 def test_a_manifest_without_end(engine_directory: Path) -> None:
