@@ -64,13 +64,12 @@ def _answerer(job: Job) -> Callable[[Sequence[int], int], object]:
         reference = HuggingFace(Path(job.directory), job.threads)
         return lambda prompt, count: reference.continuation(prompt, count, frozenset())
 
+    from qwen_run.accuracy.both_sides import greedy
     from qwen_run.api.llm import LLM
-    from qwen_run.sampling.params import SamplingParams
 
     # the same prompt comes twice: what the first has cached would make the second cheap
     llm = LLM(job.directory, threads=job.threads, skip_tokenizer_init=True, prefix_caching=False, max_drafts=0)
-    greedy = SamplingParams(temperature=0, ignore_eos=True)
-    return lambda prompt, count: llm.generate(list(prompt), dataclasses.replace(greedy, max_tokens=count), False)
+    return lambda prompt, count: greedy(llm, prompt, count, ignore_eos=True)
 
 
 def _figures(job: Job) -> dict[str, float]:

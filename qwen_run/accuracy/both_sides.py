@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.graph_io import LOGITS
 from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.metrics import FullLogits, Positions, ReferenceLogits, compare, first_jump, logit_pairs
@@ -149,10 +149,17 @@ def timed(pieces: Iterator[T], seconds: dict[str, float], name: str) -> Iterator
         yield piece
 
 
-def greedy(llm: LLM, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    """The engine's greedy continuation of ``prompt``; a token that ends it is its last."""
-    params = SamplingParams(temperature=0, max_tokens=max_new_tokens)
-    return llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+def greedy(llm: LLM, prompt: Sequence[int], max_new_tokens: int, ignore_eos: bool = False) -> list[int]:
+    """The engine's greedy continuation of ``prompt``; a token that ends it is its last.
+
+    Raises:
+        EngineError: the engine cannot answer it.
+    """
+    params = SamplingParams(temperature=0, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
+    output = llm.generate([prompt], params, use_tqdm=False)[0]
+    if output.error is not None:
+        raise EngineError(output.error)
+    return output.outputs[0].token_ids
 
 
 def answer_text(model: TextModel, token_ids: Sequence[int]) -> str:

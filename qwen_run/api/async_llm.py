@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from qwen_engine.errors import EngineError, QwenError, RequestError
-from qwen_run.api.llm import LLM, PendingRequest, Prompt
+from qwen_run.api.llm import LLM, Prompt
 from qwen_run.api.outputs import RequestOutput
+from qwen_run.api.pending_request import PendingRequest
 from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Message

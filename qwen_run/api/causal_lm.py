@@ -242,8 +242,9 @@ class QwenForCausalLM:
             llm.prepare(prompt, p, name=f"row {i}") for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
         with self._lock, llm:
-            for _ in llm.run(rows):
-                pass
+            for output in llm.run(rows, final_only=True):
+                if output.error is not None:
+                    raise EngineError(output.error)
         return [sequence.output for row in rows for sequence in row.request.sequences]
 
     def _default(self, name: str, given: Any, otherwise: Any) -> Any:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import itertools
 import operator
 import reprlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as List
-from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
+from typing import Any
 
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.api.build_on_demand import engine_of
-from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
+from qwen_run.api.outputs import RequestOutput
+from qwen_run.api.pending_request import PendingRequest
+from qwen_run.api.request_loop import RequestLoop
 from qwen_run.runtime.core import Core, CoreOptions
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.request import Request, Sequence, check_request, message_of
-from qwen_run.sampling.logprobs import TokenLogprobs
+from qwen_run.runtime.request import Request, check_request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Message
-from qwen_run.text.stops import TextStopper
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -40,10 +36,11 @@ _CORE_OPTIONS = ", ".join(CoreOptions.__dataclass_fields__)
 Params = SamplingParams | List[SamplingParams] | None
 
 
-class LLM:
+class LLM(RequestLoop):
     """An engine that answers prompts, many at once.
 
-    Not for several threads at a time; :class:`~qwen_run.api.async_llm.AsyncLLM` is.
+    Any number of threads may call it; they share batches. For asyncio there is
+    :class:`~qwen_run.api.async_llm.AsyncLLM`.
 
     Args:
         model: an engine directory, an engine that is open already (with its text or without), or a checkpoint (a
@@ -84,10 +81,9 @@ class LLM:
         elif fixed := [*options, *(name for name, value in opening.items() if value is not None)]:
             raise EngineError(f"the engine is open, {', '.join(fixed)} cannot change it; expected {_CORE_OPTIONS}")
         text = model if isinstance(model, TextModel) else None if skip_tokenizer_init else _text_model(model)
-        self.core = Core(model.engine if isinstance(model, TextModel) else model, CoreOptions(**core_options))
+        super().__init__(Core(model.engine if isinstance(model, TextModel) else model, CoreOptions(**core_options)))
         self.default_params = text.defaults if text else SamplingParams()
         self._text = text
-        self._answering: dict[int, PendingRequest] = {}  # by the request's number
         self._numbers = itertools.count()
 
     @property
@@ -139,10 +135,10 @@ class LLM:
             import tqdm
 
             with tqdm.tqdm(total=len(answerings), unit="prompt", disable=None) as bar:
-                for output in self.run(answerings):
-                    bar.update(output.finished)
+                for _ in self.run(answerings, final_only=True):
+                    bar.update()
         else:
-            for _ in self.run(answerings):
+            for _ in self.run(answerings, final_only=True):
                 pass
         return [answering.output() for answering in answerings]
 
@@ -179,7 +175,7 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """As :meth:`generate`, and yield each answer as far as it has come, every time it has grown.
 
-        Closing the iterator gives up what is not finished. Several may be read in turn.
+        Closing the iterator gives up what is not finished. Several may be read in turn, or by a thread each.
         """
         return self.run(self._prepare_all(prompts, sampling_params))
 
@@ -228,61 +224,6 @@ class LLM:
         tokenizer = self._text.tokenizer if self._text else None
         return PendingRequest(request_id or str(next(self._numbers)), text, request, tokenizer)
 
-    def submit(self, answering: PendingRequest) -> None:
-        """Let a prepared request run with the next :meth:`step`.
-
-        Raises:
-            RequestError: there is no room for its beams.
-        """
-        self._answering[self.core.add(answering.request)] = answering
-
-    def abort(self, answering: PendingRequest) -> None:
-        """Give a submitted request up and free its cache; nothing when it is finished, or was not submitted."""
-        if self._answering.pop(answering.request.number, None):
-            self.core.abort(answering.request)
-            answering.is_new = True  # a stream that is still read ends with it
-
-    def step(self) -> list[PendingRequest]:
-        """Run the model once; the requests whose answers have grown, none when nothing is left to do.
-
-        Raises:
-            EngineError: the engine cannot run at all; every request is given up.
-        """
-        failed: list[Sequence] = []
-        try:
-            tokens = self.core.step(failed)
-        except BaseException:
-            self.close()
-            raise
-        numbers = [token.request_index for token in tokens] + [sequence.request.number for sequence in failed]
-        grown = {number: self._answering[number] for number in numbers}
-        for token in tokens:
-            if token.logits is not None:
-                grown[token.request_index].logits.append(token.logits)
-        for number, answering in grown.items():
-            answering.is_new = True
-            if answering.request.is_finished:
-                del self._answering[number]
-        return list(grown.values())
-
-    def abort_all(self) -> list[PendingRequest]:
-        """Give up every unfinished request; those."""
-        given_up = list(self._answering.values())
-        for answering in given_up:
-            self.abort(answering)
-        return given_up
-
-    def close(self) -> None:
-        """Give up all requests and free every cache block."""
-        self.abort_all()
-        self.core.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
     def _prepare_all(self, prompts: Prompt | List[Prompt], params: Params) -> list[PendingRequest]:
         every = _as_list(prompts)
         each: list[Any] = list(params) if isinstance(params, list | tuple) else [params] * len(every)
@@ -291,27 +232,6 @@ class LLM:
         names = [f"prompt {index + 1}" if len(every) > 1 else "the prompt" for index in range(len(every))]
         return [self.prepare(prompt, p, None, name) for prompt, p, name in zip(every, each, names, strict=True)]
 
-    def run(self, answerings: List[PendingRequest]) -> Generator[RequestOutput, None, None]:
-        """Answer prepared requests, and yield each as :meth:`stream` does."""
-        with self._submitted(answerings):
-            unfinished = answerings
-            while unfinished:
-                self.step()  # which others may have done since, hence the flag
-                for answering in unfinished:
-                    if answering.is_new:
-                        yield answering.output()
-                unfinished = [answering for answering in unfinished if not answering.is_told]
-
-    @contextmanager
-    def _submitted(self, answerings: List[PendingRequest]) -> Iterator[None]:
-        try:
-            for answering in answerings:
-                self.submit(answering)
-            yield
-        finally:
-            for answering in answerings:
-                self.abort(answering)
-
     def _require_text(self) -> TextModel:
         if self._text is None:
             raise RequestError(
@@ -319,94 +239,6 @@ class LLM:
                 f"or build the engine from a checkpoint that has {TOKENIZER_FILE}"
             )
         return self._text
-
-
-class PendingRequest:
-    """A request on its way, and the text of its answers.
-
-    Attributes:
-        is_new: an answer has grown or was given up since :meth:`output` was last called.
-        is_told: :meth:`output` has told the end.
-        logits: what each token was chosen from, (vocab_size,) float32, where the core has ``keep_logits``.
-    """
-
-    def __init__(self, request_id: str, prompt: str | None, request: Request, tokenizer: Tokenizer | None) -> None:
-        self.request_id = request_id
-        self.request = request
-        self.is_new = self.is_told = False
-        self.logits: list[np.ndarray] = []
-        self._prompt = prompt
-        self._prompt_token_ids = list(request.prompt)
-        self._prompt_logprobs: list[Logprobs | None] = []
-        self._tokenizer = tokenizer
-        # what is made of each sequence's tokens so far, by its index
-        self._texts: dict[int, str] = {}
-        self._logprobs: dict[int, list[Logprobs]] = {}
-
-    def output(self) -> RequestOutput:
-        """The answers as far as they have come."""
-        request = self.request
-        self.is_new, self.is_told = False, request.is_finished
-        judged = self._prompt_logprobs
-        for token_id, found in zip(request.prompt[len(judged) :], request.prompt_logprobs[len(judged) :], strict=False):
-            judged.append(found and self._readable(token_id, found))
-        return RequestOutput(
-            self.request_id,
-            self._prompt,
-            self._prompt_token_ids,
-            list(judged) if request.params.prompt_logprobs is not None else None,
-            [self._completion(sequence) for sequence in request.sequences if self._has_answer(sequence)],
-            request.is_finished,
-        )
-
-    def _has_answer(self, sequence: Sequence) -> bool:
-        """Beams are no answers before their search ends."""
-        return self.request.beam_search is None or sequence.finish_reason is not None
-
-    def _completion(self, sequence: Sequence) -> CompletionOutput:
-        token_ids = sequence.output
-        logprobs = None
-        if self.request.params.logprobs is not None:
-            logprobs = self._logprobs.setdefault(sequence.index, [])
-            logprobs += map(self._readable, token_ids[len(logprobs) :], sequence.logprobs[len(logprobs) :])
-        return CompletionOutput(
-            index=sequence.index,
-            text=self._text(sequence),
-            token_ids=token_ids,
-            cumulative_logprob=sum(found.logprob for found in sequence.logprobs) if logprobs is not None else None,
-            logprobs=None if logprobs is None else list(logprobs),
-            finish_reason=sequence.finish_reason,
-            stop_reason=self._stop_reason(sequence),
-            error=None if sequence.error is None else message_of(sequence.error),
-        )
-
-    def _text(self, sequence: Sequence) -> str:
-        stopper = sequence.stopper
-        if not isinstance(stopper, TextStopper):
-            return ""
-        if self.request.beam_search and sequence.index not in self._texts:  # nobody has told it the beam's tokens
-            for token_id in sequence.output[: -1 if sequence.finish_reason == "stop" else None]:
-                stopper.push(token_id)
-        text = self._texts.get(sequence.index, "") + stopper.release()
-        if sequence.finish_reason:
-            text += stopper.close()
-        self._texts[sequence.index] = text
-        return text
-
-    def _readable(self, token_id: int, found: TokenLogprobs) -> Logprobs:
-        entries = {token_id: (found.logprob, found.rank)}
-        for rank, (other_id, logprob) in enumerate(found.top_logprobs, start=1):
-            entries.setdefault(other_id, (logprob, rank))
-        decode = self._tokenizer.decode if self._tokenizer else lambda *_: None
-        return {i: Logprob(*entry, decode([i], False)) for i, entry in entries.items()}
-
-    def _stop_reason(self, sequence: Sequence) -> int | str | None:
-        if sequence.finish_reason != "stop":
-            return None
-        if isinstance(sequence.stopper, TextStopper) and sequence.stopper.stop_reason is not None:
-            return sequence.stopper.stop_reason
-        last = sequence.token_ids[-1]
-        return last if last in (self.request.params.stop_token_ids or ()) else None
 
 
 def _as_list(prompts: Prompt | List[Prompt]) -> List[Prompt]:

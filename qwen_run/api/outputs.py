@@ -69,3 +69,8 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong with the first answer that ended with an error; None where none did."""
+        return next((answer.error for answer in self.outputs if answer.error is not None), None)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.reference import HuggingFace
 from qwen_run.api.llm import LLM
@@ -83,6 +83,8 @@ class EngineSide:
             grown = self._llm.step()
             moment = clock.now()
             for pending in grown:
+                if pending.request.is_finished and (error := pending.output().error):
+                    raise EngineError(error)
                 clock.timelines[indexes[pending]].token_s.append(moment)
         return clock.timelines
 

@@ -20,8 +20,9 @@ import click
 import tqdm
 
 from qwen_engine.errors import RequestError
-from qwen_run.api.llm import LLM, PendingRequest
+from qwen_run.api.llm import LLM
 from qwen_run.api.outputs import CompletionOutput, Logprobs, RequestOutput
+from qwen_run.api.pending_request import PendingRequest
 from qwen_run.commands.command import printable
 from qwen_run.commands.prompt_file import FilePrompt
 from qwen_run.runtime.machine import peak_memory_bytes

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from qwen_engine.errors import QwenError, RequestError
-from qwen_run.api.llm import LLM, PendingRequest
+from qwen_engine.errors import EngineError, QwenError, RequestError
+from qwen_run.api.llm import LLM
+from qwen_run.api.pending_request import PendingRequest
 from qwen_run.commands.command import printable
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Conversation
@@ -97,6 +98,8 @@ class Console:
                     piece = output.outputs[0].text[len(answer) :]
                     answer += piece
                     self._write(piece.translate(_VISIBLE))
+                    if output.error is not None:
+                        raise EngineError(output.error)
             self._write("\n")
         except KeyboardInterrupt:
             self._write("\n(stopped)\n")

@@ -23,7 +23,8 @@ from qwen_run.runtime.machine import peak_memory_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-    from qwen_run.api.llm import LLM, PendingRequest
+    from qwen_run.api.llm import LLM
+    from qwen_run.api.pending_request import PendingRequest
     from qwen_run.commands.answer_file import AnswerFile, AnswerStream
     from qwen_run.commands.prompt_file import FilePrompt
     from qwen_run.sampling.params import SamplingParams
@@ -289,8 +290,8 @@ def _answer_one(llm: LLM, answering: PendingRequest, out: TextIO, as_json: bool,
                 print(text[shown:], end="", flush=True, file=out)
                 shown = len(text)
     assert output is not None
-    if error := next((answer.error for answer in output.outputs if answer.error), None):
-        raise EngineError(error)
+    if output.error is not None:
+        raise EngineError(output.error)
     num_tokens = sum(len(answer.token_ids) for answer in output.outputs)
     ttft_ms, seconds = (times[1] - times[0]) * 1e3, times[-1] - times[1]
     tokens_per_s = (num_tokens - 1) / seconds if seconds else None

@@ -150,9 +150,9 @@ class Sequence:
         return len(self.token_ids) - self.num_cached
 
 
-def message_of(error: Exception) -> str:
+def message_of(error: BaseException) -> str:
     """What a user is told of ``error``; what is none of the project's own is named."""
-    return str(error) if isinstance(error, QwenError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, QwenError) else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def check_request(request: Request, manifest: Manifest, name: str = "the prompt") -> None:
