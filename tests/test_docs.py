@@ -13,6 +13,7 @@ import sys
 import xml.etree.ElementTree
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import click
 import pytest
@@ -20,7 +21,8 @@ import pytest
 from cases.markdown import CHECKS, Page, table_column, unknown_options
 from qwen_build.cli import main as build_command
 from qwen_build.plan.rules import read_rules
-from qwen_engine.manifest import Manifest
+from qwen_engine.graph_io import Kind
+from qwen_engine.manifest import FORMAT_VERSION, Manifest
 from qwen_run import EngineConfig, SamplingParams
 from qwen_run.accuracy.gate import load_thresholds
 from qwen_run.commands.bench import main as bench_command
@@ -127,6 +129,14 @@ def test_tables_name_every_field_of_a_class() -> None:
     assert names_in("docs/python.md", "The interface of transformers") == set(EngineConfig.__dataclass_fields__)
     assert names_in("docs/engine-format.md", "The manifest") == set(Manifest.__dataclass_fields__)
     assert set(CoreOptions.__dataclass_fields__) - names_in("docs/python.md", "Answering prompts") == {"keep_logits"}
+
+
+def test_the_engine_format_is_the_one_that_is_described() -> None:
+    section = PAGES["docs/engine-format.md"].section("The manifest")
+    kinds = re.search(r"^\| kind .*?\n\n", section, re.DOTALL | re.MULTILINE)
+    assert kinds is not None
+    assert [cell.strip("`") for cell in table_column(kinds[0])] == list(get_args(Kind))
+    assert f"format version, which is {FORMAT_VERSION};" in PAGES["docs/engine-format.md"].text
 
 
 def test_sampling_defaults_are_those_of_the_class() -> None:
