@@ -13,6 +13,7 @@ from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_run.api.llm import LLM
 from qwen_run.api.pending_request import PendingRequest
 from qwen_run.commands.command import printable
+from qwen_run.commands.terminal import TerminalText, visible
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Conversation
 
@@ -35,8 +36,6 @@ SETTINGS = {
 }
 
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
-# a model must not drive the terminal: its control characters are shown as symbols, but for tab and line feed
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421, 0x9B: 0xFFFD}
 
 
 class Console:
@@ -63,7 +62,7 @@ class Console:
         self.conversation = Conversation(system)
         self._first_params = params
         self._variables = dict(variables or {})
-        self._write = write or _write_to_stdout
+        self._write = write or TerminalText(sys.stdout).write
 
     def handle(self, line: str) -> bool:
         """Do what ``line`` says, a command or a question; False to leave. A mistake is one line and changes nothing."""
@@ -97,7 +96,7 @@ class Console:
                 for output in outputs:
                     piece = output.outputs[0].text[len(answer) :]
                     answer += piece
-                    self._write(piece.translate(_VISIBLE))
+                    self._write(visible(piece))
                     if output.error is not None:
                         raise EngineError(output.error)
             self._write("\n")
@@ -134,7 +133,7 @@ class Console:
 
     def _history(self, arguments: list[str]) -> None:
         for message in self.conversation.messages:
-            self._write(f"{message['role']}: {message['content']}\n".translate(_VISIBLE))
+            self._write(visible(f"{message['role']}: {message['content']}\n"))
         if not self.conversation.messages:
             self._write("(nothing yet)\n")
 
@@ -235,8 +234,3 @@ def run(console: Console) -> None:
                 return
         except KeyboardInterrupt:
             print()
-
-
-def _write_to_stdout(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

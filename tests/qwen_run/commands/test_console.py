@@ -208,7 +208,7 @@ def test_a_real_terminal(tmp_path):
     terminal = Terminal(TERMINAL, str(tmp_path / "engine"))
     terminal.expect(">")
     terminal.send("hi\r")
-    terminal.expect(r"answer\[closed\]")
+    terminal.expect(r"\[closed\]\s+answer")  # whose last word waits for its end
     terminal.expect(">")
     terminal.send("slow\r")
     terminal.expect("answer answer answer")
