@@ -29,6 +29,7 @@ from qwen_engine.graph_io import (
 
 FORMAT_VERSION = 4
 
+ENGINES = Path("engines")  # where commands put engines, and look for the newest
 MANIFEST_FILE = "engine.json"
 GRAPH_FILE = "model.onnx"
 LAYERS_GRAPH_FILE = "layers.onnx"

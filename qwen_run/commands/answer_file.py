@@ -6,11 +6,10 @@ run that was interrupted goes on where it stopped. It is put in input order at t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ import click
 import tqdm
 
 from qwen_engine.errors import RequestError
+from qwen_engine.json_output import to_json
+from qwen_engine.whole_files import lock, whole_file
 from qwen_run.api.llm import LLM
 from qwen_run.api.outputs import CompletionOutput, Logprobs, RequestOutput
 from qwen_run.api.pending_request import PendingRequest
@@ -34,6 +35,11 @@ KEY_LENGTH = 16  # hexadecimal digits
 _START = b'{"line": '  # of every record
 
 
+def _head(line: int, key: str) -> bytes:
+    """How the record of a line begins in a file."""
+    return to_json({"line": line, "key": key}).encode()[:-1]
+
+
 class AnswerStream:
     """Answers to something that cannot be read again, such as a pipe.
 
@@ -44,6 +50,8 @@ class AnswerStream:
 
     def __init__(self, out: TextIO, lines: Sequence[int] | None) -> None:
         self.answered: Mapping[int, Record] = {}
+        self.num_left_out = 0
+        self.is_terminal = out.isatty()
         self._out = out
         self._missing = None if lines is None else list(reversed(lines))
         self._waiting: dict[int, Record] = {}
@@ -61,89 +69,122 @@ class AnswerStream:
 
 
 class AnswerFile:
-    """Answers in the file ``path``, those of an interrupted run among them.
+    """Answers in the file ``path``, those of an interrupted run and of an earlier file of prompts among them.
+
+    An answer belongs to the prompt with its key, wherever the prompt stands by now. Answers that belong to none are
+    left out when all others are there.
 
     Args:
         keys: for the line of each prompt, what its answer depends on.
         in_order: put the answers in the order of the lines when all are there.
+        retry_errors: count prompts whose record is an error as not answered.
 
     Attributes:
         answered: the answers that are there already, by line.
+        num_left_out: how many records belong to no prompt.
 
     Raises:
-        RequestError: the file cannot be written, or holds anything but answers with these keys.
+        RequestError: the file cannot be written, or holds anything but answers, or only answers to other prompts.
     """
 
-    def __init__(self, path: Path, keys: Mapping[int, str], in_order: bool) -> None:
+    is_terminal = False
+
+    def __init__(self, path: Path, keys: Mapping[int, str], in_order: bool, retry_errors: bool = False) -> None:
         self._path, self._keys, self._in_order = path, keys, in_order
         try:
             self._file: BinaryIO = path.open("a+b")
         except OSError as error:
             raise RequestError(f"{path} cannot be written: {error.strerror}; choose another --output-file") from error
         try:
-            self._lock()
-            self.answered = self._read()
+            lock(self._file.fileno(), wait=False)  # keeps other processes out
+            found = self._read()
+        except BlockingIOError:
+            self._file.close()
+            raise RequestError(f"{path} is being written by another qwen-run; wait for it to end") from None
         except BaseException:
             self._file.close()
             raise
-
-    def _lock(self) -> None:
-        """Keep other processes out, where the file system has locks."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"{self._path} is being written by another qwen-run; wait for it to end") from None
-        except OSError:
-            pass
+        self.answered = {line: record for line, record in found.items() if not (retry_errors and "error" in record)}
 
     def _read(self) -> dict[int, Record]:
         self._file.seek(0)
         *lines, torn = self._file.read().split(b"\n")
-        if torn and not (torn.startswith(_START) or _START.startswith(torn)):
+        records = [self._record(number, line) for number, line in enumerate(lines, start=1)]
+        found = assign(records, self._keys)
+        self.num_left_out = len(records) - len(found)
+        if not found and any("error" not in record for record in records):
+            raise RequestError(
+                f"{self._path} answers none of these prompts with these options; "
+                "remove the file or choose another --output-file"
+            )
+        if torn and not (self._began(torn) or (records and torn.startswith(_START))):
             raise self._foreign(len(lines) + 1)
-        answered: dict[int, Record] = {}
-        for number, line in enumerate(lines, start=1):
-            record = _from_json(line)
-            if record is None or self._keys.get(record["line"]) != record["key"] or record["line"] in answered:
-                raise self._foreign(number)
-            answered[record["line"]] = record
         if torn:
             self._file.truncate(sum(len(line) + 1 for line in lines))
-        return answered
+        return found
+
+    def _record(self, number: int, line: bytes) -> Record:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("line"), int) or "key" not in record:
+            raise self._foreign(number)
+        return record
+
+    def _began(self, torn: bytes) -> bool:
+        """Whether a record of ours begins as ``torn`` does, which an interruption cut short."""
+        heads = (_head(line, key) for line, key in self._keys.items())
+        return any(head.startswith(torn) or torn.startswith(head) for head in heads)
 
     def _foreign(self, number: int) -> RequestError:
         return RequestError(
-            f"{self._path}: line {number} answers none of these prompts with these options; "
-            "remove the file or choose another --output-file"
+            f"{self._path}: line {number} is no answer of qwen-run; remove the file or choose another --output-file"
         )
 
     def write(self, record: Record) -> None:
         """Keep ``record``; it is there even if the process ends now."""
-        self._file.write(to_json({**record, "key": self._keys[record["line"]]}).encode() + b"\n")
+        line = record["line"]
+        kept = {"line": line, "key": self._keys[line], **record}
+        self._file.write(to_json(kept).encode() + b"\n")
         self._file.flush()
-        self.answered[record["line"]] = record
+        self.answered[line] = kept
 
     def close(self) -> None:
-        """End; put the answers in order if there is one to every prompt."""
+        """End; if there is an answer to every prompt, leave out what is no answer to one, and put them in order."""
         with self._file:
-            if self._in_order and len(self.answered) == len(self._keys):
+            if len(self.answered) == len(self._keys):
+                order = sorted(self.answered) if self._in_order else self.answered
+                lines = [to_json(self.answered[line]).encode() + b"\n" for line in order]
                 self._file.seek(0)
-                lines = self._file.read().splitlines(keepends=True)
-                order = [json.loads(line)["line"] for line in lines]
-                if order != sorted(order):
-                    self._replace([line for _, line in sorted(zip(order, lines, strict=True))])
+                if self._file.read() != b"".join(lines):
+                    with whole_file(Path(os.path.realpath(self._path))) as whole:
+                        whole.writelines(lines)
 
-    def _replace(self, lines: list[bytes]) -> None:
-        """Put ``lines`` in the place of the file, which is whole at any time."""
-        target = Path(os.path.realpath(self._path))
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as scratch:
-            try:
-                scratch.writelines(lines)
-                os.fchmod(scratch.fileno(), target.stat().st_mode & 0o777)
-                os.replace(scratch.name, target)
-            except BaseException:
-                os.unlink(scratch.name)
-                raise
+
+def assign(records: Sequence[Record], keys: Mapping[int, str]) -> dict[int, Record]:
+    """The record of each line that has one, with the line's number in it, in the order of ``records``.
+
+    Equal prompts have equal keys: each gets a record of its own, that of its own line first, an answer before an error.
+
+    >>> assign([{"line": 1, "key": "b"}, {"line": 2, "key": "a"}, {"line": 3, "key": "z"}], {1: "a", 2: "b"})
+    {2: {'line': 2, 'key': 'b'}, 1: {'line': 1, 'key': 'a'}}
+    """
+    free: dict[str, dict[int, None]] = {}  # lines in order
+    for line, key in keys.items():
+        free.setdefault(key, {})[line] = None
+
+    def preference(index: int) -> tuple[bool, bool, int]:
+        record = records[index]
+        return "error" in record, keys.get(record["line"]) != record["key"], index
+
+    lines: dict[int, int] = {}
+    for index in sorted(range(len(records)), key=preference):
+        record = records[index]
+        if waiting := free.get(record["key"]):
+            lines[index] = record["line"] if record["line"] in waiting else next(iter(waiting))
+            del waiting[lines[index]]
+    return {lines[index]: {**records[index], "line": lines[index]} for index in sorted(lines)}
 
 
 def answer_all(
@@ -159,12 +200,15 @@ def answer_all(
     """
     if answers.answered:
         click.echo(f"{len(answers.answered)} of {len(prompts)} prompts are answered already", err=True)
+    if answers.num_left_out:
+        click.echo(f"{answers.num_left_out} records answer none of these prompts and will be left out", err=True)
     failed = {line for line, record in answers.answered.items() if "error" in record}
     waiting = iter([prompt for prompt in prompts if prompt.line not in answers.answered])
     running: dict[PendingRequest, FilePrompt] = {}
-    started_s, num_answers, num_tokens = time.perf_counter(), 0, 0
-    # disable=None: no bar where standard error is not a terminal
-    with tqdm.tqdm(total=len(prompts), initial=len(answers.answered), unit="prompt", disable=None) as bar:
+    started_s, num_answers, num_tokens, num_cut = time.perf_counter(), 0, 0, 0
+    # no bar where answers are read, which would break their lines; None: nor where standard error is not a terminal
+    hidden = True if answers.is_terminal else None
+    with tqdm.tqdm(total=len(prompts), initial=len(answers.answered), unit="prompt", disable=hidden) as bar:
         try:
             while _fill(llm, waiting, prepare, running, failed, answers):
                 for answering in llm.step():
@@ -177,12 +221,14 @@ def answer_all(
                         answers.write({"line": prompt.line, **_id_of(prompt), **record_of(output)})
                         num_answers += 1
                         num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+                        num_cut += any(answer.finish_reason == "length" for answer in output.outputs)
                 bar.update(num_answers + len(failed) - bar.n)
         finally:
             llm.close()
     seconds = time.perf_counter() - started_s
+    cut = f" ({num_cut} cut at a limit: finish_reason length)" if num_cut else ""
     click.echo(
-        f"{num_answers} answers, {num_tokens} output tokens in {seconds:.1f} s, "
+        f"{num_answers} answers{cut}, {num_tokens} output tokens in {seconds:.1f} s, "
         f"{num_tokens / seconds:.1f} tokens/s; peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
         err=True,
     )
@@ -212,7 +258,7 @@ def _fill(
 def _refuse(prompt: FilePrompt, error: str, failed: set[int], answers: AnswerFile | AnswerStream) -> None:
     """Say that ``prompt`` gets no answer, and why."""
     failed.add(prompt.line)
-    click.echo(f"Line {prompt.line}: {printable(error)}", err=True)
+    tqdm.tqdm.write(f"Line {prompt.line}: {printable(error)}", file=sys.stderr)  # beside the bar
     answers.write({"line": prompt.line, **_id_of(prompt), "error": error})
 
 
@@ -220,7 +266,7 @@ def record_of(output: RequestOutput, token_ids: bool = False) -> Record:
     """An answered prompt as one object: its answer, or ``answers`` where it has several."""
     answers = [_answer_of(answer, token_ids) for answer in output.outputs]
     only = answers[0] if len(answers) == 1 else {"answers": answers}
-    return {**only, "prompt_tokens": len(output.prompt_token_ids)}
+    return {**only, "input_tokens": len(output.prompt_token_ids)}
 
 
 def _answer_of(answer: CompletionOutput, token_ids: bool) -> Record:
@@ -253,27 +299,3 @@ def key_of(source: str, settings: Any) -> str:
     """What an answer depends on, in short: the line of its prompt, and everything else that was chosen."""
     text = json.dumps([source, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
-
-
-def to_json(record: Record) -> str:
-    """``record`` in one line that can be encoded as UTF-8."""
-    text = json.dumps(record, ensure_ascii=False)
-    return text if _is_utf8(text) else json.dumps(record)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _from_json(line: bytes) -> Record | None:
-    """The record in a line; None where there is no record."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("line"), int) and "key" in record
-    return record if is_record else None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_run.api.llm import LLM
+from qwen_run.api.outputs import CompletionOutput
 from qwen_run.api.pending_request import PendingRequest
 from qwen_run.commands.command import printable
 from qwen_run.commands.terminal import TerminalText, visible
@@ -100,6 +101,7 @@ class Console:
                     if output.error is not None:
                         raise EngineError(output.error)
             self._write("\n")
+            self._tell_end(output.outputs[0])
         except KeyboardInterrupt:
             self._write("\n(stopped)\n")
         finally:
@@ -107,6 +109,11 @@ class Console:
                 self.conversation.answer(answer)
             else:
                 self.conversation.withdraw()
+
+    def _tell_end(self, answer: CompletionOutput) -> None:
+        """Say that an answer did not end by itself."""
+        if answer.finish_reason == "length":
+            self._write(f"(cut at {len(answer.token_ids)} tokens; :conf max_new_tokens=N sets another limit)\n")
 
     def _prepare(self, question: str) -> PendingRequest:
         if not self.llm.has_template:

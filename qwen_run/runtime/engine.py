@@ -14,7 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 import qwen_plugin
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import LOGITS, TensorSpec
-from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest
+from qwen_engine.manifest import ENGINES, GRAPH_FILE, MANIFEST_FILE, Manifest
 from qwen_run.engine_files.checksums import check_operators, check_parts
 from qwen_run.engine_files.float_activations import with_float_activations
 from qwen_run.runtime.kv_cache import KVCache, choose_num_blocks
@@ -154,7 +154,7 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def newest_engine(root: Path) -> Path:
+def newest_engine(root: Path = ENGINES) -> Path:
     """The directory in ``root`` whose ``engine.json`` was written last.
 
     Raises:

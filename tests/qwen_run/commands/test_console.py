@@ -18,7 +18,7 @@ import pytest
 import qwen_run.commands.console
 from cases import ROOT
 from cases.processes import PATIENCE_S
-from cases.scripted import scripted_model, shout, write_text_files
+from cases.scripted import poison, scripted_model, shout, write_text_files
 from qwen_run import LLM
 from qwen_run.commands.console import Console, changed, completions
 from qwen_run.sampling.params import SamplingParams
@@ -66,7 +66,7 @@ def test_settings(tmp_path):
     )
     assert chat.say(":conf temperature=0.5 max_new_tokens=2").startswith("temperature=0.5 top_p=1.0")
     assert chat.say(":seed 9") == chat.say(":seed") == "seed=9\n"
-    assert chat.say("x") == "«\n"
+    assert chat.say("x") == "«\n(cut at 2 tokens; :conf max_new_tokens=N sets another limit)\n"
     assert chat.script.seen[-1].params == SamplingParams(0.5, top_k=50, seed=9, max_tokens=2)
     assert "temperature=1.0" in chat.say(":reset-conf")
     assert chat.console.params == chat.model.defaults
@@ -119,6 +119,13 @@ def test_forgetting_the_oldest_turns_is_told(tmp_path):
     assert shown[-1].startswith("(no room for the whole conversation: forgot its oldest 1 turns)\nyyy")
     roles = [message["role"] for message in chat.console.conversation.messages]
     assert roles == ["system", *["user", "assistant"] * ((len(roles) - 1) // 2)]
+
+
+def test_an_answer_that_cannot_go_on_is_an_error(tmp_path):
+    chat = Chat(tmp_path)
+    poison(chat.script, "Paris")
+    assert re.fullmatch("Error: [^\n]*hold nan, expected numbers[^\n]*\n", chat.say("Paris"))
+    assert chat.say("x") == "«X» 你🤗\n"
 
 
 def test_ctrl_c_keeps_what_came(tmp_path):
@@ -213,7 +220,7 @@ def test_a_real_terminal(tmp_path):
     terminal.send("slow\r")
     terminal.expect("answer answer answer")
     terminal.send("\x03")  # Ctrl-C: the answer ends, the chat goes on
-    terminal.expect(r"\[closed\]\s+\(stopped\)")
+    terminal.expect(r"\[closed\]\s+\w*\s*\(stopped\)")
     terminal.expect(">")
     terminal.send(":se\t")
     terminal.expect("ed")  # Tab completes

@@ -1,22 +1,30 @@
 """qwen-run: where prompts come from and answers go, exit codes, and the interactive chat, with a scripted engine."""
 
+import dataclasses
 import doctest
 import fcntl
+import io
 import json
 import os
 import re
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import qwen_engine.json_output
 import qwen_run.commands.command
 import qwen_run.commands.console
 import qwen_run.commands.prompt_file
 from cases.processes import run_python
 from cases.scripted import IM_END, Script, poison, scripted_model, shout, write_text_files
 from qwen_engine.errors import EngineError
+from qwen_run.api.llm import LLM
+from qwen_run.commands import answer_file, one_answer, run_files
 from qwen_run.commands import run as cli
 from qwen_run.commands.command import printable
 from qwen_run.sampling.params import SamplingParams
@@ -49,7 +57,7 @@ def test_one_answer(script):
     result = run("--input-text", "hello")
     assert (result.exit_code, result.stdout) == (0, "«HELLO» 你🤗\n")
     assert re.fullmatch(
-        r"\d+ prompt tokens, 17 output tokens; first after \d+ ms, then [\d.]+ tokens/s; peak memory \d+ MiB\n",
+        r"\d+ input tokens, 17 output tokens; first after \d+ ms, then [\d.]+ tokens/s; peak memory \d+ MiB\n",
         result.stderr,
     )
     assert script.loaded == [("engines/tiny", None, False, None)]
@@ -70,6 +78,33 @@ def test_options_reach_the_request(script):
 
 def test_a_pipe_is_one_prompt(script):
     assert run(stdin="two\nlines\n").stdout == "«TWO\nLINES» 你🤗\n"
+
+
+def test_a_prompt_may_be_an_argument(script):
+    assert run("What is it?").stdout == run("--input-text", "What is it?").stdout == "«WHAT IS IT?» 你🤗\n"
+
+
+@pytest.mark.parametrize("option", [[], ["--input-text"]])
+def test_what_comes_through_a_pipe_stands_below_the_prompt(script, option):
+    assert (
+        run(*option, "Shout:", stdin="a report\nof two lines\n").stdout == "«SHOUT:\n\nA REPORT\nOF TWO LINES» 你🤗\n"
+    )
+    assert run(*option, "Shout:", stdin=" \n").stdout == "«SHOUT:» 你🤗\n"
+
+
+def test_a_real_pipe_is_read_and_a_device_is_not(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(run_files, "SILENCE_S", 0.01)
+    with os.fdopen(reader, encoding="utf-8") as stdin, os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        timer = threading.Timer(0.2, lambda: (out.write("late"), out.close()))
+        timer.start()
+        assert run_files._piped() == b"late"
+        timer.join()
+    assert "Waiting for the end of standard input" in capsys.readouterr().err
+    with open("/dev/zero", encoding="utf-8") as stdin:  # has no end
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run_files._piped() == b""
 
 
 def test_raw(script):
@@ -101,6 +136,8 @@ def test_json(script):
     assert result["text"] == "«X» 你🤗"
     assert (result["finish_reason"], result["output_tokens"]) == ("stop", len(result["token_ids"]))
     assert result["ttft_ms"] >= 0
+    assert list(result)[:4] == ["schema_version", "command", "created", "engine"]
+    assert result["engine"] == {"name": "tiny", "directory": "engines/tiny"}
     assert result["peak_memory_bytes"] > 10 * cli.MIB
 
 
@@ -304,21 +341,91 @@ def test_a_bad_line_is_told_once_more_and_not_tried_again(script):
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", ["option", "prompt", "foreign", "no newline", "twice"])
+@pytest.mark.parametrize("change", ["option", "prompts", "foreign", "no newline", "JSON", "a line of JSON", "nested"])
 def test_a_file_with_other_answers_is_refused_and_left_alone(script, change):
     Path("q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
     run(*ASK)
     options = ("--seed", "3") if change == "option" else ()
-    if change == "prompt":
-        Path("q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "TWO"}\n')
-    content = {"foreign": "notes\n", "no newline": "notes", "twice": Path("a.jsonl").read_text("utf-8") * 2}
+    if change == "prompts":
+        Path("q.jsonl").write_text('{"prompt": "ONE"}\n{"prompt": "TWO"}\n')
+    content = {
+        "foreign": "notes\n",
+        "no newline": "notes",
+        "JSON": '{"line": 1, "text": "precious"}',
+        "a line of JSON": '{"line": 1, "text": "precious"}\n',
+        "nested": "[" * 100_000,
+    }
     Path("a.jsonl").write_text(content.get(change, Path("a.jsonl").read_text("utf-8")), "utf-8")
     before = Path("a.jsonl").read_bytes()
     result = run(*ASK, *options)
     assert (result.exit_code, Path("a.jsonl").read_bytes()) == (1, before)
     assert re.fullmatch(
-        r"Error: a.jsonl: line \d answers none of these prompts with these options; [^\n]+\n", result.stderr
+        r"Error: a.jsonl(: line 1 is no answer of qwen-run| answers none of these prompts with these options); "
+        "remove the file or choose another --output-file\n",
+        result.stderr,
     )
+
+
+def test_a_corrected_file_of_prompts_goes_on(script):
+    """Answers are found by their own key wherever they stand; what has none is asked, the rest is left out."""
+    Path("q.jsonl").write_text('{"prompt": "one"}\n{broken\n{"prompt": "three"}\n{"prompt": "old"}\n')
+    assert run(*ASK).exit_code == 1
+    script.seen.clear()
+    lines = ['{"prompt": "zero"}', '{"prompt": "one"}', '{"prompt": "mended"}', "", '{"prompt": "three"}']
+    Path("q.jsonl").write_text("\n".join(lines))
+    result = run(*ASK)
+    assert (result.exit_code, len(script.seen)) == (0, 2)
+    assert result.stderr.startswith(
+        "2 of 4 prompts are answered already\n2 records answer none of these prompts and will be left out\n2 answers, "
+    )
+    found = [(record["line"], record["text"][1:-4]) for record in records()]
+    assert found == [(1, "ZERO"), (2, "ONE"), (3, "MENDED"), (5, "THREE")]
+    script.seen.clear()
+    assert (run(*ASK).exit_code, script.seen) == (0, [])
+
+
+def test_the_only_line_may_be_the_corrected_one(script):
+    Path("q.jsonl").write_text('{"prompt": 1}')
+    assert run(*ASK).exit_code == 1
+    Path("q.jsonl").write_text('{"prompt": "1"}')
+    assert run(*ASK).exit_code == 0
+    assert [record["text"] for record in records()] == ["«1» 你🤗"]
+
+
+def test_equal_prompts_have_an_answer_each(script):
+    Path("q.jsonl").write_text('{"prompt": "one"}\n' * 3)
+    run(*ASK)
+    Path("q.jsonl").write_text('{"prompt": "two"}\n' + '{"prompt": "one"}\n' * 4)
+    script.seen.clear()
+    run(*ASK)
+    assert [record["line"] for record in records()] == [1, 2, 3, 4, 5]
+    assert len(script.seen) == 2
+    content = Path("a.jsonl").read_bytes()
+    Path("a.jsonl").write_bytes(content * 2)
+    assert "5 records answer none" in run(*ASK).stderr
+    assert Path("a.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_failed_prompts_are_asked_again_when_wanted(script, monkeypatch, interrupted):
+    Path("q.jsonl").write_text('{"prompt": "%s"}\n{"prompt": "two"}\n{"prompt": "three"}\n' % ("x" * 400))
+    assert run(*ASK).exit_code == 1
+    assert ["error" in record for record in records()] == [True, False, False]
+    monkeypatch.setattr(script.manifest.limits, "max_seq_len", 600)
+    script.seen.clear()
+    assert (run(*ASK).exit_code, script.seen) == (1, [])
+    if interrupted:
+        stop_after(monkeypatch, script.num_runs + 3)
+        assert run(*ASK, "--retry-errors").exit_code == 130
+        assert len(records()) == 3
+        script.seen.clear()
+    assert (run(*ASK, "--retry-errors").exit_code, len(script.seen)) == (0, 1)
+    assert [(record["line"], "error" in record) for record in records()] == [(1, False), (2, False), (3, False)]
+
+
+def test_an_answer_counts_and_not_the_error_before_it(script):
+    key = {"line": 1, "key": "k"}
+    assert answer_file.assign([{**key, "error": "x"}, {**key, "text": "y"}], {1: "k"}) == {1: {**key, "text": "y"}}
 
 
 def test_a_file_that_another_process_writes_is_left_alone(script):
@@ -333,7 +440,9 @@ def test_a_file_that_another_process_writes_is_left_alone(script):
 
 def test_several_answers_to_one_prompt(script):
     result = run("--input-text", "x", "-n", "2", "--temperature", "1")
-    assert result.stdout == "«X» 你🤗\n\n«X» 你🤗\n"
+    assert result.stdout == "Answer 1 of 2:\n«X» 你🤗\n\nAnswer 2 of 2:\n«X» 你🤗\n"
+    result = run("--input-text", "x", "-n", "2", "--temperature", "1", "--max-new-tokens", "2")
+    assert result.stdout.startswith("Answer 1 of 2 (cut at 2 tokens; set another limit with --max-new-tokens):\n«")
     result = json.loads(run("--input-text", "x", "--num-beams", "2", "--temperature", "0", "--json").stdout)
     assert result["text"] == "«X» 你🤗"
 
@@ -358,8 +467,6 @@ def test_a_stop_text_ends_the_answer(script):
         (["--input-text", " \n"], "the prompt is empty"),
         ([], "the prompt is empty"),
         (["--input-text", "x" * 400], r"the prompt has \d+ tokens, the engine takes 299"),
-        (["--input-text", "x", "--temperature", "-1"], r"--temperature: temperature is -1.0, expected 0"),
-        (["--input-text", "x", "--max-new-tokens", "0"], r"--max-new-tokens: max_new_tokens is 0, expected"),
         (["--input-file", "absent"], "absent cannot be read: No such file"),
         (["--input-file", "latin1.txt"], r"latin1.txt: byte 5 \(0xe9\) is not UTF-8"),
         (["--input-file", "empty.txt"], "the prompt is empty"),
@@ -403,6 +510,17 @@ def test_mistakes_are_one_line_and_exit_1(script, arguments, says):
         ["--temperature", "hot"],
         ["--threads", "0"],
         ["--threads", "1025"],
+        ["x", "--input-text", "y"],
+        ["x", "--input-file", "y"],
+        ["engines/tiny"],
+        ["x", "--retry-errors"],
+        ["--input-file", "x", "--retry-errors"],
+        ["x", "--temperature", "-1"],
+        ["x", "--top-p", "2"],
+        ["x", "--max-new-tokens", "0"],
+        ["x", "-n", "0"],
+        ["x", "--num-beams", "1000"],
+        ["x", "--seed", "-1"],
         ["--nothing"],
     ],
 )
@@ -438,7 +556,7 @@ def test_thinking_is_the_templates_unless_switched_off(script, monkeypatch, opti
 def test_a_prompt_that_is_refused_leaves_the_output_file_alone(script):
     Path("kept.txt").write_text("old")
     assert run("--input-text", "x" * 400, "--output-file", "kept.txt").exit_code == 1
-    assert run("--input-text", "x", "--temperature", "-1", "--output-file", "kept.txt").exit_code == 1
+    assert run("--input-text", "x", "--temperature", "-1", "--output-file", "kept.txt").exit_code == 2
     assert Path("kept.txt").read_text() == "old"
     assert len(script.loaded) == 1
 
@@ -455,8 +573,50 @@ def test_an_answer_cut_short(script, monkeypatch, error):
     stop_after(monkeypatch, 3, error)
     result = run("--input-text", "x")
     code, message = (130, "") if error is KeyboardInterrupt else (1, "Error: broken\n")
-    assert (result.exit_code, result.stdout, result.stderr) == (code, "«X", message)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "«X\n", message)
     assert script.is_idle
+
+
+def test_an_answer_cut_at_a_limit_says_so(script):
+    result = run("x", "--max-new-tokens", "2")
+    assert result.stderr.startswith("The answer is cut at 2 tokens; set another limit with --max-new-tokens\n")
+    assert "cut" not in run("x").stderr
+    result = run("x" * 160, "--max-new-tokens", "400")
+    assert "The answer is cut at" in result.stderr
+    assert "where the engine's room for prompt and answer ends" in result.stderr
+    Path("q.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y", "max_tokens": 2}\n')
+    assert "2 answers (1 cut at a limit: finish_reason length), " in run(*ASK).stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_a_model_writes_does_not_drive_the_terminal(tmp_path):
+    model, _ = scripted_model(write_text_files(tmp_path), lambda prompt: "a\x1b[2J\x9b2Jb " + "word " * 30)
+    llm, params = LLM(model), SamplingParams()
+    for several in (1, 2):
+        out = Terminal()
+        one_answer.answer_one(llm, llm.prepare("x", dataclasses.replace(params, temperature=1.0, n=several)), out)
+        assert "a␛[2J\ufffd2Jb" in out.getvalue()
+        assert not set(out.getvalue()) & {"\x1b", "\x9b"}
+        assert max(map(len, out.getvalue().splitlines())) <= 80
+    out = Terminal()
+    one_answer.answer_one(llm, llm.prepare("x", params), out, json_head={})
+    assert json.loads(out.getvalue())["text"].startswith("a\x1b[2J\x9b2Jb")
+    assert not set(out.getvalue()) & {"\x1b", "\x9b"}
+
+
+def test_no_bar_where_answers_are_read(script, monkeypatch):
+    hidden = []
+    bar = answer_file.tqdm.tqdm
+    monkeypatch.setattr(answer_file.tqdm, "tqdm", lambda **options: hidden.append(options["disable"]) or bar(**options))
+    monkeypatch.setattr(answer_file.tqdm.tqdm, "write", bar.write, raising=False)
+    llm = LLM(scripted_model(Path("engines/tiny"), shout)[0])
+    for answers in (answer_file.AnswerStream(Terminal(), []), answer_file.AnswerStream(io.StringIO(), [])):
+        answer_file.answer_all(llm, [], None, answers)
+    assert hidden == [True, None]
 
 
 # -- what only a fresh interpreter shows
@@ -490,6 +650,40 @@ def test_loading_begins_with_the_manifest(tmp_path):
         TextModel.load(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("module", [qwen_run.commands.prompt_file])
+@pytest.mark.parametrize("module", [qwen_run.commands.prompt_file, answer_file, qwen_engine.json_output])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
+
+
+ORDERS = """if True:
+    import os, signal, sys
+    from pathlib import Path
+    from qwen_run.commands.answer_file import AnswerFile
+    answers = AnswerFile(Path(sys.argv[1]), {1: "a", 2: "b"}, True)
+    if not answers.answered:
+        answers.write({"line": 2, "text": "two"})
+        answers.write({"line": 1, "text": "one"})
+    if sys.argv[2] == "kill":
+        os.fchmod = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    answers.close()
+"""
+
+
+def test_a_kill_while_answers_are_put_in_order_leaves_nothing_for_good(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert run_python(ORDERS, path, "kill").returncode == -signal.SIGKILL
+    assert [record["line"] for record in records(path)] == [2, 1]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert run_python(ORDERS, path, "").returncode == 0
+    assert [record["line"] for record in records(path)] == [1, 2]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    path, precious = tmp_path / "a.jsonl", tmp_path / "precious"
+    precious.write_text("precious")
+    planted = tmp_path / ".a.jsonl.aaaaaaaa.partial"
+    planted.symlink_to(precious)
+    assert run_python(ORDERS, path, "").returncode == 0
+    assert [record["line"] for record in records(path)] == [1, 2]
+    assert (precious.read_text(), planted.is_symlink()) == ("precious", True)

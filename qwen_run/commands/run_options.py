@@ -1,0 +1,89 @@
+"""What the command line of ``qwen-run`` says, and which of its options make no sense together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_engine.manifest import MANIFEST_FILE
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says. ``interactive``: no prompt is given and none comes through a pipe."""
+
+    prompt: str | None
+    engine: Path | None
+    input_text: str | None
+    input_file: str | None
+    output_file: Path | None
+    retry_errors: bool
+    as_finished: bool
+    system: str | None
+    raw: bool
+    thinking: bool | None
+    threads: int | None
+    kv_cache_memory: int | None
+    draft_tokens: int | None
+    as_json: bool
+    output_logits: Path | None
+    sampling: Mapping[str, Any]
+    interactive: bool
+
+    @property
+    def text(self) -> str | None:
+        """The prompt that the command line holds."""
+        return self.input_text if self.prompt is None else self.prompt
+
+    def given(self, *names: str) -> bool:
+        """Whether any of these sampling options is given."""
+        return any(self.sampling[name] is not None for name in names)
+
+
+# which options make no sense together, and what is said then
+CONTRADICTIONS: tuple[tuple[Callable[[RunOptions], bool], str], ...] = (
+    (
+        lambda asked: asked.prompt is not None and asked.input_text is not None,
+        "PROMPT and --input-text are the same; give one.",
+    ),
+    (
+        lambda asked: asked.text is not None and asked.input_file is not None,
+        "A prompt and --input-file exclude each other.",
+    ),
+    (
+        lambda asked: asked.input_file is not None and (asked.as_json or asked.output_logits is not None),
+        "--json and --output-logits are for one prompt; --input-file always writes JSON Lines.",
+    ),
+    (lambda asked: asked.as_finished and asked.input_file is None, "--as-finished is for --input-file."),
+    (
+        lambda asked: asked.retry_errors and (asked.input_file is None or asked.output_file is None),
+        "--retry-errors is for --input-file with --output-file.",
+    ),
+    (
+        lambda asked: asked.given("logprobs") and asked.input_file is None and not asked.as_json,
+        "--logprobs needs --json or --input-file.",
+    ),
+    (
+        lambda asked: asked.interactive and (asked.given("n", "num_beams") or asked.draft_tokens is not None),
+        "-n, --num-beams and --draft-tokens need a prompt, --input-file or a pipe.",
+    ),
+    (
+        lambda asked: asked.output_logits is not None and asked.given("n", "num_beams"),
+        "--output-logits is for one answer; leave out -n and --num-beams.",
+    ),
+    (
+        lambda asked: asked.raw and (asked.system is not None or asked.thinking is not None),
+        "--system and --thinking need the chat template; leave out --raw.",
+    ),
+    (
+        lambda asked: asked.interactive and bool(asked.as_json or asked.output_logits or asked.output_file),
+        "--json, --output-file and --output-logits need a prompt, --input-file or a pipe.",
+    ),
+    (
+        lambda asked: asked.prompt is not None and os.path.isfile(os.path.join(asked.prompt, MANIFEST_FILE)),
+        "PROMPT is the directory of an engine; name it with --engine.",
+    ),
+)
