@@ -26,10 +26,12 @@ from qwen_run.bench.sides import engine_reads
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 ROOT = Path(__file__).parent.parent
-WORKER = Path(__file__).with_name("peer_worker.py")
+WORKER = Path("benchmarks", "peer_worker.py")  # in a checkout of the project
 PAUSE_S = 0.2  # until the threads of the program before no longer spin
 QUESTION = "Water boils at a temperature of"
 ANSWER_TOKENS = 12
+
+BEFORE = "before"  # the program that is another checkout of this project
 
 # program -> the package that has it
 PACKAGES = {
@@ -88,6 +90,9 @@ CONTENDERS = {
     "engine": Contender("engine", "engine"),
     "engine, 4-bit head": Contender("engine", "engine-head4"),
     "engine, int8 cache": Contender("engine", "engine-cache8"),
+    BEFORE: Contender(BEFORE, f"{BEFORE}-engine"),
+    f"{BEFORE}, 4-bit head": Contender(BEFORE, f"{BEFORE}-engine-head4"),
+    f"{BEFORE}, int8 cache": Contender(BEFORE, f"{BEFORE}-engine-cache8"),
     "llama.cpp": Contender("llama.cpp", "gguf", note="flash attention"),
     "llama.cpp, no flash attention": Contender("llama.cpp", "gguf", NO_FLASH, "no flash attention"),
     "llama.cpp, q8_0 cache": Contender("llama.cpp", "gguf", {"cache": "q8_0"}, "q8_0 cache"),
@@ -105,38 +110,48 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "engine-head4": {"embedding_quant": "int4"},
     "engine-cache8": {"kv_cache_dtype": "int8"},
 }
+ENGINES = (*ENGINE_OPTIONS, *(f"{BEFORE}-{model}" for model in ENGINE_OPTIONS))
 
 
 class Models:
     """What the programs read, made of one checkpoint when it is first asked for.
 
-    What peers read is kept in the directory; our engines are built anew by every run, with the builder as it is now.
+    What peers read is kept in the directory; our engines are built anew by every run, with the builder as it is.
+
+    Args:
+        genai: the interpreter that has onnxruntime-genai's model builder.
+        before: another checkout of this project, which builds the engines of :data:`BEFORE`.
     """
 
-    def __init__(self, checkpoint: Path, directory: Path, activations: str, genai: Path | None) -> None:
+    def __init__(
+        self, checkpoint: Path, directory: Path, activations: str, genai: Path | None, before: Path | None = None
+    ) -> None:
         self._checkpoint, self._directory, self._activations, self._genai = checkpoint, directory, activations, genai
+        self.before = before.resolve() if before else None
         self._built: set[Path] = set()
         directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, model: str) -> Path:
-        """Where ``model`` lies: a key of :data:`ENGINE_OPTIONS`, ``gguf``, ``gguf-head4`` or ``genai``."""
-        if model in ENGINE_OPTIONS:
+        """Where ``model`` lies: one of :data:`ENGINES`, ``gguf``, ``gguf-head4`` or ``genai``."""
+        if model in ENGINES:
             target = self._directory / f"{model}-{self._activations}"
         else:
             target = self._directory / (f"{model}.gguf" if model.startswith("gguf") else model)
-        if model in ENGINE_OPTIONS and target not in self._built:
+        if model in ENGINES and target not in self._built:
             shutil.rmtree(target, ignore_errors=True)
             self._built.add(target)
         if not target.exists():
             say(f"making {target}")
             if model in ENGINE_OPTIONS:
                 self._build_engine(model, target)
+            elif model in ENGINES:
+                self._build_before(model.removeprefix(f"{BEFORE}-"), target)
             elif model == "genai":
                 self._build_genai(target)
             else:
                 self._write_gguf(model, target)
             forget(target)
-            if model not in ENGINE_OPTIONS:
+            if model not in ENGINES:
                 read(target)
         return target
 
@@ -144,6 +159,16 @@ class Models:
         options = BuildOptions(**ENGINE_OPTIONS[model], activations=self._activations)
         with Checkpoint.open(self._checkpoint) as weights:
             write_engine(plan_build(weights, resolve_checkpoint(str(self._checkpoint)), options), weights, target)
+
+    def _build_before(self, model: str, target: Path) -> None:
+        """By the command of the other checkout: its options have the same names, whatever its modules have."""
+        assert self.before is not None
+        options = ENGINE_OPTIONS[model] | {"activations": self._activations, "output": target}
+        chosen = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        command = [sys.executable, "-P", "-m", "qwen_build.cli", str(self._checkpoint), *chosen]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(self.before)}, stdout=sys.stderr)
+        if done.returncode:
+            raise RuntimeError(f"qwen-build of {self.before} ended with {done.returncode}")
 
     def _write_gguf(self, model: str, target: Path) -> None:
         unfinished = target.with_suffix(".part")
@@ -174,14 +199,21 @@ class Models:
 
 
 class Worker:
-    """A process of ``peer_worker.py``."""
+    """A process of ``peer_worker.py``.
 
-    def __init__(self, python: Path, contender: Contender, model: Path, threads: int, vocab_size: int) -> None:
+    Args:
+        project: the checkout whose engine it runs; None: it runs a peer.
+    """
+
+    def __init__(
+        self, python: Path, contender: Contender, model: Path, threads: int, vocab_size: int, project: Path | None
+    ) -> None:
         options = {"model": str(model), "threads": threads, **contender.options}
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} if contender.program == "engine" else dict(os.environ)
+        program = "engine" if project else contender.program
+        script = (project or ROOT) / WORKER
         self._process = subprocess.Popen(
-            [python, "-P", WORKER, contender.program, json.dumps(options), str(vocab_size)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            [python, "-P", script, program, json.dumps(options), str(vocab_size)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=os.environ | ({"PYTHONPATH": str(project)} if project else {}),
         )  # fmt: skip
 
     def ask(self, **command: Any) -> Any:
@@ -308,7 +340,9 @@ class Match:
             if name not in self._workers:
                 contender = CONTENDERS[name]
                 model, vocab_size = self.models.path(contender.model), self.manifest.model.vocab_size
-                worker = Worker(self.pythons[contender.program], contender, model, self.threads, vocab_size)
+                project = {"engine": ROOT, BEFORE: self.models.before}.get(contender.program)
+                python = self.pythons[contender.program]
+                worker = Worker(python, contender, model, self.threads, vocab_size, project)
                 self._workers[name] = worker
                 self.found.versions[contender.program] = worker.ask(do="version")
                 if not started:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.int8_peak import int8_peak
-from benchmarks.peer_match import CONTENDERS, PACKAGES, QUESTION, Match, Measured, Models, Row
+from benchmarks.peer_match import BEFORE, CONTENDERS, PACKAGES, QUESTION, Match, Measured, Models, Row
 from qwen_engine import __version__
 from qwen_engine.manifest import Manifest
 from qwen_run.bench.measure import processor_name
@@ -25,7 +25,7 @@ def report(arguments: argparse.Namespace, match: Match, rows: Mapping[str, Row],
     """Print the table with its conditions, and write both to ``--output``."""
     found, label = match.found, Path(arguments.checkpoint).name
     versions = {"qwen-engine": __version__, "onnxruntime": metadata.version("onnxruntime")}
-    versions |= {program: version for program, version in found.versions.items() if program != "engine"}
+    versions |= {program: version for program, version in found.versions.items() if program not in ("engine", BEFORE)}
     limits = [f"fastest read {median_of(found.bandwidths) / 1e9:.1f} GB/s"] if found.bandwidths else []
     if found.peaks and (peak := int8_peak(arguments.threads)):
         limits.append(f"int8 peak {median_of(found.peaks) / 1e12:.2f} TOPS ({peak[0]})")
@@ -59,7 +59,7 @@ def best_of(program: str, row: Row, values: Mapping[str, Sequence[float]]) -> tu
 
 def markdown_table(rows: Mapping[str, Row], found: Measured, shares: Mapping[str, float]) -> str:
     """One line a row: the best of every program, ours over what the goal names and over the best peer, our share."""
-    programs = ["engine", *(program for program in PACKAGES if program in found.versions)]
+    programs = ["engine", *(program for program in (BEFORE, *PACKAGES) if program in found.versions)]
     lines = [
         f"| | {' | '.join(programs)} | engine over | goal | share of the limit |",
         "|---" * (len(programs) + 4) + "|",
@@ -79,8 +79,11 @@ def _ratios(row: Row, ours: tuple[str, float] | None, values: Mapping[str, Seque
     """Our rate over that of the best contender that the goal names, and over that of the best peer if it is another."""
     if ours is None or row.amount is None:
         return
-    peers = {n: statistics.median(found) for n, found in values.items() if CONTENDERS[n].program != "engine"}
+    others = {n: statistics.median(found) for n, found in values.items() if CONTENDERS[n].program != "engine"}
+    peers = {name: rate for name, rate in others.items() if CONTENDERS[name].program != BEFORE}
     named = [name for name in row.against if name in peers]
+    for name in others.keys() - peers.keys():
+        yield f"{name} {ours[1] / others[name]:.2f} ×"
     for name in dict.fromkeys(max(names, key=peers.__getitem__) for names in (named, peers) if names):
         yield f"{name} {ours[1] / peers[name]:.2f} ×"
 

@@ -16,7 +16,7 @@ import pytest
 gguf = pytest.importorskip("gguf", reason="the peers' file format needs the package gguf")
 
 from benchmarks import batch, peer_match, write_gguf  # noqa: E402
-from benchmarks.peer_match import CONTENDERS, Match, Measured, Models, Row  # noqa: E402
+from benchmarks.peer_match import BEFORE, CONTENDERS, Match, Measured, Models, Row  # noqa: E402
 from benchmarks.peer_report import (  # noqa: E402
     best_of,
     bytes_read,
@@ -25,7 +25,7 @@ from benchmarks.peer_report import (  # noqa: E402
     plot,
     shares_of_limit,
 )
-from benchmarks.peers import ROWS, work_name  # noqa: E402
+from benchmarks.peers import OURS, ROWS, work_name  # noqa: E402
 from qwen_build.checkpoint.safetensors import Checkpoint  # noqa: E402
 
 
@@ -183,6 +183,18 @@ def test_the_engine_alone(match: Match, monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert len(found.bandwidths["decode"]) == 3
     assert shares_of_limit(rows, found, match.models)["decode"] > 0
+
+
+def test_another_checkout_builds_and_runs_an_engine_of_its_own(match: Match, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_match, "PAUSE_S", 0.0)
+    models = Models(match.models._checkpoint, match.models._directory, "int8", None, before=peer_match.ROOT)
+    both = Match(match.pythons | {BEFORE: match.pythons["engine"]}, models, threads=1, rounds=1)
+    row = Row("decode", {"do": "decode", "past": 40, "count": 4}, 4, "tok/s", OURS, limit="memory")
+    found = both.play({"decode": row})
+    assert found.values["decode"].keys() == set(OURS)
+    weights = [(models.path(f"{name}engine") / "weights.bin").read_bytes() for name in ("", f"{BEFORE}-")]
+    assert weights[0] == weights[1]
+    assert "before" in markdown_table({"decode": row}, found, {})
 
 
 def test_an_engine_of_an_earlier_run_is_built_again(match: Match) -> None:
