@@ -1,7 +1,7 @@
 """An engine for asyncio programs such as a server: :class:`AsyncLLM`.
 
-One background thread runs the model, and nothing else touches the core. Streams belong to the event loop. What passes
-between the two: functions for the thread to call before its next step, and the answers that have grown in a step.
+One background thread, the :class:`_Worker`, runs the model. What passes to it: functions to call before its next step.
+What comes back: the answers that have grown in a step, each handed to the event loop of the task that reads it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import asyncio
 import atexit
 import itertools
 import threading
+import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,9 +26,13 @@ from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Message
 
+News = RequestOutput | QwenError  # of a request: its answer as far as it has come, or why there is none
+
 
 class AsyncLLM:
-    """An engine that answers prompts of any number of tasks of one event loop.
+    """An engine that answers prompts of any number of tasks, of one event loop or of several.
+
+    One that nobody holds any more ends as :meth:`close` ends it.
 
     Args:
         model: as :class:`~qwen_run.api.llm.LLM` takes it, and ``options`` too.
@@ -41,17 +47,10 @@ class AsyncLLM:
             raise EngineError(f"max_requests is {max_requests!r}, expected a whole number, 1 or more")
         self._llm = LLM(model, **options)
         self.default_params = self._llm.default_params
-        self._slots = asyncio.Semaphore(max_requests)
-        self._streams: dict[str, RequestStream] = {}
-        self._names = (str(number) for number in itertools.count())
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._failure: BaseException | None = None
-        self._wake = threading.Condition()
-        self._orders: list[Callable[[], object]] = []  # for the thread; guarded by _wake
-        self._closing = False  # guarded by _wake
-        self._thread = threading.Thread(target=self._serve, name="qwen-engine", daemon=True)
-        self._thread.start()
-        atexit.register(self._stop)  # a thread in native code must not outlive the interpreter
+        self._places = _Places(max_requests)
+        self._worker = _Worker(self._llm)
+        self._numbers = itertools.count()
+        weakref.finalize(self, self._worker.end).atexit = False  # there the worker has a handler of its own
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -79,32 +78,28 @@ class AsyncLLM:
         Args:
             request_id: what :meth:`abort` calls it; a number if None.
 
+        Returns:
+            The answer, to be read in the event loop that asked for it.
+
         Raises:
             RequestError: the prompt is empty, too long or holds unknown ids, or ``request_id`` is in use.
             EngineError: the engine has failed or is closed.
         """
-        self._loop = asyncio.get_running_loop()
-        self._check_open()
-        await self._slots.acquire()
+        self._worker.check_open()
+        await self._places.take()
         try:
             if request_id is None:
-                request_id = next(name for name in self._names if name not in self._streams)
+                request_id = self._free_name()
             # a long prompt takes a while to tokenize, and other tasks are waiting
-            answering = await asyncio.to_thread(self._llm.prepare, prompt, sampling_params, request_id)
-            self._check_open()
-            if request_id in self._streams:
-                raise RequestError(f"request {request_id!r} is not finished; choose another request_id")
+            pending = await asyncio.to_thread(self._llm.prepare, prompt, sampling_params, request_id)
+            return self._worker.begin(RequestStream(pending, self._worker, self._places, self))
         except BaseException:
-            self._slots.release()
+            self._places.give_back()
             raise
-        stream = self._streams[request_id] = RequestStream(answering, self._forget)
-        self._order(partial(self._submit, answering))
-        return stream
 
     async def abort(self, request_id: str) -> None:
         """Give a request up; its stream ends with what there is, as ``abort``. Nothing when it is finished."""
-        if stream := self._streams.get(request_id):
-            self._order(partial(self._abort, stream.answering))
+        self._worker.abort(request_id)
 
     async def chat_prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
@@ -114,8 +109,13 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Give up what is unfinished, free the cache and end the thread."""
-        self._end()  # in the event loop: add_request finds it closed, or its order is still taken
-        await asyncio.to_thread(self._stop)
+        self._worker.end()  # from here on nothing is begun
+        await asyncio.to_thread(self._worker.join)
+
+    def _free_name(self) -> str:
+        while self._worker.has(name := str(next(self._numbers))):
+            pass
+        return name
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,35 +125,93 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    def _check_open(self) -> None:
+
+class _Worker:
+    """The thread that runs the model, and the streams whose answers it makes; any thread may call it.
+
+    It knows nothing of the :class:`AsyncLLM` it works for, so that one that is dropped can be collected.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._wake = threading.Condition()  # guards all below
+        self._orders: list[Callable[[], object]] = []  # for the thread
+        self._streams: dict[str, RequestStream] = {}
+        self._failure: BaseException | None = None
+        self._is_closing = False
+        self.thread = threading.Thread(target=self._serve, name="qwen-engine", daemon=True)
+        self.thread.start()
+        atexit.register(self._end_and_join)  # a thread in native code must not outlive the interpreter
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody waits for an answer."""
+        return not self._streams
+
+    def has(self, request_id: str) -> bool:
+        """There is an unfinished request of this name."""
+        return request_id in self._streams
+
+    def check_open(self) -> None:
+        """
+        Raises:
+            EngineError: the engine has failed or is closed.
+        """
         if self._failure is not None:
             raise _stopped(self._failure)
-        if self._closing:
+        if self._is_closing:
             raise EngineError("the engine is closed; load it again")
 
-    def _forget(self, stream: RequestStream) -> None:
-        """Nobody reads ``stream`` any more."""
-        if self._streams.pop(stream.answering.request_id, None):
-            self._slots.release()
-            if not stream.answering.is_told:
-                self._order(partial(self._llm.abort, stream.answering))
+    def begin(self, stream: RequestStream) -> RequestStream:
+        """Let the request of ``stream`` run.
+
+        Raises:
+            RequestError: another of its name is unfinished.
+            EngineError: the engine has failed or is closed.
+        """
+        with self._wake:
+            self.check_open()
+            if stream.request_id in self._streams:
+                raise RequestError(f"request {stream.request_id!r} is not finished; choose another request_id")
+            self._streams[stream.request_id] = stream
+            self._order(partial(self._submit, stream))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Give a request up; its stream is told."""
+        with self._wake:
+            if stream := self._streams.get(request_id):
+                self._order(partial(self._abort, stream.pending))
+
+    def forget(self, stream: RequestStream) -> bool:
+        """Nobody reads ``stream`` any more; False where that is known."""
+        with self._wake:
+            if self._streams.get(stream.request_id) is not stream:
+                return False
+            del self._streams[stream.request_id]
+            if not stream.pending.is_told:
+                self._order(partial(self._llm.abort, stream.pending))
+            return True
+
+    def end(self) -> None:
+        """Let the thread give up what is unfinished, and end."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self.thread.join()
+
+    def _end_and_join(self) -> None:
+        self.end()
+        self.join()
 
     def _order(self, order: Callable[[], object]) -> None:
-        with self._wake:
-            self._orders.append(order)
-            self._wake.notify()
+        self._orders.append(order)
+        self._wake.notify()
 
-    def _stop(self) -> None:
-        atexit.unregister(self._stop)
-        self._end()
-        self._thread.join()
-
-    def _end(self) -> None:
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-
-    # -- in the background thread
+    # -- in the thread
 
     def _serve(self) -> None:
         try:
@@ -162,84 +220,86 @@ class AsyncLLM:
             self._tell(self._llm.abort_all())
             self._llm.close()
         except BaseException as error:
-            self._call(self._fail, error)
+            with self._wake:
+                self._failure = error
+                streams = list(self._streams.values())
+            self._send([(stream, _stopped(error)) for stream in streams])
+        finally:
+            atexit.unregister(self._end_and_join)
 
     def _take_orders(self) -> bool:
         """Do what is asked for, and wait while there is nothing to do; False when it is time to end."""
         with self._wake:
-            while not self._orders and not self._closing and self._llm.core.is_done:
+            while not self._orders and not self._is_closing and self._llm.core.is_done:
                 self._wake.wait()
             orders, self._orders = self._orders, []
         for order in orders:
             order()
-        return not self._closing
+        return not self._is_closing
 
-    def _submit(self, answering: PendingRequest) -> None:
+    def _submit(self, stream: RequestStream) -> None:
         try:
-            self._llm.submit(answering)
+            self._llm.submit(stream.pending)
         except RequestError as error:
-            self._call(self._refuse, answering, error)
+            self._send([(stream, error)])
 
-    def _abort(self, answering: PendingRequest) -> None:
-        if not answering.is_told:
-            self._llm.abort(answering)
-            self._tell([answering])
+    def _abort(self, pending: PendingRequest) -> None:
+        if not pending.is_told:
+            self._llm.abort(pending)
+            self._tell([pending])
 
     def _tell(self, grown: list[PendingRequest]) -> None:
-        if grown:
-            self._call(self._deliver, [answering.output() for answering in grown])
+        read = [(self._streams.get(pending.request_id), pending) for pending in grown]
+        self._send([(stream, pending.output()) for stream, pending in read if stream])
 
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-    # -- in the event loop
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            if stream := self._streams.get(output.request_id):
-                stream.put(output)
-                if output.finished:
-                    self._forget(stream)
-
-    def _refuse(self, answering: PendingRequest, error: RequestError) -> None:
-        if stream := self._streams.get(answering.request_id):
-            stream.put(error)
-            self._forget(stream)
-
-    def _fail(self, error: BaseException) -> None:
-        self._failure = error
-        for stream in list(self._streams.values()):
-            stream.put(_stopped(error))
-            self._forget(stream)
+    def _send(self, news: list[tuple[RequestStream, News]]) -> None:
+        """Give each stream its news, in one call of each event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, News]]] = {}
+        for stream, each in news:
+            by_loop.setdefault(stream.loop, []).append((stream, each))
+        for loop, some in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, some)
+            except RuntimeError:  # the loop is closed: nobody can read them
+                for stream, _ in some:
+                    stream.release()
 
 
 class RequestStream:
-    """The answer to one request as it comes, to be read with ``async for`` by one task.
+    """The answer to one request as it comes, to be read with ``async for`` by one task of the loop it was made in.
 
     Only the newest state is kept, so a slow reader costs no memory.
     """
 
-    def __init__(self, answering: PendingRequest, forget: Callable[[RequestStream], None]) -> None:
-        self.answering = answering
-        self._forget = forget
-        self._news: RequestOutput | QwenError | None = None
+    def __init__(self, pending: PendingRequest, worker: _Worker, places: _Places, owner: AsyncLLM) -> None:
+        self.pending = pending
+        self.loop = asyncio.get_running_loop()
+        self._worker, self._places = worker, places
+        self._owner = owner  # is not to end while there is something to read
+        self._news: News | None = None
         self._has_news = asyncio.Event()
         self._is_over = False
 
     @property
     def request_id(self) -> str:
-        return self.answering.request_id
+        return self.pending.request_id
 
-    def put(self, news: RequestOutput | QwenError) -> None:
-        """Replace what the reader gets next."""
+    def put(self, news: News) -> None:
+        """Replace what the reader gets next; in the stream's loop."""
         self._news = news
         self._has_news.set()
+        if isinstance(news, QwenError) or news.finished:
+            self.release()
+
+    def release(self) -> None:
+        """Nobody waits for more; an unfinished request is given up. For any thread."""
+        if self._worker.forget(self):
+            self._places.give_back()
 
     def close(self) -> None:
         """Stop reading; the request is given up if it is not finished."""
         self._is_over = True
-        self._forget(self)
+        self.release()
 
     def __aiter__(self) -> Self:
         return self
@@ -259,6 +319,57 @@ class RequestStream:
         if isinstance(news, QwenError):
             raise news
         return news
+
+
+class _Places:
+    """So many requests may be unfinished; who finds no place waits, in its own event loop, first come, first served."""
+
+    def __init__(self, count: int) -> None:
+        self._guard = threading.Lock()
+        self._num_free = count
+        self._waiting: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+
+    async def take(self) -> None:
+        """Wait for a place and have it."""
+        loop = asyncio.get_running_loop()
+        with self._guard:
+            if self._num_free:
+                self._num_free -= 1
+                return
+            mine = loop.create_future()
+            self._waiting.append((loop, mine))
+        try:
+            await mine
+        except BaseException:
+            with self._guard:
+                was_waiting = (loop, mine) in self._waiting
+                if was_waiting:
+                    self._waiting.remove((loop, mine))
+            if not was_waiting:  # the place has been handed over in the meantime
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Hand a place to the first who waits; for any thread."""
+        with self._guard:
+            while self._waiting:
+                loop, future = self._waiting.popleft()
+                try:
+                    loop.call_soon_threadsafe(_wake, future)
+                except RuntimeError:  # that loop is closed, and nobody waits in it
+                    continue
+                return
+            self._num_free += 1
+
+
+def _put_all(news: list[tuple[RequestStream, News]]) -> None:
+    for stream, each in news:
+        stream.put(each)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():  # else it was cancelled, and its task hands the place on
+        future.set_result(None)
 
 
 def _stopped(failure: BaseException) -> EngineError:

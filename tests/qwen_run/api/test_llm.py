@@ -321,8 +321,8 @@ def run_with(main, model, **options):
         async with AsyncLLM(model, **options) as llm:
             await main(llm)
         assert model.engine.is_idle
-        assert not llm._thread.is_alive()
-        assert not llm._streams
+        assert not llm._worker.thread.is_alive()
+        assert llm._worker.is_idle
 
     run_async(with_llm())
 
@@ -349,7 +349,7 @@ def test_a_stream_shows_progress_and_a_slow_reader_skips(model):
         assert lengths == sorted(set(lengths))
         assert lengths[-1] == 61
         stream = await llm.add_request(LONG, GREEDY)
-        while not llm._llm.core.is_done or not stream.answering.is_told:
+        while not llm._llm.core.is_done or not stream.pending.is_told:
             await asyncio.sleep(0.01)
         assert [output.finished async for output in stream] == [True]
 
