@@ -14,30 +14,59 @@ from qwen_engine.errors import RequestError
 class Journal:
     """A JSON Lines file: first what the results depend on, then one result a line.
 
-    A line that an interruption cut short is dropped; every other result survives.
+    A line that an interruption cut short is dropped; every other result survives, whenever a process is killed.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any], resume: bool) -> None:
         """Begin a new journal at ``path``, or with ``resume`` go on with the one that is there.
 
         Raises:
-            RequestError: the journal to resume was made with another key, or the file cannot be written.
+            RequestError: the journal to resume was made with another key or is none, or the file cannot be written.
         """
+        self._path = path
         self._results: dict[tuple[str, str], Any] = {}
+        head = json.dumps(dict(key)).encode() + b"\n"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if resume and path.is_file() else []
-            complete = [line for line in lines if line.endswith("\n")]
-            if complete:
-                self._check_key(path, json.loads(complete[0]), dict(key))
-                for line in complete[1:]:
-                    phase, name, result = json.loads(line)
-                    self._results[phase, name] = result
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(complete or [json.dumps(dict(key)) + "\n"])
-            self._file.flush()
+            if not (resume and path.is_file()):
+                path.write_bytes(b"")
+            self._file = path.open("r+b")
+            try:
+                kept = self._read(self._file.read(), head)
+                self._file.seek(kept)
+                self._file.truncate()  # only what an interruption cut short
+                if not kept:
+                    self._file.write(head)
+                    self._file.flush()
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise RequestError(f"{path} cannot be written: {error.strerror}; choose another --report") from error
+
+    def _read(self, data: bytes, head: bytes) -> int:
+        """Take the results in ``data``; how many bytes of it are whole lines."""
+        *lines, torn = data.split(b"\n")
+        if not lines and not head.startswith(torn):
+            raise self._foreign(1)
+        for number, line in enumerate(lines, start=1):
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                raise self._foreign(number) from None
+            if number == 1 and isinstance(found, dict):
+                self._check_key(self._path, found, json.loads(head))
+            elif number > 1 and _is_result(found):
+                self._results[found[0], found[1]] = found[2]
+            else:
+                raise self._foreign(number)
+        return len(data) - len(torn)
+
+    def _foreign(self, number: int) -> RequestError:
+        return RequestError(
+            f"{self._path}: line {number} is no result of qwen-summarize; run without --resume or choose another "
+            "--report"
+        )
 
     @staticmethod
     def _check_key(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -60,7 +89,11 @@ class Journal:
         """The result of ``phase`` for ``name``, plain JSON data: as it was kept, or computed now and kept."""
         if (phase, name) not in self._results:
             result = compute()
-            self._file.write(json.dumps([phase, name, result]) + "\n")
+            self._file.write(json.dumps([phase, name, result]).encode() + b"\n")
             self._file.flush()
             self._results[phase, name] = json.loads(json.dumps(result))
         return self._results[phase, name]
+
+
+def _is_result(found: Any) -> bool:
+    return isinstance(found, list) and len(found) == 3 and isinstance(found[0], str) and isinstance(found[1], str)
