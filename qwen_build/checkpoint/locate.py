@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen_build.checkpoint.demo import demo_checkpoint
 from qwen_engine.errors import CheckpointError
+from qwen_engine.user_cache import user_cache
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/(?P<name>[\w-][\w.-]*))(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -64,12 +65,6 @@ def resolve_checkpoint(argument: str | None) -> Located:
     if match is None:
         raise CheckpointError(f"no such directory: {argument!r}; {EXPECTED}")
     return _download(match["repo"], match["name"], match["revision"])
-
-
-def user_cache() -> Path:
-    """``$XDG_CACHE_HOME`` where it is set and absolute, else ``~/.cache``."""
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return chosen if chosen.is_absolute() else Path.home() / ".cache"
 
 
 def _local(path: Path) -> Located:

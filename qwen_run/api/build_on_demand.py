@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError, EngineError
 from qwen_engine.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from qwen_engine.user_cache import FOLDER, lock_file, user_cache
 from qwen_engine.whole_files import locked_file, whole_file
 from qwen_plugin import OPERATORS
 
@@ -51,15 +52,15 @@ def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None
                 f"{source} is an engine, {', '.join(options)} cannot change it any more; give the checkpoint instead"
             )
         return Path(source)
-    from qwen_build.checkpoint.locate import resolve_checkpoint, user_cache
+    from qwen_build.checkpoint.locate import resolve_checkpoint
 
     chosen = build_options(options)
     located = resolve_checkpoint(str(source))
-    kept = cache or user_cache() / "qwen-engine" / "engines"
+    kept = cache or user_cache() / FOLDER / "engines"
     try:
         kept.mkdir(parents=True, exist_ok=True)
         engine = kept / f"{located.name}-{_quant(located, chosen)}-{_key(_digests(located.path, kept), chosen)}"
-        with locked_file(kept / f".{engine.name}.lock"):
+        with locked_file(lock_file(engine)):
             if not _is_whole(engine):
                 _build(located, engine, chosen, replace=is_engine(engine))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_engine.manifest import GRAPH_FILE, Manifest
+from qwen_engine.user_cache import FOLDER, Kept, list_kept, remove, user_cache
 from qwen_run.commands.command import Command, printable
 
 ENGINES = Path("engines")
+MIB = 1 << 20
 
 
 @click.command("qwen-inspect", cls=Command)
@@ -26,9 +29,16 @@ ENGINES = Path("engines")
     help="Draw it too: the bits of every linear by layer, or the graph.",
 )
 @click.option("--verify", is_flag=True, help="Check the sha256 of every file first.")
+@click.option("--list", "as_list", is_flag=True, help="Show instead what is kept in the user's cache directory.")
+@click.option("--clean", is_flag=True, help="Remove what --list shows: all of it, or what is named ENGINE there.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def main(engine: Path | None, as_graph: bool, plot: Path | None, verify: bool, as_json: bool) -> None:
+def main(
+    engine: Path | None, as_graph: bool, plot: Path | None, verify: bool, as_list: bool, clean: bool, as_json: bool
+) -> None:
     """Show how every linear layer of ENGINE is stored, or its graph. Without ENGINE, the newest under engines/.
+
+    Engines that were built on demand and the demo checkpoint are kept in the user's cache directory, $XDG_CACHE_HOME or
+    ~/.cache. They are made again when they are needed.
 
     \b
     Examples:
@@ -36,7 +46,17 @@ def main(engine: Path | None, as_graph: bool, plot: Path | None, verify: bool, a
       qwen-inspect engines/q3 --plot bits.svg         and a picture
       qwen-inspect engines/q3 --graph                 model, layers, blocks, operators
       qwen-inspect engines/q3 --verify --json
+      qwen-inspect --list                             what is kept in the cache directory, and its size
+      qwen-inspect --clean                            remove that
     """
+    if as_list or clean:
+        if (as_list and clean) or as_graph or plot or verify:
+            raise click.UsageError("--list and --clean stand alone, or with --json")
+        kept = _kept(engine)
+        if clean:
+            kept = _removed(kept)
+        click.echo(_kept_json(kept) if as_json else _kept_table(kept, "removed" if clean else "kept"))
+        return
     if engine is None:
         from qwen_run.runtime.engine import newest_engine
 
@@ -55,6 +75,52 @@ def main(engine: Path | None, as_graph: bool, plot: Path | None, verify: bool, a
         except OSError as error:
             raise RequestError(f"{plot} cannot be written: {error.strerror}; choose another --plot") from error
     click.echo(shown)
+
+
+def _kept(name: Path | None) -> list[Kept]:
+    """What is kept in the user's cache directory: all, or what has this name."""
+    cache = user_cache()
+    found = list_kept(cache)
+    if name is None:
+        return found
+    named = [kept for kept in found if str(name) in (kept.path.name, str(kept.path))]
+    if not named:
+        raise RequestError(
+            f"{cache / FOLDER} keeps nothing of the name {name}; qwen-inspect --list shows what it keeps"
+        )
+    return named
+
+
+def _removed(kept: list[Kept]) -> list[Kept]:
+    """Remove what no process is building; what that was."""
+    gone = []
+    for each in kept:
+        if remove(each):
+            gone.append(each)
+        else:
+            click.echo(f"Note: {printable(str(each.path))} is being built and stays.", err=True)
+    return gone
+
+
+def _kept_json(kept: list[Kept]) -> str:
+    data = [
+        {"kind": each.kind, "path": str(each.path), "size_bytes": each.size_bytes, "made": _day(each)} for each in kept
+    ]
+    return json.dumps({"cache": str(user_cache() / FOLDER), "kept": data}, indent=1)
+
+
+def _kept_table(kept: list[Kept], done: str) -> str:
+    cells = [[each.kind, _day(each), f"{each.size_bytes / MIB:,.1f} MiB", printable(each.path.name)] for each in kept]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        f"{kind:{widths[0]}}  {day}  {size:>{widths[2]}}  {name}" for kind, day, size, name in cells
+    ]  # the name last, whatever its width
+    total = sum(each.size_bytes for each in kept)
+    return "\n".join([*lines, f"{total / MIB:,.1f} MiB {done} in {printable(str(user_cache() / FOLDER))}"])
+
+
+def _day(kept: Kept) -> str:
+    return datetime.fromtimestamp(kept.made_s, UTC).strftime("%Y-%m-%d")
 
 
 def _graph(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from cases.processes import run_python
 from qwen_build.checkpoint import locate
 from qwen_build.checkpoint.locate import Located, resolve_checkpoint
 from qwen_engine.errors import CheckpointError
+from qwen_engine.user_cache import user_cache
 
 COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"
 
@@ -60,7 +61,7 @@ def test_cache_is_in_the_home_directory_unless_told(tmp_path, monkeypatch, chose
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if chosen is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", chosen)
-    assert locate.user_cache() == tmp_path / ".cache"
+    assert user_cache() == tmp_path / ".cache"
 
 
 @pytest.mark.parametrize("argument", ["Qwen/Tiny", "./Qwen/Tiny/", "~/Qwen/Tiny", "Qwen/Tiny/../Tiny", "{}/Qwen/Tiny"])
