@@ -19,7 +19,8 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
-from qwen_build.checkpoint.safetensors import Checkpoint, read_json
+from qwen_build.checkpoint.files import read_json
+from qwen_build.checkpoint.safetensors import Checkpoint
 
 STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
 ROWS_AT_A_TIME = 1 << 14

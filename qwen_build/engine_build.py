@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -22,10 +21,11 @@ from qwen_build.calibration.calibrate import Calibration, calibrated, output_err
 from qwen_build.calibration.plan import plan_calibration
 from qwen_build.calibration.results import CalibratedSource, calibrated_layout
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.files import digest_files
 from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.packed import PackedSource
-from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
-from qwen_build.checkpoint.text_files import check_text_files, end_of_sequence_ids
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.text_files import SOURCES, TextFiles, read_text_files
 from qwen_build.graph.architecture import layer_kind, module_parts
 from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
@@ -51,7 +51,6 @@ from qwen_engine.manifest import (
     LAYERS_GRAPH_FILE,
     MANIFEST_FILE,
     MIN_SEQ_LEN,
-    TEXT_FILES,
     WEIGHTS_FILE,
     CacheLayout,
     Limits,
@@ -82,7 +81,7 @@ class Plan:
     layout: Layout
     inputs: tuple[TensorSpec, ...]
     calibration: Calibration | None
-    eos_token_ids: tuple[int, ...]
+    text: TextFiles
     dtype: str
     max_seq_len: int
     notes: tuple[str, ...]  # what of the checkpoint is left unread or read in another way, a sentence each
@@ -157,7 +156,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     if options.block_size < KEY_TILE or options.block_size & (options.block_size - 1):
         raise BuildError(f"block_size is {options.block_size}, expected a power of two from {KEY_TILE}")
     check_layers(config, checkpoint)
-    check_text_files(located.path)
+    text = read_text_files(located.path, config)
     max_seq_len = _max_seq_len(options, config)
     schemes = plan_schemes(options, config, checkpoint)
     inputs = (*BATCH_INPUTS, *_states(options, config))
@@ -177,10 +176,10 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         layout=plan_layout(graph, sources),
         inputs=inputs,
         calibration=plan_calibration(options, config, schemes, located.path),
-        eos_token_ids=end_of_sequence_ids(located.path, config),
+        text=text,
         dtype=checkpoint.dtype,
         max_seq_len=max_seq_len,
-        notes=config.notes,
+        notes=(*config.notes, *text.notes),
     )
 
 
@@ -215,9 +214,8 @@ def write_engine(
         write_graph(plan.graph, plan.layout, scratch / GRAPH_FILE)
         exposing = build_graph(plan.config, plan.schemes, plan.inputs, plan.max_seq_len, expose=True)
         write_graph(exposing, plan.layout, scratch / LAYERS_GRAPH_FILE)
-        for name in TEXT_FILES:
-            if (plan.located.path / name).is_file():
-                shutil.copyfile(plan.located.path / name, scratch / name)
+        for name, content in plan.text.contents.items():
+            (scratch / name).write_bytes(content)
         manifest = _manifest(plan, _measured(plan, layout, errors), scratch, digests(), command)
         (scratch / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -292,7 +290,7 @@ def _manifest(
         outputs=(logits_output(plan.config.vocab_size),),
         linears=tuple(linears),
         operators=tuple(Operator(domain, name, OPERATORS[domain, name]) for domain, name in sorted(used)),
-        eos_token_ids=plan.eos_token_ids,
+        eos_token_ids=plan.text.eos_token_ids,
         parts={path.name: measure_part(path) for path in parts},
         origin=Origin(
             checkpoint=_utf8(plan.located.source),
@@ -313,7 +311,7 @@ def _utf8(text: str) -> str:
 @contextmanager
 def _digests(plan: Plan, checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, str]]]:
     """sha256 of the checkpoint's files, computed while the weights are written; call what it yields for the result."""
-    paths = [*checkpoint.files, *(p for n in ("config.json", *TEXT_FILES) if (p := plan.located.path / n).is_file())]
+    paths = [*checkpoint.files, *(p for n in ("config.json", *SOURCES) if (p := plan.located.path / n).is_file())]
     stopped = threading.Event()
 
     def stop_when_told(_: int) -> None:

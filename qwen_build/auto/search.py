@@ -24,8 +24,9 @@ from qwen_build.auto.sensitivity import Probing, Unit, decision_units, kept, kl_
 from qwen_build.calibration.layer_runner import LayerRunner, embed, logits, read_layer
 from qwen_build.calibration.text import read_halves
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.files import digest_files
 from qwen_build.checkpoint.locate import Located
-from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
+from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import Rule, excluding, write_rules
@@ -34,7 +35,7 @@ from qwen_build.writing.output import check_output, engine_directory, resumable_
 from qwen_build.writing.weights_file import write_graph
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
-from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, TEXT_FILES, Manifest
+from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.accuracy.both_sides import engine_logits
 from qwen_run.engine_files.checksums import measure_part
@@ -312,11 +313,10 @@ class SchemeSearch:
         plan = plan_build(self.checkpoint, self.located, self.options_of(choice))
         graph = self.scratch / GRAPH_FILE
         write_graph(plan.graph, plan.layout, graph)
-        texts = [path for path in (self.located.path / name for name in TEXT_FILES) if path.is_file()]
         return (
             plan.layout.size_bytes
             - sum(sizes[i] for sizes, i in zip(self.stored_bytes, choice, strict=True))
-            + sum(path.stat().st_size for path in texts)
+            + sum(map(len, plan.text.contents.values()))
             + int(2.2 * graph.stat().st_size)
             + 2 * self.report_bytes
         )

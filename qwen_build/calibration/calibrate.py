@@ -24,8 +24,9 @@ from qwen_build.calibration.layer_runner import LayerRun, LayerRunner, LayerWeig
 from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.calibration.results import layer_directory, new_array, save_array, save_rounded
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.files import digest_files
 from qwen_build.checkpoint.packed import is_packed
-from qwen_build.checkpoint.safetensors import Checkpoint, digest_files
+from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.architecture import LayerKind, distinct_kinds, layer_kind
 from qwen_build.quantization.grid import Rounded
 from qwen_build.quantization.schemes import IntScheme

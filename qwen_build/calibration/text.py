@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.tokenizer_files import engine_tokenizer
 from qwen_engine.errors import BuildError, EngineError, RequestError
 from qwen_run.accuracy.datasets import BUILT_IN, Document, Half, built_in_documents, half_of, load_dataset
-from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from qwen_run.text.tokenizer import TOKENIZER_FILE
 
 DEFAULT_TOKENS = 16_384
 SEQUENCE_TOKENS = 512
@@ -96,11 +97,12 @@ def _sequences(
 ) -> np.ndarray:
     """At least and at most so many sequences of ``documents``, which a message calls ``name``."""
     length = _length(config)
-    if not (directory / TOKENIZER_FILE).is_file():
+    found = engine_tokenizer(directory)
+    if found is None:
         raise BuildError(
             f"{directory} has no {TOKENIZER_FILE}, which calibration needs; add it, or leave calibration out"
         )
-    tokenizer, wanted = Tokenizer.load(directory), most * length
+    tokenizer, wanted = found.open(), most * length
     ids: list[int] = []
     for document in documents:
         ids += tokenizer.encode(document.document[: _MOST_CHARACTERS * (wanted - len(ids))])

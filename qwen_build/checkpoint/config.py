@@ -20,8 +20,8 @@ from qwen_build.checkpoint.config_keys import (
     unknown_keys,
     windowed_layers,
 )
+from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.packed import PackedFormat
-from qwen_build.checkpoint.safetensors import read_json
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 from qwen_engine.manifest import ModelSizes
 

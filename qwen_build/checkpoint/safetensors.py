@@ -1,4 +1,4 @@
-"""Reading and writing the files of a Hugging Face checkpoint: safetensors, streamed, and JSON.
+"""Reading and writing the weights of a Hugging Face checkpoint: safetensors, streamed.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length that gives every
 tensor a dtype, a shape and the bytes it owns, and those bytes without gap or overlap
@@ -8,7 +8,6 @@ through a memory map, whose walked pages would count as resident.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_build.checkpoint.files import read_json
 from qwen_engine.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -29,7 +29,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CHUNK_BYTES = 1 << 20  # one read while streaming: small enough that its conversion stays in the cache
-DIGEST_BYTES = 8 << 20
 
 Float32 = NDArray[np.float32]
 
@@ -423,47 +422,3 @@ def write_safetensors(path: Path, tensors: Mapping[str, Float32 | LazyTensor], d
             flat = np.ascontiguousarray(values).reshape(-1)
             for first in range(0, flat.size, CHUNK_BYTES):
                 file.write(storage.encode(flat[first : first + CHUNK_BYTES]).data)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing or unreadable, is not JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; give a complete Hugging Face directory") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object; download it again")
-    return value
-
-
-def digest_files(paths: Iterable[Path], progress: Callable[[int], object] | None = None) -> dict[str, str]:
-    """The sha256 of each file in hexadecimal, by file name.
-
-    Args:
-        progress: called with the number of bytes after each piece.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    digests = {}
-    buffer = memoryview(bytearray(DIGEST_BYTES))
-    for path in paths:
-        digest = hashlib.sha256()
-        try:
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    digest.update(buffer[:count])
-                    if progress is not None:
-                        progress(count)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        digests[path.name] = digest.hexdigest()
-    return digests

@@ -1,53 +1,103 @@
-"""What a checkpoint's files for text say: whether the runtime can read them, and which tokens end an answer."""
+"""The files for text of an engine, as the builder decides them from those of a checkpoint."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from qwen_build.checkpoint import generation_defaults, tokenizer_files
 from qwen_build.checkpoint.config import ModelConfig, token_ids
-from qwen_build.checkpoint.safetensors import read_json
-from qwen_engine.errors import BuildError, CheckpointError, EngineError
+from qwen_build.checkpoint.files import check_inside, read_json, read_optional_json
+from qwen_build.checkpoint.tokenizer_files import CONFIG_FILE, EngineTokenizer, engine_tokenizer
+from qwen_engine.errors import CheckpointError
 from qwen_engine.manifest import TEXT_FILES
-from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from qwen_run.text.tokenizer import TOKENIZER_FILE
 
 # ends an answer in the chat templates of all families, whatever generation_config.json says
 END_OF_TURN = "<|im_end|>"
 
-
-def end_of_sequence_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Every token id that ends an answer: what generation_config.json, config.json and the tokenizer name."""
-    ids = [*token_ids(_optional_json(directory, "generation_config.json").get("eos_token_id")), *config.eos_token_ids]
-    try:
-        added = {t["content"]: t["id"] for t in _optional_json(directory, TOKENIZER_FILE).get("added_tokens", [])}
-        eos_token = _optional_json(directory, "tokenizer_config.json").get("eos_token")
-        if isinstance(eos_token, dict):  # an AddedToken written out
-            eos_token = eos_token.get("content")
-        ids += token_ids([added[token] for token in (eos_token, END_OF_TURN) if token in added])
-    except (TypeError, KeyError) as error:
-        where = f"added_tokens of {TOKENIZER_FILE} or eos_token of tokenizer_config.json"
-        raise CheckpointError(f"{directory}: {where} is damaged; download them again") from error
-    if beyond := [i for i in ids if not 0 <= i < config.vocab_size]:
-        raise BuildError(f"end-of-sequence ids {beyond} are outside the vocabulary of {config.vocab_size}")
-    return tuple(dict.fromkeys(ids))
+# files of a checkpoint that decide what its engine does with text
+SOURCES = tuple(dict.fromkeys((*TEXT_FILES, *tokenizer_files.SOURCES)))
 
 
-def check_text_files(checkpoint: Path) -> None:
-    """Refuse a directory whose tokenizer the runtime cannot read, or whose files for text are not files.
+@dataclass(frozen=True)
+class TextFiles:
+    """What an engine has for text.
+
+    Attributes:
+        contents: its files, by name.
+        eos_token_ids: every token that ends an answer.
+        notes: what of the checkpoint's files is left out, a sentence each.
+    """
+
+    contents: Mapping[str, bytes]
+    eos_token_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def read_text_files(checkpoint: Path, config: ModelConfig) -> TextFiles:
+    """Decide the files for text of the engine of the directory ``checkpoint``.
 
     Raises:
-        CheckpointError: names the file.
+        CheckpointError: names the file that cannot be read or is not what the runtime takes.
     """
-    for path in (checkpoint / name for name in TEXT_FILES):
+    for path in (checkpoint / name for name in SOURCES):
         if not path.is_file() and (path.exists() or path.is_symlink()):
             found = "is not a file" if path.exists() else "is a link to nothing"
             raise CheckpointError(f"{path} {found}; download it again or remove it")
-    if (checkpoint / TOKENIZER_FILE).is_file():
-        try:
-            Tokenizer.load(checkpoint)
-        except EngineError as error:
-            raise CheckpointError(str(error)) from error
+    contents: dict[str, bytes] = {}
+    notes: list[str] = []
+    tokenizer = engine_tokenizer(checkpoint)
+    for name in TEXT_FILES:
+        path = checkpoint / name
+        if name == TOKENIZER_FILE:
+            if tokenizer is not None:
+                contents[name] = tokenizer.content
+                notes += tokenizer.notes
+        elif path.is_file():
+            check_inside(path)
+            if name == generation_defaults.FILE:
+                defaults, said = generation_defaults.generation_defaults(read_json(path))
+                contents[name] = (json.dumps(defaults, indent=2) + "\n").encode()
+                notes += said
+            else:
+                contents[name] = _bytes(path)
+    return TextFiles(contents, _end_of_sequence_ids(checkpoint, config, tokenizer), tuple(notes))
 
 
-def _optional_json(directory: Path, name: str) -> dict[str, Any]:
-    return read_json(directory / name) if (directory / name).is_file() else {}
+def _end_of_sequence_ids(checkpoint: Path, config: ModelConfig, tokenizer: EngineTokenizer | None) -> tuple[int, ...]:
+    """Every token id that ends an answer: what generation_config.json, config.json and the tokenizer name."""
+    ids: dict[int, None] = {}
+    for name, own in _named_ids(checkpoint, config, tokenizer):
+        if beyond := [i for i in own if not 0 <= i < config.vocab_size]:
+            raise CheckpointError(
+                f"{checkpoint / name}: end-of-sequence ids {beyond} are outside the vocabulary of {config.vocab_size}; "
+                "correct eos_token_id there"
+            )
+        ids |= dict.fromkeys(own)
+    return tuple(ids)
+
+
+def _named_ids(
+    checkpoint: Path, config: ModelConfig, tokenizer: EngineTokenizer | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The end-of-sequence ids of each file that names some."""
+    name = generation_defaults.FILE
+    yield name, token_ids(read_optional_json(checkpoint / name).get("eos_token_id"))
+    yield "config.json", config.eos_token_ids
+    eos_token = read_optional_json(checkpoint / CONFIG_FILE).get("eos_token")
+    if isinstance(eos_token, dict):  # an AddedToken written out
+        eos_token = eos_token.get("content")
+    if not isinstance(eos_token, str | None):
+        raise CheckpointError(f"{checkpoint / CONFIG_FILE}: eos_token is {eos_token!r}, expected a token")
+    added = tokenizer.added if tokenizer else {}
+    yield TOKENIZER_FILE, tuple(added[token] for token in (eos_token, END_OF_TURN) if token and token in added)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

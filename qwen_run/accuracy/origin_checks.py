@@ -8,15 +8,18 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_engine.errors import CheckpointError, EngineError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.report import Check
 from qwen_run.text.tokenizer import TOKENIZER_FILE
 
-# check -> files that the builder copies and both must have the same bytes of, or both not have
-COPIED = {
+if TYPE_CHECKING:
+    from qwen_build.checkpoint.text_files import TextFiles
+
+# check -> files that the builder decides: the engine must have them byte for byte, or not have them either
+FILES = {
     "tokenizer": (TOKENIZER_FILE,),
     "chat template": ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"),
     "generation defaults": ("generation_config.json",),
@@ -29,7 +32,7 @@ _SHOWN_ENTRIES, _SHOWN_LETTERS = 3, 80
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What text depends on in a checkpoint: sha256 of its files by name, and every id that ends an answer."""
+    """What text depends on in a checkpoint: sha256 of what engines have of it, and the end-of-answer ids."""
 
     sha256: Mapping[str, str]
     eos_token_ids: tuple[int, ...]
@@ -58,19 +61,12 @@ def check_checkpoint(manifest: Manifest, checkpoint: Path) -> None:
 
 
 def read_text_facts(checkpoint: Path) -> TextFacts:
-    """The facts of the directory ``checkpoint``, its end-of-sequence ids found the way the builder finds them.
+    """The facts of the directory ``checkpoint``: what the builder makes of its files for text.
 
     Raises:
         BuildError: a file of the checkpoint is missing or damaged.
     """
-    from qwen_build.checkpoint.config import ModelConfig
-    from qwen_build.checkpoint.text_files import end_of_sequence_ids
-
-    digests = {name: _sha256(checkpoint / name) for names in COPIED.values() for name in names}
-    return TextFacts(
-        {name: digest for name, digest in digests.items() if digest is not None},
-        end_of_sequence_ids(checkpoint, ModelConfig.from_hf(checkpoint)),
-    )
+    return _facts(_text_files(checkpoint))
 
 
 def compare_text_files(engine: Path, checkpoint: Path) -> list[Check]:
@@ -80,22 +76,35 @@ def compare_text_files(engine: Path, checkpoint: Path) -> list[Check]:
         EngineError: ``engine`` has no manifest that can be read.
         BuildError: a file of the checkpoint is missing or damaged.
     """
-    return compare_text_facts(engine, read_text_facts(checkpoint), checkpoint / TOKENIZER_FILE)
+    files = _text_files(checkpoint)
+    return compare_text_facts(engine, _facts(files), files.contents.get(TOKENIZER_FILE))
 
 
-def compare_text_facts(engine: Path, facts: TextFacts, tokenizer_file: Path | None = None) -> list[Check]:
+def _text_files(checkpoint: Path) -> TextFiles:
+    from qwen_build.checkpoint.config import ModelConfig
+    from qwen_build.checkpoint.text_files import read_text_files
+
+    return read_text_files(checkpoint, ModelConfig.from_hf(checkpoint))
+
+
+def _facts(files: TextFiles) -> TextFacts:
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.contents.items()}
+    return TextFacts(digests, files.eos_token_ids)
+
+
+def compare_text_facts(engine: Path, facts: TextFacts, tokenizer: bytes | None = None) -> list[Check]:
     """As :func:`compare_text_files`, with what is known of a checkpoint that may not be here.
 
     Args:
-        tokenizer_file: the checkpoint's, to say which entries differ.
+        tokenizer: what the builder makes of the checkpoint's, to say which entries differ.
     """
     manifest = Manifest.read(engine)
     checks = []
-    for name, files in COPIED.items():
+    for name, files in FILES.items():
         differing = [file for file in files if _sha256(engine / file) != facts.sha256.get(file)]
         message = f"{' and '.join(differing)} of the engine differs from the checkpoint's" if differing else "equal"
-        if TOKENIZER_FILE in differing and tokenizer_file is not None:
-            message += f": {describe_difference(tokenizer_file, engine / TOKENIZER_FILE)}"
+        if TOKENIZER_FILE in differing and tokenizer is not None:
+            message += f": {describe_difference(tokenizer, engine / TOKENIZER_FILE)}"
         checks.append(Check(name, not differing, message))
     lacking = sorted(set(facts.eos_token_ids) - set(manifest.eos_token_ids))
     excess = sorted(set(manifest.eos_token_ids) - set(facts.eos_token_ids))
@@ -104,12 +113,12 @@ def compare_text_facts(engine: Path, facts: TextFacts, tokenizer_file: Path | No
     return [*checks, Check(END_OF_SEQUENCE, not complaints, message)]
 
 
-def describe_difference(expected: Path, found: Path) -> str:
-    """In which entries ``found`` differs from ``expected``; both are a ``tokenizer.json``."""
-    if not (expected.is_file() and found.is_file()):
-        return "only one of them has it"
+def describe_difference(expected: bytes, found: Path) -> str:
+    """In which entries the file ``found`` differs from ``expected``; both are a ``tokenizer.json``."""
+    if not found.is_file():
+        return "the engine has none"
     try:
-        ours, theirs = (_entries(json.loads(path.read_bytes())) for path in (expected, found))
+        ours, theirs = (_entries(json.loads(content)) for content in (expected, found.read_bytes()))
     except (ValueError, KeyError, TypeError, AttributeError):
         return "one of them is not a tokenizer of the kind Qwen has"
     said = []

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qwen_build.plan.options import BuildOptions
 
 KEY_LENGTH = 16  # hexadecimal digits of a key in a directory's name
-READ_SUFFIXES = (".json", ".safetensors", ".jinja")  # of the files a build reads
+READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt")  # of the files a build reads
 
 
 def is_engine(path: str | Path) -> bool:
@@ -121,7 +121,7 @@ def _quant(located: Located, options: BuildOptions) -> str | None:
 
 def _key(digests: Mapping[str, str], options: BuildOptions) -> str:
     """What an engine depends on, in short."""
-    from qwen_build.checkpoint.safetensors import digest_files
+    from qwen_build.checkpoint.files import digest_files
 
     fields = vars(options.resolved())
     if options.calibration is not None:
@@ -136,7 +136,7 @@ def _digests(checkpoint: Path, kept: Path) -> dict[str, str]:
     What was computed lies in ``kept`` under a hash of the files' names, sizes, inodes and times, where a change of
     content always shows in the last: no program can set ``st_ctime``.
     """
-    from qwen_build.checkpoint.safetensors import digest_files
+    from qwen_build.checkpoint.files import digest_files
 
     files = sorted(path for path in checkpoint.iterdir() if path.suffix in READ_SUFFIXES and path.is_file())
     known = kept / f".digests-{_hash([_state(path) for path in files])}.json"

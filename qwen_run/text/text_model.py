@@ -147,4 +147,4 @@ def _read_defaults(engine_directory: Path) -> SamplingParams:
     try:
         return SamplingParams.from_generation_config(read_json(path) if path.is_file() else {})
     except RequestError as error:
-        raise EngineError(f"{path}: {error}; correct it there") from error
+        raise EngineError(f"{path}: {error}; build the engine again, which writes only what requests take") from error

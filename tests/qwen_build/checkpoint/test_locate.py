@@ -119,14 +119,16 @@ def test_only_what_the_builder_reads_is_downloaded(downloads):
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "merges.txt",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors",
         "model.safetensors.index.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "vocab.json",
     ]
-    others = ["README.md", "merges.txt", "pytorch_model.bin", "q4.gguf", "onnx/model.onnx", "original/config.json"]
+    others = ["README.md", "pytorch_model.bin", "q4.gguf", "onnx/model.onnx", "original/config.json"]
     others += ["original/model.safetensors", "model/model.safetensors", "consolidated.safetensors"]
     kept = filter_repo_objects(
         needed + others, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]

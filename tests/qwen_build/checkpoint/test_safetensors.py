@@ -1,6 +1,5 @@
 """Reading and writing safetensors: exact values, streamed rows, and every damage found before a weight is read."""
 
-import hashlib
 import json
 import struct
 from pathlib import Path
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from cases.processes import run_python
 from qwen_build.checkpoint import safetensors as checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint, LazyTensor, digest_files, read_json, write_safetensors
+from qwen_build.checkpoint.safetensors import Checkpoint, LazyTensor, write_safetensors
 from qwen_engine.errors import CheckpointError
 
 HF_NAMES = [storage.hf_name for storage in checkpoint.STORAGE.values()]
@@ -369,47 +368,3 @@ def test_many_offenders_are_counted(tmp_path):
     header = {f"layers.{i}.weight": entry("I32", (1,), 4 * i, 4 * i + 4) for i in range(9)}
     (tmp_path / "model.safetensors").write_bytes(raw_file(header, bytes(36)))
     assert "layers.4.weight (I32) and 4 more" in open_error(tmp_path)
-
-
-# json and digests
-
-
-def test_json_object_is_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "名": 1}', encoding="utf-8")
-    assert read_json(tmp_path / "config.json") == {"model_type": "qwen2", "名": 1}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "has no config.json"),
-        (b"", "is not JSON"),
-        (b'{"a": ', "is not JSON"),
-        (b'{"a": "\xff"}', "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"[1]", "holds a list, expected an object"),
-    ],
-)
-def test_what_is_no_json_object_is_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
-        read_json(tmp_path / "config.json")
-
-
-def test_digests_are_sha256_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "DIGEST_BYTES", 5)
-    contents = {"abc": b"abc", "empty": b"", "long": bytes(range(23))}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    pieces = []
-    digests = digest_files([tmp_path / name for name in contents], pieces.append)
-    assert digests["abc"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
-    assert digests == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    assert sum(pieces) == 26
-    assert max(pieces) == 5
-
-
-def test_digest_of_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        digest_files([tmp_path / "gone"])

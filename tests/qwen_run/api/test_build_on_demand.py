@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from cases.processes import PATIENCE_S
-from qwen_build.checkpoint.safetensors import digest_files
+from qwen_build.checkpoint.files import digest_files
 from qwen_engine.errors import BuildError, CheckpointError, EngineError
 from qwen_engine.manifest import Manifest
 from qwen_run import LLM
@@ -39,7 +39,7 @@ def test_built_once_and_found_again(checkpoint, tmp_path, built, monkeypatch):
     assert Manifest.read(engine).name == "checkpoint"
     assert engine_of(str(checkpoint), {"quant": "int8", "embedding_quant": "int8"}, cache) == engine  # the default
     assert built == [engine]
-    monkeypatch.setattr("qwen_build.checkpoint.safetensors.digest_files", None)  # nor are unchanged files read again
+    monkeypatch.setattr("qwen_build.checkpoint.files.digest_files", None)  # nor are unchanged files read again
     assert engine_of(checkpoint, {"quant": "int8"}, cache) == engine
 
 
