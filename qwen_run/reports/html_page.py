@@ -47,9 +47,10 @@ MEDIAN_BINS = 48
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2128; --soft: #59636e; --page: #ffffff; --panel: #f6f8fa; --edge: #d1d9e0;
-  --s0: #0969da; --s1: #bc4c00; --s2: #1a7f37; --passed: #1a7f37; --failed: #cf222e; --undecided: #9a6700; }
+  --s0: #0969da; --s1: #bc4c00; --s2: #1a7f37; --s3: #8250df; --passed: #1a7f37; --failed: #cf222e;
+  --undecided: #9a6700; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --soft: #9198a1; --page: #0d1117; --panel: #151b23;
-  --edge: #3d444d; --s0: #58a6ff; --s1: #f0883e; --s2: #3fb950; --passed: #3fb950; --failed: #f85149;
+  --edge: #3d444d; --s0: #58a6ff; --s1: #f0883e; --s2: #3fb950; --s3: #a371f7; --passed: #3fb950; --failed: #f85149;
   --undecided: #d29922; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--page); color: var(--text);
@@ -80,7 +81,7 @@ svg text { fill: var(--text); font: 13px system-ui, sans-serif; paint-order: str
   stroke: var(--panel); stroke-width: 3px; }
 .axis { stroke: var(--soft); } .grid { stroke: var(--edge); stroke-width: .6; }
 .guide { stroke: var(--soft); stroke-dasharray: 5 4; }
-.s0 { --series: var(--s0); } .s1 { --series: var(--s1); } .s2 { --series: var(--s2); }
+.s0 { --series: var(--s0); } .s1 { --series: var(--s1); } .s2 { --series: var(--s2); } .s3 { --series: var(--s3); }
 .dots { stroke: var(--series); stroke-width: 3; stroke-linecap: round; opacity: .5; fill: none; }
 .line { stroke: var(--series); stroke-width: 2; fill: none; } .bar { fill: var(--series); }
 .ring { stroke: var(--failed); stroke-width: 2; fill: none; }

@@ -143,7 +143,7 @@ def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, mon
         (lambda c: shutil.rmtree(c), "no such directory"),
         (lambda c: (c / "config.json").unlink(), "has no config.json"),
         (lambda c: (c / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda c: edit_config(c, model_type="llama"), "model_type 'llama' is not one of qwen2, qwen3"),
+        (lambda c: edit_config(c, model_type="mamba"), "model_type 'mamba' is not one of qwen2, qwen3"),
         (lambda c: edit_config(c, rope_scaling={"type": "yarn", "factor": 4}), "asks for rope type 'yarn'"),
         (lambda c: edit_config(c, mlp_bias=True), "mlp_bias True is not supported"),
         (

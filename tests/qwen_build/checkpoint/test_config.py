@@ -54,7 +54,7 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not one of qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not one of qwen2, qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling asks for rope type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters asks for rope type 'linear'"),

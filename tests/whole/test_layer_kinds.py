@@ -1,0 +1,152 @@
+"""An architecture is a row, and a layer kind one description and one module: everything else follows from them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from cases.as_built import as_built, layer_outputs, relative_errors
+from cases.made_up import add_made_up, transformers_model
+from cases.scripted import write_text_files
+from cases.tiny import TINY, TinyCheckpoint, run_alone, run_chunks
+from qwen_build.checkpoint.config import ARCHITECTURES, Architecture
+from qwen_build.checkpoint.locate import resolve_checkpoint
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.engine_build import plan_build, write_engine
+from qwen_build.plan.options import BuildOptions
+from qwen_engine.manifest import Manifest
+from qwen_run.accuracy.weight_checks import compare_weights
+from qwen_run.commands.inspect import main as inspect
+from qwen_run.commands.summarize import main as summarize
+from qwen_run.runtime.engine import Engine
+
+TOKENS = np.random.default_rng(0).integers(0, 260, 90).tolist()
+WORDS = ["the", "cache", "block", "token", "model", "layer", "sum", "key", "value", "query", "weight", "scale"]
+
+
+@pytest.fixture(scope="module", params=["llama", "made_up"])
+def checkpoint(request, tmp_path_factory):
+    """A tiny checkpoint of a family that the builder does not ship, and the builder taught to know it."""
+    import torch
+    import transformers
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "made_up":
+            add_made_up(patch)
+            transformers_model()
+        else:
+            patch.setitem(ARCHITECTURES, "llama", Architecture())  # the whole of a dense family
+        path = write_text_files(tmp_path_factory.mktemp(request.param) / "tiny", eos_token_id=[264, 262])
+        generation_config = (path / "generation_config.json").read_text()
+        torch.manual_seed(1)
+        sizes = TINY | {"model_type": request.param, "head_dim": 16, "vocab_size": 283}
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**sizes)).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        model.save_pretrained(path)
+        (path / "generation_config.json").write_text(generation_config)
+        config = json.loads((path / "config.json").read_text())
+        config.pop("layer_types", None)  # transformers has no name for a mixer
+        (path / "config.json").write_text(json.dumps(config))
+        yield TinyCheckpoint(path, model)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"document": " ".join(rng.choice(WORDS, 60))}) + "\n" for _ in range(40)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def build(checkpoint, texts, tmp_path_factory):
+    """Makes ``build(quant or method)``, each engine once."""
+    options = {
+        "none": {"quant": "none"},
+        "int4": {"quant": "int4"},
+        "gptq": {"int4_method": "gptq", "calibration": texts},
+        "awq": {"int4_method": "awq", "calibration": texts},
+        "smoothquant": {"quant": "smoothquant", "activation_scales": "static", "calibration": texts},
+    }
+    directory = tmp_path_factory.mktemp("engines")
+
+    def make(name: str) -> Path:
+        if not (directory / name).exists():
+            with Checkpoint.open(checkpoint.path) as weights:
+                plan = plan_build(weights, resolve_checkpoint(str(checkpoint.path)), BuildOptions(**options[name]))
+                write_engine(plan, weights, directory / name)
+        return directory / name
+
+    return make
+
+
+def test_logits_are_transformers_at_once_and_in_pieces(checkpoint, build):
+    engine, expected = Engine.load(build("none"), threads=1), checkpoint.logits(TOKENS)
+    np.testing.assert_allclose(run_alone(engine, TOKENS), expected, rtol=0, atol=1e-3)
+    other = TOKENS[40:60]
+    pieces, _ = run_chunks(engine, [TOKENS, other], [[33, 0], [1, 12], *([1, 1] for _ in range(8)), [48, 0]])
+    np.testing.assert_array_equal(pieces, run_alone(engine, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["int4", "gptq", "awq", "smoothquant"])
+def test_it_computes_with_the_weights_it_holds_which_are_the_checkpoints(name, checkpoint, build):
+    directory = build(name)
+    assert compare_weights(directory, checkpoint.path).passed
+    found = layer_outputs(directory, TOKENS)
+    errors = relative_errors(found, as_built(checkpoint, directory).hidden_outputs(TOKENS, found, given=found))
+    assert np.median(list(errors.values())) < 1e-6
+    assert max(errors.values()) < 2e-3  # one input between two steps, in one small sub-block
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant"])
+def test_all_linears_of_all_layers_are_calibrated(name, build):
+    records = [linear for linear in Manifest.read(build(name)).linears if linear.name.startswith("model.layers.")]
+    assert {record.quantization.method for record in records} == {name}
+    assert all(record.output_error for record in records)
+
+
+def test_only_the_layers_that_have_a_cache_take_memory_for_one(checkpoint, build):
+    manifest = Manifest.read(build("int4"))
+    layers = {"llama": [0, 1, 2], "made_up": [0, 2]}[manifest.model.model_type]
+    assert [state.layer for state in manifest.states] == [layer for layer in layers for _ in range(2)]
+    assert manifest.cache.bytes_per_token == len(layers) * 2 * 2 * 16 * 2  # keys, values; heads; features; float16
+
+
+def test_the_parts_of_its_linears_are_all_that_transformers_has(checkpoint, build):
+    expected = {
+        n.removesuffix(".weight"): tuple(w.shape) for n, w in checkpoint.model.named_parameters() if w.dim() > 1
+    }
+    records = Manifest.read(build("int4")).linears
+    assert {part.name: (part.rows, one.in_features) for one in records for part in one.parts} == expected
+
+
+def test_it_is_inspected(build):
+    linears, graph = (
+        CliRunner().invoke(inspect, [str(build("gptq")), *options], catch_exceptions=False).stdout
+        for options in ([], ["--graph"])
+    )
+    for linear in Manifest.read(build("gptq")).linears:
+        assert f"{linear.name} " in linears
+        assert f"─ {linear.name.rpartition('.')[2]}" in graph
+
+
+def test_it_is_summarised(checkpoint, build, texts, tmp_path):
+    options = ["--engine", build("gptq"), "--checkpoint", checkpoint.path, "--dataset", texts, "--report", tmp_path]
+    options += ["--max-samples", 2, "--max-new-tokens", 4, "--threads", 1, "--no-cost", "--layers"]
+    result = CliRunner().invoke(summarize, [str(option) for option in options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert all(check["passed"] for check in report["checks"])
+    metrics = {metric["name"]: metric["value"] for metric in report["metrics"]}
+    assert metrics["as_built.kl_mean"] < 1e-5 < metrics["original.kl_mean"] < 0.1
+    page = (tmp_path / "report.html").read_text()
+    drawn = re.findall(r'<span class="key s\d">(.*?)</span>', page)
+    others = ["mixer"] if Manifest.read(build("gptq")).model.model_type == "made_up" else []
+    expected = ["attention", "MLP", *others, "whole layer"]
+    assert drawn[-len(expected) :] == expected
