@@ -111,6 +111,13 @@ def build_options(options: Mapping[str, Any]) -> BuildOptions:
     return BuildOptions(**given)
 
 
+def build_option_names() -> tuple[str, ...]:
+    """What a checkpoint can be built with."""
+    from qwen_build.plan.options import BuildOptions
+
+    return tuple(BuildOptions.__dataclass_fields__)
+
+
 def _quant(located: Located, options: BuildOptions) -> str | None:
     """The scheme of most linears: of a packed checkpoint that is its own."""
     from qwen_build.checkpoint.config import ModelConfig

@@ -7,15 +7,17 @@ import operator
 import reprlib
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as List
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.api.build_on_demand import engine_of
+from qwen_run.api.llm_options import CORE, LLMOptions
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.api.pending_request import PendingRequest
 from qwen_run.api.request_loop import RequestLoop
-from qwen_run.runtime.core import Core, CoreOptions
+from qwen_run.runtime.core import Core
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request, check_request
 from qwen_run.sampling.params import SamplingParams
@@ -23,16 +25,12 @@ from qwen_run.text.chat_template import Message
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-# The demo's summaries come 1.34 times as fast one at a time, 0.99 times eight at once: benchmarks/results/core.md.
-MAX_DRAFTS = 8
-
 
 class ChatPrompt(str):
     """A conversation as the chat template wrote it, to which the tokenizer adds nothing."""
 
 
 Prompt = str | List[int]
-_CORE_OPTIONS = ", ".join(CoreOptions.__dataclass_fields__)
 Params = SamplingParams | List[SamplingParams] | None
 
 
@@ -49,9 +47,9 @@ class LLM(RequestLoop):
         num_blocks: blocks of the cache; chosen by ``cache_bytes`` if None.
         cache_bytes: memory of the cache; chosen from the free memory if None.
         skip_tokenizer_init: do without what the engine has for text: prompts are token ids.
-        options: fields of :class:`~qwen_run.runtime.core.CoreOptions`, such as ``max_batch_size``; ``max_drafts`` is
-            ``MAX_DRAFTS`` if left out: guessing costs little where it does not pay. For a checkpoint also those of
-            ``qwen_build.plan.options.BuildOptions``, such as ``quant``.
+        options: ``seed`` of requests that have none; fields of :class:`~qwen_run.runtime.core.CoreOptions`, such as
+            ``max_batch_size``. For a checkpoint also those of ``qwen_build.plan.options.BuildOptions``, such as
+            ``quant``. vLLM's names do as well, see :mod:`qwen_run.api.llm_options`.
 
     Attributes:
         default_params: sampling as the checkpoint's ``generation_config.json`` asks for it.
@@ -71,18 +69,18 @@ class LLM(RequestLoop):
         skip_tokenizer_init: bool = False,
         **options: Any,
     ) -> None:
-        core_options = {name: options.pop(name) for name in CoreOptions.__dataclass_fields__ if name in options}
-        core_options.setdefault("max_drafts", MAX_DRAFTS)
+        chosen = LLMOptions.of(options)
         opening: dict[str, Any] = {"threads": threads, "num_blocks": num_blocks, "cache_bytes": cache_bytes}
         if isinstance(model, str | Path):
-            model = Engine.load(engine_of(model, options), **opening)
+            model = Engine.load(engine_of(model, chosen.build), **opening)
         elif not isinstance(model, Engine | TextModel):
             raise EngineError(f"model is {reprlib.repr(model)}, expected an engine or a checkpoint, or the path of one")
-        elif fixed := [*options, *(name for name, value in opening.items() if value is not None)]:
-            raise EngineError(f"the engine is open, {', '.join(fixed)} cannot change it; expected {_CORE_OPTIONS}")
+        elif fixed := [*chosen.build, *(name for name, value in opening.items() if value is not None)]:
+            raise EngineError(f"the engine is open, {', '.join(fixed)} cannot change it; expected {', '.join(CORE)}")
         text = model if isinstance(model, TextModel) else None if skip_tokenizer_init else _text_model(model)
-        super().__init__(Core(model.engine if isinstance(model, TextModel) else model, CoreOptions(**core_options)))
+        super().__init__(Core(model.engine if isinstance(model, TextModel) else model, chosen.core))
         self.default_params = text.defaults if text else SamplingParams()
+        self._seeds = None if chosen.seed is None else itertools.count(chosen.seed)
         self._text = text
         self._numbers = itertools.count()
 
@@ -212,6 +210,8 @@ class LLM(RequestLoop):
         for label, value, kind in (("sampling_params", params, SamplingParams), ("request_id", request_id or "", str)):
             if not isinstance(value, kind):
                 raise RequestError(f"{label} is {reprlib.repr(value)}, expected {kind.__name__}")
+        if params.seed is None and self._seeds:
+            params = replace(params, seed=next(self._seeds) % 2**64)
         if isinstance(prompt, str):
             text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt))
         else:

@@ -172,8 +172,8 @@ def test_a_stream_whose_request_is_given_up_ends(model):
 
 
 def test_an_open_engine_takes_no_options_of_a_build(model):
-    with pytest.raises(EngineError, match="quant, max_batch_sise cannot change it; expected max_batch_size"):
-        LLM(model, quant="int8", max_batch_sise=3)
+    with pytest.raises(EngineError, match="quant, max_seq_len cannot change it; expected max_batch_size"):
+        LLM(model, quant="int8", max_model_len=300)
 
 
 def test_an_open_engine_takes_no_options_of_a_load(model, engine):
