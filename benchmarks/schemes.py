@@ -43,7 +43,8 @@ from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.both_sides import answer_text, engine_logits, following_tokens, greedy, make_prompt, one_sequence
 from qwen_run.accuracy.datasets import Document, built_in_documents, load_dataset
 from qwen_run.accuracy.journal import Journal
-from qwen_run.accuracy.metrics import FullLogits, Metric, Positions, compare, rouge, summarise_positions
+from qwen_run.accuracy.logits import FullLogits, Positions, compare
+from qwen_run.accuracy.metrics import Metric, rouge, summarise_positions
 from qwen_run.accuracy.weight_checks import CheckpointWeights
 from qwen_run.api.llm import LLM
 from qwen_run.bench.measure import processor_name

@@ -38,12 +38,11 @@ from qwen_run.accuracy.both_sides import (
 from qwen_run.accuracy.datasets import Document, load_dataset
 from qwen_run.accuracy.gate import THRESHOLDS, Threshold, judge, load_thresholds, parse_threshold
 from qwen_run.accuracy.journal import Journal
+from qwen_run.accuracy.logits import Positions
 from qwen_run.accuracy.metrics import (
-    Positions,
     continuation_agreement,
     first_divergence,
     rouge,
-    rouge_scores,
     summarise_positions,
     worst_position,
 )
@@ -61,6 +60,7 @@ from qwen_run.accuracy.report import (
     WorstPosition,
     compare_baseline,
 )
+from qwen_run.accuracy.rouge import rouge_scores
 from qwen_run.accuracy.saved_reference import Identity
 from qwen_run.api.llm import LLM
 from qwen_run.runtime.engine import Engine

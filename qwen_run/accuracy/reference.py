@@ -23,7 +23,7 @@ from qwen_engine.errors import CheckpointError, RequestError
 from qwen_engine.graph_io import LOGITS
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
-from qwen_run.accuracy.metrics import FullLogits, ReferenceLogits
+from qwen_run.accuracy.logits import FullLogits, ReferenceLogits
 from qwen_run.accuracy.weight_checks import CheckpointWeights
 from qwen_run.engine_files.weights import HEAD, EngineWeights, StoredLinear, slices
 

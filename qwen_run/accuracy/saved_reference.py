@@ -1,7 +1,7 @@
 """What a reference said, in a file: an engine can be judged where there is no torch, transformers or checkpoint.
 
 The file is a NumPy ``.npz`` without pickled objects. ``header`` is JSON: what the answers belong to, and all the rest.
-Every sequence has its token ids and the arrays of a :class:`~qwen_run.accuracy.metrics.TopLogits`, its chunks joined.
+Every sequence has its token ids and the arrays of a :class:`~qwen_run.accuracy.logits.TopLogits`, its chunks joined.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from qwen_engine.errors import RequestError
 from qwen_engine.whole_files import whole_file
-from qwen_run.accuracy.metrics import ReferenceLogits, TopLogits
+from qwen_run.accuracy.logits import ReferenceLogits, TopLogits
 from qwen_run.accuracy.origin_checks import TextFacts
 from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace
 from qwen_run.accuracy.report import Cost

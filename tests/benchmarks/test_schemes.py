@@ -11,7 +11,7 @@ from benchmarks.schemes import GROUPS, Comparison, family, is_same_grid, plot, s
 from cases.tiny import hf_logits, run_alone
 from qwen_build.cli import main as qwen_build
 from qwen_run.accuracy.both_sides import following_tokens
-from qwen_run.accuracy.metrics import FullLogits, compare
+from qwen_run.accuracy.logits import FullLogits, compare
 from qwen_run.runtime.engine import Engine
 
 SCHEMES = {name: options for group in GROUPS.values() for name, options in group.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cases.tiny import run_alone
-from qwen_run.accuracy.metrics import Positions, compare
+from qwen_run.accuracy.logits import Positions, compare
 from qwen_run.accuracy.reference import CHUNK_TOKENS
 from qwen_run.accuracy.saved_reference import (
     Identity,

@@ -32,7 +32,7 @@ from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_run.accuracy.both_sides import engine_logits
 from qwen_run.accuracy.datasets import built_in_documents
-from qwen_run.accuracy.metrics import FullLogits, compare
+from qwen_run.accuracy.logits import FullLogits, compare
 from qwen_run.engine_files.checksums import verify_parts
 from qwen_run.runtime.engine import Engine
 from qwen_run.text.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from qwen_build.engine_build import plan_build
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.plan.options import BuildOptions
 from qwen_build.quantization.schemes import make_scheme
-from qwen_run.accuracy.metrics import FullLogits, compare
+from qwen_run.accuracy.logits import FullLogits, compare
 
 PROBE = make_scheme("int4", 64, False, "float32", "native")
 TOKENS = np.random.default_rng(3).integers(0, 131, (2, 40))

@@ -29,7 +29,7 @@ from qwen_build.quantization.schemes import make_scheme
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.datasets import built_in_documents
-from qwen_run.accuracy.metrics import FullLogits, compare
+from qwen_run.accuracy.logits import FullLogits, compare
 from qwen_run.runtime.engine import Engine
 from qwen_run.text.tokenizer import Tokenizer
 

@@ -10,7 +10,8 @@ import qwen_run.accuracy.gate
 from qwen_build.quantization.schemes import SCHEMES
 from qwen_engine.errors import RequestError
 from qwen_run.accuracy.gate import THRESHOLDS, Threshold, exit_code, judge, load_thresholds, parse_threshold
-from qwen_run.accuracy.metrics import FullLogits, Metric, compare, summarise_positions
+from qwen_run.accuracy.logits import FullLogits, compare
+from qwen_run.accuracy.metrics import Metric, summarise_positions
 
 AT_MOST = Threshold("original.kl_mean", 0.02, "at_most")
 AT_LEAST = Threshold("original.top1", 0.9, "at_least")

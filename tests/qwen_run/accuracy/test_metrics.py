@@ -11,22 +11,17 @@ from hypothesis import strategies as st
 
 import qwen_run.accuracy.metrics
 from cases.processes import run_python
+from qwen_run.accuracy.logits import FullLogits, Positions, TopLogits, compare, logit_pairs
 from qwen_run.accuracy.metrics import (
-    ROUGE_TYPES,
-    FullLogits,
     Metric,
-    Positions,
-    TopLogits,
-    compare,
     continuation_agreement,
     first_divergence,
     first_jump,
-    logit_pairs,
     rouge,
-    rouge_scores,
     summarise_positions,
     worst_position,
 )
+from qwen_run.accuracy.rouge import ROUGE_TYPES, rouge_scores
 
 NAMES = [field.name for field in dataclasses.fields(Positions)]
 ENGLISH = [
