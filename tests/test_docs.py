@@ -18,7 +18,7 @@ from typing import get_args
 import click
 import pytest
 
-from cases.markdown import CHECKS, Page, table_column, unknown_options
+from cases.markdown import CHECKS, Page, rounds_to, table_column, table_rows, unknown_options
 from qwen_build.cli import main as build_command
 from qwen_build.plan.rules import read_rules
 from qwen_engine.graph_io import Kind
@@ -146,6 +146,90 @@ def test_sampling_defaults_are_those_of_the_class() -> None:
         written = defaults.split(", ") * (1 if ", " in defaults else len(fields))
         actual = [getattr(SamplingParams(), field) for field in fields]
         assert written == ["none" if value == () else str(value) for value in actual], names
+
+
+# Figures
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+README_ROWS = {
+    "(no option: int4)": "int4 g32 asymmetric rtn",
+    "`--int4-method gptq`": "int4 g32 asymmetric gptq",
+    "`--quant int8`": "int8 g32",
+    "`--quant smoothquant`": "smoothquant auto",
+    "`--quant none`": "float32",
+}
+# The names of docs/accuracy.md, word by word, as those of benchmarks.schemes.
+SCHEME_WORDS = (
+    (r"^smoothquant, (scales )?per channel(, | and )(\w+)$", r"smoothquant auto channel/\3"),
+    (r"^(int8), scales per channel and token$", r"\1 channel/token"),
+    (r"^smoothquant$", "smoothquant auto"),
+    (r"^int8, groups of (\d+)$", r"int8 g\1"),
+    (r"^int4, groups of (\d+)(, symmetric)?$", r"int4, groups of \1\2, rtn"),
+    (r"^int4, groups of (\d+), symmetric, (\w+)$", r"int4 g\1 symmetric \2"),
+    (r"^int4, groups of (\d+), (\w+)$", r"int4 g\1 asymmetric \2"),
+    (r"^(auto, size of int4 g\d+) gptq$", r"\1 asymmetric gptq"),
+)
+
+
+def measured_schemes() -> dict[str, dict[str, str]]:
+    """The rows of the demo's table of schemes, by the names of its columns."""
+    rows = table_rows((RESULTS / "schemes-SmolLM2-135M-Instruct.md").read_text(encoding="utf-8"))
+    return {name: dict(zip(rows["scheme"], cells, strict=True)) for name, cells in rows.items()}
+
+
+def test_the_readmes_table_is_one_run() -> None:
+    rows, measured = table_rows(README.section("Which quantisation to take")), measured_schemes()
+    rows.pop(next(iter(rows)))
+    assert rows.keys() == README_ROWS.keys()
+    for name, cells in rows.items():
+        expected = [measured[README_ROWS[name]][column] for column in ("MB", "decode tok/s", "KL", "top-1")]
+        assert all(map(rounds_to, cells, expected)), name
+
+
+def test_the_table_of_schemes_is_one_run() -> None:
+    rows, measured = table_rows(PAGES["docs/accuracy.md"].section("What each scheme costs")), measured_schemes()
+    rows.pop("scheme")
+    columns = ("MB", "KL", "top-1", "ratio", "prefill tok/s", "decode tok/s", "build s")
+    for name, cells in rows.items():
+        scheme = name
+        for pattern, other in SCHEME_WORDS:
+            scheme = re.sub(pattern, other, scheme)
+        expected = [measured[scheme][column] for column in columns]
+        assert all(map(rounds_to, cells, expected)), name
+    assert len(rows) > 15
+
+
+def test_figures_beside_other_programs_are_one_run() -> None:
+    measured = table_rows((RESULTS / "peers-qwen2.5-0.5b.md").read_text(encoding="utf-8"))
+    rows = table_rows(PAGES["docs/performance.md"].section("Beside other programs"))
+    rows.pop("")
+    assert rows.keys() < measured.keys()
+    for name, cells in rows.items():
+        for shown, exact in zip(cells, measured[name], strict=False):
+            assert not shown or rounds_to(shown, exact), name
+    one, many = (name for name in rows if name.startswith(("decode at 512 past tokens, head", "16 requests")))
+    shown = list(table_rows(README.section("How fast it is")).values())[1:3]
+    for cells, name in zip(shown, (one, many), strict=True):
+        ours, peer = cells[0], cells[1].removeprefix("llama.cpp ")
+        assert rounds_to(ours, measured[name][0])
+        assert rounds_to(peer, measured[name][1])
+
+
+def test_figures_of_a_large_model_are_one_run() -> None:
+    text = (RESULTS / "build-7b.md").read_text(encoding="utf-8")
+    calibrated, plain = text.split("r7b, ")[1:]
+    rows = table_rows(PAGES["docs/performance.md"].section("Memory"))
+    for column, part in ((0, plain), (1, calibrated)):
+        measured = table_rows(part)
+        for name, of in {"load": "load", "decode": "decode, 32 tokens", "engine on disk": "engine"}.items():
+            assert rounds_to(rows[name][column], measured[of][0]), name
+        for name in ("first token of a 512-token prompt", "peak memory of the answer"):
+            assert rounds_to(rows[name][column], measured[name][0]), name
+    assert "86 s," in plain
+    assert "peak memory 236 MB" in plain
+    assert "2254 s," in calibrated
+    assert [rows["build, time"], rows["build, peak memory"]] == [["86 s", "38 min"], ["236 MB", "4.8 GB"]]
 
 
 # Examples of files

@@ -93,6 +93,28 @@ def table_column(text: str, column: int = 0) -> Iterator[str]:
         yield row.strip("|").split("|")[column].strip()
 
 
+def table_rows(text: str, first_header: str = "") -> dict[str, list[str]]:
+    """The first table in ``text`` whose heading begins with ``first_header``: first cell -> the others of its row."""
+    found = re.search(rf"^\| ?{re.escape(first_header)}.*\|\n(?:^\|.*\|\n)+", text + "\n", re.MULTILINE)
+    assert found is not None, first_header
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in found[0].splitlines()]
+    return {row[0]: row[1:] for index, row in enumerate(rows) if index != 1}
+
+
+def rounds_to(shown: str, measured: str) -> bool:
+    """Whether the first number in ``shown`` is the first in ``measured``, rounded to the digits it has.
+
+    >>> rounds_to("0.093", "9.26e-02 (8.55e-02 to 1.00e-01)"), rounds_to("72 %", "71.99%"), rounds_to("73 %", "71.99%")
+    (True, True, False)
+    """
+    numbers = [re.search(r"\d[\d,]*(\.\d+)?(e-?\d+)?", text) for text in (shown, measured)]
+    assert numbers[0] is not None, shown
+    assert numbers[1] is not None, measured
+    value, exact = (float(number[0].replace(",", "")) for number in numbers if number)
+    digits = len((numbers[0][1] or ".")[1:])
+    return abs(value - exact) <= 0.5001 * 10**-digits
+
+
 def long_lines(page: Page) -> list[str]:
     """Lines that are too long and no row of a table."""
     lines = enumerate(page.text.splitlines(), start=1)
