@@ -8,7 +8,7 @@ CSRC := $(wildcard qwen_plugin/csrc/*.cc qwen_plugin/csrc/*/*.cc qwen_plugin/csr
 NATIVE := setup.py qwen_plugin/compile.py qwen_plugin/build_backend.py $(CSRC)
 QUESTION ?= What is the capital of France?
 
-.PHONY: demo test check sanitize accuracy bench format clean
+.PHONY: demo test check fuzz sanitize accuracy bench format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qwen-build --quant int4 --force
@@ -31,6 +31,14 @@ format: $(VENV)/.dev
 # The operator's tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer. Needs g++.
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/sanitize.py
+
+# Random hostile engines, checkpoints, requests and operator calls; FUZZ_SECONDS of each with SEED.
+FUZZ_SECONDS ?= 60
+SEED ?= 0
+fuzz: $(VENV)/.dev
+	for kind in engines checkpoints traffic operators; do \
+	  PYTHONPATH=tests $(BIN)/python -m fuzz.$$kind --seconds $(FUZZ_SECONDS) --seed $(SEED) || exit 1; \
+	done
 
 # The demo's int8 and int4 engines against Hugging Face, as a gate; reports in reports/.
 accuracy: $(VENV)/.dev
