@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cases.processes import PATIENCE_S
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 IMPORTS = ["qwen_run", "qwen_build", "qwen_plugin", "benchmarks", *(name.split(":")[0] for name in COMMANDS.values())]
@@ -24,7 +26,13 @@ def run_afresh(script: str, home: Path) -> tuple[str, list[Path]]:
     # Not what we have in our environment: CI switches it off too.
     environment = {"PATH": os.defpath, "HOME": str(home), "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     output = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, cwd=home
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=home,
+        timeout=PATIENCE_S,
     ).stdout
     return output.strip(), [path for path in home.rglob("*") if path.is_file()]
 

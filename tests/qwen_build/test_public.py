@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qwen_build
+from cases.processes import run_python
 from qwen_build import BuildChoices
 from qwen_build.auto import search
 from qwen_build.cli import main
@@ -85,4 +84,4 @@ def test_auto_gets_its_budget(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_importing_the_package_loads_nothing_else() -> None:
     script = "import sys, qwen_build; print({'numpy', 'onnx', 'click', 'qwen_run'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "set()\n"
+    assert run_python(script, check=True).stdout == "set()\n"

@@ -20,7 +20,7 @@ import qwen_engine.json_output
 import qwen_run.commands.command
 import qwen_run.commands.console
 import qwen_run.commands.prompt_file
-from cases.processes import run_python
+from cases.processes import PATIENCE_S, run_python
 from cases.scripted import IM_END, Script, poison, scripted_model, shout, write_text_files
 from qwen_engine.errors import EngineError
 from qwen_run.api.llm import LLM
@@ -100,7 +100,7 @@ def test_a_real_pipe_is_read_and_a_device_is_not(monkeypatch, capsys):
         timer = threading.Timer(0.2, lambda: (out.write("late"), out.close()))
         timer.start()
         assert run_files._piped() == b"late"
-        timer.join()
+        timer.join(PATIENCE_S)
     assert "Waiting for the end of standard input" in capsys.readouterr().err
     with open("/dev/zero", encoding="utf-8") as stdin:  # has no end
         monkeypatch.setattr(sys, "stdin", stdin)
