@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class QwenError(Exception):
     """Base of everything a user can cause: says what was found, what was expected and what to do."""
@@ -29,3 +32,19 @@ class EngineError(QwenError):
 
 class RequestError(QwenError):
     """A prompt or an option does not fit the engine it was given to."""
+
+
+def shown(value: Any) -> str:
+    """``value`` as a message quotes it: as Python writes it, cut short where that is long.
+
+    >>> shown("x" * 1000)
+    "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'"
+    """
+    try:
+        return _QUOTE.repr(value)
+    except ValueError:  # of a whole number with more digits than Python writes
+        return f"a {type(value).__name__} of thousands of digits"
+
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = 80

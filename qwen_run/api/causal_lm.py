@@ -153,7 +153,7 @@ class QwenForCausalLM:
         num_return_sequences: int = 1,
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         inputs_embeds: Any = None,
     ) -> Any:
         """Continue every row of ``input_ids``, with the arguments and defaults of transformers' ``generate``.
@@ -170,7 +170,7 @@ class QwenForCausalLM:
             num_return_sequences: answers to each row, one after the other.
             eos_token_id: what ends a row; else what ``generation_config`` says, else what the engine says.
             pad_token_id: fills the rows that end early; else ``generation_config``'s, else the first end of sequence.
-            seed: row ``i`` draws with ``seed + i``.
+            seed: row ``i`` draws with ``seed + i``; None draws a seed for each row.
 
         Returns:
             (rows * num_return_sequences, length + most new tokens) int64: ``input_ids``, the new tokens with the
@@ -213,7 +213,7 @@ class QwenForCausalLM:
             )
             answers = self._answer(
                 [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)],
-                [replace(params, seed=seed + i) for i in range(len(ids))],
+                [replace(params, seed=None if seed is None else seed + i) for i in range(len(ids))],
             )
         except RequestError as error:
             raise ValueError(str(error)) from error

@@ -61,6 +61,7 @@ class RequestOutput:
         prompt: None where token ids were given.
         prompt_logprobs: one entry a token of the prompt, None for the first, if asked for.
         finished: nothing more will come.
+        seed: what the random numbers were made from, also where none was asked for; None at temperature 0.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    seed: int | None = None
 
     @property
     def error(self) -> str | None:

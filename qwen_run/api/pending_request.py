@@ -49,6 +49,7 @@ class PendingRequest:
             list(judged) if request.params.prompt_logprobs is not None else None,
             [self._completion(sequence) for sequence in request.sequences if self._has_answer(sequence)],
             request.is_finished,
+            None if request.params.greedy else request.seed,
         )
 
     def _has_answer(self, sequence: Sequence) -> bool:

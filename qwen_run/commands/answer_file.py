@@ -266,7 +266,8 @@ def record_of(output: RequestOutput, token_ids: bool = False) -> Record:
     """An answered prompt as one object: its answer, or ``answers`` where it has several."""
     answers = [_answer_of(answer, token_ids) for answer in output.outputs]
     only = answers[0] if len(answers) == 1 else {"answers": answers}
-    return {**only, "input_tokens": len(output.prompt_token_ids)}
+    seed = {} if output.seed is None else {"seed": output.seed}
+    return {**only, "input_tokens": len(output.prompt_token_ids), **seed}
 
 
 def _answer_of(answer: CompletionOutput, token_ids: bool) -> Record:

@@ -148,15 +148,20 @@ class Console:
         if len(arguments) > 1:
             raise RequestError(f":seed takes one number, found {' '.join(arguments)}")
         self.params = changed(self.params, [f"seed={number}" for number in arguments])
-        self._write(f"seed={self.params.seed}\n")
+        self._write(f"{_setting(self.params, 'seed')}\n")
 
     def _conf(self, arguments: list[str]) -> None:
         self.params = changed(self.params, arguments)
-        self._write(" ".join(f"{key}={getattr(self.params, name)}" for key, name in SETTINGS.items()) + "\n")
+        self._write(" ".join(_setting(self.params, key) for key in SETTINGS) + "\n")
 
     def _reset_conf(self, arguments: list[str]) -> None:
         self.params = self._first_params
         self._conf([])
+
+
+def _setting(params: SamplingParams, key: str) -> str:
+    value = getattr(params, SETTINGS[key])
+    return f"{key}={'drawn' if value is None else value}"
 
 
 class ConsoleCommand(NamedTuple):
@@ -192,12 +197,12 @@ def changed(params: SamplingParams, assignments: list[str]) -> SamplingParams:
     Raises:
         RequestError: a key is unknown, or a value is not a number it may have.
     """
-    values = {}
+    values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if key not in SETTINGS or not equals:
             raise RequestError(f"found {assignment}, expected KEY=VALUE with KEY one of {', '.join(SETTINGS)}")
-        kind = type(getattr(SamplingParams(), SETTINGS[key]))
+        kind = int if key == "seed" else type(getattr(SamplingParams(), SETTINGS[key]))
         try:
             values[SETTINGS[key]] = kind(text)
         except ValueError:

@@ -73,6 +73,7 @@ def _parse_json(number: int, line: str) -> FilePrompt:
         return FilePrompt(number, line, error=f"not JSON: {error}")
     if not isinstance(record, dict):
         return FilePrompt(number, line, error=_NEITHER)
+    record = {name: value for name, value in record.items() if value is not None}  # null stands for absent
     if fault := _find_fault(record):
         return FilePrompt(number, line, id=record.get("id"), error=fault)
     params = {name: value for name, value in record.items() if name in PARAMS}
@@ -92,9 +93,8 @@ def _find_fault(record: Mapping[str, Any]) -> str | None:
         return f'unknown "{unknown[0]}", expected {", ".join(FIELDS)} or one of {", ".join(PARAMS)}'
     for name, kind, expected in (("prompt", str, "text"), ("messages", list, "a list"), ("tools", list, "a list")):
         value = record.get(name)
-        absent = name not in record or (name == "tools" and value is None)
-        if not absent and not isinstance(value, kind):
-            return f'"{name}" is {"null" if value is None else type(value).__name__}, expected {expected}'
+        if value is not None and not isinstance(value, kind):
+            return f'"{name}" is {type(value).__name__}, expected {expected}'
     if not all(isinstance(message, dict) for message in record.get("messages") or ()):
         return '"messages" holds something that is no object with role and content'
     return None

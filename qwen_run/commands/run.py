@@ -71,7 +71,7 @@ MIB = 1 << 20
 )
 @click.option("--presence-penalty", type=float, help="Above 0 makes tokens of the answer less likely.  [default: 0]")
 @click.option("--frequency-penalty", type=float, help="The same, for each time a token is there.  [default: 0]")
-@click.option("--seed", type=int, help="Same seed, same answer.  [default: 0]")
+@click.option("--seed", type=int, help="Same seed, same answer.  [default: drawn; --json tells it]")
 @click.option("-n", "--n", "n", type=int, help="Answers to each prompt.  [default: 1]")
 @click.option("--num-beams", type=int, help="Width of a beam search.  [default: 1, off]")
 @click.option(

@@ -353,7 +353,9 @@ class Core:
 
     def _next_token(self, sequence: Sequence, logits: np.ndarray) -> Token:
         request = sequence.request
-        sampled = sample(logits, request.params, sequence.context, len(sequence.token_ids), sequence.index)
+        sampled = sample(
+            logits, request.params, sequence.context, len(sequence.token_ids), request.seed, sequence.index
+        )
         token_id = sampled.token_id
         sequence.token_ids.append(token_id)
         sequence.context.append(token_id)

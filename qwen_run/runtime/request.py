@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,6 +16,8 @@ from qwen_engine.manifest import Manifest
 from qwen_run.sampling.beam import BeamSearch
 from qwen_run.sampling.logprobs import TokenLogprobs
 from qwen_run.sampling.sample import SamplingContext, SamplingParams
+
+SEED_BITS = 32  # of a drawn seed: short enough to be typed again, and exact in every reader of JSON
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -56,6 +60,7 @@ class Request:
         new_stopper: makes a stopper for each sequence.
         prompt_logprobs: if ``params`` asks for it, of each prompt token as far as it is fed; None for the first.
         beam_search: the choice among beams.
+        seed: what its random numbers are made from: that of ``params``, or one drawn for it.
         number: given by the core the request was added to; requests are served in this order.
     """
 
@@ -63,6 +68,7 @@ class Request:
     params: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
     new_stopper: Callable[[], StopCondition] | None = None
+    seed: int = field(init=False)
     sequences: list[Sequence] = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
     beam_search: BeamSearch | None = field(init=False, default=None)
@@ -70,6 +76,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.stop_token_ids = self.params.stop_ids(self.stop_token_ids)
+        self.seed = secrets.randbits(SEED_BITS) if self.params.seed is None else self.params.seed
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
         self.sequences = [Sequence(self)]
@@ -106,8 +113,6 @@ class Sequence:
     index: int = 0
     token_ids: list[int] = field(init=False)
     finish_reason: FinishReason | None = None
-    stopper: StopCondition | None = field(init=False)
-    context: SamplingContext = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: Exception | None = None
     score: float | None = None
@@ -117,10 +122,17 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        request = self.request
-        self.token_ids = list(request.prompt)
-        self.stopper = request.new_stopper() if request.new_stopper else None
-        self.context = SamplingContext(request.params, request.prompt, request.stop_token_ids)
+        self.token_ids = list(self.request.prompt)
+
+    @cached_property
+    def stopper(self) -> StopCondition | None:
+        """The request's own for this answer."""
+        return self.request.new_stopper() if self.request.new_stopper else None
+
+    @cached_property
+    def context(self) -> SamplingContext:
+        """What sampling knows of the sequence; made of ids that :func:`check_request` has seen."""
+        return SamplingContext(self.request.params, self.request.prompt, self.request.stop_token_ids)
 
     def fork(self, index: int, *token_ids: int) -> Sequence:
         """A sequence of the same tokens and ``token_ids``; what is cached is the scheduler's to copy."""
@@ -130,7 +142,7 @@ class Sequence:
         child.context = self.context.fork()
         for token_id in token_ids:
             child.context.append(token_id)
-        child.stopper = self.request.new_stopper() if self.request.new_stopper else None
+        child.__dict__.pop("stopper", None)  # each has its own
         child.logprobs, child.beam_logprobs = list(self.logprobs), None
         child.num_cached, child.block_ids, child.block_keys = 0, [], []
         return child
@@ -178,3 +190,9 @@ def check_request(request: Request, manifest: Manifest, name: str = "the prompt"
                 f"{name} holds token {token_id}, expected 0 to {vocab_size - 1}; "
                 "the tokenizer does not belong to this engine"
             )
+    if request.params.min_tokens and len(request.stop_token_ids.intersection(range(vocab_size))) == vocab_size:
+        raise RequestError(
+            f"min_tokens is {request.params.min_tokens} and each of the {vocab_size} tokens ends an answer, "
+            "expected one that does not; leave min_tokens out"
+        )
+    _ = request.sequences[0].context  # made by the thread that prepares the request, not by the engine's

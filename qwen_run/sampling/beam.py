@@ -39,14 +39,15 @@ class BeamSearch:
     """The beams of one request: :meth:`advance` until :attr:`is_done`. At first there is one, the prompt."""
 
     def __init__(self, params: SamplingParams, stop_token_ids: Collection[int], max_tokens: int) -> None:
-        """
+        """A search that has not begun.
+
         Args:
             params: ``num_beams``, ``length_penalty`` and ``early_stopping`` are read.
             stop_token_ids: what ends a beam.
             max_tokens: most tokens of an answer in this engine, at most ``params.max_tokens``.
         """
         self._params = params
-        self._stop_token_ids = frozenset(stop_token_ids)
+        self._stop_token_ids = np.array(sorted(stop_token_ids), np.int64)
         self._max_tokens = max_tokens
         self._beams: list[tuple[int, ...]] = [()]
         self._log_probabilities = np.zeros(1, np.float32)  # of the beams, falling
@@ -56,7 +57,7 @@ class BeamSearch:
     @property
     def is_done(self) -> bool:
         """No beam is followed any further."""
-        if self._num_tokens == self._max_tokens:
+        if self._num_tokens == self._max_tokens or not self._beams:
             return True
         if len(self._finished) < self._params.num_beams:
             return False
@@ -78,15 +79,12 @@ class BeamSearch:
         totals = (logprobs + self._log_probabilities[:, np.newaxis]).ravel()
         # enough for a full width of beams that go on, whatever ends
         best = largest(totals, max(2, 1 + len(self._stop_token_ids)) * width)
-        running: list[int] = []
-        for rank, index in enumerate(best.tolist()):
+        ends = np.isin(best % logprobs.shape[1], self._stop_token_ids) | (self._num_tokens == self._max_tokens)
+        for index in best[:width][ends[:width]].tolist():
             parent, token_id = divmod(index, logprobs.shape[1])
-            ends = token_id in self._stop_token_ids or self._num_tokens == self._max_tokens
-            if ends and rank < width:
-                self._finish((*self._beams[parent], token_id), totals[index])
-            elif not ends and len(running) < width:
-                running.append(index)
-        continued = [divmod(index, logprobs.shape[1]) for index in running]
+            self._finish((*self._beams[parent], token_id), totals[index])
+        running = best[~ends][:width]
+        continued = [divmod(index, logprobs.shape[1]) for index in running.tolist()]
         self._beams = [(*self._beams[parent], token_id) for parent, token_id in continued]
         self._log_probabilities = totals[running]
         return continued

@@ -6,7 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import RequestError, shown
+
+# Limits of what one request may ask for; RULES has those that belong to one option. No vocabulary is as large as these.
+MAX_NUMBER = 2**31 - 1
+MAX_TOKEN_IDS = 2**20
+MAX_STOP_TEXTS, MAX_STOP_CHARACTERS = 64, 1024
 
 # what transformers' GenerationConfig uses where generation_config.json is silent
 TRANSFORMERS_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "min_p": 0.0}
@@ -23,7 +28,7 @@ class SamplingParams:
         top_p: 1 is off.
         top_k: 0 is off.
         repetition_penalty: of tokens in the prompt or the answer; 1 is off (arXiv 1909.05858, section 4.1).
-        seed: what the random numbers of this request are made from.
+        seed: what the random numbers of this request are made from; None draws one, which the result tells.
         max_tokens: most tokens of an answer.
         min_p: least probability of a token, as a share of the likeliest token's; 0 is off.
         presence_penalty: taken from the logits of tokens that are in the answer.
@@ -49,7 +54,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     max_tokens: int = 512
     min_p: float = 0.0
     presence_penalty: float = 0.0
@@ -72,7 +77,7 @@ class SamplingParams:
             object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name)))
         for excluded, message in CONTRADICTIONS:
             if excluded(self):
-                raise RequestError(message.format_map(vars(self)))
+                raise RequestError(message.format_map({name: shown(value) for name, value in vars(self).items()}))
 
     @property
     def greedy(self) -> bool:
@@ -80,26 +85,27 @@ class SamplingParams:
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
-        """``logit_bias`` as it is kept: pairs of token id and bias, ids rising."""
-        return self.logit_bias  # type: ignore[return-value]
+        """``logit_bias`` as pairs of token id and bias, ids rising."""
+        return _bias_pairs(self.logit_bias)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """``stop`` as it is kept."""
-        return self.stop  # type: ignore[return-value]
+        """``stop`` as a tuple."""
+        return _strings(self.stop)
 
     def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """The tokens that end an answer of a model whose ends of sequence are ``eos_token_ids``."""
         return frozenset(self.stop_token_ids or ()) | frozenset(() if self.ignore_eos else eos_token_ids)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """
+        """Compare the ids that are named with the model's vocabulary.
+
         Raises:
             RequestError: ``logit_bias`` or ``stop_token_ids`` names a token that the model does not have.
         """
         for name, ids in (("logit_bias", dict(self.biases)), ("stop_token_ids", self.stop_token_ids or ())):
-            if beyond := [token_id for token_id in ids if token_id >= vocab_size]:
-                raise RequestError(f"{name} holds token {beyond[0]}, expected 0 to {vocab_size - 1}")
+            if max(ids, default=0) >= vocab_size:
+                raise RequestError(f"{name} holds token {max(ids)}, expected 0 to {vocab_size - 1}")
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> Self:
@@ -138,7 +144,7 @@ def checked(name: str, value: Any) -> Any:
     except (TypeError, ValueError, AttributeError, OverflowError):
         pass
     label = "max_new_tokens" if name == "max_tokens" else name
-    raise RequestError(f"{label} is {value!r}, expected {rule.expected}")
+    raise RequestError(f"{label} is {shown(value)}, expected {rule.expected}")
 
 
 def _is_number(value: Any) -> bool:
@@ -153,7 +159,7 @@ def _number(expected: str, low: float, high: float) -> FieldRule:
     return FieldRule(expected, lambda value: _is_number(value) and low <= value <= high)
 
 
-def _whole(expected: str, low: int, high: float = float("inf")) -> FieldRule:
+def _whole(expected: str, low: int, high: int = MAX_NUMBER) -> FieldRule:
     return FieldRule(expected, lambda value: _is_whole(value) and low <= value <= high)
 
 
@@ -161,10 +167,8 @@ def _switch() -> FieldRule:
     return FieldRule("True or False", lambda value: isinstance(value, bool))
 
 
-def _count_or_none() -> FieldRule:
-    return FieldRule(
-        "None or a whole number, 0 or more", lambda value: value is None or (_is_whole(value) and value >= 0)
-    )
+def _whole_or_none(expected: str, high: int = MAX_NUMBER) -> FieldRule:
+    return FieldRule(f"None or {expected}", lambda value: value is None or (_is_whole(value) and 0 <= value <= high))
 
 
 def _bias_pairs(value: Any) -> tuple[tuple[int, float], ...]:
@@ -172,9 +176,20 @@ def _bias_pairs(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(key) if isinstance(key, str) else key, bias) for key, bias in pairs))  # JSON's keys
 
 
+def _is_token_id(value: Any) -> bool:
+    return _is_whole(value) and 0 <= value <= MAX_NUMBER
+
+
 def _is_bias(pair: tuple[Any, Any]) -> bool:
     token_id, bias = pair
-    return _is_whole(token_id) and token_id >= 0 and _is_number(bias) and -100 <= bias <= 100
+    return _is_token_id(token_id) and _is_number(bias) and -100 <= bias <= 100
+
+
+def _is_stop_text(value: Any) -> bool:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_STOP_CHARACTERS:
+        return False
+    value.encode()  # a lone surrogate, which JSON can write, is a UnicodeEncodeError, a ValueError
+    return True
 
 
 def _strings(value: Any) -> tuple[str, ...]:
@@ -188,28 +203,32 @@ RULES = {
     "top_p": _number("a number from 0 to 1", 0, 1),
     "top_k": _whole("a whole number, 0 (off) or more", 0),
     "repetition_penalty": _number("a number from 0.01 to 100", 0.01, 100),
-    "seed": _whole("a whole number from 0 to 2^64 - 1", 0, 2**64 - 1),
+    "seed": _whole_or_none("a whole number from 0 to 2^64 - 1", 2**64 - 1),
     "max_tokens": _whole("a whole number, 1 or more", 1),
     "min_p": _number("a number from 0 to 1", 0, 1),
     "presence_penalty": _number("a number from -2 to 2", -2, 2),
     "frequency_penalty": _number("a number from -2 to 2", -2, 2),
     "logit_bias": FieldRule(
-        "token ids, each with a number from -100 to 100", lambda pairs: all(map(_is_bias, pairs)), _bias_pairs
+        "token ids, each with a number from -100 to 100",
+        lambda pairs: len(pairs) <= MAX_TOKEN_IDS and all(map(_is_bias, pairs)),
+        _bias_pairs,
     ),
     "n": _whole("a whole number from 1 to 1024", 1, 1024),
     "stop": FieldRule(
-        "texts that are not empty", lambda texts: all(isinstance(text, str) and text for text in texts), _strings
+        f"at most {MAX_STOP_TEXTS} texts of 1 to {MAX_STOP_CHARACTERS} characters, none of them a lone surrogate",
+        lambda texts: len(texts) <= MAX_STOP_TEXTS and all(map(_is_stop_text, texts)),
+        _strings,
     ),
     "stop_token_ids": FieldRule(
         "token ids, 0 or more",
-        lambda ids: all(_is_whole(token_id) and token_id >= 0 for token_id in ids),
+        lambda ids: len(ids) <= MAX_TOKEN_IDS and all(map(_is_token_id, ids)),
         lambda value: tuple(value or ()),
     ),
     "include_stop_str_in_output": _switch(),
     "ignore_eos": _switch(),
     "min_tokens": _whole("a whole number, 0 (off) or more", 0),
-    "logprobs": _count_or_none(),
-    "prompt_logprobs": _count_or_none(),
+    "logprobs": _whole_or_none("a whole number, 0 or more"),
+    "prompt_logprobs": _whole_or_none("a whole number, 0 or more"),
     "num_beams": _whole("a whole number from 1 (off) to 128", 1, 128),
     "length_penalty": _number("a number from -5 to 5", -5, 5),
     "early_stopping": FieldRule("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
@@ -241,9 +260,5 @@ CONTRADICTIONS: tuple[tuple[Callable[[SamplingParams], bool], str], ...] = (
         lambda params: params.num_beams == 1 and (params.length_penalty != 1 or params.early_stopping is not False),
         "length_penalty is {length_penalty} and early_stopping {early_stopping} without beam search; "
         "set num_beams to 2 or more",
-    ),
-    (
-        lambda params: params.num_beams == 1 and params.greedy and params.n > 1,
-        "n is {n} at temperature 0, where all answers are equal; set a temperature or num_beams",
     ),
 )

@@ -31,7 +31,8 @@ class SamplingContext:
     """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], stop_token_ids: Collection[int] = ()) -> None:
-        """
+        """The context of a sequence that begins with ``prompt``.
+
         Args:
             stop_token_ids: what may not come before the answer has ``params.min_tokens`` tokens.
         """
@@ -122,7 +123,8 @@ def process(logits: NDArray[np.float32], params: SamplingParams, context: Sampli
 
 
 def check_finite(largest_score: np.float32, position: int) -> None:
-    """
+    """Refuse logits whose largest is no number.
+
     Raises:
         EngineError: the logits from which the token at ``position`` is chosen are not numbers.
     """

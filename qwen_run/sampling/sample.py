@@ -6,12 +6,14 @@ not change with what else is in the batch, nor with how many tokens are verified
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_engine.errors import RequestError
 from qwen_run.sampling.logprobs import token_logprobs
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.processors import SamplingContext, check_finite, distribution, process
@@ -20,6 +22,8 @@ __all__ = ["Sampled", "SamplingContext", "SamplingParams", "sample", "uniform"]
 
 # positions whose random numbers are made together: making a generator takes longer than all of them
 NUMBERS = 64
+
+NO_TOKEN_ADVICE = "exclude fewer, or leave min_tokens out"
 
 # weights that are summed in float32; sums of more are float64
 SUM_SIZE = 512
@@ -35,7 +39,12 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    logits: NDArray[np.float32], params: SamplingParams, context: SamplingContext, position: int, sample_index: int = 0
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    context: SamplingContext,
+    position: int,
+    seed: int = 0,
+    sample_index: int = 0,
 ) -> Sampled:
     """Choose the next token of a sequence; ``context.append`` it before the next call.
 
@@ -43,6 +52,7 @@ def sample(
         logits: (vocab_size,), not modified.
         context: of this sequence, made from the same ``params``.
         position: index of the new token in its sequence (prompt and answer).
+        seed: of the request, what ``params`` say or what was drawn for it.
         sample_index: which of the request's ``n`` answers this is.
 
     Returns:
@@ -51,12 +61,15 @@ def sample(
 
     Raises:
         EngineError: the largest logit is NaN or infinite.
+        RequestError: the options leave no token to choose.
     """
     scores = process(logits, params, context)
     token_id = int(scores.argmax())
-    check_finite(scores[token_id], position)
+    if not math.isfinite(scores[token_id]):
+        check_finite(logits.max(), position)
+        raise RequestError(f"the options of the request leave no token for position {position}; {NO_TOKEN_ADVICE}")
     if not params.greedy:
-        token_id = _draw(scores, scores[token_id], params, uniform(params.seed, position, sample_index))
+        token_id = _draw(scores, scores[token_id], params, uniform(seed, position, sample_index))
     if params.logprobs is None:
         return Sampled(token_id)
     return Sampled(token_id, *token_logprobs(logits, token_id, params.logprobs))
@@ -80,7 +93,11 @@ def _uniforms(seed: int, sample_index: int, block: int) -> NDArray[np.float64]:
 
 
 def _draw(scores: NDArray[np.float32], peak: np.float32, params: SamplingParams, number: float) -> int:
-    """The token at ``number``, a share of all probability counted from token 0 on; ``peak`` is the largest score."""
+    """The token at ``number``, a share of all probability counted from token 0 on.
+
+    Args:
+        scores: (vocab_size,), of which ``peak`` is the largest.
+    """
     if params.top_k or params.top_p < 1 or params.min_p:
         ids, probabilities = distribution(scores, params)
         cumulative = np.cumsum(probabilities)

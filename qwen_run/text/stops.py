@@ -7,6 +7,21 @@ from collections.abc import Collection
 from qwen_run.text.tokenizer import StreamDecoder, Tokenizer
 
 
+class StopTexts:
+    """The stop strings of a request, prepared once for all of its answers.
+
+    Attributes:
+        by_length: with their borders, longest first: of two that end together the longer counts.
+        special: those that are names of special tokens, by id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Collection[str] = ()) -> None:
+        """Prepare ``texts``, none of which is empty."""
+        self.by_length = [(text, _borders(text)) for text in sorted(texts, key=len, reverse=True)]
+        named = {tokenizer.token_id(text): text for text in texts}
+        self.special = {i: text for i, text in named.items() if i in tokenizer.special_ids}
+
+
 class TextStopper:
     """Finds stop strings in an answer, token by token, and holds back what may be the beginning of one.
 
@@ -18,24 +33,25 @@ class TextStopper:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stop: Collection[str] = (),
+        stop: StopTexts | Collection[str] = (),
         *,
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
-        """
+        """A stopper for an answer that has not begun.
+
         Args:
-            stop: not empty ones; of two that end together the longer counts.
+            stop: not empty ones; prepared where several answers have the same.
             include_stop_str_in_output: the stop string stays in the text.
             min_tokens: a stop string that ends within so many first tokens does not count.
             skip_special_tokens: special tokens have no text.
         """
         self.stop_reason: str | None = None
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens)
-        self._matchers = [_Matcher(text) for text in sorted(stop, key=len, reverse=True)]
-        named = {text: tokenizer.token_id(text) for text in stop} if skip_special_tokens else {}
-        self._special = {token_id: text for text, token_id in named.items() if token_id in tokenizer.special_ids}
+        stops = stop if isinstance(stop, StopTexts) else StopTexts(tokenizer, stop)
+        self._matchers = [_Matcher(text, borders) for text, borders in stops.by_length]
+        self._special = stops.special if skip_special_tokens else {}
         self._includes = include_stop_str_in_output
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -78,12 +94,10 @@ class TextStopper:
 class _Matcher:
     """How much of one text the characters so far end with (Knuth, Morris and Pratt)."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, borders: list[int]) -> None:
         self.text = text
+        self._borders = borders
         self._matched = 0
-        self._borders = [0] * (len(text) + 1)  # of the first i characters: the longest proper prefix they end with
-        for i in range(1, len(text)):
-            self._borders[i + 1] = self._extended(self._borders[i], text[i])
 
     @property
     def held(self) -> int:
@@ -92,10 +106,20 @@ class _Matcher:
 
     def push(self, character: str) -> bool:
         """Whether ``character`` completes the text."""
-        self._matched = self._extended(self.held, character)
+        self._matched = _extended(self.text, self._borders, self.held, character)
         return self._matched == len(self.text)
 
-    def _extended(self, matched: int, character: str) -> int:
-        while matched and self.text[matched] != character:
-            matched = self._borders[matched]
-        return matched + (self.text[matched] == character)
+
+def _borders(text: str) -> list[int]:
+    """For each i, the length of the longest proper prefix that the first i characters of ``text`` end with."""
+    borders = [0] * (len(text) + 1)
+    for i in range(1, len(text)):
+        borders[i + 1] = _extended(text, borders, borders[i], text[i])
+    return borders
+
+
+def _extended(text: str, borders: list[int], matched: int, character: str) -> int:
+    """How much of ``text`` is matched after ``character``, where its first ``matched`` characters were before."""
+    while matched and text[matched] != character:
+        matched = borders[matched]
+    return matched + (text[matched] == character)

@@ -102,6 +102,16 @@ def test_one_poisonous_request_does_not_end_an_async_engine(model):
     assert [answer.text for answer in answers] == [LONG.upper(), "", "ABC", "LATER"]
 
 
+def test_a_drawn_seed_is_told_and_repeats_the_answer(engine):
+    llm, params = LLM(engine), SamplingParams(temperature=1.5, max_tokens=8)
+    drawn = llm.generate([[1, 2, 3]] * 3, params)
+    assert len({tuple(output.outputs[0].token_ids) for output in drawn}) > 1
+    for output in drawn:
+        (again,) = llm.generate([[1, 2, 3]], replace(params, seed=output.seed))
+        assert (again.seed, again.outputs) == (output.seed, output.outputs)
+    assert llm.generate([[1, 2, 3]], GREEDY)[0].seed is None
+
+
 def test_chat(model):
     llm = LLM(model)
     turn = {"role": "user", "content": "hi"}

@@ -62,7 +62,7 @@ def test_settings(tmp_path):
     chat = Chat(tmp_path)
     assert chat.say(":conf") == (
         "temperature=1.0 top_p=1.0 top_k=50 min_p=0.0 repetition_penalty=1.0 presence_penalty=0.0 "
-        "frequency_penalty=0.0 seed=0 max_new_tokens=512\n"
+        "frequency_penalty=0.0 seed=drawn max_new_tokens=512\n"
     )
     assert chat.say(":conf temperature=0.5 max_new_tokens=2").startswith("temperature=0.5 top_p=1.0")
     assert chat.say(":seed 9") == chat.say(":seed") == "seed=9\n"

@@ -182,6 +182,15 @@ def test_prompts_on_standard_input_are_not_overwritten(script):
     assert Path("q.txt").read_text() == "precious"
 
 
+def test_null_stands_for_an_option_that_is_absent(script):
+    absent = dict.fromkeys([*SamplingParams.__dataclass_fields__, "id", "tools", "messages"])
+    Path("in.jsonl").write_text(json.dumps({**absent, "prompt": "a"}) + "\n" + json.dumps({"prompt": "b"}), "utf-8")
+    result = run("--input-file", "in.jsonl")
+    assert (result.exit_code, result.stderr[:1]) == (0, "2")
+    first, second = (request.params for request in script.seen)
+    assert first == second
+
+
 def test_what_looks_like_an_array_may_be_text(script):
     Path("in.txt").write_text("[INST] hi\n[1, 2]")
     assert len(run("--input-file", "in.txt").stdout.splitlines()) == 2
@@ -219,7 +228,7 @@ def test_json_lines_in_input_order(script):
         7: "content is null",
         8: "empty",
         9: "empty",
-        10: '"prompt" is null, expected text',
+        10: "either",
         11: 'unknown "temper\x1bature", expected prompt, messages, tools, id or one of temperature, top_p',
         12: "tokens",
     }.items():
@@ -248,7 +257,7 @@ def test_prompts_from_standard_input(script):
 
 
 QUESTIONS = "".join(f'{{"prompt": "{"long " * 9 if i == 2 else "short"} {i}", "id": "q{i}"}}\n' for i in range(40))
-ASK = ("--input-file", "q.jsonl", "--output-file", "a.jsonl")
+ASK = ("--input-file", "q.jsonl", "--output-file", "a.jsonl", "--seed", "0")
 
 
 def records(path="a.jsonl"):

@@ -149,13 +149,53 @@ def test_samples_share_their_prompt() -> None:
 
 
 def test_samples_differ_and_the_first_is_that_of_a_single_one() -> None:
-    params = SamplingParams(temperature=1.5, max_tokens=8, repetition_penalty=5.0)
+    params = SamplingParams(temperature=1.5, max_tokens=8, repetition_penalty=5.0, seed=0)
     samples, single = (Request((1, 2, 3), replace(params, n=n)) for n in (5, 1))
     run(ScriptedEngine(), samples)
     run(ScriptedEngine(), single)
     outputs = [tuple(sequence.output) for sequence in samples.sequences]
     assert len(set(outputs)) == 5
     assert outputs[0] == tuple(single.sequences[0].output)
+
+
+def test_requests_without_a_seed_draw_one_that_repeats_them() -> None:
+    params = SamplingParams(temperature=1.5, max_tokens=8)
+    drawn = [Request((1, 2, 3), params) for _ in range(4)]
+    for request in drawn:
+        run(ScriptedEngine(), request)
+    assert len({request.seed for request in drawn}) == 4
+    assert len({tuple(request.sequences[0].output) for request in drawn}) > 1
+    for request in drawn:
+        run(ScriptedEngine(), again := Request((1, 2, 3), replace(params, seed=request.seed)))
+        assert answers(again) == answers(request)
+
+
+def test_several_answers_at_temperature_0_are_equal() -> None:
+    run(ScriptedEngine(), request := Request((1, 2, 3), replace(GREEDY, n=3)))
+    run(ScriptedEngine(), single := Request((1, 2, 3), GREEDY))
+    assert [sequence.output for sequence in request.sequences] == [single.sequences[0].output] * 3
+
+
+@pytest.mark.parametrize("token_id", [2**63, 10**30, -1])
+def test_ids_are_compared_with_the_vocabulary_before_anything_is_made_of_them(token_id: int) -> None:
+    request = Request((1, token_id), replace(GREEDY, repetition_penalty=1.5))
+    with pytest.raises(RequestError, match=f"the prompt holds token {token_id}, expected 0 to 10"):
+        make_core().add(request)
+
+
+def test_min_tokens_where_every_token_ends_an_answer_is_refused() -> None:
+    params = replace(GREEDY, min_tokens=1, stop_token_ids=range(11))
+    with pytest.raises(RequestError, match="min_tokens is 1 and each of the 11 tokens ends an answer"):
+        make_core().add(Request((1,), params))
+    core = run(ScriptedEngine(), request := Request((1,), replace(params, min_tokens=0)))
+    assert (core.is_done, request.sequences[0].num_output) == (True, 1)
+
+
+def test_beams_that_all_end_at_once_are_answers() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=9, num_beams=2, stop_token_ids=range(11), n=2)
+    run(ScriptedEngine(), request := Request((1, 2), params))
+    assert [sequence.finish_reason for sequence in request.sequences] == ["stop", "stop"]
+    assert [sequence.num_output for sequence in request.sequences] == [1, 1]
 
 
 def test_guesses_save_runs_and_change_nothing() -> None:

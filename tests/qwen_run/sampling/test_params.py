@@ -6,7 +6,13 @@ import re
 import pytest
 
 from qwen_engine.errors import RequestError
-from qwen_run.sampling.params import RULES, SamplingParams, checked
+from qwen_run.sampling.params import (
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_TEXTS,
+    RULES,
+    SamplingParams,
+    checked,
+)
 
 BEAMS = {"temperature": 0, "num_beams": 3}
 
@@ -23,7 +29,7 @@ def test_every_option_has_a_rule_and_every_default_keeps_it():
         ("temperature", 1e300), ("temperature", 10**400), ("temperature", None), ("temperature", True),
         ("top_p", 1.1), ("top_p", -0.1), ("top_k", -1), ("top_k", 2.5), ("top_k", True),
         ("repetition_penalty", 0), ("repetition_penalty", float("inf")),
-        ("repetition_penalty", 1e-46), ("repetition_penalty", 1e300), ("seed", -1), ("seed", 2**64), ("seed", None),
+        ("repetition_penalty", 1e-46), ("repetition_penalty", 1e300), ("seed", -1), ("seed", 2**64), ("seed", "1"),
         ("max_tokens", 0), ("max_tokens", 1.0), ("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan")),
         ("presence_penalty", 2.1), ("presence_penalty", "1"), ("frequency_penalty", -2.1),
         ("logit_bias", {3: 101}), ("logit_bias", {3: float("nan")}), ("logit_bias", {-1: 1}), ("logit_bias", {"x": 1}),
@@ -54,7 +60,6 @@ def test_values_out_of_range(name, value):
         ({**BEAMS, "stop": "x"}, r"stop is \('x',\) with num_beams 3: .*; use stop_token_ids"),
         ({"length_penalty": 2.0}, "length_penalty is 2.0 .*; set num_beams"),
         ({"early_stopping": True}, "length_penalty is 1.0 and early_stopping True .*; set num_beams"),
-        ({"temperature": 0, "n": 2}, "n is 2 at temperature 0"),
     ],
 )
 def test_contradictions(options, message):
@@ -64,11 +69,42 @@ def test_contradictions(options, message):
         checked(name, value)
 
 
+HUGE = (2**64, 10**400, 10**5000)
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_no_number_and_no_list_is_without_bounds(name):
+    for value in HUGE:
+        for given in (value, [value], {value: 1}, [(1, value)], [[value]], "x" * 10_000, ["x"] * 2000):
+            with pytest.raises(
+                RequestError, match=f"^{'max_new_tokens' if name == 'max_tokens' else name} is "
+            ) as found:
+                SamplingParams(**{name: given})
+            assert len(str(found.value)) < 300
+
+
+def test_lists_have_a_most_length(monkeypatch):
+    monkeypatch.setattr("qwen_run.sampling.params.MAX_TOKEN_IDS", 100)
+    for name, most, item in (("stop", MAX_STOP_TEXTS, "x"), ("stop_token_ids", 100, 7), ("logit_bias", 100, None)):
+        longest = [item] * most if item else [(i, 1.0) for i in range(most)]
+        SamplingParams(**{name: longest})
+        with pytest.raises(RequestError, match=f"^{name} is "):
+            SamplingParams(**{name: [*longest, item or (most, 1.0)]})
+    SamplingParams(stop="x" * MAX_STOP_CHARACTERS)
+
+
+def test_a_stop_text_with_a_lone_surrogate_is_refused():
+    for stop in ("\ud800", ["ok", "a\udfff"]):
+        with pytest.raises(RequestError, match=r"^stop is .*, expected .* none of them a lone surrogate$"):
+            SamplingParams(stop=stop)
+
+
 def test_what_goes_together():
     for options in (
         BEAMS | {"n": 3, "length_penalty": -1, "early_stopping": "never", "min_tokens": 4, "repetition_penalty": 1.1},
         BEAMS | {"top_k": 50, "prompt_logprobs": 2, "ignore_eos": True, "stop_token_ids": (3,)},
         {"n": 7, "min_tokens": 512},
+        {"n": 7, "temperature": 0},
     ):
         params = SamplingParams(**options)
         assert {name: getattr(params, name) for name in options} == options
@@ -77,7 +113,7 @@ def test_what_goes_together():
 def test_collections_are_kept_in_one_form():
     params = SamplingParams(logit_bias={"7": 1, 3: -2.5}, stop="x", stop_token_ids={4})
     assert (params.biases, params.stop_strings, params.stop_token_ids) == (((3, -2.5), (7, 1)), ("x",), (4,))
-    assert dataclasses.replace(params, seed=0) == params
+    assert dataclasses.replace(params, seed=None) == params
     assert hash(dataclasses.replace(params)) == hash(params)
     none = SamplingParams(logit_bias=None, stop=None, stop_token_ids=None)
     assert none == SamplingParams(logit_bias={}, stop=[], stop_token_ids=[]) == SamplingParams()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen_run.sampling.sample
-from qwen_engine.errors import EngineError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_run.sampling.logprobs import log_softmax, token_logprobs
 from qwen_run.sampling.processors import distribution
 from qwen_run.sampling.sample import Sampled, SamplingContext, SamplingParams, sample, uniform
@@ -20,7 +20,7 @@ def draw(logits, params, position=0, sample_index=0, prompt=(), answer=()):
     context = SamplingContext(params, prompt)
     for token_id in answer:
         context.append(token_id)
-    return sample(logits, params, context, position, sample_index)
+    return sample(logits, params, context, position, params.seed or 0, sample_index)
 
 
 def test_greedy_takes_the_lowest_id_of_equals_after_the_penalty():
@@ -64,6 +64,15 @@ def test_a_draw_among_all_tokens_is_where_the_number_falls(seed, vocab_size, spr
     _, probabilities = distribution(logits, params)
     assert probabilities[token_id] > 0
     assert probabilities[:token_id].sum() - 1e-6 <= number <= probabilities[: token_id + 1].sum() + 1e-6
+
+
+def test_options_that_leave_no_token_are_no_fault_of_the_logits():
+    params = SamplingParams(min_tokens=1)
+    context = SamplingContext(params, (0,), stop_token_ids=range(4))
+    with pytest.raises(RequestError, match="the options of the request leave no token for position 1; exclude fewer"):
+        sample(np.zeros(4, np.float32), params, context, 1)
+    with pytest.raises(EngineError, match="the logits of position 1 hold nan, expected numbers"):
+        sample(np.full(4, np.nan, np.float32), params, context, 1)
 
 
 def test_random_numbers_are_a_function_of_seed_sample_and_position():
