@@ -25,6 +25,7 @@ from qwen_engine.graph_io import Kind
 from qwen_engine.manifest import FORMAT_VERSION, Manifest
 from qwen_run import EngineConfig, SamplingParams
 from qwen_run.accuracy.gate import load_thresholds
+from qwen_run.api.llm_options import IDLE, SYNONYMS
 from qwen_run.commands.bench import main as bench_command
 from qwen_run.commands.inspect import main as inspect_command
 from qwen_run.commands.prompt_file import parse_prompts
@@ -129,6 +130,14 @@ def test_tables_name_every_field_of_a_class() -> None:
     assert names_in("docs/python.md", "The interface of transformers") == set(EngineConfig.__dataclass_fields__)
     assert names_in("docs/engine-format.md", "The manifest") == set(Manifest.__dataclass_fields__)
     assert set(CoreOptions.__dataclass_fields__) - names_in("docs/python.md", "Answering prompts") == {"keep_logits"}
+
+
+def test_vllms_names_of_options_are_listed() -> None:
+    rows = table_rows(PAGES[OTHERS].section("vLLM"))
+    for theirs, ours in SYNONYMS.items():
+        assert any(f"`{theirs}=" in row and f"`{ours}=" in " ".join(cells) for row, cells in rows.items()), theirs
+    without_effect = " ".join(row for row, cells in rows.items() if "no effect" in cells[0])
+    assert set(IDLE) - set(re.findall(r"\w+", without_effect)) == {"quantization"}
 
 
 def test_the_engine_format_is_the_one_that_is_described() -> None:
