@@ -19,7 +19,7 @@ from qwen_run.api.pending_request import PendingRequest
 from qwen_run.api.request_loop import RequestLoop
 from qwen_run.runtime.core import Core
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.request import Request, check_request
+from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import Message
 from qwen_run.text.text_model import TextModel
@@ -213,14 +213,14 @@ class LLM(RequestLoop):
         if params.seed is None and self._seeds:
             params = replace(params, seed=next(self._seeds) % 2**64)
         if isinstance(prompt, str):
-            text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt))
+            text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt), self.max_seq_len)
         else:
             text, ids = None, _token_ids(prompt, name)
         if params.stop_strings or self._text:
             request = self._require_text().new_request(ids, params)
         else:
             request = Request(tuple(ids), params, frozenset(self.core.engine.manifest.eos_token_ids))
-        check_request(request, self.core.engine.manifest, name)
+        self.core.check(request, name)
         tokenizer = self._text.tokenizer if self._text else None
         return PendingRequest(request_id or str(next(self._numbers)), text, request, tokenizer)
 

@@ -21,6 +21,8 @@ from qwen_run.sampling.logprobs import TokenLogprobs, token_logprobs
 from qwen_run.sampling.processors import check_finite
 from qwen_run.sampling.sample import sample
 
+_LEAST = {"max_batch_size": 1, "max_batch_tokens": 1, "max_drafts": 0, "max_logprobs": 0}
+
 
 @dataclass(frozen=True)
 class CoreOptions:
@@ -34,6 +36,7 @@ class CoreOptions:
         prefix_caching: prompts that begin like an earlier one are not fed again.
         max_drafts: most tokens to guess for a sequence in one step; 0 turns speculation off.
         keep_logits: set ``logits`` of every token.
+        max_logprobs: most likely tokens that a request may ask to be told of each token.
 
     Raises:
         EngineError: a value is out of range.
@@ -44,9 +47,10 @@ class CoreOptions:
     prefix_caching: bool = True
     max_drafts: int = 0
     keep_logits: bool = False
+    max_logprobs: int = 20
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch_size", 1), ("max_batch_tokens", 1), ("max_drafts", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise EngineError(f"{name} is {value!r}, expected a whole number, {least} or more")
@@ -133,17 +137,31 @@ class Core:
             Its number, which its tokens carry: 0 for the first, then 1, 2, ...
 
         Raises:
-            RequestError: the engine cannot answer it: see :func:`check_request`; or its beams do not fit.
+            RequestError: see :meth:`check`.
         """
-        check_request(request, self.engine.manifest, name)
+        self.check(request, name)
         if request.params.num_beams > 1:
-            self._check_beams(request)
             limits = request.params.max_tokens, self.engine.manifest.limits.max_seq_len - len(request.prompt)
             request.beam_search = BeamSearch(request.params, request.stop_token_ids, min(limits))
         request.number = self._num_added
         self._num_added += 1
         self._scheduler.add(request)
         return request.number
+
+    def check(self, request: Request, name: str = "the prompt") -> None:
+        """Check that ``request`` can be answered; any thread may call it.
+
+        Raises:
+            RequestError: the engine cannot answer it: see :func:`check_request`; its beams do not fit, or it asks for
+                more log probabilities than ``max_logprobs``.
+        """
+        check_request(request, self.engine.manifest, name)
+        for field in ("logprobs", "prompt_logprobs"):
+            count, most = getattr(request.params, field), self.options.max_logprobs
+            if count is not None and count > most:
+                raise RequestError(f"{field} is {count}, expected at most the engine's max_logprobs, which is {most}")
+        if request.params.num_beams > 1:
+            self._check_beams(request)
 
     def abort(self, request: Request) -> None:
         """Give up what is unfinished of ``request`` and free its blocks; nothing when it is finished."""

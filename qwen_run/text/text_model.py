@@ -17,7 +17,7 @@ from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import ChatTemplate, Conversation, Message, read_json
-from qwen_run.text.stops import TextStopper
+from qwen_run.text.stops import StopTexts, TextStopper
 from qwen_run.text.tokenizer import Tokenizer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -97,7 +97,7 @@ class TextModel:
         new_stopper = partial(
             TextStopper,
             self.tokenizer,
-            params.stop_strings,
+            StopTexts(self.tokenizer, params.stop_strings),
             include_stop_str_in_output=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
         )

@@ -12,6 +12,9 @@ from qwen_engine.errors import EngineError, RequestError
 
 TOKENIZER_FILE = "tokenizer.json"
 
+# of most texts, and more: no shorter text is looked at before it is tokenized
+_CHARACTERS_PER_TOKEN = 16
+
 
 def _bytes_of_characters() -> dict[str, int]:
     """The character byte-level vocabularies write for each byte: itself where printable, else the next from U+0100."""
@@ -27,7 +30,8 @@ class Tokenizer:
     """The byte-level tokenizer of a checkpoint, as its ``tokenizer.json`` describes it."""
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
-        """
+        """Take a tokenizer that the ``tokenizers`` package has read.
+
         Raises:
             EngineError: ``core`` does not decode byte-level tokens, as those of all Qwen models are.
         """
@@ -41,7 +45,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, engine_directory: Path) -> Tokenizer:
-        """
+        """Read the tokenizer of an engine.
+
         Raises:
             EngineError: ``tokenizer.json`` is missing or cannot be read.
         """
@@ -61,20 +66,34 @@ class Tokenizer:
         """Ids the tokenizer knows, added tokens included; a model's vocabulary may be padded beyond it."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = False, most: int | None = None) -> list[int]:
         """Token ids of ``text``; what reads like a special token becomes one, as in transformers.
 
         Args:
             add_special_tokens: also add what the tokenizer puts around a text (nothing for Qwen): for text
                 that does not come from a chat template.
+            most: tokens that are of any use. A text that is far longer is refused by its beginning.
 
         Raises:
-            RequestError: ``text`` came from bytes that are not UTF-8.
+            RequestError: ``text`` came from bytes that are not UTF-8, or has more than twice ``most`` tokens.
         """
+        if most is not None:
+            self._check_length(text, most)
         try:
             return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError("the prompt holds bytes that are not UTF-8; convert it to UTF-8") from error
+
+    def _check_length(self, text: str, most: int) -> None:
+        """Refuse a text whose beginning alone has more than twice ``most`` tokens: all of it may take minutes.
+
+        A beginning that is cut within a word has a few tokens more than it has in the whole text: hence twice.
+        """
+        size = _CHARACTERS_PER_TOKEN * most
+        while size < len(text):
+            if len(self.encode(text[:size])) > 2 * most:
+                raise RequestError(f"the prompt of {len(text)} characters has more than {most} tokens; shorten it")
+            size *= 4
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+import qwen_run.text.stops
 from cases.processes import PATIENCE_S, run_async
 from cases.scripted import Script, poison, scripted_model, write_text_files
 from qwen_engine.errors import EngineError, RequestError
@@ -110,6 +111,34 @@ def test_a_drawn_seed_is_told_and_repeats_the_answer(engine):
         (again,) = llm.generate([[1, 2, 3]], replace(params, seed=output.seed))
         assert (again.seed, again.outputs) == (output.seed, output.outputs)
     assert llm.generate([[1, 2, 3]], GREEDY)[0].seed is None
+
+
+def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(model, monkeypatch):
+    llm, tokenized = LLM(model), []
+    encode = model.tokenizer._core.encode
+
+    class Spy:
+        def encode(self, text, **options):
+            tokenized.append(len(text))
+            return encode(text, **options)
+
+    monkeypatch.setattr(model.tokenizer, "_core", Spy())
+    for text in ("word " * 200_000, "a" * 1_000_000, "\n\n" * 500_000):
+        with pytest.raises(RequestError, match=rf"^the prompt of {len(text)} characters has more than 400 tokens"):
+            llm.prepare(text, GREEDY)
+    assert sum(tokenized) < 3 * 7000
+    with pytest.raises(RequestError, match="the prompt has 6000 tokens, the engine takes 399"):
+        llm.prepare("a" * 6000, GREEDY)
+
+
+def test_stop_texts_are_prepared_once_for_all_answers_of_a_request(model, monkeypatch):
+    prepared = []
+    borders = qwen_run.text.stops._borders
+    monkeypatch.setattr(qwen_run.text.stops, "_borders", lambda text: prepared.append(text) or borders(text))
+    params = SamplingParams(n=5, max_tokens=6, stop=["CD", "zz"])
+    (output,) = LLM(model).generate("abcdef", params)
+    assert [(answer.text, answer.stop_reason) for answer in output.outputs] == [("AB", "CD")] * 5
+    assert prepared == ["CD", "zz"]
 
 
 def test_chat(model):

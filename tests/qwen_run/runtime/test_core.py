@@ -236,6 +236,7 @@ def test_nothing_is_guessed_beyond_the_longest_sequence() -> None:
     [
         ({"max_batch_size": 0}, "max_batch_size is 0, expected a whole number, 1 or more"),
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0, expected"),
+        ({"max_logprobs": -1}, "max_logprobs is -1, expected a whole number, 0 or more"),
         ({"max_drafts": -1}, "max_drafts is -1, expected a whole number, 0 or more"),
         ({"max_batch_size": 600}, "max_batch_tokens is 256, expected at least the max_batch_size of 600"),
     ],
@@ -283,6 +284,17 @@ def test_few_logits_at_a_time_for_prompts_that_are_judged(monkeypatch: pytest.Mo
     assert all_at_once == 3 * 123
     assert judged(64, 4) == (whole, 64 + 4 + 2)  # while the others, and two of these, answer
     assert judged(1, 0) == (whole, 1 + 1)  # one is judged while the one before answers
+
+
+@pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+def test_more_log_probabilities_than_the_engine_tells_are_refused(field: str) -> None:
+    make_core().check(Request((1,), replace(GREEDY, **{field: 20})))
+    make_core(max_logprobs=100).check(Request((1,), replace(GREEDY, **{field: 100})))
+    for core, count, most in ((make_core(), 21, 20), (make_core(max_logprobs=3), 4, 3)):
+        with pytest.raises(
+            RequestError, match=f"^{field} is {count}, expected at most .* max_logprobs, which is {most}"
+        ):
+            core.add(Request((1,), replace(GREEDY, **{field: count})))
 
 
 def test_abort_anywhere() -> None:
