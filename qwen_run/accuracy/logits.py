@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from qwen_run.runtime.machine import physical_cores
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int32]
@@ -88,14 +85,15 @@ class FullLogits:
         spread_ids = rng.integers(vocab_size, size=(len(self), SPREAD_SAMPLE), dtype=np.int32)
         top_ids, tail_ids = np.empty((len(self), top), np.int32), np.empty((len(self), tail), np.int32)
         logsumexp, tail_logsumexp, norm = np.empty((3, len(self)))
+        row, weights = np.empty((2, vocab_size))
         for t, values in enumerate(self.values):
-            row = _float64(values)
+            _float64(values, row)
             ids = np.argpartition(row, -top)[-top:]
             top_ids[t] = ids[np.argsort(-row[ids], kind="stable")]
-            logsumexp[t], norm[t] = _logsumexp(row), np.linalg.norm(row)
+            logsumexp[t], norm[t] = _logsumexp(row, weights), np.linalg.norm(row)
             row[ids] = LOWEST
-            tail_logsumexp[t] = _logsumexp(row)
-            tail_ids[t] = _systematic_sample(np.exp(row - row.max()), tail, rng)
+            tail_logsumexp[t] = _logsumexp(row, weights)
+            tail_ids[t] = _systematic_sample(weights, tail, rng)
 
         def logits(ids: Ids) -> NDArray[np.float32]:
             return np.take_along_axis(self.values, ids, axis=1)
@@ -106,14 +104,16 @@ class FullLogits:
             logits(np.maximum(known, 0))[:, 0], logsumexp, tail_logsumexp, norm,
         )  # fmt: skip
 
-    def _compare_row(self, t: int, engine: Floats, following: int) -> dict[str, float]:
-        reference = _float64(self.values[t])
+    def _compare_row(self, t: int, engine: Floats, following: int, scratch: Sequence[Floats]) -> dict[str, float]:
+        """Values of one position; ``engine`` and every array of ``scratch`` are (vocab_size,) and written to."""
+        reference, weights, difference = scratch
+        _float64(self.values[t], reference)
+        np.subtract(reference, engine, out=difference)
         largest = reference.max()
-        weights = np.exp(reference - largest)
-        total = weights.sum()
-        logsumexp, engine_logsumexp = largest + np.log(total), _logsumexp(engine)
-        difference = reference - engine
-        kl = weights @ difference / total - (logsumexp - engine_logsumexp)
+        logsumexp = _logsumexp(reference, weights)
+        kl = weights @ difference / weights.sum()
+        engine_logsumexp = _logsumexp(engine, weights)
+        kl -= logsumexp - engine_logsumexp
         np.abs(difference, out=difference)
         first, best = _best(engine)
         fifth = np.partition(self.values[t], -len(best))[-len(best)]  # in float32: twice as fast, and the same number
@@ -165,14 +165,15 @@ class TopLogits:
     def __len__(self) -> int:
         return len(self.top_ids)
 
-    def _compare_row(self, t: int, engine: Floats, following: int) -> dict[str, float]:
+    def _compare_row(self, t: int, engine: Floats, following: int, scratch: Sequence[Floats]) -> dict[str, float]:
+        """As that of :class:`FullLogits`."""
         top_ids, top = self.top_ids[t], _float64(self.top_logits[t])
         tail, spread = _float64(self.tail_logits[t]), _float64(self.spread_logits[t])
         engine_top, engine_tail, engine_spread = engine[top_ids], engine[self.tail_ids[t]], engine[self.spread_ids[t]]
         first, best = _best(engine)
         following_logit, square = engine[following], engine @ engine
         engine[top_ids] = LOWEST
-        engine_tail_logsumexp = _logsumexp(engine)
+        engine_tail_logsumexp = _logsumexp(engine, scratch[0])
         engine_logsumexp = np.logaddexp(_logsumexp(engine_top), engine_tail_logsumexp)
 
         log_p = np.append(top, self.tail_logsumexp[t]) - self.logsumexp[t]
@@ -216,13 +217,15 @@ def compare(reference: ReferenceLogits, logits: NDArray[np.float32], following: 
     assert logits.shape == (len(reference), reference.vocab_size), "the same positions and vocabulary"
     assert len(following) == len(logits)
 
-    def compare_row(t: int) -> dict[str, float]:
-        engine = _float64(logits[t])
+    rows = []
+    # memory for one position, taken once: taking it anew for each costs as much as the arithmetic
+    engine, *scratch = np.empty((4, reference.vocab_size))
+    for t, row in enumerate(logits):
+        _float64(row, engine)
         finite = np.isfinite(engine).all()
-        return reference._compare_row(t, engine, following[t]) if finite else dict.fromkeys(_FIELDS, np.nan)
-
-    with ThreadPoolExecutor(physical_cores()) as pool:  # NumPy lets others run while it computes
-        rows = list(pool.map(compare_row, range(len(logits))))
+        rows.append(
+            reference._compare_row(t, engine, following[t], scratch) if finite else dict.fromkeys(_FIELDS, np.nan)
+        )
     columns = {name: np.array([row[name] for row in rows], np.float64) for name in _FIELDS}
     for name in ("log_likelihood", "reference_log_likelihood"):
         columns[name] = columns[name][following >= 0]
@@ -249,14 +252,17 @@ def logit_pairs(reference: ReferenceLogits, logits: NDArray[np.float32], every: 
     return _float64(expected).ravel(), _float64(np.take_along_axis(logits[rows], ids, axis=1)).ravel()
 
 
-def _float64(logits: NDArray[np.float32]) -> Floats:
-    floored: Floats = np.maximum(logits, LOWEST, dtype=np.float64)
+def _float64(logits: NDArray[np.float32], out: Floats | None = None) -> Floats:
+    floored: Floats = np.maximum(logits, LOWEST, out=out, dtype=np.float64)
     return floored
 
 
-def _logsumexp(row: Floats) -> float:
+def _logsumexp(row: Floats, weights: Floats | None = None) -> float:
+    """The logarithm of the sum of ``exp(row)``; ``weights`` gets the addends over the largest of them."""
     largest = row.max()
-    return float(largest + np.log(np.exp(row - largest).sum()))
+    weights = np.subtract(row, largest, out=weights)
+    np.exp(weights, out=weights)
+    return float(largest + np.log(weights.sum()))
 
 
 def _best(row: Floats) -> tuple[int, NDArray[np.intp]]:
