@@ -40,6 +40,7 @@ PATHS = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "README.md",
     ROOT / "examples" / "qwen" / "README.md",
+    *(ROOT / name / "data" / "README.md" for name in ("benchmarks", "qwen_run/accuracy", "tests")),
 ]
 PAGES = {str(path.relative_to(ROOT)): Page.read(path, ROOT) for path in PATHS}
 COMMANDS: dict[str, click.Command] = {
@@ -71,6 +72,12 @@ def test_a_page_is_sound(name: str, check: str) -> None:
 def test_options_exist(name: str) -> None:
     page = here_column(PAGES[name]) if name == OTHERS else PAGES[name]
     assert unknown_options(page, COMMANDS) == []
+
+
+@pytest.mark.parametrize("check", ["links lead somewhere", "paths exist"])
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.stem)
+def test_a_kept_table_names_what_is_there(path: Path, check: str) -> None:
+    assert CHECKS[check](Page.read(path, ROOT)) == []
 
 
 MADE_UP = {
