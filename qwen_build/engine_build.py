@@ -30,7 +30,7 @@ from qwen_build.graph.architecture import layer_kind, module_parts
 from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
 from qwen_build.graph.weight_map import EMBEDDING, HEAD, AnySource, Source, check_layers, map_weights
-from qwen_build.plan.options import BuildOptions
+from qwen_build.plan.options import BuildOptions, ResolvedOptions
 from qwen_build.plan.scheme_plan import as_packed, plan_schemes
 from qwen_build.writing.output import check_output, engine_directory, resolved
 from qwen_build.writing.weights_file import (
@@ -73,7 +73,7 @@ class Plan:
     """Everything that is decided before the first weight is read."""
 
     located: Located
-    options: BuildOptions
+    options: ResolvedOptions
     config: ModelConfig
     schemes: Schemes
     graph: Graph
@@ -152,14 +152,14 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         BuildError: an option does not fit it.
     """
     config = ModelConfig.from_hf(located.path)
-    options = (options if config.packed is None else as_packed(options, config.packed)).resolved()
-    if options.block_size < KEY_TILE or options.block_size & (options.block_size - 1):
-        raise BuildError(f"block_size is {options.block_size}, expected a power of two from {KEY_TILE}")
+    filled = (options if config.packed is None else as_packed(options, config.packed)).resolved()
+    if filled.block_size < KEY_TILE or filled.block_size & (filled.block_size - 1):
+        raise BuildError(f"block_size is {filled.block_size}, expected a power of two from {KEY_TILE}")
     check_layers(config, checkpoint)
     text = read_text_files(located.path, config)
-    max_seq_len = _max_seq_len(options, config)
-    schemes = plan_schemes(options, config, checkpoint)
-    inputs = (*BATCH_INPUTS, *_states(options, config))
+    max_seq_len = _max_seq_len(filled, config)
+    schemes = plan_schemes(filled, config, checkpoint)
+    inputs = (*BATCH_INPUTS, *_states(filled, config))
     graph = build_graph(config, schemes, inputs, max_seq_len)
     shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in graph.stored.items()}
     scales = [name for name in graph.plain if name.endswith(".input_scale")]  # no checkpoint has them
@@ -168,14 +168,14 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     sources |= {name: Source(((name, (1,)),)) for name in scales}
     return Plan(
         located=located,
-        options=options,
+        options=filled,
         config=config,
         schemes=schemes,
         graph=graph,
         sources=sources,
         layout=plan_layout(graph, sources),
         inputs=inputs,
-        calibration=plan_calibration(options, config, schemes, located.path),
+        calibration=plan_calibration(filled, config, schemes, located.path),
         text=text,
         dtype=checkpoint.dtype,
         max_seq_len=max_seq_len,
@@ -221,14 +221,13 @@ def write_engine(
     return manifest
 
 
-def _states(options: BuildOptions, config: ModelConfig) -> Iterator[TensorSpec]:
+def _states(options: ResolvedOptions, config: ModelConfig) -> Iterator[TensorSpec]:
     """What the layers keep between runs, layer after layer."""
-    assert options.kv_cache_dtype is not None
     for layer in range(config.num_hidden_layers):
         yield from layer_kind(config, layer).states(config, layer, options.block_size, options.kv_cache_dtype)
 
 
-def _max_seq_len(options: BuildOptions, config: ModelConfig) -> int:
+def _max_seq_len(options: ResolvedOptions, config: ModelConfig) -> int:
     trained = config.max_position_embeddings
     chosen = trained if options.max_seq_len is None else options.max_seq_len
     if chosen > trained:

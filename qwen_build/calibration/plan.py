@@ -14,41 +14,33 @@ from qwen_build.calibration.text import read_sequences
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.graph.architecture import LAYER, linear_names
 from qwen_build.graph.layers import Schemes
-from qwen_build.plan.options import CALIBRATED, BuildOptions
+from qwen_build.plan.options import CALIBRATED, DEFAULT_ALPHA, ResolvedOptions
 from qwen_build.quantization.schemes import IntScheme
 from qwen_engine.errors import BuildError
 
 INT4_METHODS = ("rtn", "awq", "gptq")  # the choices of --int4-method
 
 
-def _smoothquant(options: BuildOptions) -> Method:
-    assert options.alpha is not None, "resolved options"
-    return SmoothQuant(options.alpha)
-
-
 # any of them -> the method, as the options want it
-METHODS: dict[str, Callable[[BuildOptions], Method]] = {
+METHODS: dict[str, Callable[[ResolvedOptions], Method]] = {
     "rtn": lambda options: Method(),
     "awq": lambda options: Awq(),
     "gptq": lambda options: Gptq(),
-    "smoothquant": _smoothquant,
+    "smoothquant": lambda options: SmoothQuant(DEFAULT_ALPHA if options.alpha is None else options.alpha),
 }
 
 
 def plan_calibration(
-    options: BuildOptions, config: ModelConfig, schemes: Schemes, directory: Path
+    options: ResolvedOptions, config: ModelConfig, schemes: Schemes, directory: Path
 ) -> Calibration | None:
     """What calibrates the linears of the decoder layers; None if all of them are rounded to the nearest.
 
     Args:
-        options: resolved.
         directory: of the checkpoint.
 
     Raises:
         BuildError: an option is of no use, or the text cannot be used.
     """
-    assert options.quant is not None
-    assert options.int4_method is not None
     if options.int4_method not in INT4_METHODS:
         raise BuildError(f"--int4-method {options.int4_method} is not one of {', '.join(INT4_METHODS)}")
     choices = {name: schemes.choice_of(name) for name in linear_names(config) if LAYER.match(name)}
@@ -73,7 +65,7 @@ def plan_calibration(
     return Calibration(names, methods, sequences, rounded)
 
 
-def _check_smoothing(options: BuildOptions, schemes: Iterable[IntScheme]) -> None:
+def _check_smoothing(options: ResolvedOptions, schemes: Iterable[IntScheme]) -> None:
     """Refuse an ``alpha`` that nobody reads or that is no such number, and smoothing for which no input is rounded."""
     if options.quant != "smoothquant":
         if options.alpha is not None:

@@ -17,7 +17,7 @@ from onnxscript import OpBuilder, nn
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.graph.architecture import LinearSpec, layer_kind
 from qwen_build.graph.weight_map import EMBEDDING, HEAD
-from qwen_build.quantization.schemes import Fusion, NativeInt, Norm, Scheme
+from qwen_build.quantization.schemes import Fusion, NativeInt, Norm, Scheme, WeightShape
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
     CUMULATIVE_LENGTHS,
@@ -98,9 +98,9 @@ class StoredModule(nn.Module):
 
     gated_panels = False  # whether rows of two halves take turns, see qwen_plugin/layout.py
 
-    def __init__(self, out_features: int, in_features: int, scheme: Scheme):
+    def __init__(self, shape: WeightShape, scheme: Scheme):
         super().__init__()
-        self.shape, self.scheme = (out_features, in_features), scheme
+        self.shape, self.scheme = shape, scheme
         for name, part in scheme.parts(self.shape).items():
             setattr(self, name, nn.Parameter(self.declared_shape(part.shape), part.dtype))
 
@@ -125,23 +125,23 @@ class Linear(StoredModule):
     This is the only place that knows which schemes compute the surroundings in the operator of the product.
 
     Args:
-        permutation: of the input's columns, see :class:`SchemeChoice`.
-        gated: whether outputs are silu of the product's first half times its second.
+        shape: (out_features, in_features)
         input_name: the name under which the layers graph exposes the product's input; None: not at all.
         output_name: the same of the product.
+        gated: whether outputs are silu of the product's first half times its second.
     """
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        shape: WeightShape,
         choice: SchemeChoice,
         bias: bool = False,
         input_name: str | None = None,
         output_name: str | None = None,
         gated: bool = False,
     ):
-        super().__init__(out_features, in_features, choice.scheme)
+        super().__init__(shape, choice.scheme)
+        out_features = shape[0]
         self.permutation, self.gated = choice.permutation, gated
         self.gated_panels = gated and isinstance(choice.scheme, NativeInt) and out_features % PANEL == 0
         self.bias = nn.Parameter((out_features,)) if bias else None
@@ -209,7 +209,7 @@ def linears_reading(
     def add(name: str, rows: int, spec: LinearSpec, choice: SchemeChoice, gated: bool) -> None:
         exposed = None if found else f"{path}.{input_name}"
         output = output_name and f"{path}.{output_name}"
-        linear = Linear(spec.reads.size(config), rows, choice, spec.bias(config), exposed, output, gated)
+        linear = Linear((rows, spec.reads.size(config)), choice, spec.bias(config), exposed, output, gated)
         found[name.rpartition(".")[2]] = linear
 
     for name, specs in groups.items():

@@ -59,7 +59,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, schemes.choice_of("model.embed_tokens").scheme
+            (config.vocab_size, config.hidden_size), schemes.choice_of("model.embed_tokens").scheme
         )
         self.layers = nn.ModuleList([DecoderLayer(config, i, schemes) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -80,7 +80,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = Decoder(config, schemes)
         self.lm_head = Linear(
-            config.hidden_size, config.vocab_size, schemes.choice_of("lm_head"), input_name="model.norm"
+            (config.vocab_size, config.hidden_size), schemes.choice_of("lm_head"), input_name="model.norm"
         )
 
     def forward(self, op: OpBuilder, step: StepTensors) -> ir.Value:

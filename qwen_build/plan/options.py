@@ -19,16 +19,22 @@ DEFAULT_ALPHA: Literal["auto"] = "auto"
 class BuildOptions:
     """What a user may choose; None means the default that goes with ``quant``.
 
-    ``quant`` None is int4, or what the checkpoint is stored in. ``exclude`` are patterns of linears to keep float,
-    ``quant_config`` schemes of others, see :mod:`qwen_build.plan.rules`.
+    A float engine keeps embedding and cache in float32, so that it equals Hugging Face; a quantised one stores the
+    embedding in int8 and the cache in float16, whose error is far below that of its linears.
 
-    A float engine keeps embedding and cache in float32, so that it equals Hugging Face; a quantised one
-    stores the embedding in int8 and the cache in float16, whose error is far below that of its linears.
-    The default of ``activations`` goes with ``kernels``, see ``quantize.KERNELS``. ``weight_scales`` and
-    ``activation_scales`` are those of the linears that ``quant`` speaks of: embedding, head and what ``quant_config``
-    names have the usual ones, see ``quantize.make_scheme``. ``alpha`` is that of "smoothquant", from 0 to 1, or "auto".
-    ``block_size`` is tokens a cache block: attention over long contexts is a tenth slower with 32 and hardly faster
-    with 128, see ``benchmarks/results/attention.md``.
+    Attributes:
+        quant: None is int4, or what the checkpoint is stored in.
+        activations: the default goes with ``kernels``, see ``KERNELS`` in ``quantization/schemes.py``.
+        weight_scales, activation_scales: of the linears that ``quant`` speaks of; embedding, head and what
+            ``quant_config`` names have the usual ones, see ``make_scheme`` there.
+        block_size: tokens of a cache block. Attention over long contexts is a tenth slower with 32 and hardly faster
+            with 128, see ``benchmarks/results/attention.md``.
+        exclude: patterns of linears to keep float.
+        quant_config: the schemes of others, see :mod:`qwen_build.plan.rules`.
+        alpha: of "smoothquant", from 0 to 1, or "auto".
+        int4_method: how int4 weights are rounded.
+        calibration: a file of text to calibrate with.
+        calibration_tokens: how much of it to read.
     """
 
     quant: str | None = None
@@ -49,7 +55,7 @@ class BuildOptions:
     calibration: Path | None = None
     calibration_tokens: int | None = None
 
-    def resolved(self) -> BuildOptions:
+    def resolved(self) -> ResolvedOptions:
         """The options with every default filled in but those that the checkpoint decides.
 
         These are ``max_seq_len`` and ``group_size``, which is 32; but where the linears are int4, embedding and head in
@@ -64,4 +70,15 @@ class BuildOptions:
             "embedding_quant": self.embedding_quant or ("none" if exact else "int8"),
             "kv_cache_dtype": self.kv_cache_dtype or ("float32" if exact else "float16"),
         }
-        return BuildOptions(**fields)
+        return ResolvedOptions(**fields)
+
+
+@dataclass(frozen=True)
+class ResolvedOptions(BuildOptions):
+    """Options of a build, every default filled in but those that the checkpoint decides."""
+
+    quant: str = "int4"
+    weight_scales: str = "group"
+    embedding_quant: str = "int8"
+    kv_cache_dtype: str = "float16"
+    int4_method: str = "rtn"

@@ -10,7 +10,7 @@ from qwen_build.checkpoint.packed import PackedFormat
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.architecture import linear_names
 from qwen_build.graph.layers import Schemes
-from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions
+from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions, ResolvedOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
 from qwen_build.quantization.schemes import Scheme, make_scheme
 from qwen_engine.errors import BuildError
@@ -37,11 +37,8 @@ def as_packed(options: BuildOptions, packed: PackedFormat) -> BuildOptions:
     return dataclasses.replace(options, quant=packed.quant, activation_scales=options.activation_scales or "group")
 
 
-def plan_schemes(options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint) -> Schemes:
+def plan_schemes(options: ResolvedOptions, config: ModelConfig, checkpoint: Checkpoint) -> Schemes:
     """The scheme of every linear. What a packed checkpoint left float stays so.
-
-    Args:
-        options: resolved.
 
     Raises:
         BuildError: they contradict each other or the checkpoint, or a pattern decides nothing.
@@ -63,8 +60,6 @@ def plan_schemes(options: BuildOptions, config: ModelConfig, checkpoint: Checkpo
 
     if options.exclude and options.quant == "none":
         raise BuildError("--exclude keeps linears float, as --quant none keeps all of them; leave one out")
-    assert options.quant is not None
-    assert options.embedding_quant is not None
     _check_scales(options)
     scales = {"weight_scales": options.weight_scales, "activation_scales": options.activation_scales}
     packed = {}
@@ -80,7 +75,7 @@ def plan_schemes(options: BuildOptions, config: ModelConfig, checkpoint: Checkpo
     )
 
 
-def _embedding_group_size(options: BuildOptions, config: ModelConfig) -> int | None:
+def _embedding_group_size(options: ResolvedOptions, config: ModelConfig) -> int | None:
     """That of embedding and head, where it is not that of all linears.
 
     Beside int4, what int8 rounds does not show, whatever its groups. On 15 documents of WikiText-2 the demo's KL is
@@ -92,7 +87,7 @@ def _embedding_group_size(options: BuildOptions, config: ModelConfig) -> int | N
     return max((size for size in GROUP_SIZES if config.hidden_size % size == 0), default=None)
 
 
-def _check_scales(options: BuildOptions) -> None:
+def _check_scales(options: ResolvedOptions) -> None:
     """Refuse scales that the weights do not have, or that only calibration finds."""
     for name, calibrated in (("weight_scales", "tensor"), ("activation_scales", "static")):
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
