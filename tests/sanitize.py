@@ -1,5 +1,7 @@
-"""Runs the operator tests on a library compiled with AddressSanitizer and UBSan, and a stress test of the plugin's
-threads with ThreadSanitizer: ``python tests/sanitize.py``, with options for pytest after it.
+"""Runs the operators under sanitizers: ``python tests/sanitize.py``, with options for pytest after it.
+
+Their tests, and random calls of them, run on a library compiled with AddressSanitizer and UBSan; a stress test of the
+plugin's threads runs with ThreadSanitizer.
 
 Needs g++. A finding ends the run with the sanitizer's report. Leaks are not looked for: the interpreter has its own.
 """
@@ -11,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+FUZZ_SECONDS = 60
 CSRC = ROOT / "qwen_plugin" / "csrc"
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
@@ -44,7 +47,9 @@ def main() -> int:
         tests = [f"tests/qwen_plugin/test_{name}.py" for name in ("attention", "linear", "linear_amx", "threads")]
         command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests]
         command += sys.argv[1:]
-        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+        subprocess.run(command, check=True, cwd=ROOT, env=environment)
+        fuzz = [sys.executable, "-m", "fuzz.operators", "--seconds", str(FUZZ_SECONDS)]
+        return subprocess.run(fuzz, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT / "tests")}).returncode
 
 
 if __name__ == "__main__":
