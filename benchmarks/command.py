@@ -7,10 +7,17 @@ from collections.abc import Callable
 
 from qwen_engine.errors import QwenError
 
+# What some benchmarks need and the package does not -> the extra that installs it.
+EXTRAS = {"torch": "hf", "transformers": "hf", "gguf": "demo"}
+
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; an error of the project is one line on standard error, and exit code 1."""
+    """Call ``main``; an error of the project, or a missing extra, is one line on standard error and exit code 1."""
     try:
         main()
     except QwenError as error:
         sys.exit(f"Error: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        sys.exit(f"Error: the package {error.name} is not installed; run pip install -e '.[{EXTRAS[error.name]}]'")

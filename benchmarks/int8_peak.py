@@ -8,6 +8,7 @@ AVX2's products of bytes, each added up in 16 bits.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import subprocess
 import tempfile
@@ -113,5 +114,7 @@ def int8_peak(threads: int, tiles: bool = True) -> tuple[str, float] | None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     for threads in (1, 2):
         print(threads, "threads:", int8_peak(threads))

@@ -405,11 +405,22 @@ def find_pythons(environments: Sequence[Path]) -> dict[str, Path]:
     return pythons
 
 
+def pinned(package: str) -> str:
+    """``package`` with the version of constraints.txt, where that has it.
+
+    Of torch it matters: where an index offers a CPU build of that version, pip takes it, and of the newest version a
+    build with gigabytes of GPU libraries.
+    """
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if line.startswith(f"{package}==")), package)
+
+
 def install(environment: Path) -> None:
     """A virtual environment with all peers; llama.cpp is compiled for this machine, which takes many minutes."""
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     pip: list[str | Path] = [environment / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "openvino-genai", "onnxruntime-genai", *BUILDER_PACKAGES], check=True)
+    builder = [pinned(package) for package in BUILDER_PACKAGES]
+    subprocess.run([*pip, "openvino-genai", "onnxruntime-genai", *builder], check=True)
     llama_cpp = [*pip, "--no-binary", "llama-cpp-python", "llama-cpp-python"]
     subprocess.run(llama_cpp, check=True, env=os.environ | LLAMA_CPP_BUILD)
 

@@ -348,6 +348,9 @@ def memory_bytes(field):
 
 
 def main():
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is no answer
     program, options, vocab_size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])

@@ -16,15 +16,17 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-import torch
-import transformers
 
+from benchmarks.command import run
 from qwen_run.accuracy.datasets import Document, built_in_documents
 from qwen_run.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # --help needs no torch
+    import torch
 
 VOCAB_SIZE = 3072
 WINDOW = 1024
@@ -44,10 +46,9 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 CONFIGS = {
-    "qwen2-small": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3-small": transformers.Qwen3Config(
-        **SIZES | {"num_attention_heads": 6}, head_dim=64, tie_word_embeddings=False
-    ),
+    "qwen2-small": SIZES | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3-small": SIZES
+    | {"model_type": "qwen3", "num_attention_heads": 6, "head_dim": 64, "tie_word_embeddings": False},
 }
 BATCH = 2
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY, DROPOUT = 2e-3, 50, 0.3, 0.2
@@ -72,12 +73,19 @@ def train_tokenizer(documents: Iterable[Document], directory: Path) -> None:
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> torch.Tensor:
     """The ids (T,) int64 of all documents, an end of text after each."""
+    import torch
+
     return torch.tensor([token for one in documents for token in [*tokenizer.encode(one.document), 0]])
 
 
-def new_model(config: transformers.PretrainedConfig) -> Any:
+def new_model(config: dict[str, Any]) -> Any:
     """A model with random norms and biases, and dropout behind every block."""
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), dtype=torch.float32
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -97,6 +105,8 @@ def new_model(config: transformers.PretrainedConfig) -> Any:
 
 def perplexity(model: Any, token_ids: torch.Tensor) -> float:
     """``exp`` of the mean negative log-likelihood over windows of ``WINDOW`` tokens."""
+    import torch
+
     windows = token_ids[: len(token_ids) // WINDOW * WINDOW].view(-1, 1, WINDOW)
     model.eval()
     with torch.no_grad():
@@ -106,12 +116,17 @@ def perplexity(model: Any, token_ids: torch.Tensor) -> float:
 
 def unigram_perplexity(text: torch.Tensor, held_out: torch.Tensor) -> float:
     """That of the best guess that looks at no context: the frequencies of the training text."""
+    import torch
+
     counts = torch.bincount(text, minlength=VOCAB_SIZE) + 1.0
     return math.exp(-torch.log(counts / counts.sum())[held_out].mean().item())
 
 
 def train(model: Any, text: torch.Tensor, held_out: torch.Tensor, epochs: int) -> None:
     """AdamW with a cosine decay, on windows that begin elsewhere in every epoch."""
+    import torch
+    import transformers
+
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -147,6 +162,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    import torch
+
     torch.set_num_threads(arguments.threads)
     texts = built_in_documents("default", "calibration")
     for name in arguments.models or CONFIGS:
@@ -167,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

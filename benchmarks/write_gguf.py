@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
+from benchmarks.command import run
 from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.safetensors import Checkpoint
@@ -33,6 +33,8 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     Raises:
         ValueError: it is of another family than Qwen2.
     """
+    import gguf
+
     config = read_json(checkpoint / "config.json")
     if config["model_type"] != "qwen2":
         raise ValueError(f"its model_type is {config['model_type']!r}; GGUF is written of 'qwen2' alone")
@@ -76,6 +78,8 @@ def _stem(name: str) -> str:
 
 def _quantized(weights: Checkpoint, name: str, shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, None, Any]:
     """Arguments of ``add_tensor`` after the name."""
+    import gguf
+
     dtype = gguf.GGMLQuantizationType[kind]
     parts = [
         gguf.quantize(weights.read(name, start, min(start + ROWS_AT_A_TIME, shape[0])), dtype)
@@ -126,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
