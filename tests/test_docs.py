@@ -36,7 +36,7 @@ from qwen_run.runtime.core import CoreOptions
 ROOT = Path(__file__).parents[1]
 README = Page.read(ROOT / "README.md", ROOT)
 PATHS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "README.md",
     ROOT / "examples" / "qwen" / "README.md",
@@ -109,6 +109,15 @@ def test_the_readme_is_short_and_opens_with_the_two_commands() -> None:
     lines = README.text.splitlines()
     assert lines[2] == "```"
     assert [line.partition("#")[0].strip() for line in lines[3:5]] == ["make demo", "make test"]
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    chinese = PAGES["README.zh-CN.md"]
+    assert chinese.fences == README.fences
+    assert len(chinese.headings) == len(README.headings)
+    assert sorted(set(chinese.targets) - {"README.md"}) == sorted(set(README.targets) - {"README.zh-CN.md"})
+    for pattern in (r"\d[\d.,]*\d|\d", r"`[^`\n]+`"):
+        assert sorted(re.findall(pattern, chinese.prose)) == sorted(re.findall(pattern, README.prose))
 
 
 def test_the_index_names_every_page() -> None:
@@ -315,6 +324,7 @@ EXAMPLES = {
     f"{name}:{index}": fence.text
     for name, page in PAGES.items()
     for index, fence in enumerate(fence for fence in page.fences if fence.language == "python")
+    if name != "README.zh-CN.md"  # has those of README.md
 }
 
 

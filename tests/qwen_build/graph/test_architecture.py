@@ -8,7 +8,7 @@ import pytest
 
 from cases.configs import PUBLISHED
 from cases.made_up import add_made_up
-from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
 from qwen_build.graph.architecture import LAYER_KINDS, distinct_kinds, layer_kind, linear_names, module_parts
 from qwen_build.graph.model import BLOCK_MODULES
 from qwen_engine.errors import UnsupportedModel
