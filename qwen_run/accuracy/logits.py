@@ -90,7 +90,7 @@ class FullLogits:
             _float64(values, row)
             ids = np.argpartition(row, -top)[-top:]
             top_ids[t] = ids[np.argsort(-row[ids], kind="stable")]
-            logsumexp[t], norm[t] = _logsumexp(row, weights), np.linalg.norm(row)
+            logsumexp[t], norm[t] = _logsumexp(row, weights), math.sqrt(_dot(row, row))
             row[ids] = LOWEST
             tail_logsumexp[t] = _logsumexp(row, weights)
             tail_ids[t] = _systematic_sample(weights, tail, rng)
@@ -111,7 +111,8 @@ class FullLogits:
         np.subtract(reference, engine, out=difference)
         largest = reference.max()
         logsumexp = _logsumexp(reference, weights)
-        kl = weights @ difference / weights.sum()
+        total = weights.sum()
+        kl = np.multiply(weights, difference, out=weights).sum() / total
         engine_logsumexp = _logsumexp(engine, weights)
         kl -= logsumexp - engine_logsumexp
         np.abs(difference, out=difference)
@@ -121,7 +122,7 @@ class FullLogits:
             "kl": max(kl, 0.0),  # rounding may leave a sum of nothing at -1e-16
             "max_difference": difference.max(),
             "mean_difference": difference.mean(),
-            "cosine": _cosine(reference @ engine, reference @ reference, engine @ engine),
+            "cosine": _cosine(_dot(reference, engine), _dot(reference, reference), _dot(engine, engine)),
             "top1": reference[first] > largest - TIE,
             "top5": np.mean(reference[best] > fifth - TIE),
             "log_likelihood": engine[following] - engine_logsumexp,
@@ -171,7 +172,7 @@ class TopLogits:
         tail, spread = _float64(self.tail_logits[t]), _float64(self.spread_logits[t])
         engine_top, engine_tail, engine_spread = engine[top_ids], engine[self.tail_ids[t]], engine[self.spread_ids[t]]
         first, best = _best(engine)
-        following_logit, square = engine[following], engine @ engine
+        following_logit, square = engine[following], _dot(engine, engine)
         engine[top_ids] = LOWEST
         engine_tail_logsumexp = _logsumexp(engine, scratch[0])
         engine_logsumexp = np.logaddexp(_logsumexp(engine_top), engine_tail_logsumexp)
@@ -263,6 +264,11 @@ def _logsumexp(row: Floats, weights: Floats | None = None) -> float:
     weights = np.subtract(row, largest, out=weights)
     np.exp(weights, out=weights)
     return float(largest + np.log(weights.sum()))
+
+
+def _dot(row: Floats, other: Floats) -> float:
+    """Without BLAS, whose threads cost ten times the product where other processes keep them waiting."""
+    return float(np.einsum("i,i->", row, other))
 
 
 def _best(row: Floats) -> tuple[int, NDArray[np.intp]]:
