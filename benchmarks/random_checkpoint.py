@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from qwen_build.checkpoint.safetensors import LazyTensor, write_safetensors
+from qwen_build.checkpoint.safetensors_file import LazyTensor, write_safetensors
 
 SHARD_BYTES = 5_000_000_000
 # values that are used again and again, from different starts

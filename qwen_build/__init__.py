@@ -22,6 +22,7 @@ class BuildChoices(TypedDict, total=False):
     symmetric: bool | None
     embedding_quant: str | None
     exclude: str | Sequence[str]
+    ignore_tensors: str | Sequence[str]
     quant_config: str | Path | None
     kernels: str
     activations: str | None

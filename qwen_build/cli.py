@@ -88,6 +88,12 @@ class Size(click.ParamType[Any]):
     help="Keep the linear layers float whose names match, such as lm_head or 'model.layers.0.*'; may be repeated.",
 )
 @click.option(
+    "--ignore-tensors",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave tensors of the checkpoint out that the model does without, such as 'visual.*'; may be repeated.",
+)
+@click.option(
     "--quant-config",
     type=click.Path(path_type=Path),
     metavar="FILE",

@@ -164,8 +164,8 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in graph.stored.items()}
     scales = [name for name in graph.plain if name.endswith(".input_scale")]  # no checkpoint has them
     shapes |= {name: tuple(value.shape) for name, value in graph.plain.items() if name not in scales}
-    sources = map_weights(shapes, checkpoint, config)
-    sources |= {name: Source(((name, (1,)),)) for name in scales}
+    mapped = map_weights(shapes, checkpoint, config, options.ignore_tensors)
+    sources = mapped.sources | {name: Source(((name, (1,)),)) for name in scales}
     return Plan(
         located=located,
         options=filled,
@@ -179,7 +179,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         text=text,
         dtype=checkpoint.dtype,
         max_seq_len=max_seq_len,
-        notes=(*config.notes, *text.notes),
+        notes=(*config.notes, *text.notes, *checkpoint.notes, *mapped.notes),
     )
 
 
@@ -318,7 +318,7 @@ def _digests(plan: Plan, checkpoint: Checkpoint) -> Iterator[Callable[[], dict[s
             raise CancelledError
 
     with ThreadPoolExecutor(1, "digests") as pool:
-        future = pool.submit(digest_files, paths, stop_when_told)
+        future = pool.submit(digest_files, paths, stop_when_told, plan.located.path)
         try:
             yield future.result
         finally:

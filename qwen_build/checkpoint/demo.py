@@ -19,7 +19,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qwen_build.checkpoint.files import digest_files, read_json
-from qwen_build.checkpoint.safetensors import WEIGHTS_FILE, Float32, LazyTensor, write_safetensors
+from qwen_build.checkpoint.safetensors_file import Float32, LazyTensor, write_safetensors
+from qwen_build.checkpoint.shards import WEIGHTS_FILE
 from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.user_cache import FOLDER
 from qwen_engine.whole_files import whole_directory

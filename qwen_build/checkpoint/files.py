@@ -32,8 +32,8 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def check_inside(path: Path) -> None:
-    """Refuse a link out of the directory of ``path``: what it names would be read, and copied into engines.
+def check_inside(path: Path, directory: Path | None = None) -> None:
+    """Refuse a link out of ``directory``, that of ``path`` by default: what it names would end up in engines.
 
     A snapshot of the Hub's cache consists of links to ``blobs`` beside ``snapshots``, which belong to it.
 
@@ -41,7 +41,7 @@ def check_inside(path: Path) -> None:
         CheckpointError: names the link and where it leads.
     """
     real = Path(os.path.realpath(path))
-    home = Path(os.path.realpath(path.parent))
+    home = Path(os.path.realpath(path.parent if directory is None else directory))
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
@@ -51,11 +51,14 @@ def check_inside(path: Path) -> None:
         )
 
 
-def digest_files(paths: Iterable[Path], progress: Callable[[int], object] | None = None) -> dict[str, str]:
+def digest_files(
+    paths: Iterable[Path], progress: Callable[[int], object] | None = None, directory: Path | None = None
+) -> dict[str, str]:
     """The sha256 of each file in hexadecimal, by file name.
 
     Args:
         progress: called with the number of bytes after each piece.
+        directory: of all of them, to name those in its folders by their way there.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -72,5 +75,5 @@ def digest_files(paths: Iterable[Path], progress: Callable[[int], object] | None
                         progress(count)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        digests[path.name] = digest.hexdigest()
+        digests[path.relative_to(directory).as_posix() if directory else path.name] = digest.hexdigest()
     return digests

@@ -7,8 +7,10 @@ graph has the parts, by their own names.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,12 +18,10 @@ from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.packed import PackedSource, Shape, is_packed
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.architecture import LAYER, module_parts
+from qwen_build.graph.leftovers import pass_over
 from qwen_engine.errors import CheckpointError, WeightMismatch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-# tensors some checkpoints have and no graph needs
-IGNORED = ("rotary_emb.inv_freq",)
 
 # Rows of a tied head that are compared with the embedding at a time.
 _COMPARED_ROWS = 4096
@@ -63,26 +63,39 @@ def source(name: str, shape: Shape, config: ModelConfig) -> Source:
     return Source(tuple((f"{part}.{kind}", (rows, *shape[1:])) for part, rows in parts))
 
 
-def map_weights(shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig) -> dict[str, AnySource]:
-    """The source of each graph weight, after graph and checkpoint were found to agree both ways.
+class MappedWeights(NamedTuple):
+    """The source of each graph weight, and a sentence about each kind of tensor that is left out."""
+
+    sources: dict[str, AnySource]
+    notes: tuple[str, ...]
+
+
+def map_weights(
+    shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig, ignored: Iterable[str] = ()
+) -> MappedWeights:
+    """Find the source of each graph weight; graph and checkpoint must agree both ways.
 
     Args:
         shapes: graph weight name -> the (out_features, in_features) or (size,) the graph declares for it.
+        ignored: patterns of tensors that are left out.
 
     Raises:
         WeightMismatch: tensors are missing, unused, or of another shape; all of them in one message.
+        CheckpointError: a tensor is stored in a way that cannot be read.
+        BuildError: a pattern matches nothing, or what is needed.
     """
     floats = {name: source(name, shape, config) for name, shape in shapes.items()}
     plan = {name: packed_source(mapped, checkpoint, config) or mapped for name, mapped in floats.items()}
     needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
-    present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if not name.endswith(IGNORED)}
-    for name in [name for name in present.keys() - needed.keys() if is_empty_bias(name, checkpoint)]:
-        del present[name]
+    passed, notes = pass_over(needed, checkpoint, ignored)
+    present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in passed}
     stored_head = present.pop(HEAD, None) if config.tie_word_embeddings else None
+    checkpoint.check_readable(needed)
     check_agreement(needed, present)
     if stored_head is not None:
+        checkpoint.check_readable([HEAD])
         check_tied(checkpoint)
-    return plan
+    return MappedWeights(plan, notes)
 
 
 def packed_source(floats: Source, checkpoint: Checkpoint, config: ModelConfig) -> PackedSource | None:
@@ -91,12 +104,6 @@ def packed_source(floats: Source, checkpoint: Checkpoint, config: ModelConfig) -
     if config.packed is None or not all(is_packed(checkpoint, linear) for linear, _ in linears):
         return None
     return PackedSource(config.packed, tuple((linear, shape[0]) for linear, shape in linears), linears[0][1][1])
-
-
-def is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether ``name`` is the bias of zeros that AutoGPTQ gives a packed linear which has none."""
-    linear, _, kind = name.rpartition(".")
-    return kind == "bias" and is_packed(checkpoint, linear) and not checkpoint.read(name).any()
 
 
 def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -125,8 +132,13 @@ def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -
         for name in sorted(needed.keys() & present.keys())
         if needed[name] != present[name]
     ]
-    if complaints:
-        raise WeightMismatch("; ".join(complaints))
+    if not complaints:
+        return
+    if unused and not missing:
+        complaints.append(
+            f"what the model does without can be left out, as with --ignore-tensors {shlex.quote(unused[0])}"
+        )
+    raise WeightMismatch("; ".join(complaints))
 
 
 def check_tied(checkpoint: Checkpoint) -> None:

@@ -30,6 +30,7 @@ class BuildOptions:
         block_size: tokens of a cache block. Attention over long contexts is a tenth slower with 32 and hardly faster
             with 128, see ``benchmarks/results/attention.md``.
         exclude: patterns of linears to keep float.
+        ignore_tensors: patterns of tensors of the checkpoint to leave out.
         quant_config: the schemes of others, see :mod:`qwen_build.plan.rules`.
         alpha: of "smoothquant", from 0 to 1, or "auto".
         int4_method: how int4 weights are rounded.
@@ -49,6 +50,7 @@ class BuildOptions:
     max_seq_len: int | None = None
     block_size: int = 64
     exclude: tuple[str, ...] = ()
+    ignore_tensors: tuple[str, ...] = ()
     quant_config: tuple[Rule, ...] = ()
     alpha: float | Literal["auto"] | None = None
     int4_method: str | None = None

@@ -102,8 +102,9 @@ def build_options(options: Mapping[str, Any]) -> BuildOptions:
     if unknown := sorted(options.keys() - BuildOptions.__dataclass_fields__.keys()):
         raise BuildError(f"unknown option {unknown[0]}, expected {', '.join(BuildOptions.__dataclass_fields__)}")
     given = dict(options)
-    if isinstance(given.get("exclude"), str):
-        given["exclude"] = (given["exclude"],)
+    for name in ("exclude", "ignore_tensors"):
+        if isinstance(given.get(name), str):
+            given[name] = (given[name],)
     if isinstance(given.get("quant_config"), (str, Path)):
         given["quant_config"] = read_rules(Path(given["quant_config"]))
     if isinstance(given.get("calibration"), str):
@@ -145,13 +146,15 @@ def _digests(checkpoint: Path, kept: Path) -> dict[str, str]:
     """
     from qwen_build.checkpoint.files import digest_files
 
-    files = sorted(path for path in checkpoint.iterdir() if path.suffix in READ_SUFFIXES and path.is_file())
+    shards = {path for path in checkpoint.rglob("*.safetensors") if path.is_file()}
+    others = {path for path in checkpoint.iterdir() if path.suffix in READ_SUFFIXES and path.is_file()}
+    files = sorted(shards | others)
     known = kept / f".digests-{_hash([_state(path) for path in files])}.json"
     with suppress(OSError, ValueError):
         digests = json.loads(known.read_text(encoding="utf-8"))
-        if isinstance(digests, dict) and digests.keys() == {path.name for path in files}:
+        if isinstance(digests, dict) and len(digests) == len(files):
             return digests
-    digests = digest_files(files)
+    digests = digest_files(files, directory=checkpoint)
     with whole_file(known) as file:
         file.write(json.dumps(digests).encode())
     return digests

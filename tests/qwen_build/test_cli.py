@@ -20,7 +20,8 @@ from tokenizers import decoders, models
 from cases.processes import PATIENCE_S, start_python
 from cases.tiny import FAMILIES, hf_logits, run_chunks
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.safetensors_file import write_safetensors
 from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
@@ -194,6 +195,21 @@ def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, mon
 def test_bad_checkpoints_are_refused_in_one_line(damage, message, checkpoint, tmp_path):
     damage(checkpoint)
     refused(build(checkpoint, "--output", tmp_path / "out" / "engine"), message, tmp_path / "out")
+
+
+def test_tensors_of_no_use_are_left_out_as_asked_and_harmless_ones_by_themselves(checkpoint, tiny_checkpoint, tmp_path):
+    extra = {"visual.norm.weight": np.ones(3, np.float32), "model.layers.0.self_attn.k_scale": np.ones(1, np.float32)}
+    assert build(checkpoint, "--output", tmp_path / "plain").exit_code == 0
+    edit_tensors(checkpoint, lambda tensors: tensors.update(extra))
+    result = build(checkpoint, "--output", tmp_path / "a")
+    assert result.exit_code == 1
+    option = result.stderr.partition("as with ")[2].split()
+    assert option == ["--ignore-tensors", "visual.norm.weight"]
+    result = build(checkpoint, "--output", tmp_path / "b", *option)
+    assert result.exit_code == 0, result.output
+    assert "Note: model.layers.0.self_attn.k_scale is left out: scales of an FP8 cache." in result.stderr
+    plain, built = (Manifest.read(tmp_path / name).parts[WEIGHTS_FILE] for name in ("plain", "b"))
+    assert plain == built
 
 
 def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from cases.processes import run_python
 from qwen_build.checkpoint import safetensors as checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint, LazyTensor, write_safetensors
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.safetensors_file import STORAGE, LazyTensor, write_safetensors
 from qwen_engine.errors import CheckpointError
 
-HF_NAMES = [storage.hf_name for storage in checkpoint.STORAGE.values()]
+HF_NAMES = [storage.hf_name for storage in STORAGE.values()]
 
 
 def random_tensors(seed=0):
@@ -32,14 +33,6 @@ def raw_file(header, data=b"", header_bytes=None):
 
 def entry(dtype="F32", shape=(2,), begin=0, end=8):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-
-
-def write_sharded(directory, shards, weight_map=None):
-    for name, tensors in shards.items():
-        write_safetensors(directory / name, tensors, "float32")
-    if weight_map is None:
-        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    (directory / checkpoint.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def open_error(directory):
@@ -98,7 +91,7 @@ def test_every_finite_bfloat16_survives_reading_and_writing():
     stored = np.arange(1 << 16, dtype=np.uint16)
     stored = stored[stored & 0x7F80 != 0x7F80]
     values = np.empty(stored.size, np.float32)
-    bfloat16 = checkpoint.STORAGE["BF16"]
+    bfloat16 = STORAGE["BF16"]
     bfloat16.decode(stored, values)
     assert values[stored == 0x3F80] == 1.0
     assert values[stored == 0xC0A0] == -5.0
@@ -213,19 +206,34 @@ HEADERS = {
     "negative size": (raw_file({"a": entry(shape=(-1, -2))}, bytes(8)), "entry of a is damaged"),
     "negative offset": (raw_file({"a": entry(begin=-8, end=0)}, bytes(8)), "entry of a is damaged"),
     "offset of true": (raw_file({"a": entry("F32", (1,), True, 5)}, bytes(8)), "entry of a is damaged"),
-    "no values": (raw_file({"a": entry(shape=(0, 3), end=0)}), "without values"),
     "shape too large": (raw_file({"a": entry(shape=(3,))}, bytes(8)), "owns 8 bytes, F32 .* needs 12"),
     "shape too small": (raw_file({"a": entry("F16", (2,))}, bytes(8)), "owns 8 bytes, F16 .* needs 4"),
     "overlap": (raw_file({"a": entry(), "b": entry(begin=4, end=12)}, bytes(12)), "b overlaps"),
     "gap": (raw_file({"a": entry(), "b": entry(begin=12, end=20)}, bytes(20)), "b leaves a gap"),
     "truncated": (raw_file({"a": entry(), "b": entry(begin=8, end=16)}, bytes(11)), "truncated: 5 bytes are missing"),
     "bytes of nobody": (raw_file({"a": entry()}, bytes(11)), "3 bytes that belong to no tensor"),
+    "gptq too large": (raw_file({"l.qweight": entry("I32", (3,))}, bytes(8)), "owns 8 bytes, I32 .* needs 12"),
+}
+
+
+# taken where nobody needs the tensor
+UNREADABLE = {
     "integers": (raw_file({"l.weight": entry("I32")}, bytes(8)), r"l.weight \(I32\).* already quantised"),
     "bitsandbytes": (raw_file({"l.weight": entry("U8", (8,))}, bytes(8)), r"l.weight \(U8\).* already quantised"),
     "gptq of floats": (raw_file({"l.qweight": entry("F16", (4,))}, bytes(8)), r"l.qweight \(F16\).* already quantised"),
-    "gptq too large": (raw_file({"l.qweight": entry("I32", (3,))}, bytes(8)), "owns 8 bytes, I32 .* needs 12"),
     "fp8": (raw_file({"l.weight": entry("F8_E4M3", (8,))}, bytes(8)), r"l.weight \(F8_E4M3\).* already quantised"),
+    "no values": (raw_file({"a": entry(shape=(0, 3), end=0)}), r"a \(0, 3\) have no values; save the checkpoint whole"),
 }
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_cannot_be_read_is_refused_where_it_is_needed(tmp_path, case):
+    data, message = UNREADABLE[case]
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with Checkpoint.open(tmp_path) as opened:
+        opened.check_readable(["absent"])
+        with pytest.raises(CheckpointError, match=message):
+            opened.check_readable(opened.tensors)
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -255,6 +263,7 @@ def test_a_changed_byte_never_ends_in_another_exception(tmp_path, position, byte
     path.write_bytes(data)
     try:
         with Checkpoint.open(tmp_path) as opened:
+            opened.check_readable(opened.tensors)
             for name in opened.tensors:
                 opened.read(name)
     except CheckpointError:
@@ -284,87 +293,9 @@ def test_files_are_closed(tmp_path):
     assert len(list(descriptors.iterdir())) == before
 
 
-# directories
-
-
-def test_shards_are_read_as_one(tmp_path):
-    tensors = random_tensors()
-    names = list(tensors)
-    shards = {"model-1.safetensors": [names[0], names[2]], "model-2.safetensors": [names[1]]}
-    write_sharded(tmp_path, {shard: {n: tensors[n] for n in members} for shard, members in shards.items()})
-    with Checkpoint.open(tmp_path) as opened:
-        assert opened.files == tuple(tmp_path / shard for shard in shards)
-        assert opened.tensors.keys() == tensors.keys()
-        for name, value in tensors.items():
-            np.testing.assert_array_equal(opened.read(name), value)
-
-
-def test_index_and_shards_must_agree(tmp_path):
-    write_sharded(tmp_path, {"1.safetensors": {"a": ones(2)}}, {"a": "1.safetensors", "gone": "1.safetensors"})
-    assert "not in the shard it names: gone; in a shard, not in the index: none" in open_error(tmp_path)
-    write_sharded(tmp_path, {"1.safetensors": {"a": ones(2), "extra": ones(2)}}, {"a": "1.safetensors"})
-    assert "not in the shard it names: none; in a shard, not in the index: extra" in open_error(tmp_path)
-    swapped = {"a": "2.safetensors", "b": "1.safetensors"}
-    write_sharded(tmp_path, {"1.safetensors": {"a": ones(2)}, "2.safetensors": {"b": ones(2)}}, swapped)
-    assert "not in the shard it names: a, b" in open_error(tmp_path)
-
-
-def test_all_missing_shards_are_named(tmp_path):
-    weight_map = {"a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors"}
-    write_sharded(tmp_path, {"2.safetensors": {"b": ones(2)}}, weight_map)
-    assert "lacks 1.safetensors, 3.safetensors" in open_error(tmp_path)
-
-
-def test_tensor_in_two_shards_is_refused(tmp_path):
-    write_sharded(tmp_path, {"1.safetensors": {"a": ones(2)}, "2.safetensors": {"a": ones(2), "b": ones(2)}})
-    (tmp_path / checkpoint.INDEX_FILE).write_text(
-        json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
-    )
-    assert "a is in both 1.safetensors and" in open_error(tmp_path)
-
-
-@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}])
-def test_index_without_a_weight_map_is_refused(tmp_path, index):
-    (tmp_path / checkpoint.INDEX_FILE).write_text(json.dumps(index))
-    assert "has no weight_map" in open_error(tmp_path)
-
-
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/model.safetensors", "sub/model.safetensors", ""])
-def test_index_cannot_point_outside_its_directory(tmp_path, shard):
-    inside = tmp_path / "checkpoint"
-    (inside / "sub").mkdir(parents=True)
-    for directory in (tmp_path, inside / "sub"):
-        write_safetensors(directory / "model.safetensors", {"a": ones(2)})
-    (inside / checkpoint.INDEX_FILE).write_text(json.dumps({"weight_map": {"a": shard}}))
-    assert "has no weight_map" in open_error(inside)
-
-
-@pytest.mark.parametrize(
-    ("present", "message"),
-    [
-        ((), "has no weights: expected model.safetensors"),
-        (("pytorch_model.bin",), "has pytorch_model.bin: only safetensors is read; convert it"),
-        (("q4.gguf",), "has q4.gguf: GGUF is not supported"),
-        (("adapter_model.safetensors", "x.bin"), "has adapter_model.safetensors: there is neither"),
-    ],
-)
-def test_directory_without_weights_says_what_it_has(tmp_path, present, message):
-    for name in present:
-        (tmp_path / name).touch()
-    assert message in open_error(tmp_path)
-
-
-def test_what_is_no_directory_is_refused(tmp_path):
-    assert "is not a directory" in open_error(tmp_path / "nowhere")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "is a GGUF file, which is not supported" in open_error(tmp_path / "model.gguf")
-
-
-def test_a_directory_the_system_refuses_is_an_error(tmp_path):
-    assert "cannot be read: File name too long" in open_error(tmp_path / ("x" * 300))
-
-
 def test_many_offenders_are_counted(tmp_path):
     header = {f"layers.{i}.weight": entry("I32", (1,), 4 * i, 4 * i + 4) for i in range(9)}
     (tmp_path / "model.safetensors").write_bytes(raw_file(header, bytes(36)))
-    assert "layers.4.weight (I32) and 4 more" in open_error(tmp_path)
+    message = r"layers.4.weight \(I32\) and 4 more"
+    with Checkpoint.open(tmp_path) as opened, pytest.raises(CheckpointError, match=message):
+        opened.check_readable(opened.tensors)

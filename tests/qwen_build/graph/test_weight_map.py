@@ -9,7 +9,8 @@ import pytest
 
 from cases.configs import PUBLISHED
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.safetensors_file import write_safetensors
 from qwen_build.graph.weight_map import check_agreement, check_layers, map_weights, source
 from qwen_engine.errors import CheckpointError, WeightMismatch
 
@@ -61,6 +62,8 @@ def test_all_offenders_are_named_at_once():
         str(error.value)
         == "the checkpoint lacks a; the graph has no place for d, e; c: graph expects (5,), checkpoint has (6,)"
     )
+    with pytest.raises(WeightMismatch, match=r"no place for d, e; .* left out, as with --ignore-tensors d$"):
+        check_agreement({}, {"d": (1,), "e": (1,)})
 
 
 @pytest.mark.parametrize("row", [0, 70, 4095, 4096, 9000])
@@ -90,7 +93,7 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path, equal):
     shapes = {"model.embed_tokens.weight": (5, 4), "lm_head.weight": (5, 4)}
     with Checkpoint.open(tmp_path) as checkpoint:
         if equal:
-            sources = map_weights(shapes, checkpoint, CONFIG)
+            sources = map_weights(shapes, checkpoint, CONFIG).sources
             assert sources["lm_head.weight"] == sources["model.embed_tokens.weight"]  # so it is stored once
         else:
             with pytest.raises(CheckpointError, match=r"lm_head.weight differs from model.embed_tokens.weight"):

@@ -13,7 +13,8 @@ import pytest
 import qwen_plugin
 from cases.as_built import MIXED
 from cases.packed import CASES, case_name
-from qwen_build.checkpoint.safetensors import Checkpoint, write_safetensors
+from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.safetensors_file import write_safetensors
 from qwen_build.writing.weights_file import SLICE_ELEMENTS
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
