@@ -40,7 +40,7 @@ def checkpoint(tiny_checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint("qwen2").path, tmp_path / "tiny"))
 
 
-def build(*arguments: object):
+def run_build(*arguments: object):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
@@ -75,7 +75,7 @@ def edit_tensors(checkpoint: Path, edit) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_engine_is_complete_and_its_parts_verify(family, tiny_checkpoint, tmp_path):
     checkpoint, output = tiny_checkpoint(family).path, tmp_path / "out" / "engine"
-    result = build(checkpoint, "--output", output)
+    result = run_build(checkpoint, "--output", output)
     assert result.exit_code == 0, result.output
     manifest = Manifest.read(output)
     verify_parts(output, manifest)
@@ -88,7 +88,7 @@ def test_an_engine_is_complete_and_its_parts_verify(family, tiny_checkpoint, tmp
 
 def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
     for name in ("a", "b"):
-        assert build(checkpoint, "--output", tmp_path / name).exit_code == 0
+        assert run_build(checkpoint, "--output", tmp_path / name).exit_code == 0
     a, b = (Manifest.read(tmp_path / name).parts for name in ("a", "b"))
     assert a == b
 
@@ -96,7 +96,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
 def test_a_tied_embedding_is_stored_once(tiny_checkpoint, tmp_path):
     sizes = {}
     for family in ("qwen2", "qwen2-tied"):
-        result = build(tiny_checkpoint(family).path, "--dry-run", "--json")
+        result = run_build(tiny_checkpoint(family).path, "--dry-run", "--json")
         description = json.loads(result.stdout)
         sizes[family] = description["weights_bytes"]
         head = next(linear for linear in description["linears"] if linear["name"] == "lm_head")
@@ -108,16 +108,16 @@ def test_a_tied_embedding_is_stored_once(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("quant", SCHEMES)
 def test_dry_run_tells_the_size_and_writes_nothing(quant, kernels, checkpoint, tmp_path):
     options = [checkpoint, "--quant", quant, "--kernels", kernels, "--json", "--output", tmp_path / "engine"]
-    description = json.loads(build(*options, "--dry-run").stdout)
+    description = json.loads(run_build(*options, "--dry-run").stdout)
     assert not (tmp_path / "engine").exists()
-    assert json.loads(build(*options).stdout)["weights_bytes"] == description["weights_bytes"]
+    assert json.loads(run_build(*options).stdout)["weights_bytes"] == description["weights_bytes"]
     assert (tmp_path / "engine" / WEIGHTS_FILE).stat().st_size == description["weights_bytes"]
     assert {linear["kernels"] for linear in description["linears"]} == {kernels if quant != "none" else "stock"}
 
 
 def test_dry_run_shows_a_person_every_linear(checkpoint):
-    description = json.loads(build(checkpoint, "--dry-run", "--json").stdout)
-    table = build(checkpoint, "--dry-run").stdout
+    description = json.loads(run_build(checkpoint, "--dry-run", "--json").stdout)
+    table = run_build(checkpoint, "--dry-run").stdout
     assert all(linear["name"] in table for linear in description["linears"])
     assert "int4 g32 asymmetric x int8 per block, native" in table
     assert "build memory" in table
@@ -132,9 +132,9 @@ def test_dry_run_shows_a_person_every_linear(checkpoint):
     ],
 )
 def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, monkeypatch):
-    assert build(checkpoint, "--kernels", kernels, "--output", tmp_path / "whole").exit_code == 0
+    assert run_build(checkpoint, "--kernels", kernels, "--output", tmp_path / "whole").exit_code == 0
     monkeypatch.setattr(export, "SLICE_ELEMENTS", elements)
-    assert build(checkpoint, "--kernels", kernels, "--output", tmp_path / "sliced").exit_code == 0
+    assert run_build(checkpoint, "--kernels", kernels, "--output", tmp_path / "sliced").exit_code == 0
     assert Manifest.read(tmp_path / "whole").parts == Manifest.read(tmp_path / "sliced").parts
 
 
@@ -194,7 +194,7 @@ def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, mon
 )
 def test_bad_checkpoints_are_refused_in_one_line(damage, message, checkpoint, tmp_path):
     damage(checkpoint)
-    refused(build(checkpoint, "--output", tmp_path / "out" / "engine"), message, tmp_path / "out")
+    refused(run_build(checkpoint, "--output", tmp_path / "out" / "engine"), message, tmp_path / "out")
 
 
 def test_tensors_of_no_use_are_left_out_as_asked_and_harmless_ones_by_themselves(checkpoint, tiny_checkpoint, tmp_path):
@@ -216,20 +216,20 @@ def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
     checkpoint = Path(shutil.copytree(tiny_checkpoint("qwen3", "bfloat16", True).path, tmp_path / "sharded"))
     shard = sorted(checkpoint.glob("model-*.safetensors"))[1]
     shard.unlink()
-    refused(build(checkpoint, "--output", tmp_path / "out" / "engine"), shard.name, tmp_path / "out")
+    refused(run_build(checkpoint, "--output", tmp_path / "out" / "engine"), shard.name, tmp_path / "out")
 
 
 def test_max_seq_len_above_the_trained_length(checkpoint, tmp_path):
-    result = build(checkpoint, "--max-seq-len", 641, "--output", tmp_path / "out" / "engine")
+    result = run_build(checkpoint, "--max-seq-len", 641, "--output", tmp_path / "out" / "engine")
     refused(result, "--max-seq-len 641 is more than the 640 tokens", tmp_path / "out")
 
 
 def test_a_window_is_full_attention_up_to_its_length(checkpoint, tiny_checkpoint, build_engine, tmp_path):
     edit_config(checkpoint, use_sliding_window=True, sliding_window=24, max_window_layers=1, layer_types=None)
     message = "2 layers, the first of them 1, attend to the last 24 tokens only, and engines attend to all; "
-    refused(build(checkpoint, "--output", tmp_path / "out" / "e"), message, tmp_path / "out")
-    assert build(checkpoint, "--output", tmp_path / "e", "--max-seq-len", 24, "--quant", "none").exit_code == 0
-    assert build(checkpoint, "--output", tmp_path / "f", "--max-seq-len", 25).exit_code == 1
+    refused(run_build(checkpoint, "--output", tmp_path / "out" / "e"), message, tmp_path / "out")
+    assert run_build(checkpoint, "--output", tmp_path / "e", "--max-seq-len", 24, "--quant", "none").exit_code == 0
+    assert run_build(checkpoint, "--output", tmp_path / "f", "--max-seq-len", 25).exit_code == 1
     engine, ids = Engine.load(tmp_path / "e"), list(range(24))
     windowed = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     (ours,) = run_chunks(engine, [ids], [[24]])
@@ -240,7 +240,7 @@ def test_a_window_is_full_attention_up_to_its_length(checkpoint, tiny_checkpoint
 
 def test_what_is_unknown_in_the_config_is_named_once(checkpoint, tmp_path):
     edit_config(checkpoint, use_foo=True, rope_scaling={"beta": 2})
-    result = build(checkpoint, "--output", tmp_path / "e")
+    result = run_build(checkpoint, "--output", tmp_path / "e")
     note = "Note: config.json has use_foo, rope_scaling.beta, unknown to qwen2's configuration and left unread.\n"
     assert result.exit_code == 0
     assert result.stderr.count(note) == 1
@@ -249,19 +249,19 @@ def test_what_is_unknown_in_the_config_is_named_once(checkpoint, tmp_path):
 def test_activations_that_the_kernels_lack(checkpoint, tmp_path):
     options = ["--kernels", "stock", "--activations", "int8x2", "--output", tmp_path / "out" / "engine"]
     message = "--kernels stock has no --activations int8x2; choose int8 or float32"
-    refused(build(checkpoint, *options), message, tmp_path / "out")
+    refused(run_build(checkpoint, *options), message, tmp_path / "out")
 
 
 def test_a_weight_too_large_for_the_native_layout(checkpoint, tmp_path):
     edit_tensors(checkpoint, lambda t: t["model.layers.1.self_attn.v_proj.weight"].__setitem__((3, 4), 1e5))
-    result = build(checkpoint, "--output", tmp_path / "out" / "engine")
+    result = run_build(checkpoint, "--output", tmp_path / "out" / "engine")
     message = "v_proj.weight: 100000 is too large for the native layout's float16 scales; use --kernels stock"
     refused(result, message, tmp_path / "out")
-    assert build(checkpoint, "--kernels", "stock", "--output", tmp_path / "engine").exit_code == 0
+    assert run_build(checkpoint, "--kernels", "stock", "--output", tmp_path / "engine").exit_code == 0
 
 
 def test_an_int8_cache_has_a_scale_for_every_key_and_value(checkpoint, tmp_path):
-    assert build(checkpoint, "--kv-cache-dtype", "int8", "--output", tmp_path / "engine").exit_code == 0
+    assert run_build(checkpoint, "--kv-cache-dtype", "int8", "--output", tmp_path / "engine").exit_code == 0
     manifest = Manifest.read(tmp_path / "engine")
     pools = {state.name: (state.dtype, state.shape) for state in manifest.states if state.layer == 2}
     assert pools == {
@@ -281,18 +281,18 @@ def test_unknown_options_exit_2(checkpoint):
         ["--max-seq-len", "0"],
         ["-x"],
     ):
-        assert build(checkpoint, *arguments).exit_code == 2
+        assert run_build(checkpoint, *arguments).exit_code == 2
 
 
 def test_an_existing_engine_is_kept_unless_forced(checkpoint, tmp_path):
     output = tmp_path / "engine"
-    assert build(checkpoint, "--output", output).exit_code == 0
+    assert run_build(checkpoint, "--output", output).exit_code == 0
     before = (output / MANIFEST_FILE).read_text()
-    result = build(checkpoint, "--output", output, "--quant", "int8")
+    result = run_build(checkpoint, "--output", output, "--quant", "int8")
     assert result.exit_code == 1
     assert result.stderr == f"Error: {output} exists; use --force to replace it.\n"
     assert (output / MANIFEST_FILE).read_text() == before
-    assert build(checkpoint, "--output", output, "--quant", "int8", "--force").exit_code == 0
+    assert run_build(checkpoint, "--output", output, "--quant", "int8", "--force").exit_code == 0
     assert Manifest.read(output).linears[1].quantization.bits == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "tiny"]
 
@@ -301,7 +301,7 @@ def test_force_does_not_replace_what_is_no_engine(checkpoint, tmp_path):
     output = tmp_path / "precious"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
-    result = build(checkpoint, "--output", output, "--force")
+    result = run_build(checkpoint, "--output", output, "--force")
     assert result.exit_code == 1
     assert "is not an engine, --force does not replace it" in result.stderr
     assert (output / "thesis.tex").read_text() == "years of work"
@@ -310,28 +310,28 @@ def test_force_does_not_replace_what_is_no_engine(checkpoint, tmp_path):
 @pytest.mark.parametrize("manifest", ["intact", "of another version"])
 def test_force_deletes_nothing_but_the_engine(manifest, checkpoint, tmp_path):
     output = tmp_path / "engine"
-    assert build(checkpoint, "--output", output).exit_code == 0
+    assert run_build(checkpoint, "--output", output).exit_code == 0
     if manifest != "intact":
         (output / MANIFEST_FILE).write_text('{"format_version": 0}')
     (output / "notes.txt").write_text("mine")
-    result = build(checkpoint, "--output", output, "--force")
+    result = run_build(checkpoint, "--output", output, "--force")
     assert result.exit_code == 1
     assert "holds notes.txt, which is no part of the engine" in result.stderr
     assert (output / "notes.txt").read_text() == "mine"
     (output / "notes.txt").unlink()
-    assert build(checkpoint, "--output", output, "--force").exit_code == 0
+    assert run_build(checkpoint, "--output", output, "--force").exit_code == 0
 
 
 def test_an_engine_behind_a_link_is_replaced_and_not_the_link(checkpoint, tmp_path):
     engine, link, elsewhere = tmp_path / "a" / "engine", tmp_path / "b" / "link", tmp_path / "b" / "new"
-    assert build(checkpoint, "--output", engine).exit_code == 0
+    assert run_build(checkpoint, "--output", engine).exit_code == 0
     link.parent.mkdir()
     link.symlink_to(engine)
-    assert build(checkpoint, "--output", link, "--force", "--quant", "int8").exit_code == 0
+    assert run_build(checkpoint, "--output", link, "--force", "--quant", "int8").exit_code == 0
     assert link.is_symlink()
     assert Manifest.read(engine).linears[1].quantization.bits == 8
     elsewhere.symlink_to(tmp_path / "c" / "engine")  # leads nowhere yet
-    assert build(checkpoint, "--output", elsewhere).exit_code == 0
+    assert run_build(checkpoint, "--output", elsewhere).exit_code == 0
     verify_parts(tmp_path / "c" / "engine", Manifest.read(elsewhere))
     names = {d: sorted(path.name for path in (tmp_path / d).iterdir()) for d in "abc"}
     assert names == {"a": ["engine"], "b": ["link", "new"], "c": ["engine"]}
@@ -340,24 +340,24 @@ def test_an_engine_behind_a_link_is_replaced_and_not_the_link(checkpoint, tmp_pa
 @pytest.mark.parametrize("spelled", [".", "../engine", "absent/.."])
 def test_an_output_without_a_name_of_its_own(spelled, checkpoint, tmp_path, monkeypatch):
     output = tmp_path / "out" / "engine"
-    assert build(checkpoint, "--output", output).exit_code == 0
+    assert run_build(checkpoint, "--output", output).exit_code == 0
     monkeypatch.chdir(output)
-    assert f"{spelled} exists; use --force" in build(checkpoint, "--output", spelled).stderr
-    result = build(checkpoint, "--output", spelled, "--force", "--quant", "int8")
+    assert f"{spelled} exists; use --force" in run_build(checkpoint, "--output", spelled).stderr
+    result = run_build(checkpoint, "--output", spelled, "--force", "--quant", "int8")
     assert result.exit_code == 0, result.output
     monkeypatch.chdir(tmp_path)
     assert list(output.parent.iterdir()) == [output]
 
 
 def test_names_the_system_does_not_take(checkpoint, tmp_path):
-    refused(build(checkpoint, "--output", tmp_path / "out" / ("x" * 300)), "File name too long", tmp_path / "out")
+    refused(run_build(checkpoint, "--output", tmp_path / "out" / ("x" * 300)), "File name too long", tmp_path / "out")
 
 
 def test_names_that_are_not_utf8(checkpoint, tmp_path):
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     tiny_tokenizer().save(str(checkpoint / "tokenizer.json"))
     shutil.copytree(checkpoint, strange)
-    result = build(strange, "--output", strange + "-engine")
+    result = run_build(strange, "--output", strange + "-engine")
     assert result.exit_code == 0, result.output
     manifest = Manifest.read(Path(strange + "-engine"))
     assert (manifest.name, manifest.origin.checkpoint) == ("caf\ufffd", f"{tmp_path}/caf\ufffd")
@@ -365,17 +365,17 @@ def test_names_that_are_not_utf8(checkpoint, tmp_path):
 
 def test_a_failed_forced_build_keeps_the_old_engine(checkpoint, tmp_path):
     output = tmp_path / "engine"
-    assert build(checkpoint, "--output", output).exit_code == 0
+    assert run_build(checkpoint, "--output", output).exit_code == 0
     before = Manifest.read(output)
     edit_tensors(checkpoint, lambda t: t["model.norm.weight"].fill(np.nan))
-    assert build(checkpoint, "--output", output, "--force").exit_code == 1
+    assert run_build(checkpoint, "--output", output, "--force").exit_code == 1
     assert Manifest.read(output) == before
     verify_parts(output, before)
 
 
 def test_a_failed_replacement_keeps_the_old_engine(checkpoint, tmp_path, monkeypatch):
     output = tmp_path / "out" / "engine"
-    assert build(checkpoint, "--output", output).exit_code == 0
+    assert run_build(checkpoint, "--output", output).exit_code == 0
     before = Manifest.read(output)
     rename = Path.rename
 
@@ -385,7 +385,7 @@ def test_a_failed_replacement_keeps_the_old_engine(checkpoint, tmp_path, monkeyp
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
-    result = build(checkpoint, "--output", output, "--force", "--quant", "int8")
+    result = run_build(checkpoint, "--output", output, "--force", "--quant", "int8")
     assert result.exit_code == 1
     assert "Input/output error" in result.stderr
     assert Manifest.read(output) == before
@@ -408,12 +408,12 @@ def test_a_full_disk(function, checkpoint, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, function, full)
-    refused(build(checkpoint, "--output", tmp_path / "out" / "engine"), "No space left on device", tmp_path / "out")
+    refused(run_build(checkpoint, "--output", tmp_path / "out" / "engine"), "No space left on device", tmp_path / "out")
 
 
 def test_an_output_that_cannot_be_written(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
-    result = build(checkpoint, "--output", tmp_path / "file" / "engine")
+    result = run_build(checkpoint, "--output", tmp_path / "file" / "engine")
     assert result.exit_code == 1
     assert "cannot be written" in result.stderr
 
@@ -456,7 +456,7 @@ def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
     killed.kill()
     killed.communicate(timeout=PATIENCE_S)
     (output.parent / ".engine.notes.partial").mkdir()  # not a name of ours
-    assert build(checkpoint, "--output", output).exit_code == 0
+    assert run_build(checkpoint, "--output", output).exit_code == 0
     rest = {path.name.rpartition(".")[0].rpartition(".")[0] for path in output.parent.glob(".*")}
     assert rest == {".engine", ".engine.2"}
     assert len(left & set(output.parent.iterdir())) == 2  # those of the living
@@ -468,7 +468,7 @@ def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
 
 def test_an_engine_lost_between_two_renames_comes_back(checkpoint, tmp_path):
     output = tmp_path / "engine"
-    assert build(checkpoint, "--output", output).exit_code == 0
+    assert run_build(checkpoint, "--output", output).exit_code == 0
     scratch = tmp_path / ".engine.abcdefgh.partial"
     scratch.mkdir()
     output.rename(scratch / OLD)
@@ -482,14 +482,14 @@ def test_an_engine_lost_between_two_renames_comes_back(checkpoint, tmp_path):
 def test_a_byte_order_mark_is_no_damage(checkpoint, tmp_path):
     config = checkpoint / "config.json"
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
-    assert build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
+    assert run_build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
 
 
 def test_the_tokenizer_travels_with_the_engine(checkpoint, tmp_path):
     for name in TEXT_FILES:
         (checkpoint / name).write_text("{}\n")
     tiny_tokenizer().save(str(checkpoint / "tokenizer.json"), pretty=False)
-    assert build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
+    assert run_build(checkpoint, "--output", tmp_path / "engine").exit_code == 0
     assert set(TEXT_FILES) <= set(Manifest.read(tmp_path / "engine").parts)
     for name in TEXT_FILES:
         assert (tmp_path / "engine" / name).read_bytes() == (checkpoint / name).read_bytes()

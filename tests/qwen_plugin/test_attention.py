@@ -78,7 +78,7 @@ def cached_session(
     return new_session(dict(types), dict(attributes), isa, n)
 
 
-def run(feeds: dict[str, np.ndarray], attributes: dict[str, Any], isa: str, threads: int = 1) -> np.ndarray:
+def run_attention(feeds: dict[str, np.ndarray], attributes: dict[str, Any], isa: str, threads: int = 1) -> np.ndarray:
     """One run of the operator; the caches among ``feeds`` are changed in place."""
     types = tuple((name, (ELEMENT_TYPES[x.dtype], x.ndim)) for name, x in feeds.items())
     session = cached_session(types, tuple(sorted(attributes.items())), isa, threads)
@@ -187,7 +187,7 @@ def check_against_reference(case: Case, isa: str, threads: int = 1) -> None:
     feeds = make_feeds(case)
     expected_feeds = copy(feeds)
     expected = paged_attention(case.attributes, **expected_feeds)
-    found = run(feeds, case.node_attributes, isa, threads)
+    found = run_attention(feeds, case.node_attributes, isa, threads)
     assert found.dtype == np.float32
     assert found.shape == expected.shape
     # Scores reach 20, where one unit in the last place of float32 is 2e-6, and exp makes that a relative error of
@@ -249,8 +249,8 @@ def test_equals_reference(case: Case, isa: str) -> None:
 def test_tiles_have_the_bits_of_vectors(head_dim: int, heads: int, block_size: int) -> None:
     past, new = (0, 40, 255, 600), (1, 1, 3, 30)
     case = Case(heads, 1, head_dim, block_size, "int8", past, new, rotary_dim=head_dim, window=500)
-    vectors = run(make_feeds(case), case.node_attributes, "avx512")
-    np.testing.assert_array_equal(run(make_feeds(case), case.node_attributes, "amx"), vectors)
+    vectors = run_attention(make_feeds(case), case.node_attributes, "avx512")
+    np.testing.assert_array_equal(run_attention(make_feeds(case), case.node_attributes, "amx"), vectors)
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX tiles")
@@ -260,8 +260,8 @@ def test_bfloat16_tiles_are_as_good_as_stated(head_dim: int, heads: int) -> None
     """To about 1e-5 of the values: a query or softmax weight keeps 16 bits, a product misses 2^-15 at most."""
     past, new = (0, 40, 255, 600), (1, 1, 3, 30)
     case = Case(heads, 1, head_dim, 64, "float16", past, new, rotary_dim=head_dim, window=500)
-    vectors = run(make_feeds(case), case.node_attributes, "avx512")
-    difference = run(make_feeds(case), case.node_attributes, "amx") - vectors
+    vectors = run_attention(make_feeds(case), case.node_attributes, "avx512")
+    difference = run_attention(make_feeds(case), case.node_attributes, "amx") - vectors
     assert np.linalg.norm(difference) < 1.5e-5 * np.linalg.norm(vectors)
     assert np.abs(difference).max() < 1e-4
 
@@ -273,7 +273,7 @@ def test_keys_far_below_the_largest_weigh_nothing(isa: str, dtype: str) -> None:
     feeds = make_feeds(case)
     expected = paged_attention(case.attributes, **copy(feeds))
     # Scores reach 300, where one unit in the last place of float32 is 3e-5; 2^-130 of a wrong exponent is 1e30.
-    np.testing.assert_allclose(run(feeds, case.node_attributes, isa), expected, rtol=0, atol=1e-2)
+    np.testing.assert_allclose(run_attention(feeds, case.node_attributes, isa), expected, rtol=0, atol=1e-2)
 
 
 @st.composite
@@ -308,7 +308,7 @@ def test_equals_reference_for_any_shape(case: Case, isa: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_vector_instruction_sets_give_the_same_bits(case: Case) -> None:
     isas = [isa for isa in ISAS if isa != "plain" and (isa, case.dtype) != ("amx", "float16")]
-    expected, *others = [run(make_feeds(case), case.node_attributes, isa) for isa in isas]
+    expected, *others = [run_attention(make_feeds(case), case.node_attributes, isa) for isa in isas]
     for output in others:
         np.testing.assert_array_equal(output, expected, strict=True)
 
@@ -366,7 +366,7 @@ class Conversation:
                 ),
             }
         )
-        output = run(feeds, self.attributes, self.isa, self.threads)
+        output = run_attention(feeds, self.attributes, self.isa, self.threads)
         for name, pool in pools.items():
             self.pool.feeds[name][:] = pool[:blocks]
         return np.split(output, np.cumsum([p.new for p in pieces])[:-1])
@@ -419,7 +419,7 @@ class TestBitsDependOnVisibleKeysOnly:
 @pytest.mark.parametrize("isa", ISAS)
 def test_threads_that_share_partitions_change_no_bit(isa: str) -> None:
     case = Case(heads=7, kv_heads=1, head_dim=64, rotary_dim=64, past=(1500,), new=(1,), window=1300)
-    outputs = [run(make_feeds(case), case.node_attributes, isa, threads) for threads in (1, 2, 3)]
+    outputs = [run_attention(make_feeds(case), case.node_attributes, isa, threads) for threads in (1, 2, 3)]
     np.testing.assert_array_equal(outputs[1], outputs[0])
     np.testing.assert_array_equal(outputs[2], outputs[0])
 
@@ -435,7 +435,7 @@ def test_float16_cache_of_every_instruction_set_rounds_alike(isa: str) -> None:
         Case(heads=1, kv_heads=1, head_dim=24, dtype="float16", past=(0,), new=(1,), rotary_dim=0, norm=False)
     )
     feeds["query"][0] = np.tile(values, 3)
-    run(feeds, {"num_heads": 1, "kv_num_heads": 1}, isa)
+    run_attention(feeds, {"num_heads": 1, "kv_num_heads": 1}, isa)
     with np.errstate(over="ignore"):
         expected = values.astype(np.float16).view(np.uint16)
     block = feeds["block_table"][0, 0]
@@ -454,7 +454,7 @@ def test_float16_cache_is_read_exactly(isa: str) -> None:
     )
     feeds = make_feeds(case)
     feeds["query"].reshape(n, 3, 256)[:, 2:] = halves
-    output = run(feeds, case.node_attributes, isa)
+    output = run_attention(feeds, case.node_attributes, isa)
     np.testing.assert_array_equal(output, halves.reshape(n, 256).astype(np.float32))
 
 
@@ -469,7 +469,7 @@ def test_int8_cache_is_read_to_sixteen_bits(isa: str) -> None:
     tokens[:, 14:] /= 64
     expected = paged_attention(case.attributes, **copy(feeds))
     # Steps of q and p are 2^-15 of the largest; a score sums 64 products with keys of about 1.
-    np.testing.assert_allclose(run(feeds, case.node_attributes, isa), expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(run_attention(feeds, case.node_attributes, isa), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -482,7 +482,7 @@ def test_int8_cache_rounds_as_the_reference(isa: str) -> None:
     case = Case(heads=1, kv_heads=1, head_dim=24, dtype="int8", past=(0,), new=(7,), rotary_dim=0, norm=False)
     feeds = make_feeds(case)
     feeds["query"] = np.tile(heads, 3)
-    run(feeds, {"num_heads": 1, "kv_num_heads": 1}, isa)
+    run_attention(feeds, {"num_heads": 1, "kv_num_heads": 1}, isa)
     expected, scales = quantize_tokens(heads)
     block = feeds["block_table"][0, 0]
     for kind, unpack in (("key", unpack_keys), ("value", unpack_values)):
@@ -497,7 +497,7 @@ def test_a_number_that_is_not_finite_stays_so_in_an_int8_cache(isa: str, number:
     """In every row that sees it and nowhere else."""
     feeds = make_feeds(case := Case(past=(0, 0), new=(3, 3), dtype="int8", norm=False))
     feeds["query"].reshape(6, 8, 40)[4, 5 if kind == "key" else 7, 39] = number
-    broken = np.isnan(run(feeds, case.node_attributes, isa).reshape(6, 4, 40)).all(axis=-1)
+    broken = np.isnan(run_attention(feeds, case.node_attributes, isa).reshape(6, 4, 40)).all(axis=-1)
     assert np.argwhere(broken).tolist() == [[4, 2], [4, 3], [5, 2], [5, 3]]
 
 
@@ -508,8 +508,8 @@ def test_a_value_that_is_not_finite_stays_so_in_a_float16_cache(isa: str, number
     feeds = make_feeds(case := Case(past=(0, 72), new=(3, 40), dtype="float16", norm=False, window=9))
     broken_feeds = copy(feeds)
     broken_feeds["query"].reshape(43, 8, 40)[3 + 20, 7, [3, 38]] = number
-    output = run(feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)
-    broken = run(broken_feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)
+    output = run_attention(feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)
+    broken = run_attention(broken_feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)
     expected = np.ones(broken.shape, bool)
     expected[23 : 23 + 9, 1, :, 3] = expected[23 : 23 + 9, 1, :, 38] = False
     np.testing.assert_array_equal(np.isfinite(broken), expected)
@@ -520,7 +520,7 @@ def test_a_value_that_is_not_finite_stays_so_in_a_float16_cache(isa: str, number
 def test_a_key_that_is_not_a_number_stays_so_in_a_float16_cache(isa: str) -> None:
     feeds = make_feeds(case := Case(past=(0, 70), new=(3, 40), dtype="float16", norm=False, window=9))
     feeds["query"].reshape(43, 8, 40)[3 + 20, 5, 38] = np.nan
-    broken = np.isnan(run(feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)).all(axis=(-1, -2))
+    broken = np.isnan(run_attention(feeds, case.node_attributes, isa).reshape(43, 2, 2, 40)).all(axis=(-1, -2))
     assert np.argwhere(broken).tolist() == [[row, 1] for row in range(23, 32)]
 
 
@@ -532,7 +532,7 @@ def test_nan_score_reaches_the_output(dtype: str, bits: int, norm: bool) -> None
     feeds = make_feeds(case := Case(past=(0, 0), new=(3, 3), dtype=dtype, norm=norm))
     feeds["query"].view(np.uint32)[4, 0] = bits
     for isa in ISAS:
-        broken = np.isnan(run(copy(feeds), case.node_attributes, isa).reshape(6, 4, 40)).all(axis=-1)
+        broken = np.isnan(run_attention(copy(feeds), case.node_attributes, isa).reshape(6, 4, 40)).all(axis=-1)
         assert np.argwhere(broken).tolist() == [[4, 0]]
 
 
@@ -690,7 +690,7 @@ def test_a_broken_input_is_named(dtype: str, message: str, change: Any) -> None:
     feeds = change(make_feeds(dataclasses.replace(GOOD, dtype=dtype)))
     before = copy(feeds)
     with pytest.raises(Exception, match="qwen::PagedAttention") as failure:
-        run(feeds, GOOD.node_attributes, ISAS[-1])
+        run_attention(feeds, GOOD.node_attributes, ISAS[-1])
     assert f"qwen::PagedAttention: {message}" in str(failure.value)
     for name, array in before.items():
         np.testing.assert_array_equal(feeds[name], array, err_msg=name)
@@ -700,10 +700,10 @@ def test_what_no_query_needs_is_not_looked_at() -> None:
     """Free blocks behind the window, the table of a sequence without new tokens, unused inputs of the rotation."""
     case = dataclasses.replace(GOOD, window=10)
     feeds = make_feeds(case)
-    expected = run(copy(feeds), case.node_attributes, ISAS[-1])
+    expected = run_attention(copy(feeds), case.node_attributes, ISAS[-1])
     feeds["block_table"][2, 0], feeds["block_table"][1] = -7, 10**6
     feeds["past_lengths"][1] = 10**6
-    np.testing.assert_array_equal(run(feeds, case.node_attributes, ISAS[-1]), expected)
+    np.testing.assert_array_equal(run_attention(feeds, case.node_attributes, ISAS[-1]), expected)
 
 
 @pytest.mark.parametrize(
@@ -749,8 +749,8 @@ def test_an_unknown_instruction_set_is_refused_when_the_session_is_created() -> 
 
 def test_sessions_can_run_at_the_same_time() -> None:
     case = Case(past=(900,), new=(3,), heads=14, head_dim=64, rotary_dim=64)
-    expected = run(make_feeds(case), case.node_attributes, ISAS[-1], threads=2)
+    expected = run_attention(make_feeds(case), case.node_attributes, ISAS[-1], threads=2)
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(run, make_feeds(case), case.node_attributes, ISAS[-1], 2) for _ in range(40)]
+        jobs = [pool.submit(run_attention, make_feeds(case), case.node_attributes, ISAS[-1], 2) for _ in range(40)]
         for job in jobs:
             np.testing.assert_array_equal(job.result(PATIENCE_S), expected)

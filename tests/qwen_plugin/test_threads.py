@@ -49,13 +49,13 @@ def new_session(threads: int | None) -> ort.InferenceSession:
     return make_session(MODEL, threads=threads)
 
 
-def run(session: ort.InferenceSession) -> np.ndarray:
+def run_rows(session: ort.InferenceSession) -> np.ndarray:
     return session.run(None, {"x": ROWS})[0]
 
 
 @pytest.fixture(scope="module")
 def alone() -> np.ndarray:
-    return run(new_session(1))
+    return run_rows(new_session(1))
 
 
 def num_threads() -> int:
@@ -73,7 +73,7 @@ def test_a_count_that_is_none_is_refused(count: str) -> None:
 def test_any_count_gives_the_same(count: int | None, alone: np.ndarray) -> None:
     session = new_session(count)
     for _ in range(50):
-        assert np.array_equal(run(session), alone)
+        assert np.array_equal(run_rows(session), alone)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
@@ -81,7 +81,7 @@ def test_threads_are_there_while_a_session_is() -> None:
     before = num_threads()
     session = new_session(5)
     assert num_threads() == before + 4
-    run(session)
+    run_rows(session)
     del session
     assert num_threads() == before
 
@@ -89,7 +89,7 @@ def test_threads_are_there_while_a_session_is() -> None:
 def test_many_callers_of_one_session(alone: np.ndarray) -> None:
     session = new_session(2)
     with ThreadPoolExecutor(8) as pool:
-        assert all(np.array_equal(y, alone) for y in pool.map(lambda _: run(session), range(200)))
+        assert all(np.array_equal(y, alone) for y in pool.map(lambda _: run_rows(session), range(200)))
 
 
 def test_sessions_of_the_same_options_share_them_to_the_last(alone: np.ndarray) -> None:
@@ -97,7 +97,7 @@ def test_sessions_of_the_same_options_share_them_to_the_last(alone: np.ndarray) 
     sessions = [ort.InferenceSession(MODEL, options, providers=["CPUExecutionProvider"]) for _ in range(3)]
     del options
     while sessions:
-        assert all(np.array_equal(run(session), alone) for session in sessions)
+        assert all(np.array_equal(run_rows(session), alone) for session in sessions)
         sessions.pop(0)
         gc.collect()
 

@@ -65,7 +65,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def build(checkpoint, texts, tmp_path_factory):
+def build_made_up(checkpoint, texts, tmp_path_factory):
     """Makes ``build(quant or method)``, each engine once."""
     options = {
         "none": {"quant": "none"},
@@ -86,8 +86,8 @@ def build(checkpoint, texts, tmp_path_factory):
     return make
 
 
-def test_logits_are_transformers_at_once_and_in_pieces(checkpoint, build):
-    engine, expected = Engine.load(build("none"), threads=1), checkpoint.logits(TOKENS)
+def test_logits_are_transformers_at_once_and_in_pieces(checkpoint, build_made_up):
+    engine, expected = Engine.load(build_made_up("none"), threads=1), checkpoint.logits(TOKENS)
     np.testing.assert_allclose(run_alone(engine, TOKENS), expected, rtol=0, atol=1e-3)
     other = TOKENS[40:60]
     pieces, _ = run_chunks(engine, [TOKENS, other], [[33, 0], [1, 12], *([1, 1] for _ in range(8)), [48, 0]])
@@ -95,8 +95,8 @@ def test_logits_are_transformers_at_once_and_in_pieces(checkpoint, build):
 
 
 @pytest.mark.parametrize("name", ["int4", "gptq", "awq", "smoothquant"])
-def test_it_computes_with_the_weights_it_holds_which_are_the_checkpoints(name, checkpoint, build):
-    directory = build(name)
+def test_it_computes_with_the_weights_it_holds_which_are_the_checkpoints(name, checkpoint, build_made_up):
+    directory = build_made_up(name)
     assert compare_weights(directory, checkpoint.path).passed
     found = layer_outputs(directory, TOKENS)
     errors = relative_errors(found, as_built(checkpoint, directory).hidden_outputs(TOKENS, found, given=found))
@@ -105,39 +105,50 @@ def test_it_computes_with_the_weights_it_holds_which_are_the_checkpoints(name, c
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant"])
-def test_all_linears_of_all_layers_are_calibrated(name, build):
-    records = [linear for linear in Manifest.read(build(name)).linears if linear.name.startswith("model.layers.")]
+def test_all_linears_of_all_layers_are_calibrated(name, build_made_up):
+    records = [
+        linear for linear in Manifest.read(build_made_up(name)).linears if linear.name.startswith("model.layers.")
+    ]
     assert {record.quantization.method for record in records} == {name}
     assert all(record.output_error for record in records)
 
 
-def test_only_the_layers_that_have_a_cache_take_memory_for_one(checkpoint, build):
-    manifest = Manifest.read(build("int4"))
+def test_only_the_layers_that_have_a_cache_take_memory_for_one(checkpoint, build_made_up):
+    manifest = Manifest.read(build_made_up("int4"))
     layers = {"llama": [0, 1, 2], "made_up": [0, 2]}[manifest.model.model_type]
     assert [state.layer for state in manifest.states] == [layer for layer in layers for _ in range(2)]
     assert manifest.cache.bytes_per_token == len(layers) * 2 * 2 * 16 * 2  # keys, values; heads; features; float16
 
 
-def test_the_parts_of_its_linears_are_all_that_transformers_has(checkpoint, build):
+def test_the_parts_of_its_linears_are_all_that_transformers_has(checkpoint, build_made_up):
     expected = {
         n.removesuffix(".weight"): tuple(w.shape) for n, w in checkpoint.model.named_parameters() if w.dim() > 1
     }
-    records = Manifest.read(build("int4")).linears
+    records = Manifest.read(build_made_up("int4")).linears
     assert {part.name: (part.rows, one.in_features) for one in records for part in one.parts} == expected
 
 
-def test_it_is_inspected(build):
+def test_it_is_inspected(build_made_up):
     linears, graph = (
-        CliRunner().invoke(inspect, [str(build("gptq")), *options], catch_exceptions=False).stdout
+        CliRunner().invoke(inspect, [str(build_made_up("gptq")), *options], catch_exceptions=False).stdout
         for options in ([], ["--graph"])
     )
-    for linear in Manifest.read(build("gptq")).linears:
+    for linear in Manifest.read(build_made_up("gptq")).linears:
         assert f"{linear.name} " in linears
         assert f"─ {linear.name.rpartition('.')[2]}" in graph
 
 
-def test_it_is_summarised(checkpoint, build, texts, tmp_path):
-    options = ["--engine", build("gptq"), "--checkpoint", checkpoint.path, "--dataset", texts, "--report", tmp_path]
+def test_it_is_summarised(checkpoint, build_made_up, texts, tmp_path):
+    options = [
+        "--engine",
+        build_made_up("gptq"),
+        "--checkpoint",
+        checkpoint.path,
+        "--dataset",
+        texts,
+        "--report",
+        tmp_path,
+    ]
     options += ["--max-samples", 2, "--max-new-tokens", 4, "--threads", 1, "--no-cost", "--layers"]
     result = CliRunner().invoke(summarize, [str(option) for option in options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -147,6 +158,6 @@ def test_it_is_summarised(checkpoint, build, texts, tmp_path):
     assert metrics["as_built.kl_mean"] < 1e-5 < metrics["original.kl_mean"] < 0.1
     page = (tmp_path / "report.html").read_text()
     drawn = re.findall(r'<span class="key s\d">(.*?)</span>', page)
-    others = ["mixer"] if Manifest.read(build("gptq")).model.model_type == "made_up" else []
+    others = ["mixer"] if Manifest.read(build_made_up("gptq")).model.model_type == "made_up" else []
     expected = ["attention", "MLP", *others, "whole layer"]
     assert drawn[-len(expected) :] == expected

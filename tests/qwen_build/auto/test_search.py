@@ -188,7 +188,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(auto, "_STEPS", 1 << 12)
 
 
-def build(path: Path, output: Path, method: str | None = "rtn", max_kl=None, max_bytes=None, **options):
+def search_engine(path: Path, output: Path, method: str | None = "rtn", max_kl=None, max_bytes=None, **options):
     with Checkpoint.open(path) as weights:
         return build_auto(
             weights,
@@ -221,7 +221,7 @@ def files(engine: Path) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_engine_keeps_to_its_kl_and_is_built_again_from_its_choices(family, checkpoint, tmp_path, monkeypatch):
     tiny, output = checkpoint(family), tmp_path / "engines" / "auto"
-    report = build(tiny.path, output, max_kl=0.01)
+    report = search_engine(tiny.path, output, max_kl=0.01)
     measured = held_out_kl(tiny, output)
     assert measured == pytest.approx(report.best.held_out_kl, rel=1e-3)
     assert 0.005 < max(measured, report.best.calibration_kl) <= 0.01
@@ -242,7 +242,7 @@ def test_what_was_predicted_wrong_is_corrected(error, checkpoint, tmp_path, monk
     monkeypatch.setattr(
         Probing, "measure", lambda self, advance: [[error * kl for kl in one] for one in measure(self, advance)]
     )
-    report = build(checkpoint("qwen2-tied").path, tmp_path / "auto", max_kl=0.02)
+    report = search_engine(checkpoint("qwen2-tied").path, tmp_path / "auto", max_kl=0.02)
     assert 0.01 < report.best.kl <= 0.02
     assert len(report.trials) > 1
 
@@ -251,7 +251,7 @@ def test_an_engine_keeps_to_its_size(checkpoint, tmp_path):
     tiny = checkpoint("qwen3")
     found = []
     for number, size in enumerate((440_000, 500_000, 600_000, 2_000_000)):
-        report = build(tiny.path, tmp_path / str(number), max_bytes=size)
+        report = search_engine(tiny.path, tmp_path / str(number), max_bytes=size)
         found.append(report.best)
         assert files(tmp_path / str(number)) <= report.best.size_bytes <= size
     assert [trial.kl for trial in found] == sorted([trial.kl for trial in found], reverse=True)
@@ -262,11 +262,11 @@ def test_an_engine_keeps_to_its_size(checkpoint, tmp_path):
 
 def test_calibrated_rounding_is_used_where_there_is_int4(checkpoint, tmp_path):
     path = checkpoint("qwen2").path
-    report = build(path, tmp_path / "small", method=None, max_kl=0.2, calibration_tokens=1024)
+    report = search_engine(path, tmp_path / "small", method=None, max_kl=0.2, calibration_tokens=1024)
     methods = {linear.quantization.method for linear in Manifest.read(tmp_path / "small").linears}
     assert "gptq" in methods
     assert "--int4-method gptq --calibration-tokens 1024" in report.rebuild
-    report = build(path, tmp_path / "exact", method=None, max_kl=1e-4, calibration_tokens=1024)
+    report = search_engine(path, tmp_path / "exact", method=None, max_kl=1e-4, calibration_tokens=1024)
     assert {linear.quantization.scheme for linear in Manifest.read(tmp_path / "exact").linears} <= {"int8", "none"}
     assert "--int4-method" not in report.rebuild
 
@@ -275,7 +275,7 @@ def test_what_the_user_decides_stays(checkpoint, tmp_path):
     rules = tmp_path / "rules.json"
     rules.write_text('{"*.1.mlp.down_proj": {"quant": "int8", "group_size": 128}}')
     path = checkpoint("qwen2-tied").path
-    build(path, tmp_path / "auto", max_kl=0.5, exclude=("*.k_proj", "lm_head"), quant_config=read_rules(rules))
+    search_engine(path, tmp_path / "auto", max_kl=0.5, exclude=("*.k_proj", "lm_head"), quant_config=read_rules(rules))
     stored = {linear.name: linear.quantization for linear in Manifest.read(tmp_path / "auto").linears}
     assert {stored[f"model.layers.{i}.self_attn.k_proj"].scheme for i in range(3)} == {"none"}
     assert (stored["lm_head"].scheme, stored["model.embed_tokens"].scheme) == ("none", "int4")
@@ -293,7 +293,7 @@ def test_the_end_of_a_text_is_held_out(checkpoint, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(auto, "float_states", lambda c, m, token_ids, advance: seen.append(token_ids) or _stop())
     with pytest.raises(KeyboardInterrupt):
-        build(path, tmp_path / "auto", max_kl=0.1, calibration=text)
+        search_engine(path, tmp_path / "auto", max_kl=0.1, calibration=text)
     count = len(ids) // 512
     options, calibration, held_out, words = auto.split_text(
         BuildOptions(int4_method="awq", calibration=text), path, auto.ModelConfig.from_hf(path), 640
@@ -316,15 +316,15 @@ def _stop():
 
 def test_the_same_budget_gives_the_same_engine_also_after_an_interruption(checkpoint, tmp_path, monkeypatch):
     path = checkpoint("qwen2").path
-    build(path, tmp_path / "one" / "auto", max_kl=0.05)
+    search_engine(path, tmp_path / "one" / "auto", max_kl=0.05)
     with monkeypatch.context() as patch:
         patch.setattr(auto, "measure_kl", lambda *_: _stop())
         with pytest.raises(KeyboardInterrupt):
-            build(path, tmp_path / "two" / "auto", max_kl=0.05)
+            search_engine(path, tmp_path / "two" / "auto", max_kl=0.05)
     assert not (tmp_path / "two" / "auto").exists()
     with monkeypatch.context() as patch:
         patch.setattr(Probing, "measure", lambda *_: _stop())  # finished before
-        build(path, tmp_path / "two" / "auto", max_kl=0.05)
+        search_engine(path, tmp_path / "two" / "auto", max_kl=0.05)
     assert parts(tmp_path / "one" / "auto") == parts(tmp_path / "two" / "auto")
     assert (tmp_path / "one" / "auto" / CHOICES_FILE).read_bytes() == (
         tmp_path / "two" / "auto" / CHOICES_FILE
@@ -333,7 +333,7 @@ def test_the_same_budget_gives_the_same_engine_also_after_an_interruption(checkp
 
 
 def test_the_page_says_what_was_chosen(checkpoint, tmp_path):
-    report = build(checkpoint("qwen3-tied").path, tmp_path / "auto", max_kl=0.05)
+    report = search_engine(checkpoint("qwen3-tied").path, tmp_path / "auto", max_kl=0.05)
     page = (tmp_path / "auto" / REPORT_FILE).read_text()
     for linear in Manifest.read(tmp_path / "auto").linears:
         assert linear.name in page or linear.name == "lm_head"

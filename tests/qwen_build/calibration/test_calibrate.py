@@ -53,7 +53,7 @@ def tiny(request, tiny_checkpoint, tmp_path):
     return dataclasses.replace(checkpoint, path=with_tokenizer(checkpoint.path, tmp_path / "checkpoint"))
 
 
-def build(checkpoint: Path, output: Path, **options: Any) -> Manifest:
+def build_calibrated(checkpoint: Path, output: Path, **options: Any) -> Manifest:
     with Checkpoint.open(checkpoint) as weights:
         plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions(**options))
         return write_engine(plan, weights, output)
@@ -84,7 +84,7 @@ def output_error(model: Any, rounded: Any) -> float:
 def test_gptq_has_less_error(tiny, text, tmp_path):
     errors = []
     for method, path in (("rtn", None), ("gptq", text)):
-        build(tiny.path, tmp_path / method, group_size=64, int4_method=method, calibration=path, **EXACT)
+        build_calibrated(tiny.path, tmp_path / method, group_size=64, int4_method=method, calibration=path, **EXACT)
         errors.append(output_error(tiny.model, with_weights_of(tmp_path / method, tiny.model)))
     assert errors[1] < 0.9 * errors[0]
 
@@ -92,9 +92,9 @@ def test_gptq_has_less_error(tiny, text, tmp_path):
 @pytest.mark.parametrize("method", [method for method in INT4_METHODS if method != "rtn"])
 def test_a_calibrated_engine_computes_with_what_it_holds(method, tiny, text, tmp_path, monkeypatch):
     options = {"group_size": 64, "int4_method": method, "calibration": text, **EXACT}
-    manifest = build(tiny.path, tmp_path / "engine", **options)
+    manifest = build_calibrated(tiny.path, tmp_path / "engine", **options)
     monkeypatch.setattr("qwen_build.writing.weights_file.SLICE_ELEMENTS", 32 * 80)  # several slices of every weight
-    assert build(tiny.path, tmp_path / "sliced", **options).parts == manifest.parts
+    assert build_calibrated(tiny.path, tmp_path / "sliced", **options).parts == manifest.parts
     rounded = with_weights_of(tmp_path / "engine", tiny.model)
     logits = run_alone(Engine.load(tmp_path / "engine"), TOKENS)
     np.testing.assert_allclose(logits, hf_logits(rounded, TOKENS), atol=1e-3)
@@ -113,7 +113,7 @@ def test_the_recorded_error_is_that_of_the_output_behind_rounded_layers(tiny, te
     """Of layer 1 on what the rounded layer 0 puts out: transformers runs the text with the engine's weights."""
     import torch
 
-    manifest = build(tiny.path, tmp_path / "engine", int4_method="gptq", calibration=text, **EXACT)
+    manifest = build_calibrated(tiny.path, tmp_path / "engine", int4_method="gptq", calibration=text, **EXACT)
     rounded = with_weights_of(tmp_path / "engine", tiny.model)
     ids = torch.tensor(letter_tokenizer().encode(text.read_text()).ids[:1536]).reshape(3, 512)
     seen: list[np.ndarray] = []
@@ -136,7 +136,7 @@ def test_the_same_text_gives_the_same_bytes_and_another_one_others(tiny, text, t
     other = tmp_path / "other.txt"
     other.write_text(letters(1600, seed=1))
     parts = [
-        build(tiny.path, tmp_path / name, int4_method="gptq", calibration=path).parts
+        build_calibrated(tiny.path, tmp_path / name, int4_method="gptq", calibration=path).parts
         for name, path in (("a", text), ("b", text), ("c", other))
     ]
     assert parts[0] == parts[1]
@@ -144,7 +144,7 @@ def test_the_same_text_gives_the_same_bytes_and_another_one_others(tiny, text, t
 
 
 def test_an_interrupted_calibration_goes_on_where_it_was(tiny, text, tmp_path, monkeypatch):
-    whole = build(tiny.path, tmp_path / "whole", int4_method="gptq", calibration=text)
+    whole = build_calibrated(tiny.path, tmp_path / "whole", int4_method="gptq", calibration=text)
     engines, read = tmp_path / "engines", []
 
     def read_layer(checkpoint, config, layer, interrupted: bool):
@@ -157,10 +157,10 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tiny, text, tmp_path, m
     monkeypatch.setattr(calibrating, "read_layer", lambda *args: read_layer(*args, interrupted=True))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            build(tiny.path, engines / "e", int4_method="gptq", calibration=text)
+            build_calibrated(tiny.path, engines / "e", int4_method="gptq", calibration=text)
         assert [path.name.startswith(".e.") for path in engines.iterdir()] == [True]
     monkeypatch.setattr(calibrating, "read_layer", lambda *args: read_layer(*args, interrupted=False))
-    resumed = build(tiny.path, engines / "e", int4_method="gptq", calibration=text)
+    resumed = build_calibrated(tiny.path, engines / "e", int4_method="gptq", calibration=text)
     assert read == [0, 1, 1, 1, 2]
     assert resumed.parts == whole.parts
     assert [path.name for path in engines.iterdir()] == ["e"]
@@ -170,10 +170,10 @@ def test_what_was_interrupted_is_of_no_use_for_other_options(tiny, text, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(building, "write_weights", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
-    expected = build(tiny.path, tmp_path / "fresh", int4_method="gptq", calibration=text, group_size=64)
+            build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+    expected = build_calibrated(tiny.path, tmp_path / "fresh", int4_method="gptq", calibration=text, group_size=64)
     assert (
-        build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text, group_size=64).parts
+        build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text, group_size=64).parts
         == expected.parts
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["e"]
@@ -218,9 +218,9 @@ def test_a_full_disk_keeps_what_was_finished(module, tiny, text, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(*{calibrating: (calibrating, "new_array", full), building: (os, "pwrite", full)}[module])
         with pytest.raises(BuildError, match=r"No space left on device.*What was finished is kept in .*\.e\.") as error:
-            build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+            build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
     assert "\n" not in str(error.value)
-    build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+    build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
     assert read == ([0, 0, 1, 2] if module is calibrating else [0, 1, 2])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["e"]
 
@@ -236,14 +236,14 @@ def test_a_full_disk_shows_before_a_mapped_file_is_written_to(tmp_path, monkeypa
 def test_the_same_build_twice_at_once(tiny, text, tmp_path, monkeypatch):
     def second(*_):
         with pytest.raises(BuildError, match=r"another process is building .*; wait for it or choose another --output"):
-            build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+            build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(building, "write_weights", second)
     with pytest.raises(KeyboardInterrupt):
-        build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+        build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
     monkeypatch.undo()
-    build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+    build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["e"]
 
 
@@ -252,13 +252,13 @@ def test_what_a_live_build_uses_is_left_alone(tiny, text, tmp_path, monkeypatch)
 
     def other(*args):
         monkeypatch.setattr(building, "write_weights", original)
-        build(tiny.path, tmp_path / "out" / "e", quant="int8")
+        build_calibrated(tiny.path, tmp_path / "out" / "e", quant="int8")
         assert len(list((tmp_path / "out").glob(".e.*.calibration"))) == 1
         return original(*args)
 
     monkeypatch.setattr(building, "write_weights", other)
     with pytest.raises(BuildError, match="exists; use --force"):
-        build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+        build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
 
 
 def test_an_error_leaves_nothing(tiny, text, tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_an_error_leaves_nothing(tiny, text, tmp_path, monkeypatch):
     with pytest.raises(
         BuildError, match=r"model\.layers\.0\.self_attn\.q_proj .*: 7e9 is too large; use --kernels stock"
     ):
-        build(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
+        build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method="gptq", calibration=text)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -282,7 +282,7 @@ def test_a_model_that_overflows_is_refused(method, tiny, text, tmp_path):
         tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e25
     write_safetensors(tiny.path / "model.safetensors", tensors, "float32")
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj: what it multiplies is too large"):
-        build(tiny.path, tmp_path / "out" / "e", int4_method=method, calibration=text, kernels="stock")
+        build_calibrated(tiny.path, tmp_path / "out" / "e", int4_method=method, calibration=text, kernels="stock")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -309,7 +309,7 @@ def test_weights_are_rounded_by_the_statistics_of_folded_inputs(tiny, text, tmp_
             return super().round(readers)
 
     monkeypatch.setitem(METHODS, "gptq", lambda options: Spying())
-    build(tiny.path, tmp_path / "engine", int4_method="gptq", calibration=text)
+    build_calibrated(tiny.path, tmp_path / "engine", int4_method="gptq", calibration=text)
     assert seen == 3 * list(INPUTS)
 
 
@@ -322,8 +322,8 @@ def test_what_folding_changes_is_in_the_engine(pattern, tiny, text, tmp_path, mo
         Rule("test", "model.layers.2.mlp.down_proj", "int4", 32),
         Rule("test", f"model.layers.?.*{pattern}", "int8", 32),
     )
-    manifest = build(tiny.path, tmp_path / "engine", quant="none", quant_config=rules, **options)
-    plain = build(tiny.path, tmp_path / "plain", quant="none", quant_config=rules, **EXACT)
+    manifest = build_calibrated(tiny.path, tmp_path / "engine", quant="none", quant_config=rules, **options)
+    plain = build_calibrated(tiny.path, tmp_path / "plain", quant="none", quant_config=rules, **EXACT)
     logits = {name: run_alone(Engine.load(tmp_path / name), TOKENS) for name in ("engine", "plain")}
     expected = tiny.logits(TOKENS)
     errors = {name: np.square(found - expected).mean() for name, found in logits.items()}
@@ -345,7 +345,7 @@ def test_what_folding_changes_is_in_the_engine(pattern, tiny, text, tmp_path, mo
 
 def test_mixed_schemes_are_calibrated_together_and_float_stays(tiny, text, tmp_path):
     rules = (Rule("test", "*.v_proj", "int8", 64, True), Rule("test", "*.up_proj", "none"))
-    manifest = build(
+    manifest = build_calibrated(
         tiny.path, tmp_path / "engine", quant_config=rules, exclude=("model.layers.1.*",), int4_method="gptq",
         calibration=text, **EXACT,
     )  # fmt: skip
@@ -376,7 +376,7 @@ def test_mixed_schemes_are_calibrated_together_and_float_stays(tiny, text, tmp_p
 )
 def test_options_that_contradict_each_other(options: Mapping[str, Any], message, tiny, tmp_path):
     with pytest.raises(BuildError) as error:
-        build(tiny.path, tmp_path / "out" / "e", **options)
+        build_calibrated(tiny.path, tmp_path / "out" / "e", **options)
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -396,7 +396,9 @@ def test_the_command_line_calibrates_and_says_in_one_line_why_it_cannot(tiny, te
     result = run("--calibration", text, "--calibration-tokens", 1024, "--group-size", 64)
     assert result.exit_code == 0, result.output
     options = {"int4_method": "gptq", "calibration": text, "calibration_tokens": 1024, "group_size": 64}
-    assert Manifest.read(tmp_path / "out" / "e").parts == build(tiny.path, tmp_path / "same", **options).parts
+    assert (
+        Manifest.read(tmp_path / "out" / "e").parts == build_calibrated(tiny.path, tmp_path / "same", **options).parts
+    )
     (tiny.path / "tokenizer.json").unlink()
     result = run("--force")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
@@ -424,7 +426,9 @@ def test_what_the_checkpoint_has_packed_stays_as_it_is(pack, text, tmp_path):
     packed = pack(CASES[0], left_float=("model.layers.0.self_attn.k_proj",))
     path = with_tokenizer(packed.path, tmp_path / "checkpoint")
     rules = (Rule("test", "*.0.*.k_proj", "int4", 32),)
-    manifest = build(path, tmp_path / "engine", quant_config=rules, int4_method="gptq", calibration=text, **EXACT)
+    manifest = build_calibrated(
+        path, tmp_path / "engine", quant_config=rules, int4_method="gptq", calibration=text, **EXACT
+    )
     methods = {linear.name: linear.quantization.method for linear in manifest.linears if ".layers." in linear.name}
     assert methods.pop("model.layers.0.self_attn.k_proj") == "gptq"
     assert set(methods.values()) == {"imported"}
@@ -432,4 +436,4 @@ def test_what_the_checkpoint_has_packed_stays_as_it_is(pack, text, tmp_path):
     assert check.passed
     assert "; rows of 1 calibrated ones correlate" in check.message
     with pytest.raises(BuildError, match="has nothing to round"):
-        build(path, tmp_path / "other", exclude=("*.0.*.k_proj",), int4_method="gptq", calibration=text)
+        build_calibrated(path, tmp_path / "other", exclude=("*.0.*.k_proj",), int4_method="gptq", calibration=text)

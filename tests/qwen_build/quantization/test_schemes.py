@@ -111,7 +111,7 @@ def test_zeros_and_exact_values_survive(scheme, in_features):
 def test_runtime_multiplies_with_the_dequantised_weight(scheme, in_features, bias):
     w, x, b = weight((48, in_features)), weight((5, in_features), 1), weight((48,), 2)
     tensors = scheme.quantize(w)
-    y = run(
+    y = product(
         tensors, x, lambda op, x, values: scheme.linear(op, x, values, values["bias"] if bias else None, w.shape), b
     )
     expected = x @ scheme.dequantize(tensors, w.shape).T + (b if bias else 0)
@@ -125,11 +125,11 @@ def test_runtime_looks_up_the_very_rows_it_multiplies_with(scheme, in_features):
     tensors, ids = scheme.quantize(weight((48, in_features))), np.array([47, 0, 5, 5])
     matrices = {name: t.reshape(len(t), -1) for name, t in tensors.items()}
     shape = 48, in_features
-    rows = run(matrices, ids, lambda op, ids, values: scheme.lookup(op, ids, values, shape))
+    rows = product(matrices, ids, lambda op, ids, values: scheme.lookup(op, ids, values, shape))
     assert np.array_equal(rows, scheme.dequantize(tensors, shape)[ids])
 
 
-def run(tensors, x, build, bias=None):
+def product(tensors, x, build, bias=None):
     """One-node graph: ``build(op, x, initializers)`` run on ``x``."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1, "qwen": 1}, name="g")
     builder = GraphBuilder(graph)
@@ -251,7 +251,7 @@ def test_a_shared_scale_is_stored_and_read_back(bits, kind, in_features):
     # half a step, and a float16 scale is off by up to 2^-11
     assert np.all(np.abs(back - w) <= step * 0.5 + 2.0**-11 * np.abs(w) + 2.0**-11 * step)
     x = weight((5, in_features), 1)
-    y = run(scheme.quantize(w), x, lambda op, x, values: scheme.linear(op, x, values, None, w.shape))
+    y = product(scheme.quantize(w), x, lambda op, x, values: scheme.linear(op, x, values, None, w.shape))
     np.testing.assert_allclose(y, x @ back.T, rtol=1e-4, atol=1e-4)  # float32 sums in another order
 
 

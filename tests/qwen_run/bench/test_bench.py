@@ -273,7 +273,7 @@ def test_sides_get_the_same_prompts_and_every_run_new_ones(
     assert len({tuple(prompt) for prompt in served["a"]}) == len(served["a"]) == 2 * (2 + 2 * 2)
 
 
-def run(*arguments: object) -> Result:
+def run_bench(*arguments: object) -> Result:
     return CliRunner().invoke(bench.main, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
@@ -281,7 +281,7 @@ SHORT = ("--input-length", 20, "--output-length", 4, "--threads", 1)
 
 
 def test_latency_table(engine_directory: Path) -> None:
-    result = run("latency", "--engine", engine_directory, "--repeat", 2, *SHORT)
+    result = run_bench("latency", "--engine", engine_directory, "--repeat", 2, *SHORT)
     assert result.exit_code == 0, result.stderr
     head, row, empty, *definitions = result.stdout.splitlines()
     assert head.split()[:5] == ["requests", "output", "tok/s", "TTFT", "ms"]
@@ -295,7 +295,7 @@ def test_latency_table(engine_directory: Path) -> None:
 def test_throughput_as_json_and_plot(engine_directory: Path, tmp_path: Path) -> None:
     plot = tmp_path / "grows.svg"
     command = ("throughput", "--engine", engine_directory, "--batch", "1,3", "--repeat", 1, "--plot", plot, "--json")
-    result = run(*command, *SHORT)
+    result = run_bench(*command, *SHORT)
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert [(each["batch"], each["figures"]["output_tokens"]) for each in found["results"]] == [(1, 4), (3, 12)]
@@ -310,7 +310,7 @@ def test_trace_at_two_rates(engine_directory: Path, tmp_path: Path) -> None:
     trace = write(tmp_path / "t.csv", "arrival_s,input_tokens,output_tokens\n0,5,3\n1,6,2\n2,7,4\n")
     plot = tmp_path / "load.svg"
     command = ("serve-trace", "--engine", engine_directory, "--trace", trace, "--rate", "20,50.5", "--threads", 1)
-    result = run(*command, "--requests", 2, "--plot", plot, "--json")
+    result = run_bench(*command, "--requests", 2, "--plot", plot, "--json")
     assert result.exit_code == 0, result.stderr
     results = json.loads(result.stdout)["results"]
     assert [(each["rate"], each["figures"]["requests"]) for each in results] == [(20.0, 2), (50.5, 2)]
@@ -329,7 +329,7 @@ def test_trace_at_two_rates(engine_directory: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_in_one_line(engine_directory: Path, arguments: tuple[object, ...], message: str) -> None:
-    result = run(*arguments, "--engine", engine_directory)
+    result = run_bench(*arguments, "--engine", engine_directory)
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: ")
@@ -337,14 +337,14 @@ def test_mistakes_are_told_in_one_line(engine_directory: Path, arguments: tuple[
 
 @pytest.mark.parametrize("batch", ["", "0", "1,", "two", "4,-1"])
 def test_batches_that_are_none(batch: str) -> None:
-    result = run("throughput", "--batch", batch)
+    result = run_bench("throughput", "--batch", batch)
     assert result.exit_code == 2
     assert "is not numbers above 0" in result.stderr
 
 
 def test_help_names_every_benchmark() -> None:
-    assert all(name in run("--help").stdout for name in ("latency", "throughput", "serve-trace"))
-    assert "medians over runs" not in run("latency", "-h").stdout
+    assert all(name in run_bench("--help").stdout for name in ("latency", "throughput", "serve-trace"))
+    assert "medians over runs" not in run_bench("latency", "-h").stdout
 
 
 def test_a_quantised_engine_is_compared_in_bfloat16(engine_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

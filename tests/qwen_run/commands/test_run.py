@@ -49,12 +49,12 @@ def script(tmp_path, monkeypatch):
     return script
 
 
-def run(*arguments, stdin=None):
+def run_command(*arguments, stdin=None):
     return CliRunner().invoke(cli.main, arguments, input=stdin, catch_exceptions=False)
 
 
 def test_one_answer(script):
-    result = run("--input-text", "hello")
+    result = run_command("--input-text", "hello")
     assert (result.exit_code, result.stdout) == (0, "«HELLO» 你🤗\n")
     assert re.fullmatch(
         r"\d+ input tokens, 17 output tokens; first after \d+ ms, then [\d.]+ tokens/s; peak memory \d+ MiB\n",
@@ -69,7 +69,7 @@ def test_one_answer(script):
 def test_options_reach_the_request(script):
     options = "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --seed 4 --threads 2"
     options += " --kv-cache-memory 64"
-    result = run("--input-text", "x", "--engine", "e", "--system", "Be brief.", *options.split())
+    result = run_command("--input-text", "x", "--engine", "e", "--system", "Be brief.", *options.split())
     assert result.stdout == "«X\n"
     assert script.loaded == [("e", 2, False, 64 << 20)]
     assert script.seen[0].params == SamplingParams(0.5, 0.9, 5, 1.1, 4, 3)
@@ -77,19 +77,22 @@ def test_options_reach_the_request(script):
 
 
 def test_a_pipe_is_one_prompt(script):
-    assert run(stdin="two\nlines\n").stdout == "«TWO\nLINES» 你🤗\n"
+    assert run_command(stdin="two\nlines\n").stdout == "«TWO\nLINES» 你🤗\n"
 
 
 def test_a_prompt_may_be_an_argument(script):
-    assert run("What is it?").stdout == run("--input-text", "What is it?").stdout == "«WHAT IS IT?» 你🤗\n"
+    assert (
+        run_command("What is it?").stdout == run_command("--input-text", "What is it?").stdout == "«WHAT IS IT?» 你🤗\n"
+    )
 
 
 @pytest.mark.parametrize("option", [[], ["--input-text"]])
 def test_what_comes_through_a_pipe_stands_below_the_prompt(script, option):
     assert (
-        run(*option, "Shout:", stdin="a report\nof two lines\n").stdout == "«SHOUT:\n\nA REPORT\nOF TWO LINES» 你🤗\n"
+        run_command(*option, "Shout:", stdin="a report\nof two lines\n").stdout
+        == "«SHOUT:\n\nA REPORT\nOF TWO LINES» 你🤗\n"
     )
-    assert run(*option, "Shout:", stdin=" \n").stdout == "«SHOUT:» 你🤗\n"
+    assert run_command(*option, "Shout:", stdin=" \n").stdout == "«SHOUT:» 你🤗\n"
 
 
 def test_a_real_pipe_is_read_and_a_device_is_not(monkeypatch, capsys):
@@ -108,14 +111,14 @@ def test_a_real_pipe_is_read_and_a_device_is_not(monkeypatch, capsys):
 
 
 def test_raw(script):
-    assert run("--raw", "--input-text", "abc").stdout == "ABC\n"
+    assert run_command("--raw", "--input-text", "abc").stdout == "ABC\n"
 
 
 def test_one_poisonous_line_gets_an_error_record_and_all_others_answers(script):
     poison(script, "Paris")
     prompts = ["one", "I love Paris now", "three"]
     Path("in.jsonl").write_text("".join(json.dumps({"prompt": p, "id": p}) + "\n" for p in prompts), "utf-8")
-    result = run("--input-file", "in.jsonl", "--output-file", "out.jsonl")
+    result = run_command("--input-file", "in.jsonl", "--output-file", "out.jsonl")
     records = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
     assert [record["id"] for record in records] == prompts
     assert [record.get("text") for record in records] == ["«ONE» 你🤗", None, "«THREE» 你🤗"]
@@ -126,13 +129,13 @@ def test_one_poisonous_line_gets_an_error_record_and_all_others_answers(script):
 
 def test_a_lone_poisonous_prompt_is_an_error(script):
     poison(script, "Paris")
-    result = run("--input-text", "Paris")
+    result = run_command("--input-text", "Paris")
     assert (result.exit_code, result.stderr[:7]) == (1, "Error: ")
     assert "hold nan, expected numbers" in result.stderr
 
 
 def test_json(script):
-    result = json.loads(run("--json", "--input-text", "x").stdout)
+    result = json.loads(run_command("--json", "--input-text", "x").stdout)
     assert result["text"] == "«X» 你🤗"
     assert (result["finish_reason"], result["output_tokens"]) == ("stop", len(result["token_ids"]))
     assert result["ttft_ms"] >= 0
@@ -142,7 +145,7 @@ def test_json(script):
 
 
 def test_output_logits(script):
-    result = run("--input-text", "x", "--output-logits", "l.npy", "--output-file", "answer.txt")
+    result = run_command("--input-text", "x", "--output-logits", "l.npy", "--output-file", "answer.txt")
     assert (result.exit_code, result.stdout) == (0, "")
     logits = np.load("l.npy")
     assert (logits.dtype, logits[-1].argmax()) == (np.float32, IM_END)
@@ -150,14 +153,14 @@ def test_output_logits(script):
 
 
 def test_logits_that_cannot_be_written_are_refused_before_an_answer(script):
-    assert run("--input-text", "x", "--output-logits", "absent/l.npy").exit_code == 1
+    assert run_command("--input-text", "x", "--output-logits", "absent/l.npy").exit_code == 1
     assert script.loaded
     assert script.num_runs == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_a_full_disk_leaves_no_piece_of_the_logits(script, monkeypatch):
-    result = run("--input-text", "x", "--output-logits", "/dev/full")
+    result = run_command("--input-text", "x", "--output-logits", "/dev/full")
     assert result.exit_code == 1
     assert re.fullmatch("Error: /dev/full cannot be written: (?!None)[^\n]+; choose another[^\n]+\n", result.stderr)
     assert Path("/dev/full").exists()
@@ -167,7 +170,7 @@ def test_a_full_disk_leaves_no_piece_of_the_logits(script, monkeypatch):
         raise OSError("9 requested and 7 written")  # as NumPy says it
 
     monkeypatch.setattr(np, "save", full)
-    result = run("--input-text", "x", "--output-logits", "l.npy")
+    result = run_command("--input-text", "x", "--output-logits", "l.npy")
     assert result.stderr.startswith("Error: l.npy cannot be written: 9 requested and 7 written; choose another")
     assert not Path("l.npy").exists()
 
@@ -185,7 +188,7 @@ def test_prompts_on_standard_input_are_not_overwritten(script):
 def test_null_stands_for_an_option_that_is_absent(script):
     absent = dict.fromkeys([*SamplingParams.__dataclass_fields__, "id", "tools", "messages"])
     Path("in.jsonl").write_text(json.dumps({**absent, "prompt": "a"}) + "\n" + json.dumps({"prompt": "b"}), "utf-8")
-    result = run("--input-file", "in.jsonl")
+    result = run_command("--input-file", "in.jsonl")
     assert (result.exit_code, result.stderr[:1]) == (0, "2")
     first, second = (request.params for request in script.seen)
     assert first == second
@@ -193,9 +196,9 @@ def test_null_stands_for_an_option_that_is_absent(script):
 
 def test_what_looks_like_an_array_may_be_text(script):
     Path("in.txt").write_text("[INST] hi\n[1, 2]")
-    assert len(run("--input-file", "in.txt").stdout.splitlines()) == 2
+    assert len(run_command("--input-file", "in.txt").stdout.splitlines()) == 2
     Path("in.txt").write_text("[1, 2, 3]")
-    assert json.loads(run("--input-file", "in.txt").stdout)["text"] == "«[1, 2, 3]» 你🤗"
+    assert json.loads(run_command("--input-file", "in.txt").stdout)["text"] == "«[1, 2, 3]» 你🤗"
 
 
 JSON_LINES = """\ufeff{"prompt": "a\u2028b", "tools": null}
@@ -215,7 +218,7 @@ JSON_LINES = """\ufeff{"prompt": "a\u2028b", "tools": null}
 
 def test_json_lines_in_input_order(script):
     Path("in.jsonl").write_text(JSON_LINES, "utf-8")
-    result = run("--input-file", "in.jsonl", "--system", "T")
+    result = run_command("--input-file", "in.jsonl", "--system", "T")
     records = [json.loads(line) for line in result.stdout.split("\n") if line]
     assert [record["line"] for record in records] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     texts = {record["line"]: record["text"] for record in records if "text" in record}
@@ -243,7 +246,7 @@ def test_json_lines_in_input_order(script):
 
 def test_text_lines_run_together(script):
     Path("in.txt").write_text("one\r\n\ntwo three\nfour", "utf-8")
-    result = run("--input-file", "in.txt", "--output-file", "out.jsonl")
+    result = run_command("--input-file", "in.txt", "--output-file", "out.jsonl")
     records = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
     assert [(r["line"], r["text"][1:-4]) for r in records] == [(1, "ONE"), (3, "TWO THREE"), (4, "FOUR")]
     assert re.fullmatch(
@@ -253,7 +256,7 @@ def test_text_lines_run_together(script):
 
 
 def test_prompts_from_standard_input(script):
-    assert json.loads(run("--input-file", "-", stdin="one").stdout)["text"] == "«ONE» 你🤗"
+    assert json.loads(run_command("--input-file", "-", stdin="one").stdout)["text"] == "«ONE» 你🤗"
 
 
 QUESTIONS = "".join(f'{{"prompt": "{"long " * 9 if i == 2 else "short"} {i}", "id": "q{i}"}}\n' for i in range(40))
@@ -268,14 +271,14 @@ def stop_after(monkeypatch, num_runs, error=KeyboardInterrupt):
     """Let the engine fail after some runs: once where a user interrupts it, else for good."""
     original = Script.run
 
-    def run(self, batch):
+    def run_command(self, batch):
         if self.num_runs == num_runs:
             if error is KeyboardInterrupt:
                 monkeypatch.setattr(Script, "run", original)
             raise error
         return original(self, batch)
 
-    monkeypatch.setattr(Script, "run", run)
+    monkeypatch.setattr(Script, "run", run_command)
 
 
 def test_lines_have_ids_and_options_of_their_own(script):
@@ -283,7 +286,7 @@ def test_lines_have_ids_and_options_of_their_own(script):
         '{"prompt": "abcdef", "id": 7, "max_tokens": 3}\n{"prompt": "abcdef", "stop": ["CD"]}\n'
         '{"prompt": "x", "id": {"a": [1]}, "top_p": 2}\n{"prompt": "x", "logprobs": 1, "n": 2, "temperature": 1}'
     )
-    result = run(*ASK)
+    result = run_command(*ASK)
     assert result.stderr.endswith("Error: 1 of 4 prompts could not be answered, see their records\n")
     first, second, third, fourth = records()
     assert (first["id"], first["text"], first["finish_reason"]) == (7, "«A", "length")
@@ -297,43 +300,45 @@ def test_lines_have_ids_and_options_of_their_own(script):
 
 def test_answers_come_as_they_are_known_or_in_order(script):
     Path("q.jsonl").write_text(QUESTIONS)
-    order = [json.loads(line)["line"] for line in run("--input-file", "q.jsonl", "--as-finished").stdout.splitlines()]
+    order = [
+        json.loads(line)["line"] for line in run_command("--input-file", "q.jsonl", "--as-finished").stdout.splitlines()
+    ]
     assert (sorted(order), order.index(3) > 15) == (list(range(1, 41)), True)
-    order = [json.loads(line)["line"] for line in run("--input-file", "q.jsonl").stdout.splitlines()]
+    order = [json.loads(line)["line"] for line in run_command("--input-file", "q.jsonl").stdout.splitlines()]
     assert order == list(range(1, 41))
-    run(*ASK)
+    run_command(*ASK)
     assert [record["line"] for record in records()] == list(range(1, 41))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(script, monkeypatch):
     Path("q.jsonl").write_text(QUESTIONS)
-    assert run(*ASK).exit_code == 0
+    assert run_command(*ASK).exit_code == 0
     expected = Path("a.jsonl").read_bytes()
     Path("a.jsonl").unlink()
     stop_after(monkeypatch, script.num_runs + 30)
-    assert run(*ASK).exit_code == 130
+    assert run_command(*ASK).exit_code == 130
     kept = records()
     assert 3 not in [record["line"] for record in kept]
     assert 10 < len(kept) < 40
     script.seen.clear()
-    result = run(*ASK)
+    result = run_command(*ASK)
     assert (result.exit_code, len(script.seen)) == (0, 40 - len(kept))
     assert result.stderr.startswith(f"{len(kept)} of 40 prompts are answered already\n{40 - len(kept)} answers, ")
     assert Path("a.jsonl").read_bytes() == expected
     script.seen.clear()
-    assert (run(*ASK).exit_code, script.seen) == (0, [])
+    assert (run_command(*ASK).exit_code, script.seen) == (0, [])
     assert Path("a.jsonl").read_bytes() == expected
 
 
 def test_a_torn_last_line_is_answered_again(script):
     Path("q.jsonl").write_text(QUESTIONS)
-    run(*ASK)
+    run_command(*ASK)
     expected = Path("a.jsonl").read_bytes()
     end_of_third = [i for i, byte in enumerate(expected) if byte == 10][2] + 1
     for length in (0, 1, 4, 11, 60, end_of_third - 1, end_of_third, end_of_third + 1, len(expected) - 1):
         Path("a.jsonl").write_bytes(expected[:length])
         script.seen.clear()
-        assert run(*ASK).exit_code == 0
+        assert run_command(*ASK).exit_code == 0
         assert len(script.seen) == 40 - expected[:length].count(b"\n")
         assert Path("a.jsonl").read_bytes() == expected
 
@@ -342,7 +347,7 @@ def test_a_bad_line_is_told_once_more_and_not_tried_again(script):
     Path("q.jsonl").write_text('{"prompt": "one"}\n{broken\n{"prompt": "two", "id": "\\ud800"}\n')
     for answered in (0, 3):
         script.seen.clear()
-        result = run(*ASK)
+        result = run_command(*ASK)
         assert (result.exit_code, len(script.seen)) == (1, 2 if answered == 0 else 0)
         assert result.stderr.endswith("Error: 1 of 3 prompts could not be answered, see their records\n")
         assert [("error" in record, record.get("id")) for record in records()] == [
@@ -353,7 +358,7 @@ def test_a_bad_line_is_told_once_more_and_not_tried_again(script):
 @pytest.mark.parametrize("change", ["option", "prompts", "foreign", "no newline", "JSON", "a line of JSON", "nested"])
 def test_a_file_with_other_answers_is_refused_and_left_alone(script, change):
     Path("q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
-    run(*ASK)
+    run_command(*ASK)
     options = ("--seed", "3") if change == "option" else ()
     if change == "prompts":
         Path("q.jsonl").write_text('{"prompt": "ONE"}\n{"prompt": "TWO"}\n')
@@ -366,7 +371,7 @@ def test_a_file_with_other_answers_is_refused_and_left_alone(script, change):
     }
     Path("a.jsonl").write_text(content.get(change, Path("a.jsonl").read_text("utf-8")), "utf-8")
     before = Path("a.jsonl").read_bytes()
-    result = run(*ASK, *options)
+    result = run_command(*ASK, *options)
     assert (result.exit_code, Path("a.jsonl").read_bytes()) == (1, before)
     assert re.fullmatch(
         r"Error: a.jsonl(: line 1 is no answer of qwen-run| answers none of these prompts with these options); "
@@ -378,11 +383,11 @@ def test_a_file_with_other_answers_is_refused_and_left_alone(script, change):
 def test_a_corrected_file_of_prompts_goes_on(script):
     """Answers are found by their own key wherever they stand; what has none is asked, the rest is left out."""
     Path("q.jsonl").write_text('{"prompt": "one"}\n{broken\n{"prompt": "three"}\n{"prompt": "old"}\n')
-    assert run(*ASK).exit_code == 1
+    assert run_command(*ASK).exit_code == 1
     script.seen.clear()
     lines = ['{"prompt": "zero"}', '{"prompt": "one"}', '{"prompt": "mended"}', "", '{"prompt": "three"}']
     Path("q.jsonl").write_text("\n".join(lines))
-    result = run(*ASK)
+    result = run_command(*ASK)
     assert (result.exit_code, len(script.seen)) == (0, 2)
     assert result.stderr.startswith(
         "2 of 4 prompts are answered already\n2 records answer none of these prompts and will be left out\n2 answers, "
@@ -390,45 +395,45 @@ def test_a_corrected_file_of_prompts_goes_on(script):
     found = [(record["line"], record["text"][1:-4]) for record in records()]
     assert found == [(1, "ZERO"), (2, "ONE"), (3, "MENDED"), (5, "THREE")]
     script.seen.clear()
-    assert (run(*ASK).exit_code, script.seen) == (0, [])
+    assert (run_command(*ASK).exit_code, script.seen) == (0, [])
 
 
 def test_the_only_line_may_be_the_corrected_one(script):
     Path("q.jsonl").write_text('{"prompt": 1}')
-    assert run(*ASK).exit_code == 1
+    assert run_command(*ASK).exit_code == 1
     Path("q.jsonl").write_text('{"prompt": "1"}')
-    assert run(*ASK).exit_code == 0
+    assert run_command(*ASK).exit_code == 0
     assert [record["text"] for record in records()] == ["«1» 你🤗"]
 
 
 def test_equal_prompts_have_an_answer_each(script):
     Path("q.jsonl").write_text('{"prompt": "one"}\n' * 3)
-    run(*ASK)
+    run_command(*ASK)
     Path("q.jsonl").write_text('{"prompt": "two"}\n' + '{"prompt": "one"}\n' * 4)
     script.seen.clear()
-    run(*ASK)
+    run_command(*ASK)
     assert [record["line"] for record in records()] == [1, 2, 3, 4, 5]
     assert len(script.seen) == 2
     content = Path("a.jsonl").read_bytes()
     Path("a.jsonl").write_bytes(content * 2)
-    assert "5 records answer none" in run(*ASK).stderr
+    assert "5 records answer none" in run_command(*ASK).stderr
     assert Path("a.jsonl").read_bytes() == content
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_failed_prompts_are_asked_again_when_wanted(script, monkeypatch, interrupted):
     Path("q.jsonl").write_text('{"prompt": "%s"}\n{"prompt": "two"}\n{"prompt": "three"}\n' % ("x" * 400))
-    assert run(*ASK).exit_code == 1
+    assert run_command(*ASK).exit_code == 1
     assert ["error" in record for record in records()] == [True, False, False]
     monkeypatch.setattr(script.manifest.limits, "max_seq_len", 600)
     script.seen.clear()
-    assert (run(*ASK).exit_code, script.seen) == (1, [])
+    assert (run_command(*ASK).exit_code, script.seen) == (1, [])
     if interrupted:
         stop_after(monkeypatch, script.num_runs + 3)
-        assert run(*ASK, "--retry-errors").exit_code == 130
+        assert run_command(*ASK, "--retry-errors").exit_code == 130
         assert len(records()) == 3
         script.seen.clear()
-    assert (run(*ASK, "--retry-errors").exit_code, len(script.seen)) == (0, 1)
+    assert (run_command(*ASK, "--retry-errors").exit_code, len(script.seen)) == (0, 1)
     assert [(record["line"], "error" in record) for record in records()] == [(1, False), (2, False), (3, False)]
 
 
@@ -441,31 +446,31 @@ def test_a_file_that_another_process_writes_is_left_alone(script):
     Path("q.jsonl").write_text(QUESTIONS)
     with open("a.jsonl", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        result = run(*ASK)
+        result = run_command(*ASK)
     assert (result.exit_code, script.seen) == (1, [])
     assert result.stderr == "Error: a.jsonl is being written by another qwen-run; wait for it to end\n"
-    assert run(*ASK).exit_code == 0
+    assert run_command(*ASK).exit_code == 0
 
 
 def test_several_answers_to_one_prompt(script):
-    result = run("--input-text", "x", "-n", "2", "--temperature", "1")
+    result = run_command("--input-text", "x", "-n", "2", "--temperature", "1")
     assert result.stdout == "Answer 1 of 2:\n«X» 你🤗\n\nAnswer 2 of 2:\n«X» 你🤗\n"
-    result = run("--input-text", "x", "-n", "2", "--temperature", "1", "--max-new-tokens", "2")
+    result = run_command("--input-text", "x", "-n", "2", "--temperature", "1", "--max-new-tokens", "2")
     assert result.stdout.startswith("Answer 1 of 2 (cut at 2 tokens; set another limit with --max-new-tokens):\n«")
-    result = json.loads(run("--input-text", "x", "--num-beams", "2", "--temperature", "0", "--json").stdout)
+    result = json.loads(run_command("--input-text", "x", "--num-beams", "2", "--temperature", "0", "--json").stdout)
     assert result["text"] == "«X» 你🤗"
 
 
 def test_guessing_ahead_takes_fewer_runs_to_the_same_answer(script):
     text = "ab" * 30
-    expected = run("--input-text", text, "--draft-tokens", "0").stdout
+    expected = run_command("--input-text", text, "--draft-tokens", "0").stdout
     num_runs = script.num_runs
-    assert run("--input-text", text).stdout == expected
+    assert run_command("--input-text", text).stdout == expected
     assert script.num_runs - num_runs < num_runs
 
 
 def test_a_stop_text_ends_the_answer(script):
-    result = run("--input-text", "abcdef", "--stop", "DE", "--stop", "»", "--json")
+    result = run_command("--input-text", "abcdef", "--stop", "DE", "--stop", "»", "--json")
     assert json.loads(result.stdout)["text"] == "«ABC"
 
 
@@ -500,7 +505,7 @@ def test_mistakes_are_one_line_and_exit_1(script, arguments, says):
     Path("linked").symlink_to("array.json")
     Path("hard").hardlink_to("engines/tiny/tokenizer.json")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    result = run(*arguments)
+    result = run_command(*arguments)
     assert result.exit_code == 1
     assert re.fullmatch(f"Error: .*{says}[^\n]*\n", result.stderr)
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
@@ -534,23 +539,23 @@ def test_mistakes_are_one_line_and_exit_1(script, arguments, says):
     ],
 )
 def test_misuse_exits_2(script, arguments):
-    assert run(*arguments).exit_code == 2
+    assert run_command(*arguments).exit_code == 2
     assert script.loaded == []
 
 
 def test_arguments_that_the_locale_could_not_decode(script):
-    assert run("--input-text", "é".encode().decode("ascii", "surrogateescape")).stdout == "«É» 你🤗\n"
+    assert run_command("--input-text", "é".encode().decode("ascii", "surrogateescape")).stdout == "«É» 你🤗\n"
 
 
 def test_newest_engine_and_none(script, tmp_path):
     older = write_text_files(tmp_path / "engines" / "older")
     (older / "engine.json").write_text("{}")
     os.utime(older / "engine.json", (1, 1))
-    run("--input-text", "x")
+    run_command("--input-text", "x")
     assert script.loaded == [("engines/tiny", None, False, None)]
     for path in (tmp_path / "engines").glob("*/engine.json"):
         path.unlink()
-    result = run("--input-text", "x")
+    result = run_command("--input-text", "x")
     assert (result.exit_code, "qwen-build" in result.stderr) == (1, True)
 
 
@@ -558,14 +563,14 @@ def test_newest_engine_and_none(script, tmp_path):
 def test_thinking_is_the_templates_unless_switched_off(script, monkeypatch, option, thought):
     model, script = scripted_model(write_text_files(Path("qwen3"), "qwen3"), shout)
     monkeypatch.setattr(TextModel, "load", lambda *_: model)
-    run("--input-text", "x", *option)
+    run_command("--input-text", "x", *option)
     assert script.tokenizer.decode(script.seen[0].prompt, False).endswith(f"<|im_start|>assistant\n{thought}")
 
 
 def test_a_prompt_that_is_refused_leaves_the_output_file_alone(script):
     Path("kept.txt").write_text("old")
-    assert run("--input-text", "x" * 400, "--output-file", "kept.txt").exit_code == 1
-    assert run("--input-text", "x", "--temperature", "-1", "--output-file", "kept.txt").exit_code == 2
+    assert run_command("--input-text", "x" * 400, "--output-file", "kept.txt").exit_code == 1
+    assert run_command("--input-text", "x", "--temperature", "-1", "--output-file", "kept.txt").exit_code == 2
     assert Path("kept.txt").read_text() == "old"
     assert len(script.loaded) == 1
 
@@ -573,28 +578,30 @@ def test_a_prompt_that_is_refused_leaves_the_output_file_alone(script):
 def test_options_without_effect_are_told(script, monkeypatch):
     greedy, _ = scripted_model(write_text_files(Path("greedy")), shout)
     monkeypatch.setattr(TextModel, "load", lambda *_: greedy)
-    assert "--top-p and --seed without effect" in run("--input-text", "x", "--top-p", "0.5", "--seed", "1").stderr
-    assert "without effect" not in run("--input-text", "x", "--top-p", "0.5", "--temperature", "1").stderr
+    assert (
+        "--top-p and --seed without effect" in run_command("--input-text", "x", "--top-p", "0.5", "--seed", "1").stderr
+    )
+    assert "without effect" not in run_command("--input-text", "x", "--top-p", "0.5", "--temperature", "1").stderr
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError("broken")])
 def test_an_answer_cut_short(script, monkeypatch, error):
     stop_after(monkeypatch, 3, error)
-    result = run("--input-text", "x")
+    result = run_command("--input-text", "x")
     code, message = (130, "") if error is KeyboardInterrupt else (1, "Error: broken\n")
     assert (result.exit_code, result.stdout, result.stderr) == (code, "«X\n", message)
     assert script.is_idle
 
 
 def test_an_answer_cut_at_a_limit_says_so(script):
-    result = run("x", "--max-new-tokens", "2")
+    result = run_command("x", "--max-new-tokens", "2")
     assert result.stderr.startswith("The answer is cut at 2 tokens; set another limit with --max-new-tokens\n")
-    assert "cut" not in run("x").stderr
-    result = run("x" * 160, "--max-new-tokens", "400")
+    assert "cut" not in run_command("x").stderr
+    result = run_command("x" * 160, "--max-new-tokens", "400")
     assert "The answer is cut at" in result.stderr
     assert "where the engine's room for prompt and answer ends" in result.stderr
     Path("q.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y", "max_tokens": 2}\n')
-    assert "2 answers (1 cut at a limit: finish_reason length), " in run(*ASK).stderr
+    assert "2 answers (1 cut at a limit: finish_reason length), " in run_command(*ASK).stderr
 
 
 class Terminal(io.StringIO):

@@ -121,7 +121,7 @@ def test_any_mixture_answers_as_each_request_alone(load: Traffic) -> None:
     assert_answered_as_alone(load.asked, played, lambda: load.engine(200))
 
 
-def run(engine: ScriptedEngine, request: Request, **options: Any) -> Core:
+def answer(engine: ScriptedEngine, request: Request, **options: Any) -> Core:
     core = make_core(engine, **options)
     make_guesses_cheap(core)
     core.add(request)
@@ -133,9 +133,9 @@ def run(engine: ScriptedEngine, request: Request, **options: Any) -> Core:
 def test_a_second_turn_feeds_only_what_is_new() -> None:
     engine = ScriptedEngine()
     first = Request((1, 2, 3, 4, 5, 6), replace(GREEDY, max_tokens=8))
-    run(engine, first)
+    answer(engine, first)
     engine.batches.clear()
-    run(engine, Request((*first.prompt, *first.sequences[0].output, 7, 7, 7), GREEDY))
+    answer(engine, Request((*first.prompt, *first.sequences[0].output, 7, 7, 7), GREEDY))
     assert engine.batches[0].past_lengths.tolist() == [12]  # 13 of 14 tokens were fed, in blocks of 4
     assert len(engine.batches[0].input_ids) == 5
 
@@ -143,7 +143,7 @@ def test_a_second_turn_feeds_only_what_is_new() -> None:
 def test_samples_share_their_prompt() -> None:
     engine = ScriptedEngine(num_blocks=6 + 4 + 4)
     params = SamplingParams(temperature=1.0, max_tokens=3, n=4)
-    core = run(engine, Request((1, 2, 3) * 9, params))
+    core = answer(engine, Request((1, 2, 3) * 9, params))
     assert [len(batch.input_ids) for batch in engine.batches] == [27, 4, 4]
     assert core.statistics.num_preempted == 0
 
@@ -151,8 +151,8 @@ def test_samples_share_their_prompt() -> None:
 def test_samples_differ_and_the_first_is_that_of_a_single_one() -> None:
     params = SamplingParams(temperature=1.5, max_tokens=8, repetition_penalty=5.0, seed=0)
     samples, single = (Request((1, 2, 3), replace(params, n=n)) for n in (5, 1))
-    run(ScriptedEngine(), samples)
-    run(ScriptedEngine(), single)
+    answer(ScriptedEngine(), samples)
+    answer(ScriptedEngine(), single)
     outputs = [tuple(sequence.output) for sequence in samples.sequences]
     assert len(set(outputs)) == 5
     assert outputs[0] == tuple(single.sequences[0].output)
@@ -162,17 +162,17 @@ def test_requests_without_a_seed_draw_one_that_repeats_them() -> None:
     params = SamplingParams(temperature=1.5, max_tokens=8)
     drawn = [Request((1, 2, 3), params) for _ in range(4)]
     for request in drawn:
-        run(ScriptedEngine(), request)
+        answer(ScriptedEngine(), request)
     assert len({request.seed for request in drawn}) == 4
     assert len({tuple(request.sequences[0].output) for request in drawn}) > 1
     for request in drawn:
-        run(ScriptedEngine(), again := Request((1, 2, 3), replace(params, seed=request.seed)))
+        answer(ScriptedEngine(), again := Request((1, 2, 3), replace(params, seed=request.seed)))
         assert answers(again) == answers(request)
 
 
 def test_several_answers_at_temperature_0_are_equal() -> None:
-    run(ScriptedEngine(), request := Request((1, 2, 3), replace(GREEDY, n=3)))
-    run(ScriptedEngine(), single := Request((1, 2, 3), GREEDY))
+    answer(ScriptedEngine(), request := Request((1, 2, 3), replace(GREEDY, n=3)))
+    answer(ScriptedEngine(), single := Request((1, 2, 3), GREEDY))
     assert [sequence.output for sequence in request.sequences] == [single.sequences[0].output] * 3
 
 
@@ -187,24 +187,24 @@ def test_min_tokens_where_every_token_ends_an_answer_is_refused() -> None:
     params = replace(GREEDY, min_tokens=1, stop_token_ids=range(11))
     with pytest.raises(RequestError, match="min_tokens is 1 and each of the 11 tokens ends an answer"):
         make_core().add(Request((1,), params))
-    core = run(ScriptedEngine(), request := Request((1,), replace(params, min_tokens=0)))
+    core = answer(ScriptedEngine(), request := Request((1,), replace(params, min_tokens=0)))
     assert (core.is_done, request.sequences[0].num_output) == (True, 1)
 
 
 def test_beams_that_all_end_at_once_are_answers() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=9, num_beams=2, stop_token_ids=range(11), n=2)
-    run(ScriptedEngine(), request := Request((1, 2), params))
+    answer(ScriptedEngine(), request := Request((1, 2), params))
     assert [sequence.finish_reason for sequence in request.sequences] == ["stop", "stop"]
     assert [sequence.num_output for sequence in request.sequences] == [1, 1]
 
 
 def test_guesses_save_runs_and_change_nothing() -> None:
     plain, guessed = (Request((0, 1, 2) * 4, replace(GREEDY, max_tokens=14, logprobs=1)) for _ in range(2))
-    run(engine := ScriptedEngine(), plain)
+    answer(engine := ScriptedEngine(), plain)
     assert len(engine.batches) == 14
     engine = ScriptedEngine()
     engine.leaves_drafts = True
-    statistics = run(engine, guessed, max_drafts=4).statistics
+    statistics = answer(engine, guessed, max_drafts=4).statistics
     assert answers(guessed) == answers(plain)
     assert len(engine.batches) < 14
     assert statistics.num_drafts >= statistics.num_accepted == 14 - len(engine.batches)
@@ -225,7 +225,7 @@ def test_nothing_is_guessed_beyond_the_longest_sequence() -> None:
     for max_seq_len in range(20, 40):
         engine = ScriptedEngine(max_seq_len=max_seq_len)
         engine.leaves_drafts = True
-        core = run(engine, request := Request((0, 1, 2) * 4, replace(GREEDY, max_tokens=100)), max_drafts=6)
+        core = answer(engine, request := Request((0, 1, 2) * 4, replace(GREEDY, max_tokens=100)), max_drafts=6)
         assert max(int(batch.past_lengths[0]) + len(batch.input_ids) for batch in engine.batches) < max_seq_len
         assert core.statistics.num_drafts
         assert len(request.sequences[0].token_ids) == max_seq_len
@@ -250,7 +250,7 @@ def test_a_stop_among_accepted_guesses_ends_the_answer() -> None:
     request = Request((0, 1, 2) * 4, replace(GREEDY, max_tokens=14), stop_token_ids=frozenset({1}))
     engine = ScriptedEngine()
     engine.leaves_drafts = True
-    run(engine, request, max_drafts=5)
+    answer(engine, request, max_drafts=5)
     assert request.sequences[0].output[-1] == 1
     assert 1 not in request.sequences[0].output[:-1]
 
@@ -258,8 +258,8 @@ def test_a_stop_among_accepted_guesses_ends_the_answer() -> None:
 def test_prompt_logprobs_do_not_depend_on_chunks_or_hits() -> None:
     engine = ScriptedEngine()
     whole, chunked = (Request((1, 2, 3, 4, 5, 6, 7, 8, 9), replace(GREEDY, prompt_logprobs=2)) for _ in range(2))
-    run(engine, whole)
-    run(engine, chunked, max_batch_size=1, max_batch_tokens=2)
+    answer(engine, whole)
+    answer(engine, chunked, max_batch_size=1, max_batch_tokens=2)
     assert whole.prompt_logprobs == chunked.prompt_logprobs
     assert [found and found.logprob for found in whole.prompt_logprobs][:1] == [None]
     assert len(whole.prompt_logprobs) == 9
