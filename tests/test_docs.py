@@ -18,7 +18,7 @@ from typing import get_args
 import click
 import pytest
 
-from cases.markdown import CHECKS, Page, rounds_to, table_column, table_rows, unknown_options
+from cases.markdown import CHECKS, Page, option_table, rounds_to, table_column, table_rows, unknown_options
 from qwen_build.cli import main as build_command
 from qwen_build.plan.rules import read_rules
 from qwen_engine.graph_io import Kind
@@ -78,6 +78,14 @@ def test_options_exist(name: str) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.stem)
 def test_a_kept_table_names_what_is_there(path: Path, check: str) -> None:
     assert CHECKS[check](Page.read(path, ROOT)) == []
+
+
+def test_every_option_is_named_somewhere() -> None:
+    pages = " ".join(page.text for page in PAGES.values())
+    spellings = {
+        (*each.opts, *each.secondary_opts) for command in COMMANDS.values() for each in option_table(command).values()
+    }
+    assert [each for each in spellings if not any(re.search(rf"`?{spelt}\b", pages) for spelt in each)] == []
 
 
 MADE_UP = {
