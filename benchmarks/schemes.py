@@ -1,6 +1,6 @@
 """What each way to store the weights costs: size, distance from the float model, perplexity, summaries, speed.
 
-    python -m benchmarks.schemes                                  the demo, all groups of the issue's table
+    python -m benchmarks.schemes                                  the demo, all groups of schemes
     python -m benchmarks.schemes --checkpoint DIR int4 auto       two groups of another checkpoint
     python -m benchmarks.schemes --windows 2 --summaries 0 int8   a quick look
     python -m benchmarks.schemes --window 8192 --windows 4 --summaries 0 float cache   caches over long contexts

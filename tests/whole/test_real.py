@@ -97,7 +97,7 @@ def test_greedy_answers_are_those_of_transformers(checkpoint, reference, build_e
 def test_perplexity_is_that_of_transformers(checkpoint, reference_nll, windows, build_engine):
     engine = Engine.load(build_engine(checkpoint, quant="none"))
     nll = mean_nll([run_alone(engine, window) for window in windows], windows)
-    assert abs(np.exp(nll) / np.exp(reference_nll) - 1) < 1e-4  # the bound, 0.01 %
+    assert abs(np.exp(nll) / np.exp(reference_nll) - 1) < 1e-4  # perplexity within 0.01 %
 
 
 @pytest.mark.parametrize(
