@@ -8,7 +8,7 @@ CSRC := $(wildcard qwen_plugin/csrc/*.cc qwen_plugin/csrc/*/*.cc qwen_plugin/csr
 NATIVE := setup.py qwen_plugin/compile.py qwen_plugin/build_backend.py $(CSRC)
 QUESTION ?= What is the capital of France?
 
-.PHONY: demo test check fuzz sanitize accuracy bench format clean
+.PHONY: demo test test-fast check fuzz sanitize accuracy bench format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qwen-build --quant int4 --force
@@ -16,6 +16,10 @@ demo: $(VENV)/.demo
 
 test: check
 	$(BIN)/python -m pytest -q
+
+# Without the tests marked slow, whose proofs take most of the time: an answer while you work, not before you push.
+test-fast: check
+	$(BIN)/python -m pytest -q -m "not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

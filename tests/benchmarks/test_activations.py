@@ -36,6 +36,7 @@ def test_a_row_of_the_table_has_the_ratio_of_int8x2_and_float32():
     assert row == "| int4 | float16 | 6.00e-02 | 6.00e-04 | 5.00e-04 | 1.00e-02 | 2.00e-06 | 1.00e-06 | 1.2 × |"
 
 
+@pytest.mark.slow
 def test_the_report_orders_what_rounds_more_and_less(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     """Through the command, on a tiny random model."""
     checkpoint = tiny_checkpoint("qwen2-tied").path

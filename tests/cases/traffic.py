@@ -135,16 +135,17 @@ def assert_mixtures_answer_as_alone(directory: Path, seeds: Iterable[int], text:
         What happened to requests, and how often.
     """
     happened: Counter[str] = Counter()
+    lonely = Engine.load(directory, threads=1, num_blocks=9)  # nor does it matter how many threads there are
     for num_blocks in (6, 7, 8, 9):
         engine = Engine.load(directory, threads=2, num_blocks=num_blocks)
         for seed in seeds:
             if seed % 4 == num_blocks - 6:
-                happened += play_mixture(engine, random.Random(seed), text)
+                happened += play_mixture(engine, lonely, random.Random(seed), text)
     return happened
 
 
-def play_mixture(engine: Engine, rng: random.Random, text: list[int]) -> Counter[str]:
-    """Play one schedule, compare it, and say how often what happened."""
+def play_mixture(engine: Engine, lonely: Engine, rng: random.Random, text: list[int]) -> Counter[str]:
+    """Play one schedule on ``engine``, compare it with the answers of ``lonely``, and say how often what happened."""
     asked = [make_asked(rng, text) for _ in range(rng.randint(3, 7))]
     max_batch_size = rng.randint(3, 8)
     options = CoreOptions(
@@ -157,9 +158,9 @@ def play_mixture(engine: Engine, rng: random.Random, text: list[int]) -> Counter
     make_guesses_cheap(core)
     played = play(core, asked)
     assert_nothing_is_owned(engine)
-    assert_answered_as_alone(asked, played, lambda: engine)
+    assert_answered_as_alone(asked, played, lambda: lonely)
     for request, _ in played:
-        assert_judged_as_one_prefill(engine, request)
+        assert_judged_as_one_prefill(lonely, request)
     statistics = core.statistics
     happened = Counter(f"ended by {sequence.finish_reason}" for request, _ in played for sequence in request.sequences)
     happened["preempted"] = statistics.num_preempted

@@ -21,6 +21,7 @@ from qwen_run.commands.command import Command
 ROUNDS = {"engines": 25, "checkpoints": 25, "traffic": 40, "operators": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuzzer", ROUNDS)
 def test_a_short_run_finds_nothing(fuzzer: str) -> None:
     code = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"

@@ -462,7 +462,7 @@ def test_what_a_killed_build_left_goes_with_the_next_one(checkpoint, tmp_path):
     assert len(left & set(output.parent.iterdir())) == 2  # those of the living
     assert (output.parent / ".engine.notes.partial").exists()
     for process in (alive, other):
-        process.terminate()
+        process.kill()
         process.communicate(timeout=PATIENCE_S)
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from cases.traffic import MAX_SEQ_LEN, assert_mixtures_answer_as_alone
 
-SCHEDULES = 500
+SCHEDULES = 200
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ ANSWER_TOKENS = 64
 WINDOW = 1024
 SCHEDULES = 16  # a second or two each
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Path:

@@ -110,6 +110,7 @@ def test_equals_transformers(vocab_size, decimals):
 @example(0, 7, 1.0, {"min_tokens": 5}, [1], [2] * 4)
 @example(0, 7, 1.0, {"min_tokens": 5}, [1], [2] * 5)
 @example(3, 1, 1.0, {"min_p": 1.0}, [1], [])
+@pytest.mark.slow
 def test_any_mixture_equals_transformers(seed, decimals, scale, options, prompt, answer):
     logits = (logits_of(seed, 37, decimals) * np.float32(scale)).astype(np.float32)
     params = SamplingParams(**options)
