@@ -199,13 +199,13 @@ def test_bad_checkpoints_are_refused_in_one_line(damage, message, checkpoint, tm
 
 def test_tensors_of_no_use_are_left_out_as_asked_and_harmless_ones_by_themselves(checkpoint, tiny_checkpoint, tmp_path):
     extra = {"visual.norm.weight": np.ones(3, np.float32), "model.layers.0.self_attn.k_scale": np.ones(1, np.float32)}
-    assert build(checkpoint, "--output", tmp_path / "plain").exit_code == 0
+    assert run_build(checkpoint, "--output", tmp_path / "plain").exit_code == 0
     edit_tensors(checkpoint, lambda tensors: tensors.update(extra))
-    result = build(checkpoint, "--output", tmp_path / "a")
+    result = run_build(checkpoint, "--output", tmp_path / "a")
     assert result.exit_code == 1
     option = result.stderr.partition("as with ")[2].split()
     assert option == ["--ignore-tensors", "visual.norm.weight"]
-    result = build(checkpoint, "--output", tmp_path / "b", *option)
+    result = run_build(checkpoint, "--output", tmp_path / "b", *option)
     assert result.exit_code == 0, result.output
     assert "Note: model.layers.0.self_attn.k_scale is left out: scales of an FP8 cache." in result.stderr
     plain, built = (Manifest.read(tmp_path / name).parts[WEIGHTS_FILE] for name in ("plain", "b"))
