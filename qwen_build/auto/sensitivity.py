@@ -8,7 +8,7 @@ their softmax. The first term of KL in e is the second (Kullback, Information Th
 Two things follow. The errors of two linears are as often alike in sign as not, so on average the mixed terms of a sum
 vanish: **the KLs of linears add.** And two ways to round one linear spread their errors over the same directions, so
 their KLs are to each other as the mean squares of their e: **one probe a linear is enough**, its other schemes follow
-from their output errors, which cost a product each. What this leaves out, ``auto.py`` finds by building and measuring.
+from their output errors, which cost a product each. What this leaves out, a search finds by building and measuring.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,32 +99,35 @@ def decision_units(config: ModelConfig, fixed: Mapping[str, SchemeChoice], schem
     return units
 
 
+@dataclass(eq=False)
 class Probing:
     """A measurement of the KL that each unit causes. What it finished is kept, so that another one goes on there.
 
-    Args:
+    Attributes:
         probe: the scheme that is run, its inputs as they are.
         token_ids: int64 (sequences, tokens).
-        scratch: a directory for the other arguments alone.
-        left: the share of the squared error of rounding to nearest that is left of it in the layers' linears, where
-            they are calibrated.
+        scratch: a directory for the other attributes alone.
+        left: what calibration leaves of the squared error of rounding to the nearest in the layers' linears, from 0
+            to 1; 1 where nothing calibrates.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: ModelConfig,
-        units: Sequence[Unit],
-        probe: Scheme,
-        token_ids: np.ndarray,
-        scratch: Path,
-        left: float = 1.0,
-    ) -> None:
-        self.checkpoint, self.config, self.units, self.probe = checkpoint, config, units, probe
-        self.token_ids, self.scratch, self.left = token_ids, scratch, left
-        self._layers = [[unit for unit in units if unit.layer == i] for i in range(config.num_hidden_layers)]
-        # States behind each layer: those of the float model, of another embedding, and of every unit up to there.
-        self._models = [2 + sum(map(len, self._layers[: i + 1])) for i in range(config.num_hidden_layers)]
+    checkpoint: Checkpoint
+    config: ModelConfig
+    units: Sequence[Unit]
+    probe: Scheme
+    token_ids: np.ndarray
+    scratch: Path
+    left: float = 1.0
+
+    @cached_property
+    def _layers(self) -> list[list[Unit]]:
+        """The units of each layer."""
+        return [[unit for unit in self.units if unit.layer == i] for i in range(self.config.num_hidden_layers)]
+
+    @cached_property
+    def _models(self) -> list[int]:
+        """States behind each layer: those of the float model, of another embedding, and of every unit up to there."""
+        return [2 + sum(map(len, self._layers[: i + 1])) for i in range(self.config.num_hidden_layers)]
 
     @property
     def work(self) -> int:
@@ -177,7 +180,7 @@ class Probing:
 
         def ratios() -> Iterator[tuple[str, list[float]]]:
             for unit, own in zip(self._layers[layer], names, strict=True):
-                pairs = [(_spread(weights[name], _SAMPLE_ROWS), _spread(inputs[name], _SAMPLE_TOKENS)) for name in own]
+                pairs = [(_evenly(weights[name], _SAMPLE_ROWS), _evenly(inputs[name], _SAMPLE_TOKENS)) for name in own]
                 probed = sum(output_error(self.probe, *pair) for pair in pairs)
                 errors = [sum(output_error(scheme, *pair, self.left) for pair in pairs) for scheme in unit.schemes]
                 yield unit.name, _ratios(errors, probed)
@@ -211,7 +214,7 @@ class Probing:
 
     def _head_ratios(self) -> dict[str, list[float]]:
         unit = next(unit for unit in self.units if LM_HEAD in unit.linears)
-        inputs = final_norm(self.checkpoint, self.config, _spread(self._float_states(), _SAMPLE_TOKENS))
+        inputs = final_norm(self.checkpoint, self.config, _evenly(self._float_states(), _SAMPLE_TOKENS))
         name = EMBED_TOKENS if self.config.tie_word_embeddings else LM_HEAD
         rows, columns = self.config.vocab_size, self.config.hidden_size
         weight = np.concatenate(
@@ -258,6 +261,9 @@ class Probing:
 
 def kl_divergence(reference: np.ndarray, others: np.ndarray) -> np.ndarray:
     """KL(softmax(reference) || softmax(other)) in nats, float64 (T, others).
+
+    Rounding a single linear causes KLs far below those that reports speak of, which ``accuracy/metrics.py`` computes
+    together with all else they say of a row: this takes no difference of large numbers.
 
     Args:
         reference: logits float32 (T, vocab_size).
@@ -317,10 +323,10 @@ def kept(path: Path, compute: Callable[[], Any] = lambda: None) -> Any:
 
 
 def _ratios(errors: Sequence[float], probed: float) -> list[float]:
-    """The errors as multiples of the probe's; 0 where the probe is exact."""
+    """The errors, one a scheme, as multiples of the probe's; 0 where the probe is exact."""
     return [error / probed if probed else 0.0 for error in errors]
 
 
-def _spread(array: np.ndarray, count: int) -> np.ndarray:
-    """At most ``count`` rows, evenly spread."""
+def _evenly(array: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of the rows (n, ...), the first and the last among them, at about equal distances."""
     return array[np.linspace(0, len(array) - 1, min(len(array), count)).astype(np.int64)]

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from cases.tiny import FAMILIES, TinyCheckpoint
+from qwen_build.auto import knapsack, trials
 from qwen_build.auto import search as auto
+from qwen_build.auto.budget import MOST_TRIALS, Measured, SchemeSearch
+from qwen_build.auto.knapsack import cheapest
 from qwen_build.auto.report import CHOICES_FILE, REPORT_FILE, Trial
-from qwen_build.auto.search import SchemeSearch, build_auto, cheapest
+from qwen_build.auto.search import build_auto
 from qwen_build.auto.sensitivity import Probing, Unit
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
@@ -64,7 +67,7 @@ def test_no_choice_within_the_limit_is_cheaper(problem):
     assert sum(w[i] for w, i in zip(weights, chosen, strict=True)) <= limit
     # a step a unit is wasted at most, and whole numbers are further apart
     spare = limit - sum(map(min, weights))
-    strictly = sums(weights) <= limit - len(weights) * spare / auto._STEPS
+    strictly = sums(weights) <= limit - len(weights) * spare / knapsack.STEPS
     assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) <= sums(costs)[strictly].min(initial=10**9)
     assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) >= sums(costs)[within].min()
 
@@ -88,34 +91,35 @@ def make_scheme_of(i: int) -> Scheme:
     return make_scheme(("int4", "int8")[i % 2], (32, 64, 128)[i // 2], True, None, "native")
 
 
-class Scripted(SchemeSearch):
-    """A search whose engines need not be built: their KLs are a power of what was predicted, and the texts differ."""
+class ScriptedEngines:
+    """Engines that need not be built: their KLs are a power of what was predicted, and the texts differ."""
 
     def __init__(self, power: float, calibration: float, held_out: float):
         rng = np.random.default_rng(7)
-        sizes = np.sort(rng.integers(100, 10_000, (30, 5)), axis=1)[:, ::-1]
+        self.stored_bytes = np.sort(rng.integers(100, 10_000, (30, 5)), axis=1)[:, ::-1].tolist()
         kl = np.sort(rng.gamma(0.3, 1e-3, (30, 5)), axis=1)
         kl[:, 0] = 0
-        self.kl, self.stored_bytes, self.trials = kl.tolist(), sizes.tolist(), []
-        self.units = [
-            Unit(str(i), None if i == 0 else i, (), (), tuple(map(make_scheme_of, range(5)))) for i in range(30)
-        ]
+        self.kl = kl.tolist()
         self.power, self.calibration, self.held_out = power, calibration, held_out
         self.alike = 1.0  # what engines whose layers are stored alike have of the KL that others would
-        self.scratch = Path("nowhere")
+        self.kept: set[tuple[int, ...]] = set()
 
-    def trial(self, choice: tuple[int, ...]) -> Trial:
+    def measure(self, choice: tuple[int, ...], number: int) -> Measured:
+        self.kept.add(choice)
         predicted = sum(kl[i] for kl, i in zip(self.kl, choice, strict=True))
         size = sum(sizes[i] for sizes, i in zip(self.stored_bytes, choice, strict=True))
         actual = (predicted**self.power + 1e-7) * (self.alike if len(set(choice[1:])) == 1 else 1)
-        self.trials.append(Trial(choice, predicted, self.calibration * actual, self.held_out * actual, size + 5000))
-        return self.trials[-1]
+        return Measured(self.calibration * actual, self.held_out * actual, size + 5000)
 
-    def _directory(self, choice: tuple[int, ...]) -> Path:
-        return self.scratch
-
-    def _other_bytes(self, choice: tuple[int, ...]) -> int:
+    def other_bytes(self, choice: tuple[int, ...]) -> int:
         return 3000  # it guesses less than there will be
+
+    def remove(self, choice: tuple[int, ...]) -> None:
+        self.kept.discard(choice)
+
+    def search(self) -> SchemeSearch:
+        units = [Unit(str(i), i or None, (), (), tuple(map(make_scheme_of, range(5)))) for i in range(30)]
+        return SchemeSearch(units, self.kl, self.stored_bytes, self)
 
 
 factors = st.floats(0.1, 10)
@@ -124,10 +128,12 @@ factors = st.floats(0.1, 10)
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0.8, 1.25), factors, factors, st.sampled_from([1e-3, 1e-2, 0.1]))
 def test_a_search_ends_close_below_its_budget_on_both_texts(power, calibration, held_out, max_kl):
-    search = Scripted(power, calibration, held_out)
+    engines = ScriptedEngines(power, calibration, held_out)
+    search = engines.search()
     best = search.within_kl(max_kl)
     assert max(best.calibration_kl, best.held_out_kl) <= max_kl
-    assert len(search.trials) <= auto._MOST_TRIALS + 1
+    assert len(search.trials) <= MOST_TRIALS + 1
+    assert engines.kept <= {best.choice}  # no other engine takes disk
     beyond = [trial.size_bytes for trial in search.trials if trial.kl > max_kl]
     assert best.size_bytes == min(trial.size_bytes for trial in search.trials if trial.kl <= max_kl)
     assert all(best.size_bytes > size for size in beyond)
@@ -136,7 +142,7 @@ def test_a_search_ends_close_below_its_budget_on_both_texts(power, calibration, 
 
 
 def test_a_kl_out_of_reach_is_told():
-    search = Scripted(1, 1, 3)
+    search = ScriptedEngines(1, 1, 3).search()
     with pytest.raises(
         BuildError, match=r"--max-kl 1e-07 cannot be reached: .* MB, has a KL of 3e-07; allow that much"
     ):
@@ -144,7 +150,7 @@ def test_a_kl_out_of_reach_is_told():
 
 
 def test_a_size_holds_for_what_was_written():
-    search = Scripted(1, 1, 1)
+    search = ScriptedEngines(1, 1, 1).search()
     least, most = (sum(map(one, search.stored_bytes)) for one in (min, max))
     for size in (least + 5000, (least + most) // 2, most + 5000):
         assert 0.99 * size < search.within_bytes(size).size_bytes <= size
@@ -153,13 +159,14 @@ def test_a_size_holds_for_what_was_written():
 
 
 def test_layers_stored_alike_are_taken_where_they_measure_better():
-    search = Scripted(1, 1, 1)
+    search = ScriptedEngines(1, 1, 1).search()
     size = sum(sizes[2] for sizes in search.stored_bytes) + 5000
     mixed = search.within_bytes(size)
     assert len(set(mixed.choice[1:])) > 1
     assert mixed.kl == min(trial.kl for trial in search.trials if trial.size_bytes <= size)
-    search = Scripted(1, 1, 1)
-    search.alike = 1e-3
+    engines = ScriptedEngines(1, 1, 1)
+    engines.alike = 1e-3
+    search = engines.search()
     best = search.within_bytes(size)
     assert set(best.choice[1:]) == {2}
     assert best.size_bytes <= size
@@ -185,7 +192,7 @@ def checkpoint(tiny_checkpoint, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(auto, "_MEASURED", 1)
-    monkeypatch.setattr(auto, "_STEPS", 1 << 12)
+    monkeypatch.setattr(knapsack, "STEPS", 1 << 12)
 
 
 def search_engine(path: Path, output: Path, method: str | None = "rtn", max_kl=None, max_bytes=None, **options):
@@ -318,7 +325,7 @@ def test_the_same_budget_gives_the_same_engine_also_after_an_interruption(checkp
     path = checkpoint("qwen2").path
     search_engine(path, tmp_path / "one" / "auto", max_kl=0.05)
     with monkeypatch.context() as patch:
-        patch.setattr(auto, "measure_kl", lambda *_: _stop())
+        patch.setattr(trials, "measure_kl", lambda *_: _stop())
         with pytest.raises(KeyboardInterrupt):
             search_engine(path, tmp_path / "two" / "auto", max_kl=0.05)
     assert not (tmp_path / "two" / "auto").exists()
