@@ -22,6 +22,7 @@ from cases.markdown import CHECKS, Page, option_table, rounds_to, table_column, 
 from qwen_build.cli import main as build_command
 from qwen_build.plan.rules import read_rules
 from qwen_engine.graph_io import Kind
+from qwen_engine.json_output import SCHEMA_VERSION, head
 from qwen_engine.manifest import FORMAT_VERSION, Manifest
 from qwen_run import EngineConfig, SamplingParams
 from qwen_run.accuracy.gate import load_thresholds
@@ -263,6 +264,14 @@ def test_figures_of_a_large_model_are_one_run() -> None:
     assert "peak memory 236 MB" in plain
     assert "2254 s," in calibrated
     assert [rows["build, time"], rows["build, peak memory"]] == [["86 s", "38 min"], ["236 MB", "4.8 GB"]]
+
+
+def test_the_head_of_json_objects_is_described() -> None:
+    assert names_in("docs/json.md", "What all objects share") - {"name", "directory"} == set(
+        head("qwen-run", Path("e"))
+    )
+    written = PAGES["docs/json.md"].section("What all objects share")
+    assert f"the version of these rules, {SCHEMA_VERSION} |" in written
 
 
 # Examples of files
