@@ -21,15 +21,19 @@ from qwen_engine.errors import (
 
 if TYPE_CHECKING:
     from qwen_run.api.async_llm import AsyncLLM
+    from qwen_run.api.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from qwen_run.api.causal_lm import QwenForCausalLM
     from qwen_run.api.engine_config import EngineConfig
     from qwen_run.api.llm import LLM
-    from qwen_run.api.outputs import CompletionOutput, Logprob, RequestOutput
+    from qwen_run.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from qwen_run.sampling.params import SamplingParams
 
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "BuildError",
     "CheckpointError",
     "CompletionOutput",
@@ -39,6 +43,7 @@ __all__ = [
     "QwenError",
     "QwenForCausalLM",
     "RequestError",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "UnsupportedModel",
@@ -49,10 +54,14 @@ __all__ = [
 _MODULES = {
     "LLM": "api.llm",
     "AsyncLLM": "api.async_llm",
+    "BeamSearchOutput": "api.beam_search",
+    "BeamSearchParams": "api.beam_search",
+    "BeamSearchSequence": "api.beam_search",
     "CompletionOutput": "api.outputs",
     "EngineConfig": "api.engine_config",
     "Logprob": "api.outputs",
     "QwenForCausalLM": "api.causal_lm",
+    "RequestMetrics": "api.outputs",
     "RequestOutput": "api.outputs",
     "SamplingParams": "sampling.params",
 }

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_engine.errors import EngineError, RequestError
+from qwen_run.api.beam_search import BeamSearchOutput, BeamSearchParams, beams_of
 from qwen_run.api.build_on_demand import engine_of
+from qwen_run.api.hub_tokenizer import HubTokenizer
 from qwen_run.api.llm_options import CORE, LLMOptions
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.api.pending_request import PendingRequest
@@ -21,7 +23,7 @@ from qwen_run.runtime.core import Core
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
-from qwen_run.text.chat_template import Message
+from qwen_run.text.chat_template import CONFIG_FILE, Message, read_json
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -30,7 +32,7 @@ class ChatPrompt(str):
     """A conversation as the chat template wrote it, to which the tokenizer adds nothing."""
 
 
-Prompt = str | List[int]
+Prompt = str | List[int] | Mapping[str, Any]
 Params = SamplingParams | List[SamplingParams] | None
 
 
@@ -111,6 +113,20 @@ class LLM(RequestLoop):
         """
         return self._require_text().tokenizer
 
+    def get_tokenizer(self) -> HubTokenizer:
+        """The tokenizer with the names of transformers' tokenizers.
+
+        Raises:
+            RequestError: the engine has none.
+        """
+        text = self._require_text()
+        path = self.core.engine.directory / CONFIG_FILE
+        return HubTokenizer(text.tokenizer, text.template, read_json(path) if path.is_file() else {})
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """A copy of ``default_params``, to be changed."""
+        return replace(self.default_params)
+
     def generate(
         self, prompts: Prompt | List[Prompt], sampling_params: Params = None, use_tqdm: bool = True
     ) -> list[RequestOutput]:
@@ -118,7 +134,8 @@ class LLM(RequestLoop):
 
         Args:
             prompts: a text or the token ids of one, or a list of either. Texts go to the model as they are;
-                :meth:`chat` is for questions.
+                :meth:`chat` is for questions. As in vLLM ``{"prompt": text}`` and ``{"prompt_token_ids": ids}`` do,
+                too.
             sampling_params: one for all prompts or one each; ``default_params`` if None.
             use_tqdm: show progress where standard error is a terminal.
 
@@ -168,6 +185,25 @@ class LLM(RequestLoop):
         prompts = [self.chat_prompt(each, tools, **(chat_template_kwargs or {})) for each in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def beam_search(self, prompts: Prompt | List[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The likeliest answers to ``prompts``, each with its log probability.
+
+        Returns:
+            One result a prompt, in their order.
+
+        Raises:
+            RequestError: as in :meth:`generate`, or ``params`` is out of range.
+            EngineError: the engine cannot answer a prompt.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"params is {reprlib.repr(params)}, expected BeamSearchParams")
+        pending = self._prepare_all(prompts, params.sampling_params())
+        for output in self.run(pending, final_only=True):
+            if output.error is not None:
+                raise EngineError(output.error)
+        decode = self._text.tokenizer.decode if self._text else lambda *_: ""
+        return [beams_of(each.request, lambda ids: decode(ids, False)) for each in pending]
+
     def stream(
         self, prompts: Prompt | List[Prompt], sampling_params: Params = None
     ) -> Generator[RequestOutput, None, None]:
@@ -212,6 +248,7 @@ class LLM(RequestLoop):
                 raise RequestError(f"{label} is {reprlib.repr(value)}, expected {kind.__name__}")
         if params.seed is None and self._seeds:
             params = replace(params, seed=next(self._seeds) % 2**64)
+        prompt = _plain(prompt, name)
         if isinstance(prompt, str):
             text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt), self.max_seq_len)
         else:
@@ -243,12 +280,23 @@ class LLM(RequestLoop):
 
 def _as_list(prompts: Prompt | List[Prompt]) -> List[Prompt]:
     """``prompts`` as a list: a text is one prompt, and so is a list that begins with a token id."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, List) or isinstance(prompts, bytes):
         raise RequestError(f"prompts is {reprlib.repr(prompts)}, expected a text, token ids, or a list of them")
-    is_one = len(prompts) > 0 and not isinstance(prompts[0], str | List)
+    is_one = len(prompts) > 0 and not isinstance(prompts[0], str | List | Mapping)
     return [prompts] if is_one else prompts  # type: ignore[list-item, return-value]
+
+
+def _plain(prompt: Prompt, name: str) -> str | List[int]:
+    """``prompt`` without the object that vLLM puts around a text or token ids."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    given = {key: value for key, value in prompt.items() if value is not None}
+    ids, text = given.pop("prompt_token_ids", None), given.pop("prompt", None)
+    if given or (ids is None and not isinstance(text, str)):
+        raise RequestError(f"{name} is {reprlib.repr(prompt)}, expected an object with prompt or prompt_token_ids")
+    return str(text) if ids is None else ids
 
 
 def _token_ids(prompt: List[int], name: str) -> list[int]:

@@ -25,6 +25,32 @@ class Logprob:
 Logprobs = dict[int, Logprob]  # of one position: the token that stands there and the likeliest, by id
 
 
+@dataclass
+class RequestMetrics:
+    """When what happened to a request, in seconds since the epoch; None for what has not.
+
+    Attributes:
+        arrival_time: it was prepared.
+        first_scheduled_time: the model began to read its prompt.
+        time_in_queue: seconds between these two.
+        first_token_time: its first token was there.
+        last_token_time: its newest token was there.
+        finished_time: the last of its answers ended.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    time_in_queue: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def first_token_latency(self) -> float | None:
+        """Seconds from its arrival to its first token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
     """One answer, as far as it has come.
@@ -49,6 +75,10 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     error: str | None = None
 
+    def finished(self) -> bool:
+        """Nothing more will come."""
+        return self.finish_reason is not None
+
 
 @dataclass(frozen=True)
 class RequestOutput:
@@ -62,6 +92,8 @@ class RequestOutput:
         prompt_logprobs: one entry a token of the prompt, None for the first, if asked for.
         finished: nothing more will come.
         seed: what the random numbers were made from, also where none was asked for; None at temperature 0.
+        metrics: when what happened to it.
+        num_cached_tokens: tokens of the prompt that an earlier one had left in the cache; None before it runs.
     """
 
     request_id: str
@@ -71,6 +103,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     seed: int | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int | None = None
 
     @property
     def error(self) -> str | None:

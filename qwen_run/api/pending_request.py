@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 
-from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
+from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestMetrics, RequestOutput
 from qwen_run.runtime.request import Request, Sequence, message_of
 from qwen_run.sampling.logprobs import TokenLogprobs
 from qwen_run.text.stops import TextStopper
@@ -18,6 +21,7 @@ class PendingRequest:
         is_new: an answer has grown or was given up since :meth:`output` was last called.
         is_told: :meth:`output` has told the end.
         failure: why the engine gave the request up, if it did.
+        metrics: when what happened; kept by the loop.
         logits: what each token was chosen from, (vocab_size,) float32, where the core has ``keep_logits``.
     """
 
@@ -27,6 +31,7 @@ class PendingRequest:
         self.is_new = self.is_told = False
         self.failure: BaseException | None = None
         self.logits: list[np.ndarray] = []
+        self.metrics = RequestMetrics(arrival_time=time.time())
         self._prompt = prompt
         self._prompt_token_ids = list(request.prompt)
         self._prompt_logprobs: list[Logprobs | None] = []
@@ -49,7 +54,9 @@ class PendingRequest:
             list(judged) if request.params.prompt_logprobs is not None else None,
             [self._completion(sequence) for sequence in request.sequences if self._has_answer(sequence)],
             request.is_finished,
-            None if request.params.greedy else request.seed,
+            seed=None if request.params.greedy else request.seed,
+            metrics=replace(self.metrics),
+            num_cached_tokens=request.num_cached_tokens,
         )
 
     def _has_answer(self, sequence: Sequence) -> bool:

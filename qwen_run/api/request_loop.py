@@ -6,8 +6,9 @@ next step when its turn comes, so that the threads share batches.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -32,6 +33,7 @@ class RequestLoop:
         self.core = core
         self._turns = Turns()
         self._answering: dict[int, PendingRequest] = {}  # by the request's number
+        self._waiting: list[PendingRequest] = []  # submitted, and not read by the model yet
         self._given_up: deque[PendingRequest] = deque()
 
     def run(
@@ -66,6 +68,7 @@ class RequestLoop:
         with self._turn():
             for pending in answerings:
                 self._answering[self.core.add(pending.request)] = pending
+                self._waiting.append(pending)
 
     def step(self) -> list[PendingRequest]:
         """Run the model once; the requests whose answers have grown, none when nothing is left to do.
@@ -144,6 +147,7 @@ class RequestLoop:
 
     def _step(self) -> list[PendingRequest]:
         failed: list[TokenSequence] = []
+        started = time.time()
         try:
             tokens = self.core.step(failed)
         except BaseException as error:
@@ -160,7 +164,21 @@ class RequestLoop:
             pending.is_new = True
             if pending.request.is_finished:
                 del self._answering[number]
+        self._note_times(started, time.time(), grown.values())
         return list(grown.values())
+
+    def _note_times(self, started: float, ended: float, grown: Iterable[PendingRequest]) -> None:
+        """Note what a step has meant for the requests that waited, and for those whose answers have grown."""
+        for pending in self._waiting:
+            if pending.request.num_cached_tokens is not None:
+                pending.metrics.first_scheduled_time = started
+                pending.metrics.time_in_queue = started - pending.metrics.arrival_time
+        self._waiting = [p for p in self._waiting if p.request.num_cached_tokens is None and not p.request.is_finished]
+        for pending in grown:
+            metrics = pending.metrics
+            metrics.first_token_time = metrics.first_token_time or ended
+            metrics.last_token_time = ended
+            metrics.finished_time = ended if pending.request.is_finished else None
 
     def _abort_given_up(self) -> None:
         while self._given_up:
@@ -169,6 +187,7 @@ class RequestLoop:
     def _abort(self, pending: PendingRequest) -> None:
         if self._answering.pop(pending.request.number, None):
             self.core.abort(pending.request)
+            pending.metrics.finished_time = time.time()
             pending.is_new = True  # a stream that is still read ends with it
 
     def _abort_all(self) -> list[PendingRequest]:

@@ -412,7 +412,7 @@ class Core:
         if num_beams * cache.blocks_for(longest) > cache.num_blocks:
             raise RequestError(
                 f"{num_beams} beams of {longest} tokens need {num_beams * cache.blocks_for(longest)} cache blocks, "
-                f"there are {cache.num_blocks}; set fewer beams, a smaller max_new_tokens or more cache memory"
+                f"there are {cache.num_blocks}; set fewer beams, a smaller max_tokens or more cache memory"
             )
 
 

@@ -61,6 +61,7 @@ class Request:
         prompt_logprobs: if ``params`` asks for it, of each prompt token as far as it is fed; None for the first.
         beam_search: the choice among beams.
         seed: what its random numbers are made from: that of ``params``, or one drawn for it.
+        num_cached_tokens: of the prompt, found in the cache when it began to run; None before.
         number: given by the core the request was added to; requests are served in this order.
     """
 
@@ -72,6 +73,7 @@ class Request:
     sequences: list[Sequence] = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
     beam_search: BeamSearch | None = field(init=False, default=None)
+    num_cached_tokens: int | None = field(init=False, default=None)
     number: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:

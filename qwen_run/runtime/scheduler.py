@@ -165,6 +165,8 @@ class Scheduler:
                 self._release(sequence)
                 return
             self.num_prefix_tokens += sequence.num_cached
+            if sequence.request.num_cached_tokens is None:  # else it has been preempted
+                sequence.request.num_cached_tokens = sequence.num_cached
             self._running.append(self._waiting.popleft())
             slots += _num_slots(sequence)
 

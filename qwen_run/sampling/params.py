@@ -143,8 +143,7 @@ def checked(name: str, value: Any) -> Any:
             return kept
     except (TypeError, ValueError, AttributeError, OverflowError):
         pass
-    label = "max_new_tokens" if name == "max_tokens" else name
-    raise RequestError(f"{label} is {shown(value)}, expected {rule.expected}")
+    raise RequestError(f"{name} is {shown(value)}, expected {rule.expected}")
 
 
 def _is_number(value: Any) -> bool:
@@ -238,7 +237,7 @@ RULES = {
 CONTRADICTIONS: tuple[tuple[Callable[[SamplingParams], bool], str], ...] = (
     (
         lambda params: params.min_tokens > params.max_tokens,
-        "min_tokens is {min_tokens}, expected at most max_new_tokens, which is {max_tokens}",
+        "min_tokens is {min_tokens}, expected at most max_tokens, which is {max_tokens}",
     ),
     (
         lambda params: params.num_beams > 1 and not params.greedy,

@@ -104,6 +104,11 @@ class Tokenizer:
         found = self._core.token_to_id(token)
         return None if found is None else int(found)
 
+    def token(self, token_id: int) -> str | None:
+        """The token of ``token_id`` as the vocabulary spells it, None where it has no such id."""
+        found = self._core.id_to_token(token_id)
+        return None if found is None else str(found)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to the text; nothing for an id beyond the vocabulary."""
         token = self._core.id_to_token(token_id) or ""
