@@ -151,7 +151,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         CheckpointError, UnsupportedModel, WeightMismatch: the checkpoint is not one that can be built.
         BuildError: an option does not fit it.
     """
-    config = ModelConfig.from_hf(located.path)
+    config = ModelConfig.from_hf(located.path).as_stored(checkpoint)
     filled = (options if config.packed is None else as_packed(options, config.packed)).resolved()
     if filled.block_size < KEY_TILE or filled.block_size & (filled.block_size - 1):
         raise BuildError(f"block_size is {filled.block_size}, expected a power of two from {KEY_TILE}")

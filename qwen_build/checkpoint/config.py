@@ -5,6 +5,7 @@ What the config asks for and the graph does not have is refused by name, never i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle
@@ -22,6 +23,7 @@ from qwen_build.checkpoint.config_keys import (
 )
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.packed import PackedFormat
+from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 from qwen_engine.manifest import ModelSizes
 
@@ -64,6 +66,7 @@ class ModelConfig(ModelSizes):
         packed: how its linears are stored where they are quantised already.
         windowed: the layers that do not see the whole of a text as long as ``max_position_embeddings``.
         unknown: keys of the config that nobody here knows.
+        contradictions: what the weights contradict, a sentence each.
     """
 
     architecture: Architecture
@@ -73,6 +76,7 @@ class ModelConfig(ModelSizes):
     packed: PackedFormat | None = None
     windowed: WindowedLayers = NO_WINDOW
     unknown: tuple[str, ...] = ()
+    contradictions: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> ModelSizes:
@@ -82,10 +86,9 @@ class ModelConfig(ModelSizes):
     @property
     def notes(self) -> tuple[str, ...]:
         """What to say of the config beside what was computed of it."""
-        if not self.unknown:
-            return ()
         keys = ", ".join(self.unknown)
-        return (f"config.json has {keys}, unknown to {self.model_type}'s configuration and left unread.",)
+        unknown = f"config.json has {keys}, unknown to {self.model_type}'s configuration and left unread."
+        return (*([unknown] if keys else []), *self.contradictions)
 
     @classmethod
     def from_hf(cls, checkpoint: Path) -> ModelConfig:
@@ -96,6 +99,23 @@ class ModelConfig(ModelSizes):
             UnsupportedModel: the checkpoint needs something the graph does not have.
         """
         return cls.from_json(read_json(checkpoint / "config.json"))
+
+    def as_stored(self, checkpoint: Checkpoint) -> ModelConfig:
+        """The config with what the weights of ``checkpoint`` tell about their format."""
+        if self.packed is None:
+            if packed := next((name for name in checkpoint.tensors if name.endswith(".qweight")), None):
+                raise UnsupportedModel(
+                    f"the checkpoint has {packed}, and config.json no quantization_config that says how it is packed; "
+                    'add what quantize_config.json says, with "quant_method": "gptq", or give the float checkpoint'
+                )
+            return self
+        packed_as, notes = self.packed.as_stored(checkpoint)
+        if self.tie_word_embeddings and "lm_head.qweight" in checkpoint.tensors:
+            raise CheckpointError(
+                "config.json ties the head to the embedding, but the checkpoint has a packed lm_head of its own; "
+                "set tie_word_embeddings to false"
+            )
+        return dataclasses.replace(self, packed=packed_as, contradictions=notes)
 
     @classmethod
     def from_json(cls, hf: Mapping[str, Any]) -> ModelConfig:

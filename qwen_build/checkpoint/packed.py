@@ -8,6 +8,7 @@ is the code that unpacks them: ``qlinear`` of AutoGPTQ and GPTQModel, ``gemm`` o
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,35 @@ class PackedFormat:
             raise _unsupported(method, "bits", bits, FORMATS[method, version].bits)
         if type(group_size) is not int or (group_size != -1 and (group_size < 1 or group_size % GROUP_SIZES[0])):
             raise _unsupported(method, "group_size", group_size, ("multiples of 32", -1))
-        for key, value in (("is_marlin_format", False), ("zero_point", True), ("pack_dtype", "int32")):
+        for key, value in (("is_marlin_format", False), ("pack_dtype", "int32")):
             if config.get(key, value) != value:
                 raise _unsupported(method, key, config[key], (value,))
-        return cls(method, version, bits, group_size, symmetric=method == "gptq" and config.get("sym") is True)
+        _check_dynamic(config, {"bits": bits, "group_size": group_size})
+        return cls(method, version, bits, group_size, symmetric=_says_symmetric(config))
+
+    def as_stored(self, checkpoint: Checkpoint) -> tuple[PackedFormat, tuple[str, ...]]:
+        """The format that the zero points of ``checkpoint`` have, and what of its config they contradict.
+
+        Some programs label zero points that are stored as they are (``gptq_v2``) as stored less one (``gptq``). Read
+        so, those of a symmetric grid would all be one too large, and no program makes such a grid.
+        """
+        notes, found = [], self
+        if (self.method, self.version) == ("gptq", "gptq") and found._all_zero_points(checkpoint, self.grid.middle):
+            found = dataclasses.replace(found, version="gptq_v2")
+            middle = self.grid.middle
+            notes.append(f"all zero points are stored as {middle}: read as gptq_v2's, though config.json says gptq.")
+        if self.symmetric and not found._all_zero_points(checkpoint, self.grid.middle - found.row.zero_offset):
+            found = dataclasses.replace(found, symmetric=False)
+            notes.append("config.json says that the grid is symmetric; the zero points differ, and count.")
+        return found, tuple(notes)
+
+    def _all_zero_points(self, checkpoint: Checkpoint, value: int) -> bool:
+        """Whether every linear has zero points, and all of them are stored as ``value``."""
+        names = [name for name in checkpoint.tensors if name.endswith(".qzeros")]
+        checkpoint.check_readable(names)
+        return bool(names) and all(
+            (integers(checkpoint.read_columns(name), self.bits) == value).all() for name in names
+        )
 
     @property
     def quant(self) -> str:
@@ -166,7 +192,6 @@ class PackedSource:
         """Outputs [start, stop) on ``format.grid``, the inputs in the order of :func:`column_order`.
 
         Raises:
-            CheckpointError: the zero points are not what the config says.
             UnsupportedModel: a zero point is outside the grid.
         """
         pieces = []
@@ -220,11 +245,7 @@ class PackedSource:
                 "give a checkpoint in gptq_v2 format, or the float one"
             )
         zero_points = stored + np.uint8(offset)
-        if self.format.symmetric and (odd := zero_points[zero_points != grid.middle]).size:
-            raise CheckpointError(
-                f"{name}.qzeros has zero point {odd[0]}, expected only {grid.middle} as config.json says sym; "
-                "set sym to false if that is wrong"
-            )
+        assert not self.format.symmetric or (zero_points == grid.middle).all(), "not the format of as_stored"
         return zero_points
 
 
@@ -282,6 +303,26 @@ def read_linear(
     weight = packed.grid.values(rounded, shape[1])
     order = column_order(packed, checkpoint, linear)
     return weight if order is None else weight[:, np.argsort(order)]
+
+
+def _says_symmetric(config: dict[str, Any]) -> bool:
+    if config["quant_method"] == "awq":
+        return config.get("zero_point") is False
+    return config.get("sym") is True
+
+
+def _check_dynamic(config: dict[str, Any], common: dict[str, int]) -> None:
+    """Refuse linears that GPTQModel's ``dynamic`` stores otherwise; what it leaves float is seen in the weights."""
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise CheckpointError(f"config.json: dynamic of quantization_config is {dynamic!r}, expected an object")
+    for pattern, own in dynamic.items():
+        for key, value in common.items():
+            if not pattern.startswith("-:") and isinstance(own, dict) and own.get(key, value) != value:
+                raise UnsupportedModel(
+                    f"quantization_config of {config['quant_method']} has dynamic: {key} {own[key]} for {pattern!r}, "
+                    f"{value} for the others; give a checkpoint that has the same for all, or the float one"
+                )
 
 
 def _unsupported(method: str, key: str, found: object, expected: Any) -> UnsupportedModel:

@@ -37,7 +37,8 @@ class CheckpointWeights:
         from qwen_build.checkpoint.config import ModelConfig
         from qwen_build.checkpoint.safetensors import Checkpoint
 
-        self.checkpoint, self.config = Checkpoint.open(directory), ModelConfig.from_hf(directory)
+        self.checkpoint = Checkpoint.open(directory)
+        self.config = ModelConfig.from_hf(directory).as_stored(self.checkpoint)
 
     def __enter__(self) -> CheckpointWeights:
         return self

@@ -197,7 +197,7 @@ def test_bad_checkpoints_are_refused_in_one_line(damage, message, checkpoint, tm
     refused(run_build(checkpoint, "--output", tmp_path / "out" / "engine"), message, tmp_path / "out")
 
 
-def test_tensors_of_no_use_are_left_out_as_asked_and_harmless_ones_by_themselves(checkpoint, tiny_checkpoint, tmp_path):
+def test_tensors_of_no_use_are_left_out_as_asked_and_harmless_ones_by_themselves(checkpoint, tmp_path):
     extra = {"visual.norm.weight": np.ones(3, np.float32), "model.layers.0.self_attn.k_scale": np.ones(1, np.float32)}
     assert run_build(checkpoint, "--output", tmp_path / "plain").exit_code == 0
     edit_tensors(checkpoint, lambda tensors: tensors.update(extra))

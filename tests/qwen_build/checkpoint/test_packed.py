@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -132,9 +133,10 @@ def test_the_bias_of_zeros_that_autogptq_adds_is_no_weight(pack):
         ({"quant_method": "awq", "version": "gemv"}, "has version 'gemv', expected gemm"),
         ({"quant_method": "awq", "version": "gemm", "backend": "llm-awq"}, "has version 'llm-awq', expected gemm"),
         ({"quant_method": "awq", "version": "GEMM", "bits": 8}, "awq has bits 8, expected 4"),
-        ({"quant_method": "awq", "version": "gemm", "zero_point": False}, "has zero_point False, expected True"),
         ({"group_size": 64}, "q_proj.g_idx has not 64 inputs in every group"),
-        ({"sym": True}, "qzeros has zero point"),
+        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, "dynamic: bits 8 for '+:.*down_proj', 4 for the others; give a"),
+        ({"dynamic": {".*up_proj": {"group_size": 64}}}, "dynamic: group_size 64 for '.*up_proj', 32 for the others"),
+        ({"dynamic": [1]}, "dynamic of quantization_config is [1], expected an object"),
     ],
     ids=str,
 )
@@ -145,6 +147,66 @@ def test_what_cannot_be_read_is_refused_by_name(changes, message, pack, build_en
         build_engine(packed.path, embedding_quant="none")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_dynamic_leaves_float_or_alike_is_read(pack):
+    packed = pack(CASES[0], left_float=("model.layers.0.mlp.down_proj",))
+    packed.configure(dynamic={"-:.*layers.0.mlp.down_proj": {}, "+:.*up_proj": {"bits": 4, "desc_act": True}})
+    assert packed.plan().notes == ()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("case", [CASES[8], CASES[9]], ids=case_name)
+def test_zero_points_stored_as_they_are_under_the_older_name_are_read_so(case, sym, pack):
+    packed = pack(dataclasses.replace(case, version="gptq_v2"))
+    packed.configure(checkpoint_format="gptq", sym=sym)
+    plan = packed.plan()
+    middle = 2 ** (case.bits - 1)
+    assert plan.notes == (f"all zero points are stored as {middle}: read as gptq_v2's, though config.json says gptq.",)
+    stored = stored_weights(packed, plan)
+    assert all(np.array_equal(stored[name], weight) for name, weight in packed.weights.items())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[12]], ids=case_name)
+def test_zero_points_count_where_the_config_calls_the_grid_symmetric(case, pack):
+    packed = pack(case)
+    packed.configure(sym=True)
+    plan = packed.plan()
+    assert plan.notes == ("config.json says that the grid is symmetric; the zero points differ, and count.",)
+    assert {linear.quantization.symmetric for linear in plan.linears if ".layers." in linear.name} == {False}
+    stored = stored_weights(packed, plan)
+    assert all(np.array_equal(stored[name], weight) for name, weight in packed.weights.items())
+
+
+def test_symmetric_awq_is_read_with_the_zero_points_it_stores(pack):
+    case = dataclasses.replace(CASES[-5], symmetric=True)
+    assert case.method == "awq"
+    packed = pack(case)
+    packed.configure(zero_point=False)
+    plan = packed.plan()
+    assert {linear.quantization.symmetric for linear in plan.linears if ".layers." in linear.name} == {True}
+    stored = stored_weights(packed, plan)
+    assert all(np.array_equal(stored[name], weight) for name, weight in packed.weights.items())
+
+
+def test_packed_weights_that_the_config_says_nothing_of_are_named(pack):
+    packed = pack(CASES[0])
+    config = json.loads((packed.path / "config.json").read_text())
+    del config["quantization_config"]
+    (packed.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"qweight, and config.json no quantization_config .* add what "):
+        packed.plan()
+
+
+def test_a_packed_head_of_a_tied_model_is_named_and_read_when_the_advice_is_followed(pack):
+    packed = pack(CASES[1], head=True)
+    config = json.loads((packed.path / "config.json").read_text())
+    for tied in (True, False):
+        (packed.path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+        if tied:
+            with pytest.raises(CheckpointError, match="a packed lm_head of its own; set tie_word_embeddings to false"):
+                packed.plan()
+    packed.plan()
 
 
 def test_a_zero_point_that_programs_read_differently_is_refused(pack, build_engine):
