@@ -134,6 +134,11 @@ def test_the_index_names_every_page() -> None:
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - named == {"index.md"}
 
 
+def test_the_design_names_every_folder() -> None:
+    parts = (path.parent for name in ("qwen_run", "qwen_build") for path in (ROOT / name).glob("*/__init__.py"))
+    assert {str(folder.relative_to(ROOT)) for folder in parts} - set(PAGES["docs/design.md"].codes) == set()
+
+
 def test_every_benchmark_is_named() -> None:
     page = PAGES["benchmarks/README.md"]
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_")}
