@@ -102,12 +102,13 @@ class LayerRunner:
         table = np.zeros((len(lengths), max(blocks)), np.int32)
         for row, first, count in zip(table, np.cumsum([0, *blocks]), blocks, strict=False):
             row[:count] = np.arange(first, first + count)
+        rows = {"paged_state": sum(blocks), "sequence_state": len(lengths)}
         feeds = {
             HIDDEN: np.ascontiguousarray(hidden),
             CUMULATIVE_LENGTHS: np.cumsum([0, *lengths]).astype(np.int32),
             PAST_LENGTHS: np.zeros(len(lengths), np.int32),
             BLOCK_TABLE: table,
-            **{state.name: np.zeros((sum(blocks), *map(int, state.shape[1:])), state.dtype) for state in states},
+            **{state.name: np.zeros((rows[state.kind], *map(int, state.shape[1:])), state.dtype) for state in states},
             **{name: np.ascontiguousarray(weight) for name, weight in weights.items()},
         }
         names = [OUTPUT, *(kind.inputs if with_inputs else ())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from cases.as_built import as_built, layer_outputs, relative_errors
 from cases.made_up import add_made_up, transformers_model
 from cases.scripted import write_text_files
 from cases.tiny import TINY, TinyCheckpoint, run_alone, run_chunks
-from qwen_build.checkpoint.config import ARCHITECTURES, Architecture
+from qwen_build.checkpoint.config import ARCHITECTURES, Architecture, ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
+from qwen_build.graph.architecture import ATTENTION, DENSE_MLP, LAYER_KINDS, LayerKind
 from qwen_build.plan.options import BuildOptions
+from qwen_engine.errors import EngineError
+from qwen_engine.graph_io import TensorSpec
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.commands.inspect import main as inspect
@@ -161,3 +165,21 @@ def test_it_is_summarised(checkpoint, build_made_up, texts, tmp_path):
     others = ["mixer"] if Manifest.read(build_made_up("gptq")).model.model_type == "made_up" else []
     expected = ["attention", "MLP", *others, "whole layer"]
     assert drawn[-len(expected) :] == expected
+
+
+def test_an_engine_with_a_state_of_whole_sequences_is_built_and_refused_by_name(
+    checkpoint, texts, tmp_path, monkeypatch
+):
+    def with_state(config: ModelConfig, layer: int, block_size: int, dtype: str) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(f"sums.{layer}", "sequence_state", "float32", ("num_slots", 3, 5), layer),)
+
+    recurrent = replace(DENSE_MLP, states=with_state)
+    monkeypatch.setitem(LAYER_KINDS, "full_attention", LayerKind((ATTENTION, recurrent)))
+    with Checkpoint.open(checkpoint.path) as weights:
+        options = BuildOptions(int4_method="gptq", calibration=texts, calibration_tokens=1024)
+        plan = plan_build(weights, resolve_checkpoint(str(checkpoint.path)), options)
+        manifest = write_engine(plan, weights, tmp_path / "engine")
+    assert [state.kind for state in manifest.states if state.layer == 0] == 2 * ["paged_state"] + ["sequence_state"]
+    assert plan.cache_bytes_per_token == sum(2 * 2 * 16 * 2 for s in manifest.states if s.name.startswith("key_cache"))
+    with pytest.raises(EngineError, match=r"has states of whole sequences \(sums\.0, .*\), .* newer qwen-engine"):
+        Engine.load(tmp_path / "engine")
