@@ -1,0 +1,76 @@
+"""How requests share an engine, and where a core stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_engine.errors import EngineError
+
+_LEAST = {"max_batch_size": 1, "max_batch_tokens": 1, "max_drafts": 0, "max_logprobs": 0}
+
+
+@dataclass(frozen=True)
+class CoreOptions:
+    """How requests share an engine.
+
+    Attributes:
+        max_batch_size: most sequences in one step.
+        max_batch_tokens: most tokens in one step, at least ``max_batch_size``; longer prompts are fed in chunks. More
+            of them make a prompt no faster from 128 on (two cores), but whoever answers waits for them:
+            ``benchmarks/stall.py``.
+        prefix_caching: prompts that begin like an earlier one are not fed again.
+        max_drafts: most tokens to guess for a sequence in one step; 0 turns speculation off.
+        keep_logits: set ``logits`` of every token.
+        max_logprobs: most likely tokens that a request may ask to be told of each token.
+
+    Raises:
+        EngineError: a value is out of range.
+    """
+
+    max_batch_size: int = 16
+    max_batch_tokens: int = 256
+    prefix_caching: bool = True
+    max_drafts: int = 0
+    keep_logits: bool = False
+    max_logprobs: int = 20
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise EngineError(f"{name} is {value!r}, expected a whole number, {least} or more")
+        for name in ("prefix_caching", "keep_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise EngineError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.max_batch_tokens < self.max_batch_size:  # those that answer would leave nothing to those that begin
+            raise EngineError(
+                f"max_batch_tokens is {self.max_batch_tokens}, expected at least the max_batch_size of "
+                f"{self.max_batch_size}: a token for every sequence; change one of them"
+            )
+
+
+@dataclass(frozen=True)
+class CoreStatistics:
+    """Where a core stands, and what it has done so far.
+
+    Attributes:
+        num_running: sequences that take part in steps.
+        num_waiting: sequences that wait for a place or for blocks.
+        num_free_blocks: cache blocks nobody owns, of ``num_blocks``.
+        num_steps: engine runs.
+        num_prefix_tokens: tokens found in the cache instead of being fed.
+        num_preempted: how often a sequence lost its blocks to an older one.
+        num_drafts: guessed tokens that were verified, of which ``num_accepted`` were right.
+        run_s: seconds in the engine.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_steps: int
+    num_prefix_tokens: int
+    num_preempted: int
+    num_drafts: int
+    num_accepted: int
+    run_s: float
