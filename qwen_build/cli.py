@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from qwen_engine.manifest import WEIGHTS_FILE, Quantization
+from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_run.commands.command import Command, printable
 from qwen_run.runtime.machine import peak_memory_bytes
 
@@ -278,6 +278,8 @@ def main(
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "has_tokenizer": (target / "tokenizer.json").is_file(),
+        "cache_bytes_per_token": (manifest := Manifest.read(target)).cache.bytes_per_token,
+        "max_seq_len": manifest.limits.max_seq_len,
         **({} if plan else {"auto": report.summary()}),
     }
     print_json(summary) if as_json else print_summary(summary)
@@ -327,11 +329,14 @@ def print_table(description: dict[str, Any]) -> None:
 def print_summary(summary: dict[str, Any]) -> None:
     """Show what was built to a person."""
     engine, checkpoint = summary["engine_bytes"], summary["checkpoint_bytes"]
+    token_bytes, tokens = summary["cache_bytes_per_token"], summary["max_seq_len"]
     if not summary["has_tokenizer"]:
         click.echo("Note: the checkpoint has no tokenizer.json, so this engine takes token ids only.", err=True)
     click.echo(
         f"{printable(summary['engine'])}: {engine / 1e6:,.1f} MB, {engine / checkpoint:.0%} of the checkpoint; "
-        f"{summary['seconds']} s, peak memory {summary['peak_memory_bytes'] / 1e6:,.0f} MB"
+        f"{summary['seconds']} s, peak memory {summary['peak_memory_bytes'] / 1e6:,.0f} MB\n"
+        f"a sequence may have {tokens} tokens, which take {token_bytes * tokens / 1e6:,.0f} MB of cache; "
+        "run it with --max-seq-len for fewer"
     )
     if auto := summary.get("auto"):
         click.echo(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ from qwen_run.accuracy.report import (
 from qwen_run.accuracy.rouge import rouge_scores
 from qwen_run.accuracy.saved_reference import Identity
 from qwen_run.api.llm import LLM
+from qwen_run.runtime.capacity import with_limit
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.machine import physical_cores
 from qwen_run.text.text_model import TextModel
@@ -94,6 +95,7 @@ class AssessOptions:
     cost: bool = True
     resume: bool = False
     threads: int | None = None
+    max_seq_len: int | None = None
     command: str = ""
 
 
@@ -127,6 +129,7 @@ class Assessment:
 
     def __init__(self, engine_directory: Path, threads: int, llm: LLM, journal: Journal, max_new_tokens: int) -> None:
         self.engine_directory, self.threads = engine_directory, threads
+        self._open = partial(Engine.load, engine_directory, threads, max_seq_len=llm.max_seq_len)
         self.llm, self.journal, self.max_new_tokens = llm, journal, max_new_tokens
         self.seconds = {"reference": 0.0, "engine": 0.0}
 
@@ -154,7 +157,7 @@ class Assessment:
 
         @cache
         def engine() -> Engine:
-            return Engine.load(self.engine_directory, self.threads, float_activations=phase == "as_built")
+            return self._open(float_activations=phase == "as_built")
 
         def comparison(sample: Sample) -> dict[str, Any]:
             token_ids = sample.token_ids
@@ -178,9 +181,7 @@ class Assessment:
 
         def errors() -> list[dict[str, Any]]:
             token_ids = sample.token_ids[:CHUNK_TOKENS]
-            engine = Engine.load(
-                self.engine_directory, self.threads, graph=LAYERS_GRAPH_FILE, float_activations=phase == "as_built"
-            )
+            engine = self._open(graph=LAYERS_GRAPH_FILE, float_activations=phase == "as_built")
             found = engine_layers(engine, token_ids)
             return [asdict(error) for error in layer_errors(layers_of(token_ids, found), found, phase)]
 
@@ -234,6 +235,8 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     """
     started = time.perf_counter()
     manifest = Manifest.read(engine_directory)
+    if options.max_seq_len is not None:
+        manifest = with_limit(manifest, options.max_seq_len)
     thresholds = chosen_thresholds(manifest, options)
     baseline = Report.read(options.baseline) if options.baseline else None
     dataset = load_dataset(options.dataset, options.document_field, options.summary_field, options.max_samples)
@@ -252,7 +255,7 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
         sources = LiveSources(manifest, engine_directory, path, threads, record=options.save_reference is not None)
     checks = sources.checks(engine_directory)
 
-    model = TextModel.of(Engine.load(engine_directory, threads))
+    model = TextModel.of(Engine.load(engine_directory, threads, max_seq_len=options.max_seq_len))
     llm = LLM(model)
     key = {
         "engine": {name: part.sha256 for name, part in manifest.parts.items()},

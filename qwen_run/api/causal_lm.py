@@ -21,8 +21,8 @@ from qwen_engine.whole_files import whole_directory
 from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
 from qwen_run.api.engine_config import EngineConfig
 from qwen_run.api.llm import LLM
+from qwen_run.runtime.capacity import choose_capacity
 from qwen_run.runtime.engine import Engine
-from qwen_run.runtime.kv_cache import choose_num_blocks
 from qwen_run.runtime.machine import available_bytes
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import read_json
@@ -46,9 +46,9 @@ class QwenForCausalLM:
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         manifest = Manifest.read(directory)
         config.check(manifest)
-        config.warn_above(choose_num_blocks(manifest, None, available_bytes()))
+        config.warn_above(choose_capacity(manifest, available_bytes(), max_seq_len=config.max_seq_len).num_blocks)
         self.engine_config = config
-        self.engine = Engine.load(directory, num_blocks=config.kvcache_num_blocks)
+        self.engine = Engine.load(directory, num_blocks=config.kvcache_num_blocks, max_seq_len=config.max_seq_len)
         found = directory / GENERATION_CONFIG_FILE
         self.generation_config = read_json(found) if found.is_file() else {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -256,7 +256,7 @@ class QwenForCausalLM:
 
     def _num_new(self, length: int, max_length: int | None, max_new_tokens: int | None) -> int:
         """Most new tokens of a row of ``length``; what is given as an argument goes before ``generation_config``."""
-        longest = self.engine_config.max_seq_len or self.engine.manifest.limits.max_seq_len
+        longest = self.engine.manifest.limits.max_seq_len
         if max_new_tokens is None and max_length is None:
             max_new_tokens = self.generation_config.get("max_new_tokens")
             max_length = self.generation_config.get("max_length")

@@ -108,12 +108,12 @@ class EngineConfig:
             raise ValueError(f"quantization is {self.quantization!r}, expected {expected}")
         if self.kvcache_num_blocks is None:
             return
-        row, alone = math.ceil((self.max_seq_len or longest) / block_size), math.ceil(longest / block_size)
-        least = max(self.batch_size * row, alone)
+        row = math.ceil((self.max_seq_len or longest) / block_size)
+        least = self.batch_size * row
         if self.kvcache_num_blocks < least:
             raise ValueError(
                 f"kvcache_num_blocks is {self.kvcache_num_blocks}, expected {least} or more: batch_size "
-                f"{self.batch_size} times the {row} blocks of a row, and {alone} for the engine's longest"
+                f"{self.batch_size} times the {row} blocks of a row; or set a smaller max_seq_len"
             )
 
     def warn_above(self, estimated_blocks: int) -> None:

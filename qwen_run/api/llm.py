@@ -48,6 +48,8 @@ class LLM(RequestLoop):
         threads: threads of one run; the physical cores if None.
         num_blocks: blocks of the cache; chosen by ``cache_bytes`` if None.
         cache_bytes: memory of the cache; chosen from the free memory if None.
+        max_seq_len: most tokens of prompt and answer together; what the engine was built for if None, or what the
+            cache holds where that is less. vLLM's ``max_model_len`` is the same.
         skip_tokenizer_init: do without what the engine has for text: prompts are token ids.
         options: ``seed`` of requests that have none; fields of :class:`~qwen_run.runtime.core.CoreOptions`, such as
             ``max_batch_size``. For a checkpoint also those of ``qwen_build.plan.options.BuildOptions``, such as
@@ -73,6 +75,7 @@ class LLM(RequestLoop):
     ) -> None:
         chosen = LLMOptions.of(options)
         opening: dict[str, Any] = {"threads": threads, "num_blocks": num_blocks, "cache_bytes": cache_bytes}
+        opening["max_seq_len"] = chosen.max_seq_len
         if isinstance(model, str | Path):
             model = Engine.load(engine_of(model, chosen.build), **opening)
         elif not isinstance(model, Engine | TextModel):

@@ -15,7 +15,7 @@ from qwen_run.runtime.core import CoreOptions
 # The demo's summaries come 1.34 times as fast one at a time, 0.99 times eight at once: benchmarks/results/core.md.
 MAX_DRAFTS = 8
 
-OWN = ("threads", "num_blocks", "cache_bytes", "skip_tokenizer_init", "seed")
+OWN = ("threads", "num_blocks", "cache_bytes", "max_seq_len", "skip_tokenizer_init", "seed")
 CORE = tuple(CoreOptions.__dataclass_fields__)
 # vLLM's name -> ours
 SYNONYMS = {
@@ -68,11 +68,13 @@ class LLMOptions:
     Attributes:
         core: how requests share the engine.
         seed: of the first request that has none of its own; the next has one more.
+        max_seq_len: most tokens of a sequence.
         build: fields of ``qwen_build.plan.options.BuildOptions``.
     """
 
     core: CoreOptions
     seed: int | None
+    max_seq_len: int | None
     build: Mapping[str, Any]
 
     @classmethod
@@ -97,9 +99,10 @@ class LLMOptions:
         seed = named.pop("seed", None)
         if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
             raise EngineError(f"seed is {seed!r}, expected None or a whole number from 0 to 2^64 - 1")
+        max_seq_len = named.pop("max_seq_len", None)
         if named:
             check_known(named)
-        return cls(_core_options(core), seed, named)
+        return cls(_core_options(core), seed, max_seq_len, named)
 
 
 def check_known(names: Mapping[str, Any]) -> None:

@@ -48,6 +48,7 @@ class BenchOptions:
     hf_dtype: str | None
     threads: int | None
     max_batch_tokens: int
+    max_seq_len: int | None
     seed: int
 
 
@@ -63,7 +64,7 @@ def measure(
         raise RequestError("--checkpoint and --hf-dtype say how transformers runs; give them with --compare hf")
     directory = options.engine or newest_engine(ENGINES)
     threads = options.threads or physical_cores()
-    engine = Engine.load(directory, threads)
+    engine = Engine.load(directory, threads, max_seq_len=options.max_seq_len)
     for setting in settings:
         check_lengths(setting.arrivals, engine.manifest.limits.max_seq_len)
     sides: list[Side] = [EngineSide(engine, max_batch_size, options.max_batch_tokens)]

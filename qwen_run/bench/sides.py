@@ -50,7 +50,8 @@ def check_lengths(arrivals: Sequence[Arrival], max_seq_len: int) -> None:
         if arrival.input_tokens + arrival.output_tokens > max_seq_len:
             raise RequestError(
                 f"request {number} has {arrival.input_tokens} input and {arrival.output_tokens} output tokens, "
-                f"the engine takes {max_seq_len} together; ask for fewer, or build it with a larger --max-seq-len"
+                f"the engine takes {max_seq_len} together; ask for fewer, "
+                "or run or build it with a larger --max-seq-len"
             )
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import click
 
 from qwen_engine import __version__
 from qwen_engine.errors import QwenError
+from qwen_engine.manifest import MIN_SEQ_LEN
 
 if TYPE_CHECKING:
     from qwen_run.reports.tables import Table
@@ -56,7 +58,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _exit_on_signals():
+            with _exit_on_signals(), warnings.catch_warnings():
+                warnings.showwarning = _note
                 result = super().invoke(ctx)
                 sys.stdout.flush()
                 return result
@@ -67,6 +70,14 @@ class Command(click.Command):
             ctx.exit(INTERRUPTED)
 
 
+max_seq_len_option = click.option(
+    "--max-seq-len",
+    type=click.IntRange(MIN_SEQ_LEN, 1 << 30),
+    metavar="TOKENS",
+    help="Most tokens of prompt and answer together.  [default: the engine's, as far as the cache's memory goes]",
+)
+
+
 def printable(text: str) -> str:
     r"""``text`` in one line that cannot drive a terminal: what is not printable is written as its escape.
 
@@ -74,6 +85,11 @@ def printable(text: str) -> str:
     a\x1b[2J\nb \udcff
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning of Python's as a note to a user, who wants no line of a program."""
+    click.echo(f"Note: {printable(str(message))}", err=True)
 
 
 def _open_closed_streams() -> None:

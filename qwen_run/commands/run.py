@@ -14,7 +14,7 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, printable
+from qwen_run.commands.command import Command, max_seq_len_option, printable
 from qwen_run.commands.run_options import CONTRADICTIONS, RunOptions
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
@@ -89,6 +89,7 @@ MIB = 1 << 20
     metavar="MIB",
     help="Memory of the cache of keys and values.  [default: from the free memory]",
 )
+@max_seq_len_option
 @click.option(
     "--draft-tokens",
     type=click.IntRange(0, 64),
@@ -171,7 +172,7 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
     from qwen_run.text.text_model import TextModel
 
     cache_bytes = asked.kv_cache_memory and asked.kv_cache_memory * MIB
-    model = TextModel.load(engine, asked.threads, asked.raw, cache_bytes)
+    model = TextModel.load(engine, asked.threads, asked.raw, cache_bytes, asked.max_seq_len)
     params = dataclasses.replace(model.defaults, **sampling)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
     if params.greedy and idle:

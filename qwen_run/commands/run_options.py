@@ -27,6 +27,7 @@ class RunOptions:
     thinking: bool | None
     threads: int | None
     kv_cache_memory: int | None
+    max_seq_len: int | None
     draft_tokens: int | None
     as_json: bool
     output_logits: Path | None

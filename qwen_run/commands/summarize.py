@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, print_table
+from qwen_run.commands.command import Command, max_seq_len_option, print_table
 
 if TYPE_CHECKING:
     from qwen_run.accuracy.report import Report
@@ -53,6 +53,7 @@ REPORTS = Path("reports")
 @click.option(
     "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of both sides.  [default: physical cores]"
 )
+@max_seq_len_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def main(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
 
 from qwen_engine.errors import EngineError, shown
-from qwen_engine.graph_io import TensorSpec
-from qwen_engine.manifest import ITEM_BYTES, MIN_SEQ_LEN, Limits, Manifest
+from qwen_engine.manifest import MIN_SEQ_LEN, Limits, Manifest
+from qwen_run.runtime.kv_cache import block_bytes
 
 # Without being told, take at most this many sequences of full length and this part of the memory that is left.
 _MOST_SEQUENCES = 8
@@ -96,25 +95,13 @@ def with_limit(manifest: Manifest, max_seq_len: int) -> Manifest:
 
 
 def warn_of_shorter(manifest: Manifest, capacity: Capacity) -> None:
-    """Say up to how many tokens a request may have, where that is less than the engine of ``manifest`` was built for."""
+    """Say up to how many tokens a request may have, fewer than the engine of ``manifest`` was built for."""
     built, bytes_each = manifest.limits.max_seq_len, block_bytes(manifest.states)
+    pool_bytes = capacity.num_blocks * bytes_each
     full_bytes = math.ceil(built / manifest.cache.block_size) * bytes_each
     warnings.warn(
-        f"a request may have up to {capacity.max_seq_len} tokens: the cache has {capacity.num_blocks * bytes_each / 2**30:,.2f} GiB, "
-        f"the {built} tokens that the engine was built for take {full_bytes / 2**30:,.2f} GiB"
+        f"a request may have up to {capacity.max_seq_len} tokens, which is what a cache of {pool_bytes / 2**20:,.0f} "
+        f"MiB holds; the {built} that the engine was built for take {full_bytes / 2**20:,.0f} MiB"
         + _SMALLER_DTYPE.get(manifest.cache.dtype, ""),
         stacklevel=3,
     )
-
-
-def block_bytes(states: Sequence[TensorSpec]) -> int:
-    """Bytes of one block over all pools."""
-    return sum(math.prod(pool_shape(state, 1)) * ITEM_BYTES[state.dtype] for state in states)
-
-
-def pool_shape(state: TensorSpec, num_blocks: int) -> tuple[int, ...]:
-    """The shape of the pool of ``num_blocks`` blocks that ``state`` has.
-
-    Raises:
-        EngineError: ``state`` is no paged one.
-    """

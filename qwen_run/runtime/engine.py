@@ -12,12 +12,13 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 import qwen_plugin
-from qwen_engine.errors import EngineError
+from qwen_engine.errors import EngineError, shown
 from qwen_engine.graph_io import LOGITS, TensorSpec
 from qwen_engine.manifest import ENGINES, GRAPH_FILE, MANIFEST_FILE, Manifest
 from qwen_run.engine_files.checksums import check_operators, check_parts
 from qwen_run.engine_files.float_activations import with_float_activations
-from qwen_run.runtime.kv_cache import KVCache, choose_num_blocks
+from qwen_run.runtime.capacity import choose_capacity, warn_of_shorter, with_limit
+from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.runtime.machine import available_bytes, physical_cores
 
 # ONNX Runtime's exceptions have no common base of their own; a bound run raises RuntimeError.
@@ -70,6 +71,7 @@ class Engine:
         graph: str = GRAPH_FILE,
         float_activations: bool = False,
         cache_bytes: int | None = None,
+        max_seq_len: int | None = None,
     ) -> Engine:
         """Open the engine in ``directory``; everything is checked before memory is taken.
 
@@ -80,14 +82,17 @@ class Engine:
             float_activations: compute in float32 what the engine rounds to int8 on its way into a product: far
                 slower, for measuring everything else.
             cache_bytes: memory of the cache pool, where ``num_blocks`` is not given.
+            max_seq_len: most tokens of a sequence; what the engine was built for if None, or what the pool holds
+                where that is less, which a warning tells. ``manifest.limits`` then says it.
 
         Raises:
             EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
-                manifest says, or the pool does not hold one sequence of full length.
+                manifest says, or the pool does not hold ``max_seq_len`` tokens.
         """
-        for name, value in (("threads", threads), ("num_blocks", num_blocks), ("cache_bytes", cache_bytes)):
+        counts = {"threads": threads, "num_blocks": num_blocks, "cache_bytes": cache_bytes, "max_seq_len": max_seq_len}
+        for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise EngineError(f"{name} is {value!r}, expected a whole number, 1 or more")
+                raise EngineError(f"{name} is {shown(value)}, expected a whole number, 1 or more")
         if threads is not None and threads > qwen_plugin.MOST_THREADS:
             raise EngineError(f"threads is {threads}, expected {qwen_plugin.MOST_THREADS} or fewer")
         if not _is_text(str(directory)):  # ONNX Runtime takes no other path
@@ -99,7 +104,9 @@ class Engine:
         check_parts(directory, manifest, threads)
         check_operators(directory, manifest)
         _check_states(directory, manifest)
-        num_blocks = choose_num_blocks(manifest, num_blocks, available_bytes(), cache_bytes)
+        capacity = choose_capacity(
+            manifest, available_bytes(), num_blocks=num_blocks, cache_bytes=cache_bytes, max_seq_len=max_seq_len
+        )
         try:
             options = _session_options(manifest, threads)
             source: Path | bytes = directory / graph
@@ -112,8 +119,10 @@ class Engine:
         except _ORT_ERRORS as error:
             raise EngineError(f"{directory / graph} cannot be loaded: {_first_line(error)}") from error
         _check_graph(directory / graph, session, manifest)
-        cache = KVCache(manifest.states, manifest.cache.block_size, num_blocks)
-        return cls(directory, manifest, session, cache)
+        cache = KVCache(manifest.states, manifest.cache.block_size, capacity.num_blocks)
+        if max_seq_len is None and capacity.max_seq_len < manifest.limits.max_seq_len:
+            warn_of_shorter(manifest, capacity)
+        return cls(directory, with_limit(manifest, capacity.max_seq_len), session, cache)
 
     def run(self, batch: Batch) -> np.ndarray:
         """Feed ``batch``, writing its keys and values to the cache.

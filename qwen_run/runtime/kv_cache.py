@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec
-from qwen_engine.manifest import ITEM_BYTES, Manifest
+from qwen_engine.manifest import ITEM_BYTES
 from qwen_run.runtime.prefix_cache import PrefixCache
 
 # Pools begin on a cache line, so that no vector of a kernel straddles two.
@@ -21,13 +21,6 @@ _ALIGNMENT_BYTES = 64
 # A pool begins with small pages: with huge ones alone, as NumPy's arrays have, a model of 24 layers takes 48 of them
 # for its first token. A long text has huge ones, no more of which are left unused than it fills.
 _SMALL_PAGES_BYTES = 2 << 20
-
-# Without being told, take at most this many sequences of full length and this part of the memory that is left.
-_MOST_SEQUENCES = 8
-_MEMORY_PART = 0.5
-
-# dtype of the cache -> advice where a smaller one helps
-_SMALLER_DTYPE = {"float32": " or --kv-cache-dtype float16", "float16": " or --kv-cache-dtype int8"}
 
 
 class KVCache:
@@ -127,52 +120,6 @@ class KVCache:
             self._num_owners[block] += 1
             block_ids.append(block)
         return block_ids
-
-
-def choose_num_blocks(
-    manifest: Manifest, num_blocks: int | None, available_bytes: int | None, cache_bytes: int | None = None
-) -> int:
-    """How many blocks to take: ``num_blocks`` where given, else what ``cache_bytes`` hold where given.
-
-    Else several sequences of full length, as far as half of the memory that the weights leave goes; at least one.
-
-    Args:
-        available_bytes: memory the process can have, None if unknown.
-
-    Raises:
-        EngineError: the blocks, or the memory there is, do not hold one sequence of full length.
-    """
-    max_seq_len, block_size = manifest.limits.max_seq_len, manifest.cache.block_size
-    one_sequence = math.ceil(max_seq_len / block_size)
-    bytes_each = block_bytes(manifest.states)
-    if num_blocks is not None:
-        if num_blocks < one_sequence:
-            raise EngineError(
-                f"{num_blocks} cache blocks hold {num_blocks * block_size} tokens, a sequence can have {max_seq_len}; "
-                f"ask for at least {one_sequence} blocks or build the engine with a smaller --max-seq-len"
-            )
-        return num_blocks
-    if not bytes_each:  # a model without attention: blocks are numbers alone
-        return _MOST_SEQUENCES * one_sequence
-    if cache_bytes is not None:
-        if cache_bytes < one_sequence * bytes_each:
-            raise EngineError(
-                f"a cache of {cache_bytes / 2**20:.1f} MiB holds {cache_bytes // bytes_each * block_size} tokens, "
-                f"a sequence can have {max_seq_len}; ask for at least {one_sequence * bytes_each / 2**20:.1f} MiB "
-                "or build the engine with a smaller --max-seq-len"
-            )
-        return cache_bytes // bytes_each
-    if available_bytes is None:
-        return one_sequence
-    if one_sequence * bytes_each > available_bytes:
-        raise EngineError(
-            f"the cache of one sequence of {max_seq_len} tokens takes {one_sequence * bytes_each / 2**30:.2f} GiB, "
-            f"{available_bytes / 2**30:.2f} GiB are free; build the engine with a smaller --max-seq-len"
-            + _SMALLER_DTYPE.get(manifest.cache.dtype, "")
-        )
-    weights_bytes = sum(part.size_bytes for part in manifest.parts.values())
-    affordable = int((available_bytes - weights_bytes) * _MEMORY_PART) // bytes_each
-    return max(one_sequence, min(affordable, _MOST_SEQUENCES * one_sequence))
 
 
 def block_bytes(states: Sequence[TensorSpec]) -> int:

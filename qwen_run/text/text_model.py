@@ -46,7 +46,12 @@ class TextModel:
 
     @classmethod
     def load(
-        cls, engine_directory: Path, threads: int | None = None, raw: bool = False, cache_bytes: int | None = None
+        cls,
+        engine_directory: Path,
+        threads: int | None = None,
+        raw: bool = False,
+        cache_bytes: int | None = None,
+        max_seq_len: int | None = None,
     ) -> TextModel:
         """Open an engine with everything that belongs to it; the small files first.
 
@@ -54,13 +59,16 @@ class TextModel:
             threads: threads of one run; the physical cores if None.
             raw: do without a chat template.
             cache_bytes: memory of the cache; chosen from the free memory if None.
+            max_seq_len: most tokens of a sequence; see :meth:`Engine.load`.
 
         Raises:
-            EngineError: something is missing or damaged, or the cache does not hold a sequence of full length.
+            EngineError: something is missing or damaged, or the cache does not hold ``max_seq_len`` tokens.
         """
         Manifest.read(engine_directory)
         parts = _TextParts.load(engine_directory, raw)
-        return cls._join(Engine.load(engine_directory, threads, cache_bytes=cache_bytes), parts)
+        return cls._join(
+            Engine.load(engine_directory, threads, cache_bytes=cache_bytes, max_seq_len=max_seq_len), parts
+        )
 
     @classmethod
     def of(cls, engine: Engine, raw: bool = False) -> TextModel:

@@ -15,6 +15,7 @@ from qwen_engine.manifest import Manifest
 from qwen_run import EngineConfig, QwenForCausalLM
 from qwen_run.api import causal_lm
 from qwen_run.api.engine_config import QUANTIZATIONS
+from qwen_run.runtime.capacity import Capacity
 from qwen_run.text.tokenizer import Tokenizer
 
 PAD = 130
@@ -281,7 +282,7 @@ def test_fields_and_defaults():
         ({"kvcache_block_size": 32}, "kvcache_block_size is 32, expected 64 as the engine was built"),
         ({"quantization": "int4"}, "quantization is 'int4', expected 'none' as the engine was built"),
         ({"kvcache_num_blocks": 29, "batch_size": 3}, "expected 30 or more: batch_size 3 times the 10 blocks"),
-        ({"kvcache_num_blocks": 3, "max_seq_len": 64}, "expected 10 or more"),
+        ({"kvcache_num_blocks": 1, "max_seq_len": 65}, "expected 2 or more"),
     ],
 )
 def test_an_engine_and_its_config_agree(engine, config, rule):
@@ -289,8 +290,17 @@ def test_an_engine_and_its_config_agree(engine, config, rule):
         QwenForCausalLM.from_pretrained(engine, engine_config=config)
 
 
+def test_rows_may_be_shorter_than_the_engine_was_built_for(engine):
+    small = QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 3, "max_seq_len": 64})
+    assert small.engine.cache.num_blocks == 3
+    ids = np.array(ROWS[:1])
+    assert small.generate(ids, max_length=64).shape[1] <= 64
+    with pytest.raises(ValueError, match="input_ids has 70 columns, expected less than max_seq_len, which is 64"):
+        small.generate(np.ones((1, 70), int))
+
+
 def test_more_blocks_than_memory_holds_warn(engine, monkeypatch):
-    monkeypatch.setattr(causal_lm, "choose_num_blocks", lambda *_: 30)
+    monkeypatch.setattr(causal_lm, "choose_capacity", lambda *_, **__: Capacity(30, 640))
     with pytest.warns(UserWarning, match="kvcache_num_blocks is 90, more than the 30"):
         QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 90})
     with warnings.catch_warnings():

@@ -215,6 +215,14 @@ def test_an_open_engine_takes_no_options_of_a_build(model):
         LLM(model, quant="int8", max_model_len=300)
 
 
+def test_the_longest_sequence_is_chosen_where_an_engine_is_opened(engine):
+    for options in ({"max_seq_len": 40}, {"max_model_len": 40}):
+        llm = LLM(engine.directory, num_blocks=2, threads=1, **options)
+        assert (llm.max_seq_len, llm.core.engine.cache.num_blocks) == (40, 2)
+        (output,) = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+        assert len(output.outputs[0].token_ids) == 37
+
+
 def test_an_open_engine_takes_no_options_of_a_load(model, engine):
     for name, value in (("threads", 2), ("num_blocks", 20), ("cache_bytes", 10**6)):
         for opened in (model, engine):

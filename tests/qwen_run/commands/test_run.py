@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,12 @@ def script(tmp_path, monkeypatch):
     (directory / "engine.json").write_text("{}")
     model, script = scripted_model(directory, shout, max_seq_len=300)
     raw_model, _ = scripted_model(directory, str.upper, raw=True)
-    script.loaded = []
+    script.loaded, script.warning = [], None
 
-    def load(engine, threads=None, raw=False, cache_bytes=None):
-        script.loaded.append((str(engine), threads, raw, cache_bytes))
+    def load(engine, threads=None, raw=False, cache_bytes=None, max_seq_len=None):
+        script.loaded.append((str(engine), threads, raw, cache_bytes, max_seq_len))
+        if script.warning:
+            warnings.warn(script.warning, stacklevel=1)
         return raw_model if raw else model
 
     monkeypatch.setattr(TextModel, "load", load)
@@ -60,7 +63,7 @@ def test_one_answer(script):
         r"\d+ input tokens, 17 output tokens; first after \d+ ms, then [\d.]+ tokens/s; peak memory \d+ MiB\n",
         result.stderr,
     )
-    assert script.loaded == [("engines/tiny", None, False, None)]
+    assert script.loaded == [("engines/tiny", None, False, None, None)]
     assert script.seen[0].params == SamplingParams(0.7, 1.0, 20)
     assert IM_END in script.seen[0].stop_token_ids
     assert script.is_idle
@@ -68,12 +71,19 @@ def test_one_answer(script):
 
 def test_options_reach_the_request(script):
     options = "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --seed 4 --threads 2"
-    options += " --kv-cache-memory 64"
+    options += " --kv-cache-memory 64 --max-seq-len 99"
     result = run_command("--input-text", "x", "--engine", "e", "--system", "Be brief.", *options.split())
     assert result.stdout == "«X\n"
-    assert script.loaded == [("e", 2, False, 64 << 20)]
+    assert script.loaded == [("e", 2, False, 64 << 20, 99)]
     assert script.seen[0].params == SamplingParams(0.5, 0.9, 5, 1.1, 4, 3)
     assert "system\nBe brief.<|im_end|>" in script.tokenizer.decode(script.seen[0].prompt, False)
+
+
+def test_a_warning_is_a_note_to_the_user(script):
+    script.warning = "a request may have up to 96 tokens"
+    result = run_command("--input-text", "hello")
+    assert result.stdout == "«HELLO» 你🤗\n"
+    assert result.stderr.startswith("Note: a request may have up to 96 tokens\n")
 
 
 def test_a_pipe_is_one_prompt(script):
@@ -552,7 +562,7 @@ def test_newest_engine_and_none(script, tmp_path):
     (older / "engine.json").write_text("{}")
     os.utime(older / "engine.json", (1, 1))
     run_command("--input-text", "x")
-    assert script.loaded == [("engines/tiny", None, False, None)]
+    assert script.loaded == [("engines/tiny", None, False, None, None)]
     for path in (tmp_path / "engines").glob("*/engine.json"):
         path.unlink()
     result = run_command("--input-text", "x")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qwen_plugin
 from cases.answering import generate
-from qwen_engine.errors import EngineError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.graph_io import BATCH_INPUTS, TensorSpec, cache_inputs, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
@@ -38,6 +39,7 @@ from qwen_engine.manifest import (
 )
 from qwen_run.engine_files import checksums as parts
 from qwen_run.engine_files.checksums import check_parts, measure_part, verify_parts
+from qwen_run.runtime.core import Core
 from qwen_run.runtime.engine import Batch, Engine, newest_engine
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.sample import SamplingParams
@@ -195,8 +197,30 @@ def test_generate_over_a_session(intact_engine: Path) -> None:
 def test_the_pool_is_as_large_as_asked(intact_engine: Path) -> None:
     engine = Engine.load(intact_engine, num_blocks=4)
     assert engine.cache.pools["key_cache.1"].shape == (4, 2, 1, 8, 32)
-    with pytest.raises(EngineError, match="3 cache blocks hold 96 tokens"):
-        Engine.load(intact_engine, num_blocks=3)
+    assert engine.manifest.limits.max_seq_len == MAX_SEQ_LEN
+
+
+def test_a_pool_below_one_sequence_makes_sequences_shorter_and_says_so(intact_engine: Path) -> None:
+    with pytest.warns(UserWarning, match=r"^a request may have up to 96 tokens, which is what a cache of .* holds"):
+        engine = Engine.load(intact_engine, num_blocks=3)
+    assert engine.manifest.limits.max_seq_len == 96
+    request = Request((1, 2, 3), SamplingParams(temperature=0, max_tokens=1000))
+    for _ in generate(engine, [request]):
+        pass
+    assert len(request.sequences[0].token_ids) == 96
+
+
+def test_a_shorter_sequence_needs_less_of_a_pool(intact_engine: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = Engine.load(intact_engine, num_blocks=2, max_seq_len=50)
+    assert (engine.manifest.limits.max_seq_len, engine.cache.num_blocks) == (50, 2)
+    with pytest.raises(
+        RequestError, match=r"has 50 tokens, the engine takes 49 .*run or build .* larger --max-seq-len"
+    ):
+        Core(engine).add(Request((1,) * 50, SamplingParams()))
+    with pytest.raises(EngineError, match=f"max_seq_len is 9999, expected 2 to {MAX_SEQ_LEN}"):
+        Engine.load(intact_engine, max_seq_len=9999)
 
 
 def test_verify_parts_catches_what_a_crc32_does_not(engine_directory: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,21 +11,11 @@ from hypothesis import strategies as st
 
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec, cache_inputs
-from qwen_engine.manifest import CacheLayout, FileRecord, Limits
-from qwen_run.runtime.kv_cache import KVCache, block_bytes, choose_num_blocks
+from qwen_run.runtime.kv_cache import KVCache, block_bytes
 from qwen_run.runtime.prefix_cache import extend_keys
 
 STATES = cache_inputs(layers=(0, 1, 2), kv_heads=2, head_dim=8, block_size=64, dtype="float16")
 BLOCK_BYTES = 3 * 2 * (2 * 8 * 64) * 2  # layers, key and value, elements, bytes of a float16
-
-
-# the part of a manifest that decides the pool's size: 100 tokens are two blocks
-SIZES: Any = SimpleNamespace(
-    states=STATES,
-    limits=Limits(max_seq_len=100),
-    cache=CacheLayout(block_size=64, dtype="float16", bytes_per_token=BLOCK_BYTES // 64),
-    parts={"weights.bin": FileRecord(4 * BLOCK_BYTES, "", "")},
-)
 
 
 def make_cache(num_blocks: int = 5) -> KVCache:
@@ -131,33 +119,6 @@ def test_no_block_has_two_owners(steps: list[int]) -> None:
         held = [block for block_ids in owned for block in block_ids]
         assert len(held) == len(set(held)) == cache.num_blocks - cache.num_free
         assert all(0 <= block < cache.num_blocks for block in held)
-
-
-@pytest.mark.parametrize(
-    ("available", "expected"),
-    [
-        (None, 2),  # the system does not say: one sequence
-        (2 * BLOCK_BYTES, 2),  # it just fits
-        (4 * BLOCK_BYTES + 2 * 7 * BLOCK_BYTES, 7),  # half of what the weights leave
-        (1000 * BLOCK_BYTES, 16),  # eight sequences are enough
-    ],
-)
-def test_default_pool_size(available: int | None, expected: int) -> None:
-    assert choose_num_blocks(SIZES, None, available) == expected
-
-
-def test_a_pool_below_one_sequence_is_refused() -> None:
-    assert choose_num_blocks(SIZES, 2, 0) == 2
-    with pytest.raises(EngineError, match=r"1 cache blocks hold 64 tokens, a sequence can have 100; .* 2 blocks"):
-        choose_num_blocks(SIZES, 1, 10**9)
-    with pytest.raises(EngineError, match=r"100 tokens takes 0\.00 GiB, 0\.00 GiB are free; .*--max-seq-len"):
-        choose_num_blocks(SIZES, None, 2 * BLOCK_BYTES - 1)
-
-
-def test_a_pool_of_given_memory() -> None:
-    assert choose_num_blocks(SIZES, None, 0, 5 * BLOCK_BYTES + 1) == 5
-    with pytest.raises(EngineError, match=r"0\.0 MiB holds 64 tokens, a sequence can have 100; .* least 0\.0 MiB"):
-        choose_num_blocks(SIZES, None, 10**9, 2 * BLOCK_BYTES - 1)
 
 
 def test_a_shared_block_is_free_when_its_last_owner_gives_it_back() -> None:
