@@ -48,3 +48,8 @@ def shown(value: Any) -> str:
 
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = 80
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, for use inside a message of one line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "").strip() or type(error).__name__

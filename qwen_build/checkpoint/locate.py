@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_build.checkpoint.demo import demo_checkpoint
-from qwen_engine.errors import CheckpointError
+from qwen_engine.errors import CheckpointError, first_line
 from qwen_engine.user_cache import user_cache
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/(?P<name>[\w-][\w.-]*))(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -121,5 +121,5 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
     for kind, message in rows:
         if isinstance(error, kind):
             return message
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = first_line(error)
     return f"{repo} cannot be downloaded from the Hugging Face Hub: {reason}; try again, {local}"

@@ -49,8 +49,8 @@ def measure_cost(side: str, directory: Path, threads: int, prompts: Sequence[Seq
         side=side,
         batch=1,
         threads=threads,
-        time_to_first_token_ms=figures["time_to_first_token_ms"],
-        tokens_per_s=figures["tokens_per_s"],
+        ttft_ms=figures["ttft_ms"],
+        decode_tokens_per_s=figures["decode_tokens_per_s"],
         peak_memory_bytes=figures["peak_memory_bytes"],
         size_bytes=size_bytes,
     )
@@ -86,8 +86,8 @@ def _figures(job: Job) -> dict[str, float]:
             seconds.append(time.perf_counter() - started)
     decode_s = statistics.median(whole - first for whole, first in zip(all_s, first_s, strict=True))
     return {
-        "time_to_first_token_ms": statistics.median(first_s) * 1e3,
-        "tokens_per_s": (ANSWER_TOKENS - 1) / decode_s,
+        "ttft_ms": statistics.median(first_s) * 1e3,
+        "decode_tokens_per_s": (ANSWER_TOKENS - 1) / decode_s,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

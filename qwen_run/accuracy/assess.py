@@ -6,6 +6,7 @@ kept in a journal as soon as it is known.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -72,6 +73,8 @@ from qwen_run.text.text_model import TextModel
 VERSIONED = ("onnxruntime", "numpy", "tokenizers", "rouge-score")
 # Prompts whose answers are timed.
 TIMED_PROMPTS = 3
+# Where standard error is no terminal, progress is told at the begin of a phase and then so often.
+TELL_EVERY_S = 30.0
 # Tokens shown on each side of the worst position.
 CONTEXT_TOKENS = 24
 
@@ -214,7 +217,16 @@ class Assessment:
         return self.journal.do(phase, sample.document.id, lambda: compute(sample))
 
     def _progress(self, label: str, samples: Sequence[Sample]) -> Iterator[Sample]:
-        return iter(tqdm(samples, desc=label, unit="document", disable=not sys.stderr.isatty()))
+        """``samples`` one after the other, told as they go: a bar on a terminal, a line now and then elsewhere."""
+        if sys.stderr.isatty():
+            yield from tqdm(samples, desc=label, unit="document")
+            return
+        told_s = -math.inf
+        for number, sample in enumerate(samples):
+            if time.monotonic() - told_s >= TELL_EVERY_S:
+                print(f"{label}: {number} of {len(samples)} documents", file=sys.stderr, flush=True)
+                told_s = time.monotonic()
+            yield sample
 
     @contextmanager
     def _clock(self, side: str) -> Iterator[None]:
@@ -249,15 +261,17 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     )
     sources: LiveSources | SavedSources
     if options.reference:
-        sources = SavedSources.load(options.reference, identity, Path(manifest.origin.checkpoint).name)
+        ids = [document.id for document in dataset.documents]
+        sources = SavedSources.load(options.reference, identity, Path(manifest.origin.checkpoint).name, ids)
     else:
         path = find_checkpoint(manifest, options.checkpoint)
         sources = LiveSources(manifest, engine_directory, path, threads, record=options.save_reference is not None)
     checks = sources.checks(engine_directory)
 
-    model = TextModel.of(Engine.load(engine_directory, threads, max_seq_len=options.max_seq_len))
-    llm = LLM(model)
+    llm = LLM(Engine.load(engine_directory, threads, max_seq_len=options.max_seq_len))
+    model = llm.text
     key = {
+        "schema": SCHEMA_VERSION,
         "engine": {name: part.sha256 for name, part in manifest.parts.items()},
         "reference": asdict(identity) | {"kind": type(sources).__name__},
     }
@@ -351,7 +365,8 @@ def engine_info(directory: Path, manifest: Manifest) -> EngineInfo:
     words += f"; head {head.scheme if head.group_size else 'float32'}; {manifest.cache.dtype} cache"
     parts = manifest.parts
     size_bytes = sum(part.size_bytes for part in parts.values())
-    return EngineInfo(directory.resolve().name, words, size_bytes, {name: part.sha256 for name, part in parts.items()})
+    sha256 = {name: part.sha256 for name, part in parts.items()}
+    return EngineInfo(directory.resolve().name, str(directory), words, size_bytes, sha256)
 
 
 def _scheme_words(stored: Quantization) -> str:

@@ -50,7 +50,8 @@ def make_prompt(model: TextModel, document: Document, max_new_tokens: int) -> Co
     A document that is too long is shortened before it goes into the template, so that the template stays whole.
 
     Raises:
-        RequestError: the engine has no room for the template and ``max_new_tokens``, or the text has no tokens.
+        RequestError: the engine has no chat template for a summary, or no room for it and ``max_new_tokens``, or the
+            text has no tokens.
     """
     if document.summary is None:
         window = min(WINDOW_TOKENS, model.max_seq_len - 1)
@@ -58,6 +59,11 @@ def make_prompt(model: TextModel, document: Document, max_new_tokens: int) -> Co
         if len(token_ids) < 2:
             raise RequestError(f"document {document.id} has {len(token_ids)} tokens, expected at least 2")
         return ComparedPrompt(token_ids, continues=False)
+    if model.template is None:
+        raise RequestError(
+            "the engine has no chat template that can be used, and summaries are asked for through it; "
+            "compare on plain text, such as --dataset wikitext2"
+        )
     room = model.max_seq_len - 1 - max_new_tokens
     text = document.document
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import tomllib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_engine.errors import RequestError
-from qwen_run.accuracy.metrics import Metric
+from qwen_run.accuracy.metrics import METRIC_NAMES, Metric
 
 Kind = Literal["at_most", "at_least"]
 Outcome = Literal["passed", "failed", "undecided"]
@@ -43,12 +44,16 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a threshold says of a metric (None where it was not measured), in one line."""
+    """What a threshold says of a metric (None where it was not measured), in one line.
+
+    ``why``: of one that is undecided, why, and what would decide it.
+    """
 
     threshold: Threshold
     metric: Metric | None
     outcome: Outcome
     message: str
+    why: str = ""
 
 
 def at_most(metric: str, bound: float, reason: str) -> Threshold:
@@ -110,9 +115,8 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 
 def _judge(threshold: Threshold, metric: Metric | None) -> Verdict:
     if metric is None:
-        return Verdict(
-            threshold, None, "undecided", f"{threshold} cannot be judged: {threshold.metric} was not measured"
-        )
+        why = f"{threshold.metric} was not measured"
+        return Verdict(threshold, None, "undecided", f"{threshold} cannot be judged: {why}", why)
     low, high = (metric.value if end is None else end for end in (metric.low, metric.high))
     sampled = metric.low is not None and low != high
     found = f"{metric.value:.6g}" + (f" [{low:.6g}, {high:.6g}]" if sampled else "")
@@ -120,16 +124,16 @@ def _judge(threshold: Threshold, metric: Metric | None) -> Verdict:
     if any(math.isnan(number) for number in (metric.value, low, high)):
         return Verdict(threshold, metric, "failed", found)
     if 0 < metric.n < MIN_DOCUMENTS:
-        few = f"{found}; {metric.n} documents decide nothing, give at least {MIN_DOCUMENTS}"
-        return Verdict(threshold, metric, "undecided", few)
+        few = f"{metric.n} document{'s decide' if metric.n > 1 else ' decides'} nothing, give at least {MIN_DOCUMENTS}"
+        return _undecided(threshold, metric, found, few)
     within = threshold.holds(low), threshold.holds(high)
-    if all(within):
-        return Verdict(threshold, metric, "passed", found)
-    if not any(within):
-        return Verdict(threshold, metric, "failed", found)
-    return Verdict(
-        threshold, metric, "undecided", f"{found}, which is inside the interval; {_remedy(threshold, metric)}"
-    )
+    if any(within) and not all(within):
+        return _undecided(threshold, metric, found, f"the bound is inside the interval; {_remedy(threshold, metric)}")
+    return Verdict(threshold, metric, "passed" if all(within) else "failed", found)
+
+
+def _undecided(threshold: Threshold, metric: Metric, found: str, why: str) -> Verdict:
+    return Verdict(threshold, metric, "undecided", f"{found}; {why}", why)
 
 
 def _remedy(threshold: Threshold, metric: Metric) -> str:
@@ -151,12 +155,13 @@ def parse_threshold(text: str) -> Threshold:
     0.01
 
     Raises:
-        RequestError: ``text`` is not of that form.
+        RequestError: ``text`` is not of that form, or names no metric.
     """
     found = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*(<=|>=)\s*(\S+)\s*", text)
     bound = _number(found[3]) if found else None
     if found is None or bound is None:
         raise RequestError(f"threshold {text!r} is not METRIC<=NUMBER or METRIC>=NUMBER, as original.kl_mean<=0.01")
+    _check_metric(found[1], f"threshold {text!r}")
     return Threshold(found[1], bound, "at_most" if found[2] == "<=" else "at_least", "given on the command line")
 
 
@@ -170,7 +175,8 @@ def load_thresholds(path: Path) -> tuple[Threshold, ...]:
         perplexity_ratio = { at_least = 0.98, at_most = 1.02 }
 
     Raises:
-        RequestError: the file cannot be read, is not TOML, holds no threshold, or something that is none.
+        RequestError: the file cannot be read, is not TOML, holds no threshold, or something that is none, or one of a
+            metric that does not exist.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +211,16 @@ def _thresholds(metric: str, value: object, where: str) -> Iterator[Threshold]:
         bound = value[kind]
         if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
             raise RequestError(f"{where}: {kind} of {metric} is {bound!r}, expected a number")
+        _check_metric(metric, where)
         yield Threshold(metric, float(bound), kind, reason)
+
+
+def _check_metric(name: str, where: str) -> None:
+    """Refuse a metric that is never measured, before anything is."""
+    if name not in METRIC_NAMES:
+        near = difflib.get_close_matches(name, METRIC_NAMES, n=1)
+        expected = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(METRIC_NAMES)}"
+        raise RequestError(f"{where}: there is no metric {name}; {expected}")
 
 
 def _number(text: str) -> float | None:

@@ -15,6 +15,24 @@ RESAMPLES = 1000
 INTERVAL = (0.025, 0.975)
 SEED = 0
 
+# Every metric that a comparison may measure, by group.
+METRIC_NAMES = tuple(
+    f"{group}.{name}"
+    for groups, names in (
+        (
+            ("original", "as_built"),
+            (
+                "kl_mean", "kl_p99", "kl_max", "top1", "top5", "cosine_mean", "max_difference", "mean_difference",
+                "perplexity", "reference_perplexity", "perplexity_ratio",
+            ),
+        ),
+        (("greedy",), ("identical", "first_divergence")),
+        (("rouge.engine", "rouge.reference", "rouge.agreement"), ROUGE_TYPES),
+    )
+    for group in groups
+    for name in names
+)  # fmt: skip
+
 # An error starts at the sub-block where it is this many times larger than everywhere before, and than the floor: keys
 # that a float16 cache rounds the other way, because sums before it differ in their last bit, cost attention about 1e-4.
 JUMP_FACTOR = 8.0

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwen_engine.errors import CheckpointError, RequestError
+from qwen_engine.errors import CheckpointError, RequestError, first_line
 from qwen_engine.graph_io import LOGITS
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
@@ -119,7 +119,7 @@ class HuggingFace:
         try:
             self._model = self._load(checkpoint, getattr(self._torch, dtype)).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
         self._cache_dtype = "float32"
         if recipe is not None:

@@ -131,8 +131,8 @@ class SavedSources:
     checkpoint: CheckpointInfo
 
     @classmethod
-    def load(cls, path: Path, identity: Identity, name: str) -> SavedSources:
-        return cls(load_reference(path, identity), CheckpointInfo(name, dict(identity.checkpoint)))
+    def load(cls, path: Path, identity: Identity, name: str, document_ids: Sequence[str]) -> SavedSources:
+        return cls(load_reference(path, identity, document_ids), CheckpointInfo(name, dict(identity.checkpoint)))
 
     @contextmanager
     def open(self, phase: Phase) -> Iterator[tuple[OpenReference, None]]:

@@ -1,6 +1,6 @@
 """What one comparison of an engine with its references found, as ``report.json`` holds it.
 
-Everything here is data. ``report_ci.py`` and ``report_html.py`` make text of it, ``report_files.py`` writes the files.
+Everything here is data. ``reports/ci.py`` and ``reports/html_page.py`` make text of it, ``reports/files.py`` writes it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from qwen_engine import strict_json
 from qwen_engine.errors import RequestError
 from qwen_run.accuracy.gate import Verdict
 from qwen_run.accuracy.metrics import Metric
+from qwen_run.accuracy.number_words import format_value
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Significant digits of numbers in the arrays of report.json: far below what any plot shows, half the bytes.
 ARRAY_DIGITS = 6
@@ -31,6 +32,7 @@ class EngineInfo:
     """The engine that was judged; ``quantization`` in words (``int4, groups of 32``), ``sha256`` by file."""
 
     name: str
+    directory: str
     quantization: str
     size_bytes: int
     sha256: Mapping[str, str]
@@ -133,8 +135,8 @@ class Cost:
     side: str
     batch: int
     threads: int
-    time_to_first_token_ms: float | None
-    tokens_per_s: float | None
+    ttft_ms: float | None
+    decode_tokens_per_s: float | None
     peak_memory_bytes: int | None
     size_bytes: int | None
 
@@ -279,12 +281,12 @@ MEANINGS: dict[str, Meaning] = {
     "rouge2": Meaning("ROUGE-2", "higher"),
     "rougeL": Meaning("ROUGE-L", "higher"),
     "rougeLsum": Meaning("ROUGE-Lsum", "higher"),
-    "time_to_first_token_ms": Meaning("Time to first token", "lower", "ms"),
-    "tokens_per_s": Meaning("Output speed", "higher", "tokens/s"),
+    "ttft_ms": Meaning("Time to first token", "lower", "ms"),
+    "decode_tokens_per_s": Meaning("Output speed", "higher", "tokens/s"),
     "peak_memory_bytes": Meaning("Peak memory", "lower", "bytes"),
     "size_bytes": Meaning("Size on disk", "lower", "bytes"),
 }
-COST_FIELDS = ("time_to_first_token_ms", "tokens_per_s", "peak_memory_bytes", "size_bytes")
+COST_FIELDS = ("ttft_ms", "decode_tokens_per_s", "peak_memory_bytes", "size_bytes")
 
 
 def meaning(metric: str) -> Meaning:
@@ -340,7 +342,8 @@ def _judge(name: str, before: float, after: float) -> Change:
     better = meaning(name).better
     if better == "one":
         before, after = abs(before - 1), abs(after - 1)
-    if before == after or (math.isnan(before) and math.isnan(after)):
+    unit = meaning(name).unit
+    if format_value(before, unit) == format_value(after, unit):  # what no table shows is no change
         return "same"
     if better == "neither":
         return "neither"

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import RequestError, first_line
 from qwen_engine.whole_files import whole_file
 from qwen_run.accuracy.logits import ReferenceLogits, TopLogits
 from qwen_run.accuracy.origin_checks import TextFacts
 from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace
 from qwen_run.accuracy.report import Cost
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Ids = tuple[int, ...]
 
@@ -151,11 +151,12 @@ def save_reference(path: Path, saved: SavedReference) -> None:
         raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def load_reference(path: Path, identity: Identity) -> SavedReference:
+def load_reference(path: Path, identity: Identity, document_ids: Sequence[str] = ()) -> SavedReference:
     """Read what :func:`save_reference` wrote.
 
     Args:
         identity: of the engine and the texts it is to be used for.
+        document_ids: of these texts, to say how they differ.
 
     Raises:
         RequestError: the file cannot be read, or it belongs to something else; says in what.
@@ -169,7 +170,7 @@ def load_reference(path: Path, identity: Identity) -> SavedReference:
                     f"{path} has format version {version}, this runtime reads {FORMAT_VERSION}; save it again"
                 )
             found = Identity(**header["identity"])
-            _refuse(path, found, identity)
+            _refuse(path, found, identity, _other_texts(list(header["prompts"]), document_ids))
             answers = {role: _read_answers(file, role, content) for role, content in header["roles"].items()}
             facts = header["text_facts"]
             return SavedReference(
@@ -183,7 +184,7 @@ def load_reference(path: Path, identity: Identity) -> SavedReference:
     except FileNotFoundError:
         raise RequestError(f"{path} does not exist; make it with --save-reference") from None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise RequestError(f"{path} is not a saved reference ({reason}); make it with --save-reference") from error
 
 
@@ -197,7 +198,7 @@ def _read_answers(file: Mapping[str, np.ndarray], role: str, content: Mapping[st
     return answers
 
 
-def _refuse(path: Path, found: Identity, expected: Identity) -> None:
+def _refuse(path: Path, found: Identity, expected: Identity, other_texts: str) -> None:
     changed = sorted(
         name
         for name in found.checkpoint.keys() | expected.checkpoint.keys()
@@ -209,11 +210,24 @@ def _refuse(path: Path, found: Identity, expected: Identity) -> None:
         if found.options.get(name) != expected.options.get(name)
     )
     complaints = [f"another checkpoint ({', '.join(changed)} differ)"] * bool(changed)
-    complaints += ["other texts"] * (found.dataset != expected.dataset)
+    complaints += [other_texts] * (found.dataset != expected.dataset)
     complaints += ["an engine of another quantisation"] * (found.recipe != expected.recipe)
     complaints += [f"other options ({'; '.join(options)})"] * bool(options)
     if complaints:
         raise RequestError(f"{path} was saved for {' and '.join(complaints)}; save one for this engine and these texts")
+
+
+def _other_texts(found: Sequence[str], expected: Sequence[str]) -> str:
+    """How documents differ that are not the same, by their ids."""
+    if set(found) == set(expected):
+        return "other texts (the same ids, but other contents)"
+    shorter, longer = sorted((found, expected), key=len)
+    words = f"{len(found)} documents, not {len(expected)}" if len(found) != len(expected) else f"{len(found)} documents"
+    if list(longer[: len(shorter)]) == list(shorter):
+        return f"other texts ({words}; give --max-samples {len(found)})"
+    lacking = next((document for document in expected if document not in set(found)), None)
+    example = "" if lacking is None else f", {lacking!r} is not among them"
+    return f"other texts ({words}{example}; give the same --dataset and --max-samples {len(found)})"
 
 
 def _array_names(logits: TopLogits) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.errors import EngineError, RequestError, first_line
 from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_engine.whole_files import whole_directory
 from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
@@ -282,7 +282,7 @@ def _save(name: str, value: Any, checkpoint: Path) -> None:
     try:
         value.save_pretrained(checkpoint)
     except Exception as error:  # a full disk is an error of safetensors' own, not an OSError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EngineError(
             f"the {name} cannot be saved to {checkpoint}: {reason}; set TMPDIR to another place"
         ) from error

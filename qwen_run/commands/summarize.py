@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_engine.errors import RequestError
+from qwen_engine.json_output import command_line
 from qwen_plugin import MOST_THREADS
 from qwen_run.commands.command import Command, max_seq_len_option, print_table
 
 if TYPE_CHECKING:
     from qwen_run.accuracy.report import Report
 
-ENGINES = Path("engines")
 REPORTS = Path("reports")
+
+# which options make no sense together, and what is said then
+CONTRADICTIONS = (
+    ("layers", "reference", "--layers needs the checkpoint in transformers; leave out --reference."),
+    ("save_reference", "reference", "--save-reference keeps what --reference only reads; leave one out."),
+)
+
+
+def _check_thresholds(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what is no threshold before anything runs."""
+    if texts:
+        from qwen_run.accuracy.gate import parse_threshold
+
+        for text in texts:
+            try:
+                parse_threshold(text)
+            except RequestError as error:
+                raise click.BadParameter(f"{error}.") from error
+    return texts
 
 
 @click.command(
@@ -39,7 +57,13 @@ REPORTS = Path("reports")
 @click.option("--report", type=click.Path(path_type=Path), help="Directory to write.  [default: reports/<engine>]")
 @click.option("--check", is_flag=True, help="Judge with the thresholds of the engine's scheme.")
 @click.option("--thresholds", type=click.Path(path_type=Path), metavar="FILE.toml", help="Judge with these instead.")
-@click.option("--threshold", multiple=True, metavar="METRIC<=NUMBER", help="Judge with this too; several may be given.")
+@click.option(
+    "--threshold",
+    multiple=True,
+    metavar="METRIC<=NUMBER",
+    callback=_check_thresholds,
+    help="Judge with this too; several may be given.",
+)
 @click.option(
     "--baseline", type=click.Path(path_type=Path), metavar="REPORT.json", help="Say what changed since this report."
 )
@@ -69,14 +93,18 @@ def main(
       qwen-summarize --reference ref.npz --check         without torch, transformers and the checkpoint
       qwen-summarize --layers                            where does an error start?
     """
+    given = {"layers": layers, **options}
+    for one, other, message in CONTRADICTIONS:
+        if given[one] and given[other]:
+            raise click.UsageError(message)
     from qwen_run.accuracy.assess import AssessOptions, assess
     from qwen_run.accuracy.gate import EXIT_FAILED, exit_code
     from qwen_run.reports.files import write_report
     from qwen_run.runtime.engine import newest_engine
 
-    engine = engine or newest_engine(ENGINES)
+    engine = engine or newest_engine()
     directory = report or REPORTS / engine.resolve().name
-    result = assess(engine, directory, AssessOptions(**options, command=shlex.join(["qwen-summarize", *sys.argv[1:]])))
+    result = assess(engine, directory, AssessOptions(**options, command=command_line("qwen-summarize")))
     write_report(result, directory)
     click.echo(result.to_json()) if as_json else print_report(result, layers)
     share = result.seconds["reference"] / result.seconds["all"]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from qwen_run.accuracy.gate import Threshold, Verdict
 from qwen_run.accuracy.metrics import Metric
+from qwen_run.accuracy.number_words import format_bytes
+from qwen_run.accuracy.number_words import format_value as format_value
 from qwen_run.accuracy.report import (
     COST_FIELDS,
     Change,
@@ -48,23 +50,6 @@ class Table:
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-
-def format_value(value: float, unit: str = "") -> str:
-    """A number as people read it: four digits, shares in per cent, bytes in binary multiples; near 1 the distance to 1.
-
-    >>> format_value(0.98765, "share"), format_value(1 + 2e-6), format_value(1536, "bytes"), format_value(0.01, "nats")
-    ('98.77 %', '1 + 2e−6', '1.5 KiB', '0.01 nats')
-    """
-    if not math.isfinite(value):
-        return str(value)
-    if unit == "bytes":
-        return _format_bytes(value)
-    if 0 < abs(value - 1) < 5e-4:
-        return f"1 {'+' if value > 1 else '−'} {_digits(abs(value - 1), 2)}"
-    if unit == "share":
-        return f"{_digits(100 * value, 4)} %"
-    return f"{_digits(value, 4)} {unit}".strip()
 
 
 def format_metric(metric: Metric | None) -> str:
@@ -133,10 +118,12 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
             format_metric(verdict.metric),
             bound(verdict.threshold),
             verdict.threshold.reason,
+            *([verdict.why] if any(each.why for each in verdicts) else []),
         )
         for verdict in sorted(verdicts, key=lambda verdict: order.index(verdict.outcome))
     )
-    return Table(("Verdict", "Metric", "Measured (95 % interval)", "Bound", "Why this bound"), rows)
+    head = ("Verdict", "Metric", "Measured (95 % interval)", "Bound", "Why this bound")
+    return Table((*head, "Why undecided") if any(each.why for each in verdicts) else head, rows)
 
 
 def _outcome(outcome: Outcome) -> str:
@@ -264,7 +251,7 @@ def about_table(report: Report) -> Table:
     hashes = {"documents": dataset.sha256}
     hashes |= {f"engine/{name}": digest for name, digest in report.engine.sha256.items()}
     hashes |= {f"checkpoint/{name}": digest for name, digest in report.checkpoint.sha256.items()}
-    size = f"{report.engine.quantization}, {_format_bytes(report.engine.size_bytes)}"
+    size = f"{report.engine.quantization}, {format_bytes(report.engine.size_bytes)}"
     counts = f"{_plural(dataset.documents, 'document')}, {_plural(dataset.positions, 'position')}"
     rows = [
         ("Engine", f"{report.engine.name} ({size})"),
@@ -295,22 +282,9 @@ def _time(report: Report) -> str:
     return ", ".join([f"{total:.1f} s in all", *parts])
 
 
-def _digits(value: float, digits: int) -> str:
-    if not 0 < abs(value) < 1e-3:
-        return f"{value:.{digits}g}".replace("e+", "e")
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e-")
-    return f"{float(mantissa):g}e−{int(exponent)}"  # a hyphen would let a line end there
-
-
 def _optional(value: float | None, unit: str) -> str:
     return "–" if value is None else format_value(value, unit)
 
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def _format_bytes(size: float) -> str:
-    units = ("bytes", "KiB", "MiB", "GiB")
-    power = min(int(math.log(max(size, 1), 1024)), 3)
-    return f"{size / 1024**power:.4g} {units[power]}"

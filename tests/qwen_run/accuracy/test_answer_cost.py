@@ -26,7 +26,7 @@ def test_files_of_the_current_folder_are_not_run(
     monkeypatch.chdir(tmp_path)
     cost = measure_cost("engine", engine, 1, [[1, 2, 3]], 1000)
     assert (cost.side, cost.size_bytes) == ("engine", 1000)
-    assert cost.tokens_per_s > 0
+    assert cost.decode_tokens_per_s > 0
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from qwen_build.quantization.schemes import SCHEMES
 from qwen_engine.errors import RequestError
 from qwen_run.accuracy.gate import THRESHOLDS, Threshold, exit_code, judge, load_thresholds, parse_threshold
 from qwen_run.accuracy.logits import FullLogits, compare
-from qwen_run.accuracy.metrics import Metric, summarise_positions
+from qwen_run.accuracy.metrics import METRIC_NAMES, Metric, summarise_positions
 
 AT_MOST = Threshold("original.kl_mean", 0.02, "at_most")
 AT_LEAST = Threshold("original.top1", 0.9, "at_least")
@@ -235,3 +236,38 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 def test_doctests():
     assert doctest.testmod(qwen_run.accuracy.gate).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("orignal.kl_mean", "there is no metric orignal.kl_mean; did you mean original.kl_mean"),
+        ("zzz", "there is no metric zzz; expected one of original.kl_mean, "),
+    ],
+)
+def test_a_metric_that_does_not_exist_is_refused_before_anything_runs(name, says, tmp_path):
+    (tmp_path / "t.toml").write_text(f'"{name}" = {{ at_most = 1 }}')
+    with pytest.raises(RequestError, match=re.escape(says)):
+        parse_threshold(f"{name}<=1")
+    with pytest.raises(RequestError, match=re.escape(says)):
+        load_thresholds(tmp_path / "t.toml")
+
+
+def test_every_threshold_of_ours_names_a_metric():
+    assert {threshold.metric for rows in THRESHOLDS.values() for threshold in rows} <= set(METRIC_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("metric", "why"),
+    [
+        (None, "original.kl_mean was not measured"),
+        (kl(0.01, None, None, n=1), "1 document decides nothing, give at least 5"),
+        (kl(0.01, 0.0, 0.1, n=3), "3 documents decide nothing, give at least 5"),
+        (kl(0.019, 0.015, 0.025), "the bound is inside the interval; about 760 documents would decide"),
+        (kl(0.01, 0.005, 0.015), ""),
+    ],
+)
+def test_why_a_verdict_is_undecided(metric, why):
+    (verdict,) = judge([metric] if metric else [], [AT_MOST])
+    assert verdict.why == why
+    assert verdict.message.endswith(why)

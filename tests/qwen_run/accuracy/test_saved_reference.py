@@ -153,7 +153,7 @@ def test_a_truncated_or_changed_file_is_refused(file, tmp_path):
 def test_another_version_is_refused(tmp_path):
     header = np.frombuffer(json.dumps({"format_version": 99}).encode(), np.uint8)
     np.savez(tmp_path / "x.npz", header=header)
-    with pytest.raises(RequestError, match="format version 99, this runtime reads 1"):
+    with pytest.raises(RequestError, match="format version 99, this runtime reads 2"):
         load_reference(tmp_path / "x.npz", IDENTITY)
 
 

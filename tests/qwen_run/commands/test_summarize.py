@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from qwen_build.plan.rules import Rule
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_plugin.layout import pack_panels, round_block_scales, round_scales, unpack_panels
 from qwen_run.accuracy.assess import engine_info
+from qwen_run.accuracy.metrics import METRIC_NAMES
 from qwen_run.accuracy.report import Report
 from qwen_run.commands.summarize import main
 from qwen_run.engine_files.checksums import measure_part
@@ -372,7 +374,6 @@ def test_a_changed_checkpoint_is_refused(checkpoint, engines, dataset, tmp_path)
     ("options", "message"),
     [
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor one of the data sets"),
-        (["--threshold", "kl<0.1"], "threshold 'kl<0.1' is not METRIC<=NUMBER or METRIC>=NUMBER"),
         (["--thresholds", "nowhere.toml"], "nowhere.toml"),
         (["--baseline", "nowhere.json"], "nowhere.json"),
         (["--reference", "nowhere.npz"], "nowhere.npz does not exist; make it with --save-reference"),
@@ -392,3 +393,62 @@ def test_mistakes_are_one_line(options, message, engines, dataset, tmp_path):
 def test_json_is_the_report(engines, dataset, saved, tmp_path):
     result = summarize(engines["int8"], dataset, tmp_path, "--reference", saved["int8"], "--json")
     assert Report.from_json(result.stdout) == Report.read(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "kl<0.1"], "threshold 'kl<0.1' is not METRIC<=NUMBER or METRIC>=NUMBER"),
+        (["--threshold", "orignal.kl_mean<=0.1"], "did you mean original.kl_mean?"),
+        (["--layers", "--reference", "x"], "--layers needs the checkpoint in transformers; leave out --reference"),
+        (["--save-reference", "y", "--reference", "x"], "leave one out"),
+        (["--max-samples", "0"], "--max-samples"),
+    ],
+)
+def test_misuse_exits_2_before_anything_runs(options, message, engines, dataset, tmp_path):
+    result = summarize(engines["int8"], dataset, tmp_path / "report", *options)
+    assert (result.exit_code, message in result.stderr) == (2, True)
+    assert not (tmp_path / "report").exists()
+
+
+def test_other_texts_are_told_apart(engines, dataset, saved, tmp_path):
+    result = summarize(engines["int8"], dataset, tmp_path, "--reference", saved["int8"], "--max-samples", 3)
+    assert result.exit_code == 1
+    advice = re.search(r"other texts \(8 documents, not 3; give (--max-samples) (8)\)", result.stderr)
+    assert summarize(engines["int8"], dataset, tmp_path, "--reference", saved["int8"], *advice.groups()).exit_code == 0
+
+
+def test_every_metric_is_known(engines, dataset, saved, tmp_path):
+    """A threshold of a metric that is not in the list would be refused as misspelt."""
+    result = summarize(engines["int8"], dataset, tmp_path, "--reference", saved["int8"])
+    assert result.exit_code == 0
+    names = {metric.name for metric in Report.read(tmp_path / "report.json").metrics}
+    assert set(METRIC_NAMES) - names <= {"greedy.first_divergence"}  # where no answer differs
+    assert names <= set(METRIC_NAMES)
+
+
+def test_progress_is_told_without_a_terminal(engines, dataset, saved, tmp_path):
+    result = summarize(engines["int8"], dataset, tmp_path, "--reference", saved["int8"])
+    for phase in ("compare with the original", "compare with what was meant", "engine writes"):
+        assert f"{phase}: 0 of 8 documents\n" in result.stderr
+
+
+def test_plain_text_needs_no_chat_template(engines, saved, tmp_path):
+    engine = Path(shutil.copytree(engines["int8"], tmp_path / "engine"))
+    config = json.loads((engine / "tokenizer_config.json").read_text())
+    if "chat_template" in config:
+        del config["chat_template"]
+        (engine / "tokenizer_config.json").write_text(json.dumps(config))
+    (engine / "chat_template.jinja").unlink(missing_ok=True)
+    manifest = json.loads((engine / "engine.json").read_text())
+    for name in list(manifest["parts"]):
+        if name.startswith(("chat_template", "tokenizer_config")):
+            del manifest["parts"][name]
+    (engine / "engine.json").write_text(json.dumps(manifest))
+    (tmp_path / "text.txt").write_text("Some words to be scored. " * 20)
+    (tmp_path / "asked.jsonl").write_text('{"document": "A text.", "summary": "Text."}')
+    result = summarize(engine, tmp_path / "asked.jsonl", tmp_path / "report")
+    assert result.exit_code == 1
+    assert "compare on plain text, such as --dataset wikitext2" in result.stderr
+    result = summarize(engine, tmp_path / "text.txt", tmp_path / "report")
+    assert (tmp_path / "report" / "report.json").exists(), result.output

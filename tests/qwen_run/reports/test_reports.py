@@ -14,7 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from qwen_engine import strict_json
 from qwen_engine.errors import QwenError, RequestError
@@ -36,6 +38,7 @@ from qwen_run.accuracy.report import (
     WorstPosition,
     compare_baseline,
 )
+from qwen_run.commands.summarize import print_report
 from qwen_run.reports import html_page as report_html
 from qwen_run.reports import svg
 from qwen_run.reports import tables as report_tables
@@ -52,7 +55,7 @@ ROUGE_THRESHOLD = Threshold("rouge.engine.rougeL", 0.1, "at_least", "no worse th
 
 EMPTY = Report(
     schema_version=SCHEMA_VERSION,
-    engine=EngineInfo("demo-int4", "int4, groups of 32", 98_765_432, {"model.onnx": "e" * 64}),
+    engine=EngineInfo("demo-int4", "engines/demo-int4", "int4, groups of 32", 98_765_432, {"model.onnx": "e" * 64}),
     checkpoint=CheckpointInfo("SmolLM2-135M", {"model.safetensors": "c" * 64}),
     dataset=DatasetInfo("scitldr", "d" * 64, 2, 6),
     versions={"qwen-engine": "0.1.0", "onnxruntime": "1.31.1"},
@@ -141,8 +144,8 @@ def changed(edit: Callable[[dict[str, Any]], object]) -> str:
     [
         ("{", "report.json is not JSON"),
         ("[" * 100_000, "report.json is not JSON"),
-        ("[]", "report.json has schema version None, this program reads 1"),
-        (changed(lambda data: data.update(schema_version=2)), "schema version 2"),
+        ("[]", "report.json has schema version None, this program reads 2"),
+        (changed(lambda data: data.update(schema_version=1)), "schema version 1"),
         (changed(lambda data: data.pop("metrics")), "report.json lacks metrics; make the report again"),
         (changed(lambda data: data.update(extra=1)), "report.json has unknown extra"),
         (changed(lambda data: data["samples"][0].update(top1="1")), "samples[0]: top1 is '1', expected float"),
@@ -206,6 +209,10 @@ def test_outcome(outcomes: tuple[str, ...], checks: tuple[bool, ...], expected: 
         ("rouge.engine.rouge1", 0.2, 0.3, "better"),
         ("rouge.reference.rouge1", 0.2, 0.3, "neither"),
         ("new.metric", 1.0, 2.0, "neither"),
+        ("original.kl_mean", 0.35, 0.35 * (1 + 1e-9), "same"),  # shown alike
+        ("original.top1", 0.7, 0.7 + 1e-7, "same"),
+        ("original.perplexity_ratio", 1.1, 1.1000001, "same"),
+        ("cost.engine.size_bytes", 97e6, 97e6 + 1, "same"),
     ],
 )
 def test_baseline_direction(name: str, before: float, after: float, expected: str) -> None:
@@ -214,7 +221,7 @@ def test_baseline_direction(name: str, before: float, after: float, expected: st
 
 
 def test_baseline_compares_what_both_have_and_says_what_is_unequal() -> None:
-    faster = replace(FULL.costs[0], tokens_per_s=50.0, threads=4)
+    faster = replace(FULL.costs[0], decode_tokens_per_s=50.0, threads=4)
     dataset = replace(FULL.dataset, sha256="0" * 64, name="other")
     new = replace(
         FULL, metrics=(replace(KL_MEAN, value=0.016, low=0.0155, high=0.017),), costs=(faster,), dataset=dataset
@@ -223,7 +230,7 @@ def test_baseline_compares_what_both_have_and_says_what_is_unequal() -> None:
     changes = {change.metric: change for change in baseline.changes}
     assert changes["original.kl_mean"].change == "worse"
     assert not changes["original.kl_mean"].overlap
-    assert changes["cost.engine.tokens_per_s"].change == "better"
+    assert changes["cost.engine.decode_tokens_per_s"].change == "better"
     assert "original.top1" not in changes
     assert len(baseline.caveats) == 2
     assert "scitldr" in baseline.caveats[0]
@@ -433,3 +440,13 @@ def test_median_line_is_the_median_of_each_range() -> None:
 @pytest.mark.parametrize("module", [report_module, report_tables, report_html, svg])
 def test_doctests(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
+
+
+def test_every_report_says_why_a_verdict_is_undecided() -> None:
+    why = "2 documents decide nothing, give at least 5"
+    undecided = Verdict(KL_THRESHOLD, KL_MEAN, "undecided", f"found: {why}", why)
+    report = replace(EMPTY, verdicts=(undecided, verdict(TOP1_THRESHOLD, "passed")))
+    terminal = CliRunner().invoke(click.Command("x", callback=lambda: print_report(report, layers=False))).output
+    for text in (to_markdown(report), to_html(report), to_junit(report), terminal):
+        assert why in text
+    assert "Why undecided" not in to_markdown(replace(EMPTY, verdicts=(verdict(TOP1_THRESHOLD, "passed"),)))
