@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from benchmarks.command import run
 from benchmarks.peer_match import Row
-from benchmarks.peer_report import report
+from benchmarks.peer_report import machine_notes, report
 from benchmarks.peers import OPENVINO, common_arguments, set_up
 from qwen_run.reports.plots import line_plot
 
@@ -42,7 +42,8 @@ def main() -> None:
     for count, values in match.play(rows).values.items():
         for contender, rates in values.items():
             series.setdefault(contender, []).append((float(count), statistics.median(rates)))
-    drawing = line_plot("Output tokens a second against requests at once", "requests at once", "output tok/s", series)
+    title, notes = "Output tokens a second against requests at once", machine_notes(arguments.threads)
+    drawing = line_plot(title, "requests at once", "output tok/s", series, notes)
     report(arguments, match, rows, drawing, "batch")
 
 

@@ -18,7 +18,7 @@ from qwen_run.bench.measure import processor_name
 from qwen_run.bench.sides import engine_reads
 from qwen_run.engine_files.weights import EMBEDDING
 from qwen_run.reports import svg
-from qwen_run.reports.plots import standalone
+from qwen_run.reports.plots import stacked
 
 
 def report(arguments: argparse.Namespace, match: Match, rows: Mapping[str, Row], drawing: str, stem: str) -> None:
@@ -134,8 +134,12 @@ def operations(manifest: Manifest, command: Mapping[str, Any]) -> float:
     return float(2 * (tokens * sum(elements.values()) + logits * head))
 
 
-def plot(rows: Mapping[str, Row], found: Measured) -> str:
-    """Bars of every row of rates, one drawing below the other; the longest of each is the best."""
+def plot(rows: Mapping[str, Row], found: Measured, notes: Sequence[str] = ()) -> str:
+    """Bars of every row of rates, one drawing below the other; the longest of each is the best.
+
+    Args:
+        notes: on which machine, when.
+    """
     drawings = []
     for name, values in found.values.items():
         row = rows[name]
@@ -145,17 +149,12 @@ def plot(rows: Mapping[str, Row], found: Measured) -> str:
                 (contender, median / max(medians.values()), f"{median:.0f}") for contender, median in medians.items()
             ]
             drawings.append(svg.bars(row.title, bars, f"{row.title}, {row.unit}: % of the best"))
-    return standalone(stack(drawings))
+    return stacked(drawings, "Output of programs, in per cent of the best", notes)
 
 
-def stack(drawings: Sequence[str]) -> str:
-    """Drawings of ``svg.py``, one below the other."""
-    parts, top = [], 0
-    for drawing in drawings:
-        height = int(drawing.split('viewBox="', 1)[1].split('"', 1)[0].split()[3])
-        parts.append(drawing.replace("<svg ", f'<svg y="{top}" width="{svg.WIDTH}" height="{height}" ', 1))
-        top += height
-    return f'<svg viewBox="0 0 {svg.WIDTH} {top}" role="img" aria-label="Engine and peers">{"".join(parts)}</svg>'
+def machine_notes(threads: int) -> list[str]:
+    """Where and when something is measured, for below its plot."""
+    return [f"{processor_name()}, {threads} threads, {datetime.now(UTC):%Y-%m-%d}"]
 
 
 def median_of(rounds: Mapping[str, Sequence[float]]) -> float:

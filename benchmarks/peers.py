@@ -30,7 +30,7 @@ from pathlib import Path
 
 from benchmarks.command import run
 from benchmarks.peer_match import BEFORE, ROOT, Match, Models, Row, find_pythons, install, say
-from benchmarks.peer_report import plot, report
+from benchmarks.peer_report import machine_notes, plot, report
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
 from qwen_build.checkpoint.locate import resolve_checkpoint
 
@@ -133,7 +133,7 @@ def main() -> None:
         name: row for name, row in ROWS.items() if name in names and row.command.get("past", 0) + 64 < longest
     }  # a checkpoint for short texts has no long ones
     match.play(rows)
-    report(arguments, match, rows, plot(rows, match.found), "peers")
+    report(arguments, match, rows, plot(rows, match.found, machine_notes(arguments.threads)), "peers")
 
 
 if __name__ == "__main__":

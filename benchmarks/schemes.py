@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -340,7 +341,9 @@ def plot(results: dict[str, dict[str, Any]]) -> str:
         if family(name) != "float32" and not is_same_grid(name, result):
             point = (result["bytes"] / 1e6, result["metrics"]["original.kl_mean"][0])
             series.setdefault(family(name), []).append(point)
-    return scatter_plot("KL to the float model against size", "MB", "KL, nats", series)
+    return scatter_plot(
+        "KL to the float model against size", "MB", "KL, nats", series, [f"{datetime.now(UTC):%Y-%m-%d}"]
+    )
 
 
 def write_report(path: Path, head: str, results: dict[str, Any], failed: dict[str, str]) -> None:

@@ -93,6 +93,7 @@ def throughput_plot(bench: Bench) -> str:
         "requests at once",
         "output tokens/s",
         _series(bench, lambda result: (result.batch, result.figures.output_tokens_per_s)),
+        _conditions(bench),
     )
 
 
@@ -103,7 +104,15 @@ def latency_plot(bench: Bench) -> str:
     series = {
         f"{side} {name}": line for name, lines in (("p50", middle), ("p99", high)) for side, line in lines.items()
     }
-    return line_plot("Latency of an answer against requests a second", "requests/s", "whole answer, s", series)
+    return line_plot(
+        "Latency of an answer against requests a second", "requests/s", "whole answer, s", series, _conditions(bench)
+    )
+
+
+def _conditions(bench: Bench) -> list[str]:
+    """On which machine a plot was measured, and when."""
+    versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
+    return [f"{bench.processor}, {bench.threads} threads, {bench.created[:10]}; {versions}"]
 
 
 # benchmark -> what --plot draws

@@ -12,7 +12,7 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, max_seq_len_option
+from qwen_run.commands.command import Command, SvgFile, max_seq_len_option
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def length_options(input_tokens: int, output_tokens: int) -> Callable[[F], F]:
     return add
 
 
-plot_option = click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw it too.")
+plot_option = click.option("--plot", type=SvgFile(), metavar="FILE.svg", help="Draw it too.")
 
 
 @click.group(cls=Group)

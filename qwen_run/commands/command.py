@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,6 +69,19 @@ class Command(click.Command):
             ctx.exit(1)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+
+
+class SvgFile(click.Path):
+    """The name of a picture, which is always SVG: another ending would promise another format."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if path.suffix.lower() != ".svg":
+            self.fail(f"pictures are SVG; name it {path.stem or 'plot'}.svg instead of {path.name}", param, ctx)
+        return path
 
 
 max_seq_len_option = click.option(

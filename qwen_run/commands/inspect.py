@@ -13,7 +13,7 @@ import click
 from qwen_engine.errors import RequestError
 from qwen_engine.manifest import GRAPH_FILE, Manifest
 from qwen_engine.user_cache import FOLDER, Kept, list_kept, remove, user_cache
-from qwen_run.commands.command import Command, printable
+from qwen_run.commands.command import Command, SvgFile, printable
 
 ENGINES = Path("engines")
 MIB = 1 << 20
@@ -24,7 +24,7 @@ MIB = 1 << 20
 @click.option("--graph", "as_graph", is_flag=True, help="Show the graph as a tree instead.")
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=SvgFile(),
     metavar="FILE.svg",
     help="Draw it too: the bits of every linear by layer, or the graph.",
 )

@@ -100,7 +100,7 @@ def _cell(x: float, y: float, across: float, row: LinearRow) -> str:
     colour = f"hsl(215 60% {95 - 65 * depth:.0f}%)"
     error = "" if row.output_error is None else f", output error {row.output_error:.2%}"
     words = html.escape(f"{row.name}: {row.scheme}, {row.bits_per_weight:.2f} bits a weight{error}")
-    label = _text(x + across / 2, y + 17, f"{row.bits_per_weight:.2g}", "middle", "light" if depth > 0.6 else "")
+    label = _text(x + across / 2, y + 17, f"{row.bits_per_weight:.3g}", "middle", "light" if depth > 0.6 else "")
     rect = f'<rect x="{x:g}" y="{y:g}" width="{across - 1:g}" height="{CELL - 1}" fill="{colour}"/>'
     return f"<g><title>{words}</title>{rect}{label}</g>"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 12, 46
 BAR_HEIGHT = 22
+CHARACTER_WIDTH = 7.4  # of the widest names in a font of 13 pixels, nearly all are narrower
 
 Points = Sequence[tuple[float, float]]
 
@@ -107,33 +108,39 @@ def ring(x: Axis, y: Axis, point: tuple[float, float], label: str) -> str:
 
 
 def bars(description: str, rows: Sequence[tuple[str, float, str]], label: str) -> str:
-    """Horizontal bars on an axis in per cent: ``rows`` of name, share and the words at the bar's end."""
+    """Horizontal bars on an axis in per cent: ``rows`` of name, share and the words at the bar's end.
+
+    The drawing is as wide as its longest name needs.
+    """
     bottom = TOP + BAR_HEIGHT * len(rows)
-    x = Axis(label, 0, 100, 130, WIDTH - 60)
+    names_width = max([130.0, *(CHARACTER_WIDTH * len(name) + 16 for name, _, _ in rows)])
+    width_px = WIDTH - 130 + names_width
+    x = Axis(label, 0, 100, names_width, width_px - 60)
     marks = _x_lines(x, bottom)
     for i, (name, share, words) in enumerate(rows):
         top = TOP + BAR_HEIGHT * i
         width = x.place(100 * share) - x.start if math.isfinite(share) else 0
-        marks.append(_text(x.start - 8, top + 16, name if len(name) <= 15 else name[:14] + "…", "end"))
+        marks.append(_text(x.start - 8, top + 16, name, "end"))
         marks.append(
             f'<rect class="bar s0" x="{x.start}" y="{top + 3}" width="{width:.1f}" height="{BAR_HEIGHT - 6}"/>'
         )
         marks.append(_text(x.start + width + 6, top + 16, words, "start"))
-    return _svg(description, bottom + BOTTOM, "".join(marks))
+    return _svg(description, bottom + BOTTOM, "".join(marks), width_px)
 
 
 def svg_file(width: float, height: float, title: str, style: str, content: str) -> str:
     """A whole SVG file on white."""
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
         f"<title>{html.escape(title)}</title><style>{style}</style>"
         f'<rect width="100%" height="100%" fill="#fff"/>{content}</svg>\n'
     )
 
 
-def _svg(description: str, height: int, content: str) -> str:
+def _svg(description: str, height: int, content: str, width: float = WIDTH) -> str:
     label = html.escape(description)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{content}</svg>'
+    return f'<svg viewBox="0 0 {width:g} {height}" role="img" aria-label="{label}">{content}</svg>'
 
 
 def _x_lines(x: Axis, bottom: float) -> list[str]:
