@@ -71,6 +71,32 @@ def test_memory_that_a_container_has_used_up(system: Path) -> None:
     assert machine.available_bytes() == 2 * GIB
 
 
+V1_GROUPS = "12:memory:/docker/0123\n4:cpu,cpuacct:/docker/0123\n1:name=systemd:/docker/0123\n0::/system.slice/containerd.service\n"
+
+
+@pytest.mark.parametrize("inside", ["", "docker/0123", "docker"])  # what a container sees, or a process on the host
+def test_limits_of_control_groups_of_version_1(system: Path, inside: str) -> None:
+    write(system / "proc" / "self" / "cgroup", V1_GROUPS)
+    assert (machine.physical_cores(), machine.available_bytes()) == (4, 8 * GIB)
+    cpu, memory = system / "cgroup" / "cpu,cpuacct" / inside, system / "cgroup" / "memory" / inside
+    write(cpu / "cpu.cfs_quota_us", "250000\n")
+    write(cpu / "cpu.cfs_period_us", "100000\n")
+    write(memory / "memory.limit_in_bytes", f"{3 * GIB}\n")
+    write(memory / "memory.usage_in_bytes", f"{2 * GIB}\n")
+    assert (machine.physical_cores(), machine.available_bytes()) == (2, 1 * GIB)
+    write(memory / "memory.stat", f"inactive_file 5\ntotal_inactive_file {GIB}\n")
+    assert machine.available_bytes() == 2 * GIB
+
+
+def test_groups_of_version_1_without_a_limit(system: Path) -> None:
+    write(system / "proc" / "self" / "cgroup", V1_GROUPS)
+    write(system / "cgroup" / "cpu" / "cpu.cfs_quota_us", "-1\n")
+    write(system / "cgroup" / "cpu" / "cpu.cfs_period_us", "100000\n")
+    write(system / "cgroup" / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")
+    write(system / "cgroup" / "memory" / "memory.usage_in_bytes", f"{GIB}\n")
+    assert (machine.physical_cores(), machine.available_bytes()) == (4, 8 * GIB)
+
+
 def test_a_system_that_says_nothing(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_PROC", system / "nothing")
     assert machine.available_bytes() is None
