@@ -15,6 +15,7 @@ from pathlib import Path
 import qwen_plugin
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import TEXT_FILES, FileRecord, Manifest
+from qwen_engine.refused_memory import is_refused_memory, memory_advice
 
 # One buffer for all reads, small enough for a core's own cache.
 _BUFFER_BYTES = 1 << 20
@@ -105,7 +106,7 @@ def _crc32(path: Path, threads: int) -> str:
             crc32 = zlib.crc32(piece, crc32)
         return f"{crc32:08x}"
     stretches = list(pairwise(size_bytes * i // count for i in range(count + 1)))
-    with ThreadPoolExecutor(count) as pool:  # zlib does not hold the interpreter's lock
+    with _readable(path), ThreadPoolExecutor(count) as pool:  # zlib does not hold the interpreter's lock
         of_stretches = list(pool.map(lambda stretch: _crc32_of_stretch(path, *stretch), stretches))
     for (first, last), of_stretch in zip(stretches, of_stretches, strict=True):
         crc32 = _joined_crc32(crc32, of_stretch, last - first)
@@ -154,8 +155,8 @@ def _crc32_product(a: int, b: int) -> int:
 
 def _pieces(path: Path) -> Iterator[memoryview]:
     """The file at ``path`` in pieces that are valid until the next one is asked for."""
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
     with _readable(path), path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_BUFFER_BYTES))
         while count := file.readinto(buffer):
             yield buffer[:count]
 
@@ -165,5 +166,9 @@ def _readable(path: Path) -> Iterator[None]:
     """What fails inside is said to be ``path``."""
     try:
         yield
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if is_refused_memory(error):
+            raise EngineError(f"no memory to read {path}; {memory_advice()}") from error
+        if not isinstance(error, OSError):
+            raise
         raise EngineError(f"{path} cannot be read: {error.strerror}; build the engine again or copy it again") from None

@@ -15,6 +15,7 @@ import qwen_plugin
 from qwen_engine.errors import EngineError, shown
 from qwen_engine.graph_io import LOGITS, TensorSpec
 from qwen_engine.manifest import ENGINES, GRAPH_FILE, MANIFEST_FILE, Manifest
+from qwen_engine.refused_memory import is_refused_memory, memory_advice
 from qwen_run.engine_files.checksums import check_operators, check_parts
 from qwen_run.engine_files.float_activations import with_float_activations
 from qwen_run.runtime.capacity import choose_capacity, warn_of_shorter, with_limit
@@ -24,6 +25,8 @@ from qwen_run.runtime.machine import available_bytes, physical_cores
 # ONNX Runtime's exceptions have no common base of their own; a bound run raises RuntimeError.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
+    MemoryError,
+    UnicodeDecodeError,  # of a message that quotes what a broken file holds
     *(error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)),
 )
 
@@ -117,7 +120,7 @@ class Engine:
                 )
             session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except _ORT_ERRORS as error:
-            raise EngineError(f"{directory / graph} cannot be loaded: {_first_line(error)}") from error
+            raise _engine_error(f"{directory / graph} cannot be loaded", error) from error
         _check_graph(directory / graph, session, manifest)
         cache = KVCache(manifest.states, manifest.cache.block_size, capacity.num_blocks)
         if max_seq_len is None and capacity.max_seq_len < manifest.limits.max_seq_len:
@@ -150,7 +153,7 @@ class Engine:
                 binding.bind_output(name)
             self._session.run_with_iobinding(binding)
         except _ORT_ERRORS as error:
-            raise EngineError(f"{self.directory} cannot run: {_first_line(error)}") from error
+            raise _engine_error(f"{self.directory} cannot run", error) from error
         values = binding.get_outputs()
         return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
 
@@ -235,6 +238,9 @@ def _matches(spec: TensorSpec, ort_type: str, shape: Sequence[int | str | None])
     return ort_type == f"tensor({name})" and len(shape) == len(spec.shape) and all(a == b for a, b in sizes)
 
 
-def _first_line(error: Exception) -> str:
-    """The sentence of ONNX Runtime's message, without the codes before it."""
-    return str(error).splitlines()[0].split(" : ")[-1].strip()
+def _engine_error(what: str, error: Exception) -> EngineError:
+    """``what`` fails with ``error``: the sentence of ONNX Runtime's message, without the codes before it."""
+    text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+    lines = text.splitlines() or [type(error).__name__]
+    advice = f"; {memory_advice()}" if is_refused_memory(error) else ""
+    return EngineError(f"{what}: {lines[0].split(' : ')[-1].strip()}{advice}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qwen_plugin
 from cases.answering import generate
+from cases.processes import run_python
 from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.graph_io import BATCH_INPUTS, TensorSpec, cache_inputs, logits_output
 from qwen_engine.manifest import (
@@ -514,3 +517,54 @@ def test_newest_engine(tmp_path: Path) -> None:
         os.utime(tmp_path / name / MANIFEST_FILE, (10**9 - age, 10**9 - age))
     (tmp_path / "no engine").mkdir()
     assert newest_engine(tmp_path).name == "new"
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from qwen_engine.errors import EngineError
+from qwen_run.runtime.engine import Engine
+{preparation}
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+limit_bytes = int(status["VmSize"].split()[0]) * 1024 + (int(sys.argv[2]) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+try:
+    {action}
+    print("done")
+except EngineError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of addresses are kept by Linux")
+@pytest.mark.parametrize(
+    ("room_mib", "preparation", "action"),
+    [
+        (0, "", "Engine.load(Path(sys.argv[1]), threads=2)"),
+        (
+            30,
+            "from qwen_run.engine_files import checksums",
+            "checksums._crc32(Path(sys.argv[1]) / 'large', 2)",
+        ),
+    ],
+)
+def test_where_addresses_are_limited_the_advice_is_memory(
+    engine_directory: Path, room_mib: int, preparation: str, action: str
+) -> None:
+    if preparation:
+        with (engine_directory / "large").open("wb") as file:
+            file.truncate(200 << 20)
+    done = run_python(LIMITED.format(preparation=preparation, action=action), engine_directory, room_mib)
+    assert done.stderr == ""
+    assert re.search(r"; this process may have [\d,]+ MiB of addresses: raise that limit \(ulimit -v\)$", done.stdout)
+    assert len(done.stdout.splitlines()) == 1
+    assert "build the engine again" not in done.stdout
+
+
+def test_a_message_of_onnx_runtime_that_is_no_text_is_one_line(engine_directory: Path) -> None:
+    graph = (engine_directory / GRAPH_FILE).read_bytes()
+    assert graph.count(b"MatMul") == 1
+    (engine_directory / GRAPH_FILE).write_bytes(graph.replace(b"MatMul", b"Mat\xff\xfel"))
+    write_manifest(engine_directory)
+    with pytest.raises(EngineError, match=r"model\.onnx cannot be loaded: \S[^\n]*$"):
+        Engine.load(engine_directory)

@@ -71,7 +71,11 @@ def test_memory_that_a_container_has_used_up(system: Path) -> None:
     assert machine.available_bytes() == 2 * GIB
 
 
-V1_GROUPS = "12:memory:/docker/0123\n4:cpu,cpuacct:/docker/0123\n1:name=systemd:/docker/0123\n0::/system.slice/containerd.service\n"
+V1_GROUPS = """12:memory:/docker/0123
+4:cpu,cpuacct:/docker/0123
+1:name=systemd:/docker/0123
+0::/system.slice/containerd.service
+"""
 
 
 @pytest.mark.parametrize("inside", ["", "docker/0123", "docker"])  # what a container sees, or a process on the host
