@@ -131,8 +131,8 @@ class Figures:
             tpot_ms=Percentiles.of([tpot for timeline in timelines if (tpot := timeline.tpot_ms) is not None]),
             gap_ms=Percentiles.of([gap for timeline in timelines for gap in timeline.gaps_ms]),
             latency_ms=latency,
-            decode_tokens_per_s=_median([window.tokens / window.seconds for window in windows]),
-            decode_bytes_per_s=_median([reads.of_window(window) / window.seconds for window in windows]),
+            decode_tokens_per_s=median([window.tokens / window.seconds for window in windows]),
+            decode_bytes_per_s=median([reads.of_window(window) / window.seconds for window in windows]),
         )
 
 
@@ -156,5 +156,5 @@ def decode_window(run: Sequence[Timeline]) -> DecodeWindow | None:
     return DecodeWindow(end - start, len(inside), len({moment for moment, _ in inside}), sum(c for _, c in inside))
 
 
-def _median(values: Sequence[float]) -> float | None:
+def median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None

@@ -155,7 +155,7 @@ def _kl_by_position(samples: Sequence[SampleResult]) -> str:
     x = svg.x_axis("position (tokens from the start)", 0, max(position for position, _ in points))
     y = svg.log_y_axis("KL divergence (nats)", [kl for _, kl in points], KL_FLOOR)
     shown = points[:: math.ceil(len(points) / MAX_DOTS)]
-    marks = svg.dots(shown, x, y), svg.line(_medians(points), x, y, 1)
+    marks = svg.dots(shown, x, y), svg.line(medians_of_ranges(points), x, y, 1)
     caption = (
         f"{_key(0, 'Dots')}: {len(shown):,} of {len(points):,} positions of {len(samples)} samples. "
         f"{_key(1, 'Line')}: median. Level is good; a rise with the position is an error that builds up in the cache."
@@ -163,7 +163,7 @@ def _kl_by_position(samples: Sequence[SampleResult]) -> str:
     return _figure("KL by position: lower is better", svg.plot("KL divergence by position", x, y, *marks), caption)
 
 
-def _medians(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def medians_of_ranges(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The median of each of some equal ranges of positions, at their middle."""
     width = math.ceil((max(position for position, _ in points) + 1) / MEDIAN_BINS)
     bins: dict[int, list[float]] = {}

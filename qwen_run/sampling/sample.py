@@ -69,7 +69,7 @@ def sample(
         check_finite(logits.max(), position)
         raise RequestError(f"the options of the request leave no token for position {position}; {NO_TOKEN_ADVICE}")
     if not params.greedy:
-        token_id = _draw(scores, scores[token_id], params, uniform(seed, position, sample_index))
+        token_id = draw(scores, scores[token_id], params, uniform(seed, position, sample_index))
     if params.logprobs is None:
         return Sampled(token_id)
     return Sampled(token_id, *token_logprobs(logits, token_id, params.logprobs))
@@ -92,7 +92,7 @@ def _uniforms(seed: int, sample_index: int, block: int) -> NDArray[np.float64]:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _draw(scores: NDArray[np.float32], peak: np.float32, params: SamplingParams, number: float) -> int:
+def draw(scores: NDArray[np.float32], peak: np.float32, params: SamplingParams, number: float) -> int:
     """The token at ``number``, a share of all probability counted from token 0 on.
 
     Args:

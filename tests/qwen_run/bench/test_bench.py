@@ -361,5 +361,5 @@ def test_a_quantised_engine_is_compared_in_bfloat16(engine_directory: Path, monk
 
 
 def test_median_is_of_values() -> None:
-    assert bench_stats._median([]) is None
-    assert bench_stats._median([3.0, 1.0, 2.0]) == statistics.median([1, 2, 3])
+    assert bench_stats.median([]) is None
+    assert bench_stats.median([3.0, 1.0, 2.0]) == statistics.median([1, 2, 3])

@@ -432,7 +432,7 @@ def test_log_axis_covers_its_values_in_whole_decades() -> None:
 
 def test_median_line_is_the_median_of_each_range() -> None:
     points = [(float(i), value) for i in range(480) for value in (i // 10, i // 10, 1e9, math.nan)]
-    medians = report_html._medians(points)
+    medians = report_html.medians_of_ranges(points)
     assert medians[0] == (4.5, 0)
     assert medians[-1] == (474.5, 47)
 

@@ -18,8 +18,11 @@ BLOCK_SIZE = 4
 def make_scheduler(
     num_blocks: int = 50, max_batch_size: int = 4, max_batch_tokens: int = 10, prefix_caching: bool = True
 ) -> Scheduler:
-    cache = KVCache([TensorSpec("pool", "paged_state", "int32", ("num_blocks", BLOCK_SIZE))], BLOCK_SIZE, num_blocks)
-    return Scheduler(cache, max_batch_size, max_batch_tokens, prefix_caching)
+    return Scheduler(make_cache(num_blocks), max_batch_size, max_batch_tokens, prefix_caching)
+
+
+def make_cache(num_blocks: int) -> KVCache:
+    return KVCache([TensorSpec("pool", "paged_state", "int32", ("num_blocks", BLOCK_SIZE))], BLOCK_SIZE, num_blocks)
 
 
 def make_sequence(length: int, first: int = 100, **params: Any) -> Sequence:
@@ -264,10 +267,11 @@ def test_drafts_take_only_what_nobody_needs(num_blocks: int, expected: list[list
 
 
 def test_close_frees_everything() -> None:
-    scheduler = make_scheduler(num_blocks=6)
+    cache = make_cache(num_blocks=6)
+    scheduler = Scheduler(cache, max_batch_size=4, max_batch_tokens=10, prefix_caching=True)
     add(scheduler, 7, 7, 7)
     step(scheduler)
-    assert scheduler._cache.num_free < 6
+    assert cache.num_free < 6
     scheduler.close()
-    assert scheduler._cache.num_free == 6
+    assert cache.num_free == 6
     assert scheduler.is_done

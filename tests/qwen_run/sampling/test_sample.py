@@ -60,7 +60,7 @@ def test_a_draw_among_all_tokens_is_where_the_number_falls(seed, vocab_size, spr
     logits[generator.random(vocab_size) < 0.2] = -np.inf
     logits[generator.integers(vocab_size)] = 1
     params = SamplingParams(temperature=temperature)
-    token_id = qwen_run.sampling.sample._draw(logits, logits.max(), params, number)
+    token_id = qwen_run.sampling.sample.draw(logits, logits.max(), params, number)
     _, probabilities = distribution(logits, params)
     assert probabilities[token_id] > 0
     assert probabilities[:token_id].sum() - 1e-6 <= number <= probabilities[: token_id + 1].sum() + 1e-6
