@@ -15,21 +15,22 @@ from typing import Any
 
 import click
 
+from qwen_engine.choices import (
+    ACTIVATION_SCALES,
+    ACTIVATIONS,
+    AUTO,
+    CACHE_DTYPES,
+    CALIBRATED,
+    GROUP_SIZES,
+    INT4_METHODS,
+    KERNELS,
+    QUANTS,
+    WEIGHT_SCALES,
+)
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_run.commands.command import Command, printable
 from qwen_run.runtime.machine import peak_memory_bytes
 
-# The choices of quantize.py and graph_io.py, repeated so that --help need not import onnx; a test compares them.
-QUANTS = ("none", "int8", "int4")
-CALIBRATED = ("smoothquant",)
-AUTO = "auto"
-GROUP_SIZES = ("32", "64", "128")
-KERNELS = ("native", "stock")
-ACTIVATIONS = ("int8", "int8x2", "float32")
-INT4_METHODS = ("rtn", "awq", "gptq")
-WEIGHT_SCALES = ("group", "channel", "tensor")
-ACTIVATION_SCALES = ("group", "block", "token", "static")
-CACHE_DTYPES = ("float32", "float16", "int8")
 ENGINES = Path("engines")
 
 
@@ -67,7 +68,7 @@ class Size(click.ParamType[Any]):
 )
 @click.option(
     "--group-size",
-    type=click.Choice(GROUP_SIZES),
+    type=click.Choice([str(size) for size in GROUP_SIZES]),
     help="Inputs that share a scale.  [default: 32; beside int4 linears, "
     "the largest that divides their inputs for embedding and head in int8]",
 )

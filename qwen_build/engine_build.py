@@ -43,7 +43,7 @@ from qwen_build.writing.weights_file import (
 )
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError, UnsupportedModel
-from qwen_engine.graph_io import BATCH_INPUTS, KEY_TILE, PLUGIN_DOMAIN, TensorSpec, logits_output
+from qwen_engine.graph_io import BATCH_INPUTS, PLUGIN_DOMAIN, TensorSpec, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -153,8 +153,6 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     """
     config = ModelConfig.from_hf(located.path).as_stored(checkpoint)
     filled = (options if config.packed is None else as_packed(options, config.packed)).resolved()
-    if filled.block_size < KEY_TILE or filled.block_size & (filled.block_size - 1):
-        raise BuildError(f"block_size is {filled.block_size}, expected a power of two from {KEY_TILE}")
     check_layers(config, checkpoint)
     text = read_text_files(located.path, config)
     max_seq_len = _max_seq_len(filled, config)

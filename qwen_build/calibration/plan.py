@@ -18,9 +18,6 @@ from qwen_build.plan.options import CALIBRATED, DEFAULT_ALPHA, ResolvedOptions
 from qwen_build.quantization.schemes import IntScheme
 from qwen_engine.errors import BuildError
 
-INT4_METHODS = ("rtn", "awq", "gptq")  # the choices of --int4-method
-
-
 # any of them -> the method, as the options want it
 METHODS: dict[str, Callable[[ResolvedOptions], Method]] = {
     "rtn": lambda options: Method(),
@@ -41,8 +38,6 @@ def plan_calibration(
     Raises:
         BuildError: an option is of no use, or the text cannot be used.
     """
-    if options.int4_method not in INT4_METHODS:
-        raise BuildError(f"--int4-method {options.int4_method} is not one of {', '.join(INT4_METHODS)}")
     choices = {name: schemes.choice_of(name) for name in linear_names(config) if LAYER.match(name)}
     own = {name: choice.scheme for name, choice in choices.items() if not choice.packed}
     rounded = {name: scheme for name, scheme in own.items() if isinstance(scheme, IntScheme)}
@@ -66,13 +61,11 @@ def plan_calibration(
 
 
 def _check_smoothing(options: ResolvedOptions, schemes: Iterable[IntScheme]) -> None:
-    """Refuse an ``alpha`` that nobody reads or that is no such number, and smoothing for which no input is rounded."""
+    """Refuse an ``alpha`` that nobody reads, and smoothing for which no input is rounded."""
     if options.quant != "smoothquant":
         if options.alpha is not None:
             raise BuildError(f"--alpha {options.alpha} is of no use, nothing is smoothed; add --quant smoothquant")
         return
-    if options.alpha != "auto" and not (isinstance(options.alpha, int | float) and 0 <= options.alpha <= 1):
-        raise BuildError(f"--alpha is {options.alpha!r}, expected a number from 0 to 1, or auto")
     if all(scheme.grid.bits != 8 or scheme.activations == "float32" for scheme in schemes):
         raise BuildError(
             "--quant smoothquant has nothing to smooth, no linear layer becomes int8 with rounded inputs here; "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from qwen_build.plan.rules import Rule
+from qwen_engine import choices
+from qwen_engine.errors import BuildError
+from qwen_engine.graph_io import KEY_TILE
 
 DEFAULT_GROUP_SIZE = 32
 
@@ -15,9 +20,63 @@ CALIBRATED = {"smoothquant": "int8"}
 DEFAULT_ALPHA: Literal["auto"] = "auto"
 
 
+class FieldRule(NamedTuple):
+    """What an option may be beside None where ``optional``."""
+
+    expected: str
+    allowed: Callable[[Any], bool]
+    optional: bool = True
+
+
+def _one_of(values: tuple[Any, ...], optional: bool = True) -> FieldRule:
+    """One of ``values``, and of the same type: 64.0 and True are no sizes."""
+    words = f"one of {', '.join(map(str, values))}"
+    return FieldRule(words, lambda value: any(type(value) is type(one) and value == one for one in values), optional)
+
+
+def _whole(expected: str, least: int) -> FieldRule:
+    return FieldRule(expected, lambda value: type(value) is int and least <= value < 2**53)
+
+
+def _tuple_of(kind: type, expected: str) -> FieldRule:
+    return FieldRule(expected, lambda value: type(value) is tuple and all(isinstance(v, kind) for v in value), False)
+
+
+def _is_block(value: Any) -> bool:
+    return type(value) is int and KEY_TILE <= value <= 2**20 and value & (value - 1) == 0
+
+
+def _is_alpha(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == DEFAULT_ALPHA
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
+
+
+RULES = {
+    "quant": _one_of((*choices.QUANTS, *CALIBRATED, choices.AUTO)),
+    "group_size": _one_of(choices.GROUP_SIZES),
+    "symmetric": _one_of((True, False)),
+    "kernels": _one_of(choices.KERNELS, optional=False),
+    "activations": _one_of(choices.ACTIVATIONS),
+    "weight_scales": _one_of(choices.WEIGHT_SCALES),
+    "activation_scales": _one_of(choices.ACTIVATION_SCALES),
+    "embedding_quant": _one_of(choices.QUANTS),
+    "kv_cache_dtype": _one_of(choices.CACHE_DTYPES),
+    "max_seq_len": _whole("a number of tokens", 1),
+    "block_size": FieldRule(f"a power of two from {KEY_TILE}", _is_block, optional=False),
+    "exclude": _tuple_of(str, "a pattern of names or several"),
+    "ignore_tensors": _tuple_of(str, "a pattern of names or several"),
+    "quant_config": _tuple_of(Rule, "the path of a file of rules"),
+    "alpha": FieldRule("a number from 0 to 1, or 'auto'", _is_alpha),
+    "int4_method": _one_of(choices.INT4_METHODS),
+    "calibration": FieldRule("the path of a text", lambda value: isinstance(value, Path) and "\0" not in str(value)),
+    "calibration_tokens": _whole("a number of tokens", 1),
+}
+
+
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user may choose; None means the default that goes with ``quant``.
+    """What a user may choose; None means the default that goes with ``quant``. The values are those of :data:`RULES`.
 
     A float engine keeps embedding and cache in float32, so that it equals Hugging Face; a quantised one stores the
     embedding in int8 and the cache in float16, whose error is far below that of its linears.
@@ -56,6 +115,17 @@ class BuildOptions:
     int4_method: str | None = None
     calibration: Path | None = None
     calibration_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every option by itself.
+
+        Raises:
+            BuildError: names the first that is out of range, and what it may be.
+        """
+        for name, rule in RULES.items():
+            value = getattr(self, name)
+            if not (rule.optional and value is None) and not rule.allowed(value):
+                raise BuildError(f"{name} is {value!r}, expected {rule.expected}")
 
     def resolved(self) -> ResolvedOptions:
         """The options with every default filled in but those that the checkpoint decides.

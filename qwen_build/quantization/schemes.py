@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from qwen_build.quantization.grid import Grid, Rounded
+from qwen_engine.choices import ACTIVATION_SCALES, WEIGHT_SCALES
 from qwen_engine.errors import BuildError
 from qwen_engine.graph_io import PLUGIN_DOMAIN
 from qwen_engine.manifest import Quantization
@@ -396,10 +397,6 @@ KERNELS = {
     "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32")),
     "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS)),
 }
-
-# see Grid and NativeInt
-WEIGHT_SCALES = ("group", "channel", "tensor")
-ACTIVATION_SCALES = ("group", "block", "token", "static")
 
 
 def make_scheme(

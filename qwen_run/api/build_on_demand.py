@@ -103,8 +103,8 @@ def build_options(options: Mapping[str, Any]) -> BuildOptions:
         raise BuildError(f"unknown option {unknown[0]}, expected {', '.join(BuildOptions.__dataclass_fields__)}")
     given = dict(options)
     for name in ("exclude", "ignore_tensors"):
-        if isinstance(given.get(name), str):
-            given[name] = (given[name],)
+        if isinstance(patterns := given.get(name), str | list):
+            given[name] = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if isinstance(given.get("quant_config"), (str, Path)):
         given["quant_config"] = read_rules(Path(given["quant_config"]))
     if isinstance(given.get("calibration"), str):

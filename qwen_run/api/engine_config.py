@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from qwen_engine.choices import QUANTS
 from qwen_engine.graph_io import KEY_TILE
 from qwen_engine.manifest import MIN_SEQ_LEN, Manifest
 
-# The schemes of qwen_build's table, which the runtime does not import; a test compares them.
-QUANTIZATIONS = ("none", "int8", "int4")
 CHUNK_MULTIPLE = 64  # tokens
 
 
@@ -54,8 +53,8 @@ class EngineConfig:
             _check("kvcache_block_size", self.kvcache_block_size, f"a power of two from {KEY_TILE}", _is_block)
         if self.kvcache_num_blocks is not None:
             _check("kvcache_num_blocks", self.kvcache_num_blocks, "a positive integer", lambda n: n >= 1)
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ValueError(f"quantization is {self.quantization!r}, expected one of {', '.join(QUANTIZATIONS)}")
+        if self.quantization is not None and self.quantization not in QUANTS:
+            raise ValueError(f"quantization is {self.quantization!r}, expected one of {', '.join(QUANTS)}")
         if not isinstance(self.use_inputs_embeds, bool):
             raise ValueError(f"use_inputs_embeds is {self.use_inputs_embeds!r}, expected True or False")
         if self.use_inputs_embeds:

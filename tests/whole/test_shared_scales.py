@@ -18,8 +18,8 @@ from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan import scheme_plan
 from qwen_build.plan.options import BuildOptions
-from qwen_build.quantization.schemes import ACTIVATION_SCALES, WEIGHT_SCALES
 from qwen_build.writing.weights_file import plan_layout
+from qwen_engine.choices import ACTIVATION_SCALES, WEIGHT_SCALES
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest
 from qwen_run.accuracy.reference import CHUNK_TOKENS
@@ -107,7 +107,7 @@ def test_linears_apart_have_constants_of_their_own(tiny_checkpoint, build_static
         ({"quant": "none", "activation_scales": "token"}, "--activation-scales token says how integers are scaled"),
         ({"quant": "int4", "weight_scales": "channel", "symmetric": False}, "leave --asymmetric out"),
         ({"quant": "int8", "weight_scales": "channel", "kernels": "stock"}, "--kernels stock has no --weight-scales"),
-        ({"quant": "int8", "weight_scales": "row"}, "--weight-scales row is not one of group, channel, tensor"),
+        ({"quant": "int8", "weight_scales": "row"}, "weight_scales is 'row', expected one of group, channel, tensor"),
     ],
     ids=str,
 )

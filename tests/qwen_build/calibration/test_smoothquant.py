@@ -21,12 +21,12 @@ from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
-from qwen_build.cli import CALIBRATED as CLI_CALIBRATED
 from qwen_build.cli import main
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import CALIBRATED, BuildOptions
 from qwen_build.plan.rules import Rule
 from qwen_build.quantization.schemes import make_scheme
+from qwen_engine.choices import CALIBRATED as NAMED_CALIBRATED
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.datasets import built_in_documents
@@ -235,7 +235,7 @@ def test_the_manifest_names_the_method_and_the_error(planted, build_engine):
 
 
 def test_the_command_line_has_the_choices_of_the_table():
-    assert set(CLI_CALIBRATED) == set(CALIBRATED)
+    assert set(NAMED_CALIBRATED) == set(CALIBRATED)
     assert CALIBRATED.keys() <= METHODS.keys()
 
 
@@ -244,9 +244,9 @@ def test_the_command_line_has_the_choices_of_the_table():
     [
         ({"quant": "int8", "alpha": 0.5}, "--alpha 0.5 is of no use, nothing is smoothed; add --quant smoothquant"),
         ({"alpha": "auto"}, "--alpha auto is of no use"),
-        ({"quant": "smoothquant", "alpha": 1.5}, "--alpha is 1.5, expected a number from 0 to 1, or auto"),
-        ({"quant": "smoothquant", "alpha": float("nan")}, "--alpha is nan, expected"),
-        ({"quant": "smoothquant", "alpha": "most"}, "--alpha is 'most', expected"),
+        ({"quant": "smoothquant", "alpha": 1.5}, "alpha is 1.5, expected a number from 0 to 1, or 'auto'"),
+        ({"quant": "smoothquant", "alpha": float("nan")}, "alpha is nan, expected"),
+        ({"quant": "smoothquant", "alpha": "most"}, "alpha is 'most', expected"),
         ({"quant": "smoothquant", "activations": "float32"}, "--quant smoothquant has nothing to smooth"),
         ({"quant": "smoothquant", "exclude": ("model.layers.*",)}, "--quant smoothquant has nothing to smooth"),
         ({"quant": "smoothquant", "quant_config": (Rule("f", "*.layers.*", "int4"),)}, "has nothing to smooth"),

@@ -8,14 +8,11 @@ import onnxruntime
 import pytest
 from onnxscript import GraphBuilder
 
-from qwen_build import cli
 from qwen_build.quantization.grid import Grid
 from qwen_build.quantization.schemes import (
-    ACTIVATION_SCALES,
     GROUP_SIZES,
     KERNELS,
     SCHEMES,
-    WEIGHT_SCALES,
     Float32,
     NativeInt,
     StockInt,
@@ -23,6 +20,8 @@ from qwen_build.quantization.schemes import (
     pack,
     unpack,
 )
+from qwen_engine import choices
+from qwen_engine.choices import WEIGHT_SCALES
 from qwen_engine.errors import BuildError
 from qwen_plugin import library_path
 from qwen_plugin.layout import PANEL
@@ -203,12 +202,11 @@ def test_the_record_says_how_a_weight_is_stored_and_multiplied(kernels):
         assert record.layout == {"native": "panels32", "stock": "rows"}[kernels]
 
 
-def test_the_command_line_offers_the_tables():
-    assert set(cli.QUANTS) == set(SCHEMES)
-    assert set(cli.KERNELS) == set(KERNELS)
-    assert tuple(map(int, cli.GROUP_SIZES)) == GROUP_SIZES
-    assert set(cli.ACTIVATIONS) == {name for row in KERNELS.values() for name in row.activations}
-    assert (cli.WEIGHT_SCALES, cli.ACTIVATION_SCALES) == (WEIGHT_SCALES, ACTIVATION_SCALES)
+def test_the_choices_are_the_tables():
+    assert set(choices.QUANTS) == set(SCHEMES)
+    assert set(choices.KERNELS) == set(KERNELS)
+    assert choices.GROUP_SIZES == GROUP_SIZES
+    assert set(choices.ACTIVATIONS) == {name for row in KERNELS.values() for name in row.activations}
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 
 from cases.scripted import core_tokenizer
 from cases.tiny import FAMILIES, TINY
+from qwen_engine.choices import QUANTS
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import Manifest
 from qwen_run import EngineConfig, QwenForCausalLM
 from qwen_run.api import causal_lm
-from qwen_run.api.engine_config import QUANTIZATIONS
 from qwen_run.runtime.capacity import Capacity
 from qwen_run.text.tokenizer import Tokenizer
 
@@ -319,4 +319,4 @@ def test_a_mixed_engine_has_no_quantization_to_agree_with(checkpoint, build_engi
 def test_quantizations_are_the_builders():
     from qwen_build.quantization.schemes import SCHEMES
 
-    assert set(QUANTIZATIONS) == set(SCHEMES)
+    assert set(QUANTS) == set(SCHEMES)
