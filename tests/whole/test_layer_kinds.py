@@ -24,10 +24,15 @@ from qwen_build.plan.options import BuildOptions
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec
 from qwen_engine.manifest import Manifest
+from qwen_run.accuracy.reference import HuggingFace
 from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.commands.inspect import main as inspect
 from qwen_run.commands.summarize import main as summarize
+from qwen_run.runtime.core import Core, CoreOptions
 from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.request import Request
+from qwen_run.sampling.sample import SamplingParams
+from qwen_run.text.tokenizer import Tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 260, 90).tolist()
 WORDS = ["the", "cache", "block", "token", "model", "layer", "sum", "key", "value", "query", "weight", "scale"]
@@ -106,6 +111,34 @@ def test_it_computes_with_the_weights_it_holds_which_are_the_checkpoints(name, c
     errors = relative_errors(found, as_built(checkpoint, directory).hidden_outputs(TOKENS, found, given=found))
     assert np.median(list(errors.values())) < 1e-6
     assert max(errors.values()) < 2e-3  # one input between two steps, in one small sub-block
+
+
+def test_requests_that_share_a_beginning_answer_as_transformers_does(checkpoint, build_made_up):
+    core = Core(Engine.load(build_made_up("none"), threads=1), CoreOptions(max_batch_tokens=32))
+    params = SamplingParams(temperature=0, max_tokens=9)
+    requests = [Request((*TOKENS[:70], last), params) for last in (1, 2, 3)]
+    for request in requests:
+        core.add(request)
+        while request is requests[0] and not core.is_done:  # the others find its blocks
+            core.step()
+    while not core.is_done:
+        core.step()
+    assert core.statistics.num_prefix_tokens == 2 * 64
+    reference = HuggingFace(checkpoint.path, threads=1)
+    for request in requests:
+        assert request.sequences[0].output == reference.continuation(request.prompt, 9, frozenset())
+
+
+def test_calibration_takes_from_what_rounding_costs(checkpoint, texts, build_made_up):
+    document = json.loads(texts.read_text().splitlines()[0])["document"]
+    token_ids = Tokenizer.load(checkpoint.path).encode(document)[:90]
+    expected, errors = checkpoint.logits(token_ids), {}
+    for name in ("int4", "gptq", "awq", "smoothquant"):
+        found = run_alone(Engine.load(build_made_up(name), threads=1), token_ids)
+        errors[name] = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert errors["gptq"] < 0.75 * errors["int4"] < 0.5
+    assert errors["awq"] < errors["int4"]
+    assert errors["smoothquant"] < 0.15  # 8 bits
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant"])
