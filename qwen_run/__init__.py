@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qwen_run.api.engine_config import EngineConfig
     from qwen_run.api.llm import LLM
     from qwen_run.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from qwen_run.sampling.params import SamplingParams
+    from qwen_run.sampling.params import RequestOutputKind, SamplingParams
 
 __all__ = [
     "LLM",
@@ -45,6 +45,7 @@ __all__ = [
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "UnsupportedModel",
     "WeightMismatch",
@@ -63,6 +64,7 @@ _MODULES = {
     "QwenForCausalLM": "api.causal_lm",
     "RequestMetrics": "api.outputs",
     "RequestOutput": "api.outputs",
+    "RequestOutputKind": "sampling.params",
     "SamplingParams": "sampling.params",
 }
 

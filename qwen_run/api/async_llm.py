@@ -23,7 +23,7 @@ from qwen_run.api.llm import LLM, Prompt
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.api.pending_request import PendingRequest
 from qwen_run.runtime.engine import Engine
-from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.params import RequestOutputKind, SamplingParams
 from qwen_run.text.chat_template import Message
 
 News = RequestOutput | QwenError  # of a request: its answer as far as it has come, or why there is none
@@ -250,7 +250,7 @@ class _Worker:
 
     def _tell(self, grown: list[PendingRequest]) -> None:
         read = [(self._streams.get(pending.request_id), pending) for pending in grown]
-        self._send([(stream, pending.output()) for stream, pending in read if stream])
+        self._send([(stream, pending.output()) for stream, pending in read if stream and not pending.is_silent])
 
     def _send(self, news: list[tuple[RequestStream, News]]) -> None:
         """Give each stream its news, in one call of each event loop."""
@@ -268,7 +268,7 @@ class _Worker:
 class RequestStream:
     """The answer to one request as it comes, to be read with ``async for`` by one task of the loop it was made in.
 
-    Only the newest state is kept, so a slow reader costs no memory.
+    Only the newest state is kept, so a slow reader costs no memory; where outputs are parts, those not read are joined.
     """
 
     def __init__(self, pending: PendingRequest, worker: _Worker, places: _Places, owner: AsyncLLM) -> None:
@@ -279,6 +279,7 @@ class RequestStream:
         self._news: News | None = None
         self._has_news = asyncio.Event()
         self._is_over = False
+        self._is_delta = pending.request.params.output_kind == RequestOutputKind.DELTA
 
     @property
     def request_id(self) -> str:
@@ -286,6 +287,8 @@ class RequestStream:
 
     def put(self, news: News) -> None:
         """Replace what the reader gets next; in the stream's loop."""
+        if self._is_delta and self._has_news.is_set():  # the reader has not seen the part before
+            news = _joined(self._news, news)
         self._news = news
         self._has_news.set()
         if isinstance(news, QwenError) or news.finished:
@@ -360,6 +363,12 @@ class _Places:
                     continue
                 return
             self._num_free += 1
+
+
+def _joined(earlier: News | None, later: News) -> News:
+    if isinstance(earlier, RequestOutput) and isinstance(later, RequestOutput):
+        return earlier.followed_by(later)
+    return later
 
 
 def _put_all(news: list[tuple[RequestStream, News]]) -> None:

@@ -158,7 +158,7 @@ class LLM(RequestLoop):
         else:
             for _ in self.run(answerings, final_only=True):
                 pass
-        return [answering.output() for answering in answerings]
+        return [answering.output(whole=True) for answering in answerings]
 
     def chat(
         self,
@@ -249,14 +249,18 @@ class LLM(RequestLoop):
         for label, value, kind in (("sampling_params", params, SamplingParams), ("request_id", request_id or "", str)):
             if not isinstance(value, kind):
                 raise RequestError(f"{label} is {reprlib.repr(value)}, expected {kind.__name__}")
-        if params.seed is None and self._seeds:
-            params = replace(params, seed=next(self._seeds) % 2**64)
+        seed = next(self._seeds) % 2**64 if params.seed is None and self._seeds else params.seed
+        params = replace(params, seed=seed)  # a copy: the caller may change its own
+        kept = self.max_seq_len - 1 if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
         prompt = _plain(prompt, name)
         if isinstance(prompt, str):
-            text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt), self.max_seq_len)
+            most = self.max_seq_len if kept is None else None
+            text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt), most)
         else:
             text, ids = None, _token_ids(prompt, name)
-        if params.stop_strings or self._text:
+        if kept is not None:
+            ids = ids[-kept:]
+        if params.stop_strings or params.bad_words or self._text:
             request = self._require_text().new_request(ids, params)
         else:
             request = Request(tuple(ids), params, frozenset(self.core.engine.manifest.eos_token_ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from qwen_run.runtime.request import FinishReason
 
@@ -75,6 +75,18 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     error: str | None = None
 
+    def since(self, num_characters: int, num_tokens: int) -> CompletionOutput:
+        """What comes after so much of the text and so many tokens."""
+        logprobs = None if self.logprobs is None else self.logprobs[num_tokens:]
+        text, token_ids = self.text[num_characters:], self.token_ids[num_tokens:]
+        return replace(self, text=text, token_ids=token_ids, logprobs=logprobs)
+
+    def followed_by(self, later: CompletionOutput) -> CompletionOutput:
+        """Both as one, where ``later`` holds only what is new since this one."""
+        logprobs = None if later.logprobs is None else [*(self.logprobs or []), *later.logprobs]
+        text, token_ids = self.text + later.text, self.token_ids + later.token_ids
+        return replace(later, text=text, token_ids=token_ids, logprobs=logprobs)
+
     def finished(self) -> bool:
         """Nothing more will come."""
         return self.finish_reason is not None
@@ -85,7 +97,8 @@ class RequestOutput:
     """A prompt and its answers, as far as they have come.
 
     What later outputs of the same request bring is in new lists; ``prompt_token_ids`` and the entries of
-    ``prompt_logprobs`` and ``logprobs`` are the same objects in all of them and not to be changed.
+    ``prompt_logprobs`` and ``logprobs`` are the same objects in all of them and not to be changed. Two are equal where
+    the answers are, however they came about.
 
     Attributes:
         prompt: None where token ids were given.
@@ -103,8 +116,14 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     seed: int | None = None
-    metrics: RequestMetrics | None = None
-    num_cached_tokens: int | None = None
+    metrics: RequestMetrics | None = field(default=None, compare=False)
+    num_cached_tokens: int | None = field(default=None, compare=False)
+
+    def followed_by(self, later: RequestOutput) -> RequestOutput:
+        """Both as one, where ``later`` holds only what is new since this one."""
+        earlier = {answer.index: answer for answer in self.outputs}
+        joined = [earlier[each.index].followed_by(each) if each.index in earlier else each for each in later.outputs]
+        return replace(later, outputs=joined)
 
     @property
     def error(self) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestMetrics, RequestOutput
 from qwen_run.runtime.request import Request, Sequence, message_of
 from qwen_run.sampling.logprobs import TokenLogprobs
+from qwen_run.sampling.params import RequestOutputKind
 from qwen_run.text.stops import TextStopper
 from qwen_run.text.tokenizer import Tokenizer
 
@@ -39,25 +40,42 @@ class PendingRequest:
         # what is made of each sequence's tokens so far, by its index
         self._texts: dict[int, str] = {}
         self._logprobs: dict[int, list[Logprobs]] = {}
+        self._told: dict[int, tuple[int, int]] = {}  # characters and tokens, where only what is new is told
 
-    def output(self) -> RequestOutput:
-        """The answers as far as they have come."""
+    @property
+    def is_silent(self) -> bool:
+        """Nothing is to be told before the end."""
+        return self.request.params.output_kind == RequestOutputKind.FINAL_ONLY and not self.request.is_finished
+
+    def output(self, whole: bool = False) -> RequestOutput:
+        """The answers as far as they have come, or what is new of them if the request asks for that.
+
+        Args:
+            whole: all in any case.
+        """
         request = self.request
         self.is_new, self.is_told = False, request.is_finished
         judged = self._prompt_logprobs
         for token_id, found in zip(request.prompt[len(judged) :], request.prompt_logprobs[len(judged) :], strict=False):
             judged.append(found and self._readable(token_id, found))
+        answers = [self._completion(sequence) for sequence in request.sequences if self._has_answer(sequence)]
+        is_delta = request.params.output_kind == RequestOutputKind.DELTA and not whole
         return RequestOutput(
             self.request_id,
             self._prompt,
             self._prompt_token_ids,
             list(judged) if request.params.prompt_logprobs is not None else None,
-            [self._completion(sequence) for sequence in request.sequences if self._has_answer(sequence)],
+            self._new_parts(answers) if is_delta else answers,
             request.is_finished,
             seed=None if request.params.greedy else request.seed,
             metrics=replace(self.metrics),
             num_cached_tokens=request.num_cached_tokens,
         )
+
+    def _new_parts(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
+        parts = [answer.since(*self._told.get(answer.index, (0, 0))) for answer in answers]
+        self._told = {answer.index: (len(answer.text), len(answer.token_ids)) for answer in answers}
+        return parts
 
     def _has_answer(self, sequence: Sequence) -> bool:
         """Beams are no answers before their search ends."""

@@ -117,10 +117,10 @@ class RequestLoop:
                     raise EngineError(
                         f"the engine has stopped: {message_of(pending.failure)}; ask again"
                     ) from pending.failure
-            told = [p for p in own if p.is_new and (p.request.is_finished or not final_only)]
+            told = [p for p in own if p.is_new and (p.request.is_finished or not (final_only or p.is_silent))]
             for pending in own:
                 pending.is_new = False
-            return [pending.output() for pending in told]
+            return [pending.output(whole=final_only) for pending in told]
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -58,6 +58,7 @@ class Request:
     Attributes:
         stop_token_ids: what ends an answer: the ids given, which the checkpoint says, as ``params`` changes them.
         new_stopper: makes a stopper for each sequence.
+        bad_words: ids of the texts that may not come.
         prompt_logprobs: if ``params`` asks for it, of each prompt token as far as it is fed; None for the first.
         beam_search: the choice among beams.
         seed: what its random numbers are made from: that of ``params``, or one drawn for it.
@@ -69,6 +70,7 @@ class Request:
     params: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
     new_stopper: Callable[[], StopCondition] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = field(init=False)
     sequences: list[Sequence] = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
@@ -134,7 +136,8 @@ class Sequence:
     @cached_property
     def context(self) -> SamplingContext:
         """What sampling knows of the sequence; made of ids that :func:`check_request` has seen."""
-        return SamplingContext(self.request.params, self.request.prompt, self.request.stop_token_ids)
+        request = self.request
+        return SamplingContext(request.params, request.prompt, request.stop_token_ids, request.bad_words)
 
     def fork(self, index: int, *token_ids: int) -> Sequence:
         """A sequence of the same tokens and ``token_ids``; what is cached is the scheduler's to copy."""

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal, NamedTuple, Self
 
 from qwen_engine.errors import RequestError, shown
+from qwen_run.sampling.custom import LogitsProcessor, is_processor
 
 # Limits of what one request may ask for; RULES has those that belong to one option. No vocabulary is as large as these.
 MAX_NUMBER = 2**31 - 1
 MAX_TOKEN_IDS = 2**20
 MAX_STOP_TEXTS, MAX_STOP_CHARACTERS = 64, 1024
+MAX_PROCESSORS, MAX_EXTRA_ARGS = 64, 64
+
+_ID_LISTS = ("stop_token_ids", "allowed_token_ids")
 
 # what transformers' GenerationConfig uses where generation_config.json is silent
 TRANSFORMERS_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "min_p": 0.0}
 
 
-@dataclass(frozen=True)
+class RequestOutputKind(IntEnum):
+    """What an output of a stream holds: all so far, what is new since the last, or nothing before the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass(unsafe_hash=True)
 class SamplingParams:
     """How one request is answered. Names are vLLM's, those of beam search transformers'.
 
-    ``logit_bias``, ``stop`` and ``stop_token_ids`` are kept as hashable tuples; None stands for none.
+    Lists are kept as hashable tuples; None stands for none. A value is checked when it is set, and values that exclude
+    each other when they are given together or a request is made; a request keeps those it was made with.
 
     Attributes:
         temperature: 0 is greedy.
@@ -45,6 +59,16 @@ class SamplingParams:
         length_penalty: the exponent of an answer's length by which beam search divides its log probability.
         early_stopping: end a beam search once it has ``num_beams`` answers (True), when its best beam is not likely
             to improve on them (False), or when it cannot ("never").
+        bad_words: texts that do not come in an answer, token by token as the tokenizer spells them.
+        allowed_token_ids: the only tokens an answer may have; None for all.
+        skip_special_tokens: special tokens have no text.
+        spaces_between_special_tokens: without effect: byte-level tokens carry their own spaces.
+        detokenize: make text of the answer; without, ``text`` is empty.
+        truncate_prompt_tokens: keep the last so many tokens of a prompt; -1 keeps what the engine takes.
+        logits_processors: functions of (answer so far, logits) or (prompt, answer so far, logits) that return logits, a
+            NumPy array (vocab_size,); or transformers' ``LogitsProcessor``, which see prompt and answer as tensors.
+        output_kind: what each output of a stream holds.
+        extra_args: anything; a request keeps it, and nothing reads it.
 
     Raises:
         RequestError: a value is out of range, or excludes another; the message says which and what it may be.
@@ -71,10 +95,22 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    bad_words: str | Collection[str] | None = ()
+    allowed_token_ids: Collection[int] | None = None
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    truncate_prompt_tokens: int | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = ()
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    extra_args: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in RULES:
+            raise AttributeError(f"SamplingParams has no {name!r}, it has {', '.join(RULES)}")
+        object.__setattr__(self, name, checked(name, value))
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name)))
         for excluded, message in CONTRADICTIONS:
             if excluded(self):
                 raise RequestError(message.format_map({name: shown(value) for name, value in vars(self).items()}))
@@ -93,6 +129,11 @@ class SamplingParams:
         """``stop`` as a tuple."""
         return _strings(self.stop)
 
+    @property
+    def bad_word_texts(self) -> tuple[str, ...]:
+        """``bad_words`` as a tuple."""
+        return _strings(self.bad_words)
+
     def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """The tokens that end an answer of a model whose ends of sequence are ``eos_token_ids``."""
         return frozenset(self.stop_token_ids or ()) | frozenset(() if self.ignore_eos else eos_token_ids)
@@ -101,9 +142,10 @@ class SamplingParams:
         """Compare the ids that are named with the model's vocabulary.
 
         Raises:
-            RequestError: ``logit_bias`` or ``stop_token_ids`` names a token that the model does not have.
+            RequestError: ``logit_bias`` or a list of ids names a token that the model does not have.
         """
-        for name, ids in (("logit_bias", dict(self.biases)), ("stop_token_ids", self.stop_token_ids or ())):
+        named = ("logit_bias", dict(self.biases)), *((name, getattr(self, name) or ()) for name in _ID_LISTS)
+        for name, ids in named:
             if max(ids, default=0) >= vocab_size:
                 raise RequestError(f"{name} holds token {max(ids)}, expected 0 to {vocab_size - 1}")
 
@@ -191,6 +233,18 @@ def _is_stop_text(value: Any) -> bool:
     return True
 
 
+def _texts(longest: int) -> FieldRule:
+    return FieldRule(
+        f"at most {MAX_STOP_TEXTS} texts of 1 to {longest} characters, none of them a lone surrogate",
+        lambda texts: len(texts) <= MAX_STOP_TEXTS and all(map(_is_stop_text, texts)),
+        _strings,
+    )
+
+
+def _kind(value: Any) -> Any:
+    return RequestOutputKind(value) if _is_whole(value) else value
+
+
 def _strings(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
@@ -213,11 +267,7 @@ RULES = {
         _bias_pairs,
     ),
     "n": _whole("a whole number from 1 to 1024", 1, 1024),
-    "stop": FieldRule(
-        f"at most {MAX_STOP_TEXTS} texts of 1 to {MAX_STOP_CHARACTERS} characters, none of them a lone surrogate",
-        lambda texts: len(texts) <= MAX_STOP_TEXTS and all(map(_is_stop_text, texts)),
-        _strings,
-    ),
+    "stop": _texts(MAX_STOP_CHARACTERS),
     "stop_token_ids": FieldRule(
         "token ids, 0 or more",
         lambda ids: len(ids) <= MAX_TOKEN_IDS and all(map(_is_token_id, ids)),
@@ -231,6 +281,32 @@ RULES = {
     "num_beams": _whole("a whole number from 1 (off) to 128", 1, 128),
     "length_penalty": _number("a number from -5 to 5", -5, 5),
     "early_stopping": FieldRule("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
+    "bad_words": _texts(MAX_STOP_CHARACTERS),
+    "allowed_token_ids": FieldRule(
+        "None or token ids, at least one",
+        lambda ids: ids is None or (0 < len(ids) <= MAX_TOKEN_IDS and all(map(_is_token_id, ids))),
+        lambda value: None if value is None else tuple(value),
+    ),
+    "skip_special_tokens": _switch(),
+    "spaces_between_special_tokens": _switch(),
+    "detokenize": _switch(),
+    "truncate_prompt_tokens": FieldRule(
+        "None, -1 (what the engine takes) or a whole number, 1 or more",
+        lambda value: value is None or (_is_whole(value) and (value == -1 or 1 <= value <= MAX_NUMBER)),
+    ),
+    "logits_processors": FieldRule(
+        f"at most {MAX_PROCESSORS} functions of (answer's ids, logits) or (prompt's ids, answer's ids, logits)",
+        lambda functions: len(functions) <= MAX_PROCESSORS and all(map(is_processor, functions)),
+        lambda value: tuple(value or ()),
+    ),
+    "output_kind": FieldRule(
+        "a RequestOutputKind", lambda value: isinstance(value, RequestOutputKind), lambda value: _kind(value)
+    ),
+    "extra_args": FieldRule(
+        f"None or at most {MAX_EXTRA_ARGS} values by name",
+        lambda value: value is None or (len(value) <= MAX_EXTRA_ARGS and all(isinstance(name, str) for name in value)),
+        lambda value: None if value is None else dict(value.items()),
+    ),
 }
 
 # what of two or more options makes no sense together, and the message about it
@@ -259,5 +335,13 @@ CONTRADICTIONS: tuple[tuple[Callable[[SamplingParams], bool], str], ...] = (
         lambda params: params.num_beams == 1 and (params.length_penalty != 1 or params.early_stopping is not False),
         "length_penalty is {length_penalty} and early_stopping {early_stopping} without beam search; "
         "set num_beams to 2 or more",
+    ),
+    (
+        lambda params: bool(params.stop) and not params.detokenize,
+        "stop is {stop} with detokenize False: stop texts are found in the text; leave one out",
+    ),
+    (
+        lambda params: params.num_beams > 1 and bool(params.allowed_token_ids or params.logits_processors),
+        "allowed_token_ids or logits_processors are given with num_beams {num_beams}; leave one out",
     ),
 )

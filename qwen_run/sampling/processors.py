@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_engine.errors import EngineError
+from qwen_run.sampling.custom import apply_processors, forbidden_tokens
 from qwen_run.sampling.params import SamplingParams
 
 # values of which the largest stands for all when the k-th largest of many is looked for: three times as quick
@@ -30,11 +31,18 @@ class SamplingContext:
     ``counts`` (m,) float32 says how often each is in the answer (0: in the prompt only).
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], stop_token_ids: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stop_token_ids: Collection[int] = (),
+        bad_words: Sequence[Sequence[int]] = (),
+    ) -> None:
         """The context of a sequence that begins with ``prompt``.
 
         Args:
             stop_token_ids: what may not come before the answer has ``params.min_tokens`` tokens.
+            bad_words: ids of ``params.bad_words``.
         """
         self.num_prompt, self.num_output = len(prompt), 0
         self._counts_tokens = (
@@ -44,6 +52,10 @@ class SamplingContext:
         self.stop_token_ids = np.array(sorted(stop_token_ids), np.int64)
         self.bias_ids = np.array([token_id for token_id, _ in params.biases], np.int64)
         self.biases = np.array([bias for _, bias in params.biases], np.float32)
+        self.allowed_ids = None if params.allowed_token_ids is None else np.array(params.allowed_token_ids, np.int64)
+        self.bad_words, self.processors = bad_words, tuple(params.logits_processors or ())
+        self.prompt: Sequence[int] = prompt if self.processors else ()
+        self.output: list[int] = []  # the answer, where somebody looks at it
         # the repetition penalty alone falls on the prompt, too
         seen = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1 else np.empty(0, np.int64)
         self._slots = {token_id: slot for slot, token_id in enumerate(seen.tolist())}
@@ -71,11 +83,20 @@ class SamplingContext:
     @property
     def changes_logits(self) -> bool:
         """:func:`process` does anything."""
-        return bool(self._slots) or len(self.bias_ids) > 0 or self.suppresses_stop
+        return bool(
+            self._slots
+            or len(self.bias_ids)
+            or self.suppresses_stop
+            or self.allowed_ids is not None
+            or self.bad_words
+            or self.processors
+        )
 
     def append(self, token_id: int) -> None:
         """Note the next token of the answer."""
         self.num_output += 1
+        if self.bad_words or self.processors:
+            self.output.append(token_id)
         if not self._counts_tokens:
             return
         slot = self._slots.setdefault(token_id, len(self._slots))
@@ -89,6 +110,7 @@ class SamplingContext:
         """A copy that goes its own way: for another sample of the prompt, or a beam."""
         copy: SamplingContext = object.__new__(SamplingContext)
         copy.__dict__.update(self.__dict__)
+        copy.output = self.output.copy()
         if self._counts_tokens:
             copy._slots = self._slots.copy()
             copy._token_ids, copy._counts = self._token_ids.copy(), self._counts.copy()
@@ -96,7 +118,9 @@ class SamplingContext:
 
 
 def process(logits: NDArray[np.float32], params: SamplingParams, context: SamplingContext) -> NDArray[np.float32]:
-    """``logits`` (vocab_size,) after bias, penalties and minimum tokens; not modified, and returned where all are off.
+    """``logits`` (vocab_size,) after all that changes them; not modified, and returned where all is off.
+
+    In this order: functions of the caller's, bias, penalties; then tokens that may not come are left out.
 
     Presence and frequency penalty are OpenAI's: ``logit - count * frequency_penalty - (count > 0) * presence_penalty``
     with the token's count in the answer, the prompt not counted.
@@ -104,6 +128,8 @@ def process(logits: NDArray[np.float32], params: SamplingParams, context: Sampli
     if not context.changes_logits:
         return logits
     scores = logits.copy()
+    if context.processors:
+        scores = apply_processors(context.processors, context.prompt, context.output, scores)
     if len(context.bias_ids):
         scores[context.bias_ids] += context.biases
     if len(ids := context.token_ids):
@@ -119,6 +145,12 @@ def process(logits: NDArray[np.float32], params: SamplingParams, context: Sampli
     if context.suppresses_stop:
         ids = context.stop_token_ids  # a checkpoint may name one that its vocabulary does not reach, or -1 for none
         scores[ids[(ids >= 0) & (ids < len(scores))]] = -np.inf
+    if context.bad_words:
+        scores[forbidden_tokens(context.bad_words, context.output)] = -np.inf
+    if context.allowed_ids is not None:
+        allowed = scores[context.allowed_ids]
+        scores = np.full_like(scores, -np.inf)
+        scores[context.allowed_ids] = allowed
     return scores
 
 

@@ -108,8 +108,17 @@ class TextModel:
             StopTexts(self.tokenizer, params.stop_strings),
             include_stop_str_in_output=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
         )
-        return Request(tuple(prompt), params, self.eos_token_ids, new_stopper)
+        bad_words = tuple(spelling for word in params.bad_word_texts for spelling in self._spellings(word))
+        stopper = new_stopper if params.detokenize else None
+        return Request(tuple(prompt), params, self.eos_token_ids, stopper, bad_words)
+
+    def _spellings(self, word: str) -> list[tuple[int, ...]]:
+        """``word`` as it stands at the beginning and, where it has as many tokens there, after a space."""
+        bare = word.lstrip() or word
+        first, inside = (tuple(self.tokenizer.encode(prefix + bare)) for prefix in ("", " "))
+        return [first, inside] if len(first) == len(inside) and first[:1] != inside[:1] else [first]
 
     def fit(self, conversation: Conversation, params: SamplingParams, **variables: Any) -> tuple[list[int], int]:
         """Ids of ``conversation`` without as many of its oldest turns as leave room for an answer.
