@@ -184,7 +184,7 @@ def test_sampling_defaults_are_those_of_the_class() -> None:
         fields = re.findall(r"`(\w+)`", names)
         written = defaults.split(", ") * (1 if ", " in defaults else len(fields))
         actual = [getattr(SamplingParams(), field) for field in fields]
-        assert written == ["none" if value == () else str(value) for value in actual], names
+        assert written == ["none" if value == () else getattr(value, "name", str(value)) for value in actual], names
 
 
 # Figures
