@@ -7,11 +7,11 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,7 +31,11 @@ from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_run.commands.command import Command, printable
 from qwen_run.runtime.machine import peak_memory_bytes
 
+if TYPE_CHECKING:
+    from qwen_build.plan.options import BuildOptions
+
 ENGINES = Path("engines")
+MIB = 2**20
 
 
 class Alpha(click.FloatRange):
@@ -42,13 +46,13 @@ class Alpha(click.FloatRange):
 
 
 class Size(click.ParamType[Any]):
-    """A size in bytes, or a share of the checkpoint's: 120MB, 1.5GB, 30%; value and whether it is a share."""
+    """A size in bytes, or a share of the checkpoint's: 120MB, 1.5GiB, 30%; value and whether it is a share."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number, unit = value.rstrip("kKMGB% "), value[len(value.rstrip("kKMGB% ")) :].strip()
-        factors = {"%": 0.01, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+        number, unit = value.rstrip("kKMGiB% "), value[len(value.rstrip("kKMGiB% ")) :].strip()
+        factors = {"%": 0.01, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "MiB": MIB, "GiB": 2**30}
         try:
             if 0 < (size := float(number) * factors[unit]) < math.inf:
                 return size, unit == "%"
@@ -216,27 +220,13 @@ def main(
     from qwen_build.checkpoint.locate import resolve_checkpoint
     from qwen_build.checkpoint.safetensors import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
-    from qwen_build.plan.options import BuildOptions
-    from qwen_build.plan.rules import read_rules
-    from qwen_build.writing.output import check_output, left_beside, resolved
-    from qwen_engine.errors import BuildError
+    from qwen_build.writing.output import check_output, resolved
 
     automatic = chosen["quant"] == AUTO
-    if dry_run and automatic:
-        raise BuildError("--dry-run measures nothing, and --quant auto chooses by what it measures; leave one out")
-    for option, value in (("--max-kl", max_kl), ("--max-size", max_size)):
-        if value is not None and not automatic:
-            raise BuildError(f"{option} is a budget for --quant auto to choose within; add that, or leave it out")
+    check_budget(automatic, dry_run, {"--max-kl": max_kl, "--max-size": max_size})
     if output is not None and not dry_run:
         check_output(output, force)  # before anything is downloaded
-    group_size, rules = chosen["group_size"], chosen["quant_config"]
-    options = BuildOptions(
-        **chosen
-        | {
-            "group_size": None if group_size is None else int(group_size),
-            "quant_config": () if rules is None else read_rules(rules),
-        }
-    )
+    options = read_options(chosen)
     if checkpoint is None:
         click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)
@@ -252,13 +242,7 @@ def main(
             output = ENGINES / f"{located.name}-{plan.options.quant if plan else AUTO}"
             check_output(output, force)
         target, command = resolved(output), shlex.join(["qwen-build", *sys.argv[1:]])
-        for left in left_beside(target):
-            click.echo(
-                f"Note: an interrupted build left {printable(str(left))}; the same build goes on there, another one "
-                "removes it in the end.",
-                err=True,
-            )
-        try:
+        with told_of_left(target):
             if plan is None:
                 from qwen_build.auto.search import build_auto
 
@@ -267,23 +251,69 @@ def main(
             else:
                 with progress(f"Building {output}", plan.work) as advance:
                     write_engine(plan, weights, target, force, command, advance)
-        except (KeyboardInterrupt, SystemExit):
-            for left in left_beside(target):
-                click.echo(f"What was finished is kept in {printable(str(left))}; the same command goes on.", err=True)
-            raise
-    summary = {
+    summary = summarize(output, target, checkpoint_bytes, time.monotonic() - started)
+    if plan is None:
+        summary["auto"] = report.summary()
+    print_json(summary) if as_json else print_summary(summary)
+
+
+def check_budget(automatic: bool, dry_run: bool, budgets: Mapping[str, object]) -> None:
+    """Refuse budgets without ``--quant auto``, and what would measure without building."""
+    from qwen_engine.errors import BuildError
+
+    if dry_run and automatic:
+        raise BuildError("--dry-run measures nothing, and --quant auto chooses by what it measures; leave one out")
+    for option, value in budgets.items():
+        if value is not None and not automatic:
+            raise BuildError(f"{option} is a budget for --quant auto to choose within; add that, or leave it out")
+
+
+def read_options(chosen: Mapping[str, Any]) -> BuildOptions:
+    """The options of a build as click read them, which has sizes as text and the file of rules as a path."""
+    from qwen_build.plan.options import BuildOptions
+    from qwen_build.plan.rules import read_rules
+
+    group_size, rules = chosen["group_size"], chosen["quant_config"]
+    read = {
+        "group_size": None if group_size is None else int(group_size),
+        "quant_config": () if rules is None else read_rules(rules),
+    }
+    return BuildOptions(**{**chosen, **read})
+
+
+@contextmanager
+def told_of_left(target: Path) -> Iterator[None]:
+    """Say what an interrupted build left beside ``target``, before and, where this one is interrupted, after."""
+    from qwen_build.writing.output import left_beside
+
+    for left in left_beside(target):
+        click.echo(
+            f"Note: an interrupted build left {printable(str(left))}; the same build goes on there, another one "
+            "removes it in the end.",
+            err=True,
+        )
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        for left in left_beside(target):
+            click.echo(f"What was finished is kept in {printable(str(left))}; the same command goes on.", err=True)
+        raise
+
+
+def summarize(output: Path, target: Path, checkpoint_bytes: int, seconds: float) -> dict[str, Any]:
+    """What was built, as plain data; ``output`` as the user spells ``target``."""
+    manifest = Manifest.read(target)
+    return {
         "engine": str(output),
         "engine_bytes": sum(path.stat().st_size for path in target.iterdir()),
         "weights_bytes": (target / WEIGHTS_FILE).stat().st_size,
         "checkpoint_bytes": checkpoint_bytes,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "has_tokenizer": (target / "tokenizer.json").is_file(),
-        "cache_bytes_per_token": (manifest := Manifest.read(target)).cache.bytes_per_token,
+        "cache_bytes_per_token": manifest.cache.bytes_per_token,
         "max_seq_len": manifest.limits.max_seq_len,
-        **({} if plan else {"auto": report.summary()}),
     }
-    print_json(summary) if as_json else print_summary(summary)
 
 
 def describe(plan: Any) -> dict[str, Any]:
@@ -313,17 +343,17 @@ def describe(plan: Any) -> dict[str, Any]:
 def print_table(description: dict[str, Any]) -> None:
     """Show a dry run to a person."""
     width = max(len(linear["name"]) for linear in description["linears"])
-    click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':34}  {'MB':>9}")
+    click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':34}  {'MiB':>9}")
     for linear in description["linears"]:
         scheme = Quantization(**{field.name: linear[field.name] for field in fields(Quantization)}).words
         shape = f"{linear['out_features']}x{linear['in_features']}"
         shared = "  shared with the embedding" if description["tied"] and linear["name"] == "lm_head" else ""
-        click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:34}  {linear['stored_bytes'] / 1e6:9.2f}{shared}")
+        click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:34}  {linear['stored_bytes'] / MIB:9.2f}{shared}")
     token_bytes, tokens = description["cache_bytes_per_token"], description["max_seq_len"]
     click.echo(
-        f"\nweights       {description['weights_bytes'] / 1e6:,.1f} MB\n"
-        f"cache         {token_bytes / 1e3:,.1f} kB a token, {token_bytes * tokens / 1e6:,.0f} MB for {tokens} tokens\n"
-        f"build memory  about {description['build_memory_bytes'] / 1e6:,.0f} MB"
+        f"\nweights       {description['weights_bytes'] / MIB:,.1f} MiB\n"
+        f"cache         {token_bytes / 2**10:,.1f} KiB a token, {token_bytes * tokens / MIB:,.0f} MiB for {tokens}\n"
+        f"build memory  about {description['build_memory_bytes'] / MIB:,.0f} MiB"
     )
 
 
@@ -334,9 +364,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     if not summary["has_tokenizer"]:
         click.echo("Note: the checkpoint has no tokenizer.json, so this engine takes token ids only.", err=True)
     click.echo(
-        f"{printable(summary['engine'])}: {engine / 1e6:,.1f} MB, {engine / checkpoint:.0%} of the checkpoint; "
-        f"{summary['seconds']} s, peak memory {summary['peak_memory_bytes'] / 1e6:,.0f} MB\n"
-        f"a sequence may have {tokens} tokens, which take {token_bytes * tokens / 1e6:,.0f} MB of cache; "
+        f"{printable(summary['engine'])}: {engine / MIB:,.1f} MiB, {engine / checkpoint:.0%} of the checkpoint; "
+        f"{summary['seconds']} s, peak memory {summary['peak_memory_bytes'] / MIB:,.0f} MiB\n"
+        f"a sequence may have {tokens} tokens, which take {token_bytes * tokens / MIB:,.0f} MiB of cache; "
         "run it with --max-seq-len for fewer"
     )
     if auto := summary.get("auto"):

@@ -31,7 +31,7 @@ from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
 from qwen_build.graph.weight_map import EMBEDDING, HEAD, AnySource, Source, check_layers, map_weights
 from qwen_build.plan.options import BuildOptions, ResolvedOptions
-from qwen_build.plan.scheme_plan import as_packed, plan_schemes
+from qwen_build.plan.scheme_plan import as_packed, padding_notes, plan_schemes
 from qwen_build.writing.output import check_output, engine_directory, resolved
 from qwen_build.writing.weights_file import (
     ARRAYS_PER_SLICE,
@@ -164,7 +164,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     shapes |= {name: tuple(value.shape) for name, value in graph.plain.items() if name not in scales}
     mapped = map_weights(shapes, checkpoint, config, options.ignore_tensors)
     sources = mapped.sources | {name: Source(((name, (1,)),)) for name in scales}
-    return Plan(
+    plan = Plan(
         located=located,
         options=filled,
         config=config,
@@ -179,6 +179,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         max_seq_len=max_seq_len,
         notes=(*config.notes, *text.notes, *checkpoint.notes, *mapped.notes),
     )
+    return dataclasses.replace(plan, notes=(*plan.notes, *padding_notes(plan.linears)))
 
 
 def write_engine(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -316,6 +317,9 @@ class Manifest:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
+            if (engine / "config.json").is_file():
+                command = f"qwen-build {shlex.quote(str(engine))}"
+                raise EngineError(f"{engine} is a checkpoint; make an engine of it with `{command}`") from None
             found = "has no engine.json" if engine.is_dir() else "does not exist"
             raise EngineError(f"{engine} {found}; make an engine with qwen-build") from None
         except (OSError, UnicodeDecodeError) as error:

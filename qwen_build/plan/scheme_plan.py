@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from qwen_build.checkpoint.config import ModelConfig
@@ -14,6 +16,7 @@ from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
 from qwen_build.quantization.schemes import Scheme, make_scheme
 from qwen_engine.errors import BuildError
+from qwen_engine.manifest import LinearRecord
 from qwen_plugin.layout import GROUP_SIZES
 
 
@@ -85,6 +88,30 @@ def _embedding_group_size(options: ResolvedOptions, config: ModelConfig) -> int 
     if options.group_size is not None or (options.quant, options.embedding_quant) != ("int4", "int8"):
         return None
     return max((size for size in GROUP_SIZES if config.hidden_size % size == 0), default=None)
+
+
+def padding_notes(linears: Iterable[LinearRecord]) -> tuple[str, ...]:
+    """A sentence about each size of groups that fill a width up to more than the smallest groups would."""
+    filled = Counter(
+        (linear.in_features, linear.quantization.group_size)
+        for linear in linears
+        if linear.quantization.weight_scales == "group" and linear.quantization.method != "imported"
+    )
+    notes = []
+    for (width, size), count in sorted(filled.items()):
+        smaller = [own for own in GROUP_SIZES if own < size and _filled(width, own) < _filled(width, size)]
+        if size and smaller:
+            best = max(smaller, key=lambda own: (-_filled(width, own), own))
+            notes.append(
+                f"groups of {size} fill the {width} inputs of {count} linears up to {_filled(width, size)}, so they "
+                f"are larger and less accurate; groups of {best} take {_filled(width, best)}."
+            )
+    return tuple(notes)
+
+
+def _filled(width: int, group_size: int) -> int:
+    """Inputs that are stored of ``width``: whole groups."""
+    return -(-width // group_size) * group_size
 
 
 def _check_scales(options: ResolvedOptions) -> None:

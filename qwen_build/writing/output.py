@@ -36,18 +36,19 @@ def check_output(output: Path, replace: bool) -> None:
     try:
         if not target.exists():
             return
-        if not replace:
-            raise BuildError(f"{output} exists; use --force to replace it.")
         names = sorted(path.name for path in target.iterdir()) if target.is_dir() else None
     except OSError as error:
         raise BuildError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
     if names is None or (names and MANIFEST_FILE not in names):
-        raise BuildError(f"{output} is not an engine, --force does not replace it; choose another --output")
+        found = "is a file and" if names is None else "holds other files and"
+        raise BuildError(f"{output} {found} is not an engine, which --force could replace; choose another --output")
     if foreign := [name for name in names if name not in _own_files(target)]:
         raise BuildError(
             f"{output} holds {foreign[0]}, which is no part of the engine and --force would delete; "
             "move it away or choose another --output"
         )
+    if not replace:
+        raise BuildError(f"{output} exists; use --force to replace it.")
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
                 for written in results:
                     advance(written)
     except OSError as error:
-        size = f"{layout.size_bytes / 1e6:,.0f} MB"
+        size = f"{layout.size_bytes / 2**20:,.0f} MiB"
         raise BuildError(f"the weights cannot be written: {error.strerror}; the engine takes {size}") from error
 
 

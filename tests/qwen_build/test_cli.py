@@ -123,6 +123,17 @@ def test_dry_run_shows_a_person_every_linear(checkpoint):
     assert "build memory" in table
 
 
+def test_groups_that_fill_widths_up_are_named_where_smaller_ones_would_not(checkpoint, tmp_path):
+    for arguments in (["--dry-run"], ["--output", tmp_path / "e"]):
+        result = run_build(checkpoint, "--group-size", "64", *arguments)
+        assert result.exit_code == 0
+        notes = [line for line in result.stderr.splitlines() if "groups of 64" in line]
+        assert len(notes) == 1  # the 112 inputs of others take 128 in groups of 32 as well
+        assert notes[0].startswith("Note: groups of 64 fill the 80 inputs of ")
+        assert notes[0].endswith(" up to 128, so they are larger and less accurate; groups of 32 take 96.")
+    assert "groups of" not in run_build(checkpoint, "--group-size", "32", "--dry-run").stderr
+
+
 @pytest.mark.parametrize(
     ("kernels", "elements"),
     [
@@ -301,10 +312,14 @@ def test_force_does_not_replace_what_is_no_engine(checkpoint, tmp_path):
     output = tmp_path / "precious"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
-    result = run_build(checkpoint, "--output", output, "--force")
-    assert result.exit_code == 1
-    assert "is not an engine, --force does not replace it" in result.stderr
-    assert (output / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "file").write_text("years of work")
+    for spelled, found in ((output, "holds other files"), (tmp_path / "file", "is a file")):
+        for force in ((), ("--force",)):
+            result = run_build(checkpoint, "--output", spelled, *force)
+            assert result.exit_code == 1
+            expected = f"{spelled} {found} and is not an engine, which --force could replace; choose another --output"
+            assert expected in result.stderr
+    assert (output / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("manifest", ["intact", "of another version"])
@@ -397,7 +412,7 @@ def test_from_python_too_nothing_is_replaced_unasked(checkpoint, tmp_path):
     with Checkpoint.open(checkpoint) as weights:
         plan = plan_build(weights, resolve_checkpoint(str(checkpoint)), BuildOptions())
         for replace in (False, True):
-            with pytest.raises(BuildError, match=r"exists; use --force|is not an engine"):
+            with pytest.raises(BuildError, match="holds other files and is not an engine"):
                 write_engine(plan, weights, tmp_path, replace)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

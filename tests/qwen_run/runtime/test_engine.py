@@ -568,3 +568,13 @@ def test_a_message_of_onnx_runtime_that_is_no_text_is_one_line(engine_directory:
     write_manifest(engine_directory)
     with pytest.raises(EngineError, match=r"model\.onnx cannot be loaded: \S[^\n]*$"):
         Engine.load(engine_directory)
+
+
+def test_a_checkpoint_in_the_place_of_an_engine_is_told_from_one(tmp_path):
+    checkpoint = tmp_path / "a model"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    with pytest.raises(
+        EngineError, match=r"a model is a checkpoint; make an engine of it with `qwen-build '.*a model'`"
+    ):
+        Manifest.read(checkpoint)
