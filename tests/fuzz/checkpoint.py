@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cases.scripted import ADDED, IM_END, write_text_files
+from qwen_build.checkpoint.safetensors_file import write_safetensors
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KEY_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 VOCAB = IM_END + len(ADDED) + 1
@@ -52,8 +53,6 @@ def tensors() -> dict[str, np.ndarray]:
 
 def write_checkpoint(directory: Path) -> Path:
     """All files of the checkpoint, in ``directory``."""
-    from qwen_build.checkpoint.safetensors import write_safetensors
-
     write_text_files(directory, eos_token_id=IM_END)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     write_safetensors(directory / "model.safetensors", tensors(), "float32")

@@ -9,28 +9,30 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import click
 import pytest
 
 from cases.processes import PATIENCE_S, run_python
+from fuzz import checkpoints, engines, operators, traffic
 from fuzz.rounds import in_child, run_command
 from qwen_engine.errors import EngineError
 from qwen_run.commands.command import Command
 
-ROUNDS = {"engines": 25, "checkpoints": 25, "traffic": 40, "operators": 8}
+ROUNDS = {checkpoints: 25, engines: 25, operators: 8, traffic: 40}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fuzzer", ROUNDS)
-def test_a_short_run_finds_nothing(fuzzer: str) -> None:
+@pytest.mark.parametrize("fuzzer", ROUNDS, ids=lambda fuzzer: fuzzer.__name__)
+def test_a_short_run_finds_nothing(fuzzer: ModuleType) -> None:
     code = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-    done = run_python(code, f"fuzz.{fuzzer}", "--rounds", ROUNDS[fuzzer], "--seconds", PATIENCE_S)
+    done = run_python(code, fuzzer.__name__, "--rounds", ROUNDS[fuzzer], "--seconds", PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     answered, refused, wrong = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
     assert (answered + refused, wrong) == (ROUNDS[fuzzer], 0)
     assert answered >= ROUNDS[fuzzer] / 5  # else nothing gets as far as the code that is to be tried
-    assert refused >= ROUNDS[fuzzer] / 5 or fuzzer == "operators"  # whose rounds are many calls
+    assert refused >= ROUNDS[fuzzer] / 5 or fuzzer is operators  # whose rounds are many calls
 
 
 def crash() -> str:
