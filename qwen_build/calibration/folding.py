@@ -32,6 +32,7 @@ def fold_inputs(
         for linear in kind.readers(name):
             folded[f"{linear.name}.weight"] = folded[f"{linear.name}.weight"] * s
         read = kind.inputs[name]
+        assert read.producer is not None, f"nothing can take a factor of {name}"
         s = _of_producer(config, read, s)
         for parameter in (f"{read.producer}.weight", f"{read.producer}.bias"):
             if parameter in folded:

@@ -15,11 +15,13 @@ from cases.as_built import as_built, layer_outputs, relative_errors
 from cases.made_up import add_made_up, transformers_model
 from cases.scripted import write_text_files
 from cases.tiny import TINY, TinyCheckpoint, run_alone, run_chunks
+from qwen_build.calibration.awq import Awq
+from qwen_build.calibration.method import InputReaders
 from qwen_build.checkpoint.config import ARCHITECTURES, Architecture, ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
-from qwen_build.graph.architecture import ATTENTION, DENSE_MLP, LAYER_KINDS, LayerKind
+from qwen_build.graph.architecture import ATTENTION, DENSE_MLP, LAYER_KINDS, LayerKind, distinct_kinds
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec
@@ -216,3 +218,20 @@ def test_an_engine_with_a_state_of_whole_sequences_is_built_and_refused_by_name(
     assert plan.cache_bytes_per_token == sum(2 * 2 * 16 * 2 for s in manifest.states if s.name.startswith("key_cache"))
     with pytest.raises(EngineError, match=r"has states of whole sequences \(sums\.0, .*\), .* newer qwen-engine"):
         Engine.load(tmp_path / "engine")
+
+
+def test_an_input_that_no_factor_can_be_folded_before_is_left_alone(checkpoint, texts, tmp_path, monkeypatch):
+    asked = set()
+
+    def factors(self: Awq, readers: InputReaders) -> np.ndarray:
+        asked.add(readers.read.name)
+        return readers.shared(np.linspace(0.5, 2, len(readers.statistics.largest), dtype=np.float32))
+
+    monkeypatch.setattr(Awq, "factors", factors)
+    config = ModelConfig.from_hf(checkpoint.path)
+    reads = {read for kind in distinct_kinds(config) for read in kind.inputs.values()}
+    with Checkpoint.open(checkpoint.path) as weights:
+        options = BuildOptions(int4_method="awq", calibration=texts, calibration_tokens=1024)
+        write_engine(plan_build(weights, resolve_checkpoint(str(checkpoint.path)), options), weights, tmp_path / "e")
+    assert asked == {read.name for read in reads if read.producer}
+    assert ("mixer.out_proj.input" in {read.name for read in reads}) == (config.model_type == "made_up")
