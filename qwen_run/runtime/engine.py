@@ -21,6 +21,7 @@ from qwen_run.engine_files.float_activations import with_float_activations
 from qwen_run.runtime.capacity import choose_capacity, warn_of_shorter, with_limit
 from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.runtime.machine import available_bytes, physical_cores
+from qwen_run.runtime.native_calls import NATIVE_CALLS
 
 # ONNX Runtime's exceptions have no common base of their own; a bound run raises RuntimeError.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -118,7 +119,8 @@ class Engine:
                 options.add_session_config_entry(
                     "session.model_external_initializers_file_folder_path", str(directory.resolve())
                 )
-            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            with NATIVE_CALLS.call():
+                session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except _ORT_ERRORS as error:
             raise _engine_error(f"{directory / graph} cannot be loaded", error) from error
         _check_graph(directory / graph, session, manifest)
@@ -151,7 +153,8 @@ class Engine:
             binding.clear_binding_outputs()
             for name in outputs:
                 binding.bind_output(name)
-            self._session.run_with_iobinding(binding)
+            with NATIVE_CALLS.call():
+                self._session.run_with_iobinding(binding)
         except _ORT_ERRORS as error:
             raise _engine_error(f"{self.directory} cannot run", error) from error
         values = binding.get_outputs()
