@@ -21,6 +21,9 @@ MIB = 1 << 20
 
 @click.command("qwen-inspect", cls=Command)
 @click.argument("engine", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--engine", "named", type=click.Path(path_type=Path), metavar="DIR", help="ENGINE, as other commands spell it."
+)
 @click.option("--graph", "as_graph", is_flag=True, help="Show the graph as a tree instead.")
 @click.option(
     "--plot",
@@ -33,7 +36,14 @@ MIB = 1 << 20
 @click.option("--clean", is_flag=True, help="Remove what --list shows: all of it, or what is named ENGINE there.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def main(
-    engine: Path | None, as_graph: bool, plot: Path | None, verify: bool, as_list: bool, clean: bool, as_json: bool
+    engine: Path | None,
+    named: Path | None,
+    as_graph: bool,
+    plot: Path | None,
+    verify: bool,
+    as_list: bool,
+    clean: bool,
+    as_json: bool,
 ) -> None:
     """Show how every linear layer of ENGINE is stored, or its graph. Without ENGINE, the newest under engines/.
 
@@ -49,6 +59,9 @@ def main(
       qwen-inspect --list                             what is kept in the cache directory, and its size
       qwen-inspect --clean                            remove that
     """
+    if engine is not None and named is not None:
+        raise click.UsageError("ENGINE and --engine are the same; give one")
+    engine = engine or named
     if as_list or clean:
         if (as_list and clean) or as_graph or plot or verify:
             raise click.UsageError("--list and --clean stand alone, or with --json")

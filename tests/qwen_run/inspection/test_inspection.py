@@ -48,6 +48,12 @@ def test_every_linear_is_listed_with_its_bits(tiny_checkpoint, build_engine):
     assert rows["lm_head"].shared
 
 
+def test_the_engine_may_be_named_as_in_the_other_commands(engine):
+    assert inspect("--engine", engine).output == inspect(engine).output
+    both = inspect(engine, "--engine", engine)
+    assert (both.exit_code, "ENGINE and --engine are the same; give one" in both.output) == (2, True)
+
+
 def test_totals_count_a_shared_head_once_and_leave_nothing_out(tiny_checkpoint, build_engine):
     for family in FAMILIES:
         checkpoint = tiny_checkpoint(family)
