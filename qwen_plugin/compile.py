@@ -121,7 +121,8 @@ def sources(machine: str) -> dict[Path, Sequence[str]]:
 
 def is_current(library: Path) -> bool:
     """Whether ``library`` is younger than everything it is made from."""
-    made_from = [*SOURCES.rglob("*.[ch]*"), Path(__file__), Path(__file__).with_name("__init__.py")]
+    sources = (path for path in SOURCES.rglob("*.*") if path.is_file())
+    made_from = [*sources, Path(__file__), Path(__file__).with_name("__init__.py")]
     return library.is_file() and library.stat().st_mtime >= max(path.stat().st_mtime for path in made_from)
 
 
@@ -160,15 +161,16 @@ def _link(command: Sequence[str], is_special: bool) -> None:
     Args:
         is_special: the compiler got flags from the user, such as a sanitizer's, which want the runtime outside.
     """
+    exports = f"-Wl,--version-script={SOURCES / 'exports.map'}"
     if "ziglang" in command:  # its runtime is always inside
-        _run([*command, "-s"])
+        _run([*command, "-s", *([exports] if "linux" in command[command.index("-target") + 1] else [])])
     elif sys.platform != "linux" or is_special:
         _run(command)
     else:
         try:
-            _run([*command, "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"])
+            _run([*command, "-static-libstdc++", "-static-libgcc", exports])
         except EngineError:  # there is no static one here
-            _run(command)
+            _run([*command, exports])
 
 
 def _run(command: Sequence[str]) -> None:

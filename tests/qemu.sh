@@ -4,10 +4,13 @@
 # Needs Debian 12 on x86-64 with qemu-user-static, g++-aarch64-linux-gnu and pip. ARM's Python and wheels come from
 # Debian and PyPI, once, into the folder ARM_ROOT (build/arm); nothing is installed. ARM_CPU names the processor:
 # neoverse-n1 (default) has the dot product, cortex-a72 has not. What is fast here says nothing about real ones.
+# QWEN_PLUGIN_LIBRARY names a library or a wheel to test, such as that of `make dist`; then nothing is compiled and
+# g++-aarch64-linux-gnu is not needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$(realpath -m "${ARM_ROOT:-build/arm}")
-export QWEN_PLUGIN_LIBRARY=$root/libqwen_plugin.so CXX=aarch64-linux-gnu-g++
+given=${QWEN_PLUGIN_LIBRARY:-}
+export QWEN_PLUGIN_LIBRARY=${given:-$root/libqwen_plugin.so} CXX=aarch64-linux-gnu-g++
 
 arm_python() {
   PYTHONPATH=$root/site qemu-aarch64-static -cpu "${ARM_CPU:-neoverse-n1}" -L "$root" "$root/usr/bin/python3.11" "$@"
@@ -32,5 +35,5 @@ if ! [ -d "$root/site" ]; then
     hypothesis ml_dtypes numpy onnx onnxruntime pytest pytest-timeout
   mv "$root/wheels" "$root/site"
 fi
-arm_python -m qwen_plugin.compile --output "$QWEN_PLUGIN_LIBRARY"
+[ -n "$given" ] || arm_python -m qwen_plugin.compile --output "$QWEN_PLUGIN_LIBRARY"
 arm_python -m pytest -p no:cacheprovider tests/qwen_plugin/test_{attention,linear}.py "$@"

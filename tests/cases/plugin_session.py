@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +16,19 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 import qwen_plugin
 
-# tests/sanitize.py puts another library here.
-LIBRARY = os.environ.get("QWEN_PLUGIN_LIBRARY") or str(qwen_plugin.library_path())
+
+def find_library() -> str:
+    """``QWEN_PLUGIN_LIBRARY``, a library or a wheel that holds one, where tests are to have another than ours."""
+    given = os.environ.get("QWEN_PLUGIN_LIBRARY") or str(qwen_plugin.library_path())
+    if not given.endswith(".whl"):
+        return given
+    directory = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, directory)
+    with zipfile.ZipFile(given) as wheel:
+        return wheel.extract(f"qwen_plugin/{qwen_plugin.LIBRARY_NAME}", directory)
+
+
+LIBRARY = find_library()
 FLAGS = {"neon": "asimd", "avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "amx": "amx_int8"}
 
 
