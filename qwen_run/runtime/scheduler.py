@@ -2,12 +2,14 @@
 
 A step has a budget of tokens. First every sequence that has one token to feed gets its place, so that a long prompt
 never stalls the answers of others. What is left of the budget is shared among the prompts, none of which gets more
-than a fair part while another wants it: a request that comes late starts at once. What is then left goes to drafts.
+than a fair part while another wants it: half is for short prompts, half for long ones. What is then left goes to
+drafts.
 
 Blocks are given out as sequences grow. When none are left the youngest running sequence is preempted: it gives its
 blocks back, waits first in line, and later feeds prompt and answer again, which is the same as a longer prompt.
-Sequences start in the order of their requests, and all that run are older than all that wait: the oldest can always
-take blocks from others, so every request comes to its end.
+Sequences start in the order of their requests, but for guests: where long prompts have all places, a few short ones
+are let in beside them, and the sequences of the places take turns in resting for a step. Guests overtake whoever waits
+first only so often. The oldest that runs can always take blocks from others, so every request comes to its end.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.runtime.prefix_cache import extend_keys
@@ -39,6 +42,15 @@ class Chunk:
 # A prompt whose log probabilities are asked for has logits of every token: 64 rows of Qwen's vocabulary are 39 MB.
 MAX_JUDGED = 64
 
+# One guest for so many places, so that each of these rests in one step of five at most.
+_PLACES_A_GUEST = 4
+# A guest's blocks are kept free where they are no more than this part of the pool.
+_POOL_A_GUEST = 16
+# Guests that overtake whoever waits first, for each place, before it has to be let in.
+_GUESTS_BEFORE_THE_FIRST = 8
+# Waiting sequences among which a guest is looked for in a step.
+_LOOK_AHEAD = 4096
+
 Propose = Callable[[dict[Sequence, int], int], dict[Sequence, list[int]]]
 
 
@@ -57,6 +69,9 @@ class Scheduler:
         self._prefix_caching = prefix_caching
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._guests: set[Sequence] = set()  # of the running ones
+        self._num_overtaken = 0  # guests let in before the one that waits first
+        self._next_rest = 0  # whose turn to rest it is
         self.num_preempted = 0
         self.num_prefix_tokens = 0
 
@@ -87,12 +102,16 @@ class Scheduler:
                 follows those that feed their last.
         """
         plan: dict[Sequence, int] = {}
-        decoding = [sequence for sequence in self._running if sequence.num_pending == 1]
+        resting = self._choose_resting()
+        decoding = [sequence for sequence in self._running if sequence.num_pending == 1 and sequence not in resting]
         for sequence in decoding[: self._max_batch_tokens]:
             self._plan(plan, sequence, 1)
         self._admit()
-        prompts = [sequence for sequence in self._running if sequence.num_pending and sequence not in plan]
-        shares = fair_shares(self._max_batch_tokens - len(plan), [sequence.num_pending for sequence in prompts])
+        self._admit_guests()
+        left_out = resting.union(plan)
+        prompts = [sequence for sequence in self._running if sequence.num_pending and sequence not in left_out]
+        prompts = prompts[: self._max_batch_size - len(plan)]
+        shares = self._shares(self._max_batch_tokens - len(plan), prompts)
         num_judged = 0
         for sequence, count in zip(prompts, shares, strict=True):
             if sequence.request.params.prompt_logprobs is not None:
@@ -140,6 +159,7 @@ class Scheduler:
         """Take ``sequence`` off the running or waiting ones and free its blocks."""
         if sequence in self._running:
             self._running.remove(sequence)
+            self._guests.discard(sequence)
             self._release(sequence)
         elif sequence in self._waiting:  # else closed before
             self._waiting.remove(sequence)
@@ -149,26 +169,85 @@ class Scheduler:
         for sequence in self._running:
             self._release(sequence)
         self._running.clear()
+        self._guests.clear()
         self._waiting.clear()
 
     def _admit(self) -> None:
         """Let those run who wait, in order, as far as there is a place and blocks for all they have."""
-        slots = sum(_num_slots(sequence) for sequence in self._running)
+        slots = sum(_num_slots(sequence) for sequence in self._running if sequence not in self._guests)
         while self._waiting:
             sequence = self._waiting[0]
             if self._running and slots + _num_slots(sequence) > self._max_batch_size:
                 return
-            self._find_prefix(sequence)
-            # Room for all it has and the next token, or it would soon be preempted again.
-            unclaimed = self._cache.num_free - sum(map(self._missing, self._running))
-            if self._running and self._missing(sequence) > unclaimed:
-                self._release(sequence)
+            if not self._begin(sequence):
                 return
-            self.num_prefix_tokens += sequence.num_cached
-            if sequence.request.num_cached_tokens is None:  # else it has been preempted
-                sequence.request.num_cached_tokens = sequence.num_cached
-            self._running.append(self._waiting.popleft())
+            self._waiting.popleft()
+            self._num_overtaken = 0
             slots += _num_slots(sequence)
+
+    def _admit_guests(self) -> None:
+        """Let a few short prompts run beside long ones that have all places."""
+        num_long = sum(not self._is_short(sequence) for sequence in self._running)
+        most = min(num_long, self._max_batch_size // _PLACES_A_GUEST)
+        most_overtaken = _GUESTS_BEFORE_THE_FIRST * self._max_batch_size
+        if len(self._guests) >= most or self._num_overtaken >= most_overtaken:
+            return
+        fitting = [s for s in islice(self._waiting, _LOOK_AHEAD) if self._is_short(s) and _num_slots(s) == 1]
+        for sequence in fitting[: min(most - len(self._guests), most_overtaken - self._num_overtaken)]:
+            if not self._begin(sequence):
+                return
+            self._waiting.remove(sequence)
+            self._guests.add(sequence)
+            self._num_overtaken += 1
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Let ``sequence`` run if there are blocks for all it has and one more token: else it is soon preempted."""
+        self._find_prefix(sequence)
+        unclaimed = self._cache.num_free - sum(map(self._missing, self._running))
+        if self._running and self._missing(sequence) + self._kept_for_guests(sequence) > unclaimed:
+            self._release(sequence)
+            return False
+        self.num_prefix_tokens += sequence.num_cached
+        if sequence.request.num_cached_tokens is None:  # else it has been preempted
+            sequence.request.num_cached_tokens = sequence.num_cached
+        position = len(self._running)
+        while position and self._running[position - 1].request.number > sequence.request.number:
+            position -= 1
+        self._running.insert(position, sequence)
+        return True
+
+    def _kept_for_guests(self, sequence: Sequence) -> int:
+        """Blocks of a large pool that long ``sequence`` leaves to a short one which may come."""
+        blocks = self._cache.blocks_for(self._max_batch_tokens + 1)
+        return 0 if self._is_short(sequence) or blocks > self._cache.num_blocks // _POOL_A_GUEST else blocks
+
+    def _choose_resting(self) -> set[Sequence]:
+        """Those that guests leave no place in the next step; all but guests take turns."""
+        num_resting = len(self._running) - self._max_batch_size
+        if num_resting <= 0:
+            return set()
+        others = [sequence for sequence in self._running if sequence not in self._guests]
+        chosen = {others[(self._next_rest + i) % len(others)] for i in range(num_resting)}
+        self._next_rest = (self._next_rest + num_resting) % len(others)
+        return chosen
+
+    def _shares(self, budget: int, prompts: list[Sequence]) -> list[int]:
+        """How many tokens each of ``prompts`` feeds: half of ``budget`` is for short ones, half for long ones.
+
+        What one kind does not need is for the other.
+        """
+        shares = [0] * len(prompts)
+        short = [index for index, sequence in enumerate(prompts) if self._is_short(sequence)]
+        long = [index for index, sequence in enumerate(prompts) if not self._is_short(sequence)]
+        for most, kind in ((budget // 2 if long else budget, short), (budget, long), (budget, short)):
+            wanted = [prompts[index].num_pending - shares[index] for index in kind]
+            for index, share in zip(kind, fair_shares(min(most, budget - sum(shares)), wanted), strict=True):
+                shares[index] += share
+        return shares
+
+    def _is_short(self, sequence: Sequence) -> bool:
+        """One step could feed the whole prompt of ``sequence``."""
+        return len(sequence.request.prompt) <= self._max_batch_tokens
 
     def _missing(self, sequence: Sequence) -> int:
         """Blocks that ``sequence`` needs to feed all its tokens and one more, beyond those it has."""
@@ -192,12 +271,19 @@ class Scheduler:
         while not self._grow(sequence, count):
             youngest = self._running.pop()
             self._release(youngest)
-            self._waiting.appendleft(youngest)
+            self._guests.discard(youngest)
+            self._wait_again(youngest)
             self.num_preempted += 1
             plan.pop(youngest, None)
             if youngest is sequence:
                 return
         plan[sequence] = count
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        """Put ``sequence`` before all that came later."""
+        number = sequence.request.number
+        older = sum(1 for _ in takewhile(lambda other: other.request.number < number, self._waiting))
+        self._waiting.insert(older, sequence)
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Give ``sequence`` blocks of its own for ``count`` more tokens; False, and nothing changes, where none are."""

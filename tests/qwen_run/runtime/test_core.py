@@ -298,6 +298,33 @@ def test_more_log_probabilities_than_the_engine_tells_are_refused(field: str) ->
             core.add(Request((1,), replace(GREEDY, **{field: count})))
 
 
+def test_a_short_prompt_beside_many_long_ones_answers_soon_and_nobody_answers_otherwise() -> None:
+    def requests() -> list[Request]:
+        long = [Request(tuple(i * j % 3 for j in range(90)), replace(GREEDY, max_tokens=20)) for i in range(1, 31)]
+        return [*long, Request((1, 2, 3), replace(GREEDY, max_tokens=9))]
+
+    together = requests()
+    engine = ScriptedEngine(num_blocks=400, max_seq_len=120)
+    core = make_core(engine, max_batch_size=8, max_batch_tokens=32)
+    for request in together[:-1]:
+        core.add(request)
+    for _ in range(30):
+        core.step()
+    core.add(short := together[-1])
+    steps = 0
+    while not short.is_finished:
+        core.step()
+        steps += 1
+    assert steps <= 9 + 2
+    assert not any(request.is_finished for request in together[8:-1])
+    finish(core)
+    assert_nothing_is_owned(engine)
+    assert max(len(batch.past_lengths) for batch in engine.batches) == 8
+    for request, alone in zip(together, requests(), strict=True):
+        answer(ScriptedEngine(num_blocks=400, max_seq_len=120), alone)
+        assert answers(request) == answers(alone)
+
+
 def test_abort_anywhere() -> None:
     for steps in range(8):
         engine = ScriptedEngine(num_blocks=12)

@@ -73,6 +73,86 @@ def test_a_late_request_starts_in_the_next_step() -> None:
     assert shape(step(scheduler), [long, short]) == [(1, 1, 1), (0, 9, 0)]
 
 
+def numbered(scheduler: Scheduler, first: int, *lengths: int) -> list[Sequence]:
+    """As :func:`add`, with numbers from ``first`` on, as a core gives them."""
+    sequences = [make_sequence(length, 1000 * (first + index)) for index, length in enumerate(lengths)]
+    for index, sequence in enumerate(sequences):
+        sequence.request.number = first + index
+        scheduler.add(sequence.request)
+    return sequences
+
+
+def steps_until(scheduler: Scheduler, sequence: Sequence, most: int) -> int:
+    """Steps until ``sequence`` has its first token."""
+    for count in range(1, most + 1):
+        chunks = step(scheduler)
+        assert len(chunks) <= 4
+        assert sum(len(chunk.token_ids) for chunk in chunks) <= 10
+        if sequence.num_output:
+            return count
+    raise AssertionError(f"no token after {most} steps")
+
+
+@pytest.mark.parametrize("length", [40, 200])  # the long ones answer already, or their prompts are still fed
+def test_a_short_prompt_starts_although_long_ones_have_all_places(length: int) -> None:
+    scheduler = make_scheduler(num_blocks=1000)
+    long = numbered(scheduler, 0, *[length] * 50)
+    for _ in range(25):
+        step(scheduler)
+    (short,) = numbered(scheduler, 50, 5)
+    assert steps_until(scheduler, short, 3) <= 3
+    assert [sequence for sequence in long if sequence.num_cached] == long[:4]
+    fed = [sequence.num_cached for sequence in long[:4]]
+    for _ in range(8):
+        step(scheduler)
+    gained = [sequence.num_cached - before for sequence, before in zip(long, fed, strict=False)]
+    assert all(count >= 6 for count in gained)  # each rests in two steps of eight at most
+    assert short.num_output >= 8  # a guest never rests
+
+
+def test_short_prompts_alone_are_no_guests() -> None:
+    scheduler = make_scheduler(num_blocks=1000)
+    sequences = numbered(scheduler, 0, *[5] * 20)
+    for _ in range(10):
+        step(scheduler)
+    assert [sequence for sequence in sequences if sequence.num_cached] == sequences[:4]
+
+
+def test_guests_do_not_keep_a_long_prompt_waiting_for_ever() -> None:
+    """One long prompt waits for the blocks of another; short ones come in every step and leave with their answer."""
+    scheduler = make_scheduler(num_blocks=70)
+    running, waiting = numbered(scheduler, 0, 160, 120)
+    while not running.num_output:
+        step(scheduler)
+    guests: set[Sequence] = set()
+    for number in range(2, 120):
+        numbered(scheduler, number, 3)
+        for chunk in step(scheduler):
+            if chunk.sequence is not running:
+                guests.add(chunk.sequence)
+                scheduler.finish(chunk.sequence)
+    assert len(guests) == 8 * 4  # eight for each place
+    assert not waiting.block_ids
+    scheduler.finish(running)
+    assert steps_until(scheduler, waiting, 50) <= 50
+
+
+def test_a_guest_that_is_preempted_waits_behind_those_it_overtook() -> None:
+    scheduler = make_scheduler(num_blocks=60)
+    long = numbered(scheduler, 0, *[44] * 6)  # eleven blocks each: the fifth has no place
+    while not all(sequence.num_output for sequence in long[:4]):
+        step(scheduler)
+    (guest,) = numbered(scheduler, 6, 5)
+    steps_until(scheduler, guest, 3)
+    while not scheduler.num_preempted:
+        step(scheduler)
+    assert (guest.block_ids, [bool(sequence.block_ids) for sequence in long]) == ([], [True] * 4 + [False] * 2)
+    for sequence in long[:4]:
+        scheduler.finish(sequence)
+    chunks = step(scheduler)
+    assert [chunk.sequence for chunk in chunks] == [long[4], long[5], guest]
+
+
 def test_a_long_prompt_does_not_starve_under_short_ones() -> None:
     scheduler = make_scheduler(max_batch_size=4, max_batch_tokens=8)
     (long,) = add(scheduler, 90)
