@@ -18,11 +18,13 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 from benchmarks.command import run
+from qwen_build.checkpoint.config import rope_theta
 from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.safetensors import Checkpoint
 
 STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
+KINDS = ("F32", "F16", "Q8_0", "Q4_0")  # how a matrix may be stored
 ROWS_AT_A_TIME = 1 << 14
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
 
@@ -46,9 +48,9 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(rope_theta(config))
     writer.add_quantization_version(2)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{linears}"])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if linears == "F32" else f"MOSTLY_{linears}"])
     _add_tokenizer(writer, checkpoint, config)
     with Checkpoint.open(checkpoint) as weights:
         for name, info in weights.tensors.items():
@@ -100,7 +102,7 @@ def _add_tokenizer(writer: Any, checkpoint: Path, config: dict[str, Any]) -> Non
         merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
     else:
         named = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
-        special, merges = {config["eos_token_id"]}, []
+        special, merges = {_first(config["eos_token_id"])}, []
     if not merges:  # no reader takes a file without
         merges = ["a b"]
         named["ab"] = max(named.values()) + 1
@@ -111,8 +113,9 @@ def _add_tokenizer(writer: Any, checkpoint: Path, config: dict[str, Any]) -> Non
     writer.add_token_list([by_id.get(index, f"<unused{index}>") for index in ids])
     writer.add_token_types([CONTROL if index in special or index not in by_id else NORMAL for index in ids])
     writer.add_token_merges(merges)
-    writer.add_eos_token_id(_first(config["eos_token_id"]))
-    writer.add_bos_token_id(_first(config["bos_token_id"]))
+    for name, add in (("eos_token_id", writer.add_eos_token_id), ("bos_token_id", writer.add_bos_token_id)):
+        if config.get(name) is not None:
+            add(_first(config[name]))
 
 
 def _first(value: int | list[int]) -> int:
@@ -123,8 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--linears", default="Q4_0")
-    parser.add_argument("--head", default="Q8_0")
+    parser.add_argument("--linears", default="Q4_0", choices=KINDS)
+    parser.add_argument("--head", default="Q8_0", choices=KINDS)
     arguments = parser.parse_args()
     write_gguf(arguments.checkpoint, arguments.file, arguments.linears, arguments.head)
 

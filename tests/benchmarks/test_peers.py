@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import shutil
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -46,12 +47,10 @@ def checkpoint(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -
         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, rope_theta=5000.0,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
-    settings = json.loads((path / "config.json").read_text("utf-8"))
-    (path / "config.json").write_text(json.dumps(settings | {"rope_theta": 5000.0}), "utf-8")
     return path
 
 
-@pytest.mark.parametrize("linears", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("linears", write_gguf.KINDS)
 def test_gguf_holds_every_row_where_it_was(checkpoint: Path, tmp_path: Path, linears: str) -> None:
     write_gguf.write_gguf(checkpoint, tmp_path / "model.gguf", linears=linears)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -67,6 +66,9 @@ def test_gguf_holds_every_row_where_it_was(checkpoint: Path, tmp_path: Path, lin
                 continue
             kind = "Q8_0" if tensor.name == "token_embd.weight" else linears
             assert tensor.tensor_type.name == kind
+            if kind.startswith("F"):
+                np.testing.assert_array_equal(found, expected.astype("float16" if kind == "F16" else "float32"))
+                continue
             error = np.abs(found - expected).reshape(-1, 32)
             largest = np.abs(expected).reshape(-1, 32).max(1, keepdims=True)
             # Q8_0: half a step, and 127 times the 2^-11 that a float16 scale may be off; Q4_0 reaches only 7 on one
@@ -75,8 +77,13 @@ def test_gguf_holds_every_row_where_it_was(checkpoint: Path, tmp_path: Path, lin
             assert (error <= steps * largest / (127 if kind == "Q8_0" else 8) + 1e-9).all(), tensor.name
 
 
-def test_gguf_says_what_the_config_says(checkpoint: Path, tmp_path: Path) -> None:
-    write_gguf.write_gguf(checkpoint, tmp_path / "model.gguf")
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": 5000.0, "rope_parameters": None}])
+def test_gguf_says_what_the_config_says(checkpoint: Path, tmp_path: Path, rope: dict[str, Any]) -> None:
+    """The base of the rotation stands in an object since transformers 5, before it stood beside the other keys."""
+    given = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    settings = json.loads((given / "config.json").read_text("utf-8"))
+    (given / "config.json").write_text(json.dumps(settings | rope), "utf-8")
+    write_gguf.write_gguf(given, tmp_path / "model.gguf")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     expected = {
         "general.architecture": "qwen2", "qwen2.block_count": 2, "qwen2.embedding_length": 64,
