@@ -99,6 +99,7 @@ class AssessOptions:
     resume: bool = False
     threads: int | None = None
     max_seq_len: int | None = None
+    cache_bytes: int | None = None
     command: str = ""
 
 
@@ -132,7 +133,8 @@ class Assessment:
 
     def __init__(self, engine_directory: Path, threads: int, llm: LLM, journal: Journal, max_new_tokens: int) -> None:
         self.engine_directory, self.threads = engine_directory, threads
-        self._open = partial(Engine.load, engine_directory, threads, max_seq_len=llm.max_seq_len)
+        num_blocks = llm.core.engine.cache.num_blocks
+        self._open = partial(Engine.load, engine_directory, threads, num_blocks, max_seq_len=llm.max_seq_len)
         self.llm, self.journal, self.max_new_tokens = llm, journal, max_new_tokens
         self.seconds = {"reference": 0.0, "engine": 0.0}
 
@@ -268,7 +270,8 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
         sources = LiveSources(manifest, engine_directory, path, threads, record=options.save_reference is not None)
     checks = sources.checks(engine_directory)
 
-    llm = LLM(Engine.load(engine_directory, threads, max_seq_len=options.max_seq_len))
+    opened = Engine.load(engine_directory, threads, max_seq_len=options.max_seq_len, cache_bytes=options.cache_bytes)
+    llm = LLM(opened)
     model = llm.text
     key = {
         "schema": SCHEMA_VERSION,

@@ -340,7 +340,7 @@ def _import_torch_and_transformers() -> tuple[ModuleType, ModuleType]:
         import transformers
     except ImportError as error:
         raise RequestError(
-            f"the reference needs torch and transformers ({error}); install qwen-engine[hf], or use --reference FILE"
+            f"torch and transformers are needed ({error}); run pip install 'torch>=2.4' 'transformers>=5.0'"
         ) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from qwen_engine.errors import CheckpointError
+from qwen_engine.errors import CheckpointError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.answer_cost import measure_cost
 from qwen_run.accuracy.both_sides import ComparedPrompt
@@ -95,7 +95,10 @@ class LiveSources:
 
         @cache
         def live() -> HuggingFace:
-            return HuggingFace(self.path, self.threads, recipe)
+            try:
+                return HuggingFace(self.path, self.threads, recipe)
+            except RequestError as error:
+                raise RequestError(f"{error}, or use --reference FILE") from error
 
         def reference() -> Reference:
             return Recording(live(), answers) if self.record else live()

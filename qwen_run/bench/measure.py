@@ -23,7 +23,6 @@ from qwen_run.bench.trace import Arrival, at_once
 from qwen_run.runtime.engine import Engine, newest_engine
 from qwen_run.runtime.machine import physical_cores
 
-ENGINES = Path("engines")
 MOST_READ_BYTES = 1 << 30  # memory taken to measure the bandwidth
 WARM_UP_TOKENS = 4
 PAUSE_S = 0.1  # after which the threads of the side before no longer spin
@@ -49,6 +48,7 @@ class BenchOptions:
     threads: int | None
     max_batch_tokens: int
     max_seq_len: int | None
+    cache_bytes: int | None
     seed: int
 
 
@@ -62,9 +62,9 @@ def measure(
     """
     if not options.compare and (options.checkpoint or options.hf_dtype):
         raise RequestError("--checkpoint and --hf-dtype say how transformers runs; give them with --compare hf")
-    directory = options.engine or newest_engine(ENGINES)
+    directory = options.engine or newest_engine()
     threads = options.threads or physical_cores()
-    engine = Engine.load(directory, threads, max_seq_len=options.max_seq_len)
+    engine = Engine.load(directory, threads, max_seq_len=options.max_seq_len, cache_bytes=options.cache_bytes)
     for setting in settings:
         check_lengths(setting.arrivals, engine.manifest.limits.max_seq_len)
     sides: list[Side] = [EngineSide(engine, max_batch_size, options.max_batch_tokens)]
@@ -130,7 +130,10 @@ def _transformers(engine: Engine, options: BenchOptions, threads: int, max_batch
     quantised = any(linear.quantization.group_size for linear in engine.manifest.linears)
     dtype = options.hf_dtype or ("bfloat16" if quantised else "float32")
     checkpoint = find_checkpoint(engine.manifest, options.checkpoint)
-    return HuggingFaceSide(engine.manifest, checkpoint, threads, dtype, max_batch_size)
+    try:
+        return HuggingFaceSide(engine.manifest, checkpoint, threads, dtype, max_batch_size)
+    except RequestError as error:
+        raise RequestError(f"{error}, or leave out --compare hf") from error
 
 
 def _say(words: str) -> None:

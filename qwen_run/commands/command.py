@@ -22,6 +22,7 @@ from qwen_engine.manifest import MIN_SEQ_LEN
 if TYPE_CHECKING:
     from qwen_run.reports.tables import Table
 
+MIB = 1 << 20
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 ENDING_SIGNALS = ("SIGTERM", "SIGHUP")  # where the system has them
 
@@ -84,6 +85,14 @@ class SvgFile(click.Path):
         return path
 
 
+kv_cache_memory_option = click.option(
+    "--kv-cache-memory",
+    "cache_bytes",
+    type=click.IntRange(1, 1 << 30),
+    metavar="MIB",
+    callback=lambda context, option, mebibytes: mebibytes and mebibytes * MIB,
+    help="Memory of the cache of keys and values.  [default: from the free memory]",
+)
 max_seq_len_option = click.option(
     "--max-seq-len",
     type=click.IntRange(MIN_SEQ_LEN, 1 << 30),

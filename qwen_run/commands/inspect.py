@@ -15,7 +15,6 @@ from qwen_engine.manifest import GRAPH_FILE, Manifest
 from qwen_engine.user_cache import FOLDER, Kept, list_kept, remove, user_cache
 from qwen_run.commands.command import Command, SvgFile, printable
 
-ENGINES = Path("engines")
 MIB = 1 << 20
 
 
@@ -73,7 +72,7 @@ def main(
     if engine is None:
         from qwen_run.runtime.engine import newest_engine
 
-        engine = newest_engine(ENGINES)
+        engine = newest_engine()
     manifest = Manifest.read(engine)
     if verify:
         from qwen_run.engine_files.checksums import verify_parts

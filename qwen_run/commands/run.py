@@ -14,7 +14,7 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, max_seq_len_option, printable
+from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, printable
 from qwen_run.commands.run_options import CONTRADICTIONS, RunOptions
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from qwen_run.commands.prompt_file import FilePrompt
     from qwen_run.sampling.params import SamplingParams
     from qwen_run.text.text_model import TextModel
-
-MIB = 1 << 20
 
 
 @click.command("qwen-run", cls=Command)
@@ -83,12 +81,7 @@ MIB = 1 << 20
     "--logprobs", type=int, metavar="N", help="Report how likely tokens were, and the N likeliest.  [default: none]"
 )
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of a run.  [default: physical cores]")
-@click.option(
-    "--kv-cache-memory",
-    type=click.IntRange(1, 1 << 30),
-    metavar="MIB",
-    help="Memory of the cache of keys and values.  [default: from the free memory]",
-)
+@kv_cache_memory_option
 @max_seq_len_option
 @click.option(
     "--draft-tokens",
@@ -171,8 +164,7 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
     """The model, and its sampling defaults with what the user asked for over them."""
     from qwen_run.text.text_model import TextModel
 
-    cache_bytes = asked.kv_cache_memory and asked.kv_cache_memory * MIB
-    model = TextModel.load(engine, asked.threads, asked.raw, cache_bytes, asked.max_seq_len)
+    model = TextModel.load(engine, asked.threads, asked.raw, asked.cache_bytes, asked.max_seq_len)
     params = dataclasses.replace(model.defaults, **sampling)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
     if params.greedy and idle:

@@ -26,7 +26,7 @@ class RunOptions:
     raw: bool
     thinking: bool | None
     threads: int | None
-    kv_cache_memory: int | None
+    cache_bytes: int | None
     max_seq_len: int | None
     draft_tokens: int | None
     as_json: bool

@@ -10,7 +10,7 @@ import click
 from qwen_engine.errors import RequestError
 from qwen_engine.json_output import command_line
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, max_seq_len_option, print_table
+from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, print_table
 
 if TYPE_CHECKING:
     from qwen_run.accuracy.report import Report
@@ -78,6 +78,7 @@ def _check_thresholds(context: click.Context, option: click.Parameter, texts: tu
     "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of both sides.  [default: physical cores]"
 )
 @max_seq_len_option
+@kv_cache_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def main(

@@ -187,17 +187,36 @@ print(json.dumps([positions(role, engine, SEQUENCES[0]).kl.mean() for role in (s
     assert json.loads(done.stdout) == expected
 
 
-def test_a_live_reference_without_torch_says_what_to_do(tmp_path):
-    script = """
+@pytest.mark.parametrize(
+    ("making", "remedy"),
+    [
+        (
+            "next(iter([reference for reference, _ in [sources.open('original').__enter__()]]))()",
+            "use --reference FILE",
+        ),
+        ("_transformers(engine, options, 1, 1)", "leave out --compare hf"),
+    ],
+    ids=["qwen-summarize", "qwen-bench"],
+)
+def test_without_torch_each_command_says_what_it_can_do(making, remedy):
+    script = f"""
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.modules["torch"] = None
 from qwen_engine.errors import RequestError
-from qwen_run.accuracy.reference import HuggingFace
+from qwen_run.accuracy.reference_sources import LiveSources
+from qwen_run.bench import measure
+from qwen_run.bench.measure import _transformers
+manifest = SimpleNamespace(origin=SimpleNamespace(sha256={{}}), linears=[])
+engine, options = SimpleNamespace(manifest=manifest), SimpleNamespace(hf_dtype="float32", checkpoint=".")
+measure.find_checkpoint = lambda *_: Path(".")
+measure.HuggingFaceSide.__init__.__globals__["dense_reads"] = lambda *_: None
+sources = LiveSources(manifest, Path("."), Path("."), 1, False)
 try:
-    HuggingFace(Path("."), 1)
+    {making}
 except RequestError as error:
     print(error)
 """
     done = run_python(script)
-    assert "install qwen-engine[hf], or use --reference FILE" in done.stdout, done.stderr
+    assert f"run pip install 'torch>=2.4' 'transformers>=5.0', or {remedy}" in done.stdout, done.stderr

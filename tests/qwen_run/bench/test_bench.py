@@ -193,7 +193,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(engine: Path, **changed: Any) -> BenchOptions:
-    plain: dict[str, Any] = dict.fromkeys(("compare", "checkpoint", "hf_dtype", "max_seq_len"))
+    plain: dict[str, Any] = dict.fromkeys(("compare", "checkpoint", "hf_dtype", "max_seq_len", "cache_bytes"))
     return BenchOptions(**plain | {"engine": engine, "threads": 1, "max_batch_tokens": 64, "seed": 0} | changed)
 
 

@@ -223,8 +223,15 @@ def test_a_graph_cut_anywhere_is_refused_or_read(engine):
 
 
 def test_what_is_no_engine_or_cannot_be_written_is_one_line(engine, tmp_path):
-    for arguments in ([tmp_path / "nowhere"], [engine, "--plot", tmp_path]):
+    for arguments in ([tmp_path / "nowhere"], [engine, "--plot", tmp_path / "absent" / "x.svg"]):
         result = inspect(*arguments)
         assert result.exit_code == 1
         assert result.stderr.startswith("Error: ")
         assert result.stderr.count("\n") == 1
+
+
+def test_an_engine_is_named_either_way(engine):
+    by_option = CliRunner().invoke(main, ["--engine", str(engine)])
+    assert by_option.exit_code == 0
+    assert by_option.stdout == CliRunner().invoke(main, [str(engine)]).stdout
+    assert CliRunner().invoke(main, ["--engine", str(engine), str(engine)]).exit_code == 2
