@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_engine.errors import QwenError
+from qwen_engine.regular_files import read_regular
 
 MOST_BYTES = 256 << 20  # a tokenizer.json has about ten MiB, the index of a large checkpoint one
 
@@ -18,15 +19,11 @@ def read_object(path: Path, error: type[QwenError], remedy: str) -> dict[str, An
         FileNotFoundError: there is no such file.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise error(f"{path} is not a file; {remedy}")
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise error(f"{path} has {size} bytes, expected at most {MOST_BYTES}; {remedy}")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark
+        value = json.loads(read_regular(path, MOST_BYTES).decode("utf-8-sig"))  # some editors put a byte order mark
     except FileNotFoundError:
         raise
     except OSError as fault:
-        raise error(f"{path} cannot be read: {fault.strerror}") from fault
+        raise error(f"{path} cannot be read: {fault.strerror}; {remedy}") from fault
     except (ValueError, RecursionError) as fault:
         raise error(f"{path} is not JSON: {fault}; {remedy}") from fault
     if not isinstance(value, dict):

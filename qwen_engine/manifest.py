@@ -27,6 +27,7 @@ from qwen_engine.graph_io import (
     TensorSpec,
     cache_inputs,
 )
+from qwen_engine.regular_files import read_regular
 
 FORMAT_VERSION = 4
 
@@ -315,15 +316,17 @@ class Manifest:
         """
         path = engine / MANIFEST_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode()
         except FileNotFoundError:
             if (engine / "config.json").is_file():
                 command = f"qwen-build {shlex.quote(str(engine))}"
                 raise EngineError(f"{engine} is a checkpoint; make an engine of it with `{command}`") from None
             found = "has no engine.json" if engine.is_dir() else "does not exist"
             raise EngineError(f"{engine} {found}; make an engine with qwen-build") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise EngineError(f"{path} cannot be read: {error}") from error
+        except OSError as error:
+            raise EngineError(f"{path} cannot be read: {error.strerror}; copy the engine again") from error
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{path} is not UTF-8: {error}; build the engine again") from error
         return cls.from_json(text, str(path))
 
 

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from qwen_build.checkpoint.files import check_inside, read_json, read_optional_json
 from qwen_engine.errors import CheckpointError, EngineError
+from qwen_engine.regular_files import read_regular
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 CONFIG_FILE, ADDED_FILE, SPECIAL_FILE = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
@@ -86,7 +87,7 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
 
 def _load(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())  # a path need not be UTF-8
+        return tokenizers.Tokenizer.from_buffer(read_regular(path))  # a path need not be UTF-8
     except BaseException as error:  # tokenizers raises bare Exception, and PanicException, which is none
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -18,6 +18,7 @@ from qwen_build.graph.architecture import linear_names
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.quantization.schemes import SCHEMES, Scheme
 from qwen_engine.errors import BuildError
+from qwen_engine.regular_files import read_regular
 
 
 class Rule(NamedTuple):
@@ -50,7 +51,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
         BuildError: the file cannot be read, or something else is in it.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
+        entries = json.loads(read_regular(path).decode("utf-8-sig"), object_pairs_hook=tuple)
     except OSError as error:
         raise BuildError(f"{path} cannot be read: {error.strerror}; choose another --quant-config") from error
     except (ValueError, RecursionError) as error:

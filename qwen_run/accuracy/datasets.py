@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_engine.errors import RequestError
+from qwen_engine.regular_files import read_regular
 from qwen_run.text.encoding import decode_utf8
 
 # Documents of the built-in samples are in exactly one of the halves, so that what calibrates never evaluates.
@@ -104,7 +105,7 @@ def overlap(a: Iterable[Document], b: Iterable[Document]) -> tuple[str, ...]:
 
 def _read(source: str) -> bytes:
     try:
-        return Path(source).read_bytes()
+        return read_regular(Path(source))
     except FileNotFoundError:
         raise RequestError(f"{source} is neither a file nor one of the data sets {', '.join(BUILT_IN)}") from None
     except OSError as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_engine.errors import EngineError
+from qwen_engine.regular_files import read_regular
 
 # TensorProto.DataType
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
@@ -56,7 +57,7 @@ def read_graph(path: Path) -> OnnxGraph:
         EngineError: it cannot be read, or is not ONNX.
     """
     try:
-        (graph,) = (value for number, value in _fields(path.read_bytes()) if number == 7 and isinstance(value, bytes))
+        (graph,) = (value for number, value in _fields(read_regular(path)) if number == 7 and isinstance(value, bytes))
         parts = [(number, value) for number, value in _fields(graph) if isinstance(value, bytes)]
         initializers = [_tensor(value) for number, value in parts if number == 5]
         nodes = tuple(_node(value) for number, value in parts if number == 1)

@@ -16,6 +16,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.json_files import read_object
+from qwen_engine.regular_files import read_regular
 from qwen_run.text.messages import Message as Message
 from qwen_run.text.messages import normalized_messages
 
@@ -243,24 +245,20 @@ def _content(token: Any) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EngineError(f"{path} cannot be read: {error}; build the engine again") from error
+        return read_regular(path).decode().replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}; build the engine again") from error
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{path} is not UTF-8: {error}; build the engine again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of an engine.
+    """The object in a JSON file of an engine, which is there.
 
     Raises:
         EngineError: the file cannot be read, is not JSON, or holds something else.
     """
-    try:
-        data = json.loads(_read(path).removeprefix("\ufeff"))  # some editors put a byte order mark
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path} is not JSON: {error}; build the engine again") from error
-    if not isinstance(data, dict):
-        raise EngineError(f"{path} holds {type(data).__name__}, expected an object; build the engine again")
-    return data
+    return read_object(path, EngineError, "build the engine again")
 
 
 def _one_line(error: Exception) -> str:

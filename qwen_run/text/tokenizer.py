@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
 
-from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.errors import EngineError, QwenError, RequestError
+from qwen_engine.regular_files import read_regular
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -51,15 +53,17 @@ class Tokenizer:
             EngineError: ``tokenizer.json`` is missing or cannot be read.
         """
         path = engine_directory / TOKENIZER_FILE
-        if not path.is_file():
-            raise EngineError(f"{path} does not exist; build the engine from a checkpoint that has {TOKENIZER_FILE}")
+        remedy = "download it again and build the engine again"
         try:
-            core = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # a path need not be UTF-8
-        except Exception as error:  # tokenizers raises bare Exception
+            content = read_regular(path)
+        except FileNotFoundError:
             raise EngineError(
-                f"{path} is no tokenizer: {error}; download it again and build the engine again"
-            ) from error
-        return cls(core)
+                f"{path} does not exist; build the engine from a checkpoint that has {TOKENIZER_FILE}"
+            ) from None
+        except OSError as error:
+            raise EngineError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
+        with _panics_as(EngineError, f"{path} is no tokenizer", remedy):
+            return cls(tokenizers.Tokenizer.from_buffer(content))
 
     @property
     def vocab_size(self) -> int:
@@ -79,10 +83,11 @@ class Tokenizer:
         """
         if most is not None:
             self._check_length(text, most)
-        try:
-            return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise RequestError("the prompt holds bytes that are not UTF-8; convert it to UTF-8") from error
+        with _panics_as(RequestError, f"{TOKENIZER_FILE} cannot encode the prompt", "build the engine again"):
+            try:
+                return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+            except (UnicodeEncodeError, TypeError) as error:
+                raise RequestError("the prompt holds bytes that are not UTF-8; convert it to UTF-8") from error
 
     def _check_length(self, text: str, most: int) -> None:
         """Refuse a text whose beginning alone has more than twice ``most`` tokens: all of it may take minutes.
@@ -97,7 +102,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with _panics_as(RequestError, f"{TOKENIZER_FILE} cannot decode these ids", "build the engine again"):
+            return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
         """Id of ``token`` as the vocabulary spells it, None where it has no such token."""
@@ -116,6 +122,19 @@ class Tokenizer:
             return bytes(BYTES_OF_CHARACTERS[character] for character in token)
         except KeyError:  # an added token in plain letters
             return token.encode()
+
+
+@contextmanager
+def _panics_as(kind: type[QwenError], what: str, remedy: str) -> Iterator[None]:
+    """Turn what tokenizers raises into an error of ``kind``: bare Exception, and PanicException, which is none."""
+    try:
+        yield
+    except QwenError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {' '.join(str(error).split())}; {remedy}") from error
 
 
 class StreamDecoder:

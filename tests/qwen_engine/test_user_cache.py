@@ -12,9 +12,11 @@ from click.testing import CliRunner, Result
 from qwen_engine.errors import EngineError
 from qwen_engine.user_cache import Kept, list_kept, lock_file, remove
 from qwen_engine.whole_files import locked_file
-from qwen_run import LLM
+from qwen_run import LLM, SamplingParams
 from qwen_run.api.build_on_demand import engine_of
 from qwen_run.commands.inspect import main
+
+GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture
@@ -109,10 +111,10 @@ def test_an_engine_that_was_removed_is_built_again_and_an_open_one_goes_on(
     checkpoint = tiny_checkpoint("qwen2").path
     engine = engine_of(checkpoint, {"quant": "int8"})
     llm = LLM(engine)
-    before = llm.generate([1, 2, 3], use_tqdm=False)[0].outputs[0].token_ids
+    before = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     assert [kept.path for kept in list_kept(cache) if kept.path == engine] == [engine]
     assert inspect("--clean", engine.name).exit_code == 0
     assert not engine.exists()
-    assert llm.generate([1, 2, 3], use_tqdm=False)[0].outputs[0].token_ids == before
+    assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == before
     assert engine_of(checkpoint, {"quant": "int8"}) == engine
     assert engine.is_dir()

@@ -55,14 +55,14 @@ def test_digest_of_a_missing_file_is_an_error(tmp_path):
 
 def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(CheckpointError, match=r"config.json is not a file"):
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read: it is no regular file; download it again"):
         read_json(tmp_path / "config.json")
 
 
 def test_a_file_of_any_size_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("qwen_engine.json_files.MOST_BYTES", 10)
     (tmp_path / "config.json").write_text('{"a": 123456}')
-    with pytest.raises(CheckpointError, match=r"config.json has 13 bytes, expected at most 10"):
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read: it has 13 bytes, expected at most 10"):
         read_json(tmp_path / "config.json")
 
 
