@@ -45,7 +45,18 @@ def main() -> int:
             "QWEN_PLUGIN_LIBRARY": str(library),
         }
         tests = [f"tests/qwen_plugin/test_{name}.py" for name in ("attention", "linear", "linear_amx", "threads")]
-        command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--capture=sys",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "timeout=7200",
+            *tests,
+        ]
         command += sys.argv[1:]
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
         fuzz = [sys.executable, "-m", "fuzz.operators", "--seconds", str(FUZZ_SECONDS)]

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from cases import ROOT
+from cases.processes import PATIENCE_S
 from cases.scripted import scripted_model, shout, write_text_files
 from qwen_build.cli import main as build
 from qwen_run.commands.bench import main as bench
@@ -119,7 +120,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def convert_with_jq(advice: re.Match[str]) -> None:
     if shutil.which("jq") is None:
         pytest.skip("jq is not installed")
-    lines = subprocess.run(["jq", "-c", ".[]", "array.json"], capture_output=True, text=True, check=True)
+    lines = subprocess.run(
+        ["jq", "-c", ".[]", "array.json"], capture_output=True, text=True, check=True, timeout=PATIENCE_S
+    )
     Path("array.json").write_text("".join(f"{x}\n" for x in lines.stdout.splitlines() if x.startswith("{")))
 
 

@@ -24,8 +24,8 @@ BLOCKING = {
     ".acquire": 1,
     "asyncio.run": 99,
 }
-# What has its own way to end, and what is run by hand and compiles for as long as that takes.
-EXCEPTED = ("processes.py", "sanitize.py")
+# What has its own way to end, and what is run by hand and compiles or installs for as long as that takes.
+EXCEPTED = ("processes.py", "sanitize.py", "wheel.py")
 
 
 def endless_waits(source: str) -> list[int]:

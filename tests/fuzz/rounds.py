@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 8 << 30
-ROUND_S = 120.0
+ROUND_S = 300.0  # of a machine that has other work too
 # How a round may end; any other word is a finding.
 GOOD = ("answered", "refused")
 

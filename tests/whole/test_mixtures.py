@@ -10,7 +10,7 @@ from cases.traffic import MAX_SEQ_LEN, assert_mixtures_answer_as_alone
 
 SCHEDULES = 200
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ ANSWER_TOKENS = 64
 WINDOW = 1024
 SCHEDULES = 16  # a second or two each
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
