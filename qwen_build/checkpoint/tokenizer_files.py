@@ -31,6 +31,13 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 # what Qwen2Tokenizer has where its files say nothing
 CLASS_ROLES = {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 
+# switches of tokenizer_config.json that engines do not have -> what they do; some count for a vocabulary alone
+SWITCHES = {
+    "split_special_tokens": "what reads like a special token becomes one",
+    "add_prefix_space": "a text begins as tokenizer.json says",
+}
+OF_VOCABULARIES = ("add_prefix_space",)
+
 # how Qwen2Tokenizer cuts text into words
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -82,7 +89,15 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
         for token_id, token in sorted(declared.items())
         if ids.get(token.content, token_id) != token_id
     ]
-    return EngineTokenizer(content, ids, tuple(moved))
+    return EngineTokenizer(content, ids, (*moved, *_left_out(checkpoint, has_file=path.is_file())))
+
+
+def _left_out(checkpoint: Path, has_file: bool) -> Iterator[str]:
+    """A sentence about each switch of ``tokenizer_config.json`` that engines do not have."""
+    config = read_optional_json(checkpoint / CONFIG_FILE)
+    for name, consequence in SWITCHES.items():
+        if config.get(name) is True and (has_file or name not in OF_VOCABULARIES):
+            yield f"{CONFIG_FILE}: {name} is left out, {consequence}."
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:

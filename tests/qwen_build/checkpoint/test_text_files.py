@@ -124,6 +124,15 @@ def test_an_id_that_transformers_does_not_keep_is_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_switches_that_engines_do_not_have_are_named(slow, tmp_path):
+    config = {"added_tokens_decoder": DECLARED, "split_special_tokens": True, "add_prefix_space": True}
+    found = engine_tokenizer(write(tmp_path / "ckpt", config, {}, slow))
+    assert found is not None
+    named = [note.split()[1] for note in found.notes]
+    assert named == ["split_special_tokens", *([] if slow else ["add_prefix_space"])]
+
+
 @pytest.mark.parametrize(
     ("files", "slow", "message"),
     [
