@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -19,15 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from qwen_engine import __version__
 from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest, Quantization
 from qwen_run.accuracy.answer_cost import ANSWER_TOKENS, measure_cost
 from qwen_run.accuracy.both_sides import (
-    ComparedPrompt,
-    answer_text,
     compare_sequence,
     engine_layers,
     engine_logits,
@@ -37,16 +34,10 @@ from qwen_run.accuracy.both_sides import (
     timed,
 )
 from qwen_run.accuracy.datasets import Document, load_dataset
+from qwen_run.accuracy.findings import Findings, Sample
 from qwen_run.accuracy.gate import THRESHOLDS, Threshold, judge, load_thresholds, parse_threshold
 from qwen_run.accuracy.journal import Journal
 from qwen_run.accuracy.logits import Positions
-from qwen_run.accuracy.metrics import (
-    continuation_agreement,
-    first_divergence,
-    rouge,
-    summarise_positions,
-    worst_position,
-)
 from qwen_run.accuracy.reference import CHUNK_TOKENS, Recipe
 from qwen_run.accuracy.reference_sources import Layers, LiveSources, OpenReference, Phase, SavedSources, find_checkpoint
 from qwen_run.accuracy.report import (
@@ -55,19 +46,14 @@ from qwen_run.accuracy.report import (
     DatasetInfo,
     EngineInfo,
     LayerError,
-    LogitPairs,
     Report,
-    SampleResult,
-    WorstPosition,
     compare_baseline,
 )
-from qwen_run.accuracy.rouge import rouge_scores
 from qwen_run.accuracy.saved_reference import Identity
 from qwen_run.api.llm import LLM
 from qwen_run.runtime.capacity import with_limit
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.machine import physical_cores
-from qwen_run.text.text_model import TextModel
 
 # Packages whose versions the report names.
 VERSIONED = ("onnxruntime", "numpy", "tokenizers", "rouge-score")
@@ -103,28 +89,6 @@ class AssessOptions:
     command: str = ""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A document, its prompt and the reference's continuation of it; both sides are compared on ``token_ids``."""
-
-    document: Document
-    prompt: ComparedPrompt
-    continuation: tuple[int, ...] = ()
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.prompt.token_ids + self.continuation
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What each side wrote of a document, and the summary a person wrote."""
-
-    engine: str
-    reference: str
-    summary: str
-
-
 class Assessment:
     """The work on one engine, phase by phase; every method keeps its results in the journal.
 
@@ -137,6 +101,25 @@ class Assessment:
         self._open = partial(Engine.load, engine_directory, threads, num_blocks, max_seq_len=llm.max_seq_len)
         self.llm, self.journal, self.max_new_tokens = llm, journal, max_new_tokens
         self.seconds = {"reference": 0.0, "engine": 0.0}
+
+    def run(
+        self, documents: Sequence[Document], sources: LiveSources | SavedSources, manifest: Manifest, with_cost: bool
+    ) -> Findings:
+        """Every phase, one after the other."""
+        samples = [
+            Sample(document, sources.prompt(document) or make_prompt(self.llm.text, document, self.max_new_tokens))
+            for document in documents
+        ]
+        with sources.open("original") as (reference, layers_of):
+            samples = self.continue_samples(samples, reference)
+            original = self.compare("original", samples, reference)
+            layers = self.layers("original", samples[0], layers_of)
+        with sources.open("as_built") as (reference, layers_of):
+            as_built = self.compare("as_built", samples, reference)
+            layers += self.layers("as_built", samples[0], layers_of)
+        answers = self.answer([sample for sample in samples if sample.prompt.continues])
+        costs = self.costs(manifest, samples, sources) if with_cost else []
+        return Findings(samples, original, as_built, tuple(layers), answers, tuple(costs))
 
     def continue_samples(self, samples: Sequence[Sample], reference: OpenReference) -> list[Sample]:
         """Each sample with the reference's greedy continuation."""
@@ -261,18 +244,10 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
         recipe=Recipe.read(engine_directory).with_float_activations().digest,
         options={"max_new_tokens": options.max_new_tokens, "max_seq_len": manifest.limits.max_seq_len},
     )
-    sources: LiveSources | SavedSources
-    if options.reference:
-        ids = [document.id for document in dataset.documents]
-        sources = SavedSources.load(options.reference, identity, Path(manifest.origin.checkpoint).name, ids)
-    else:
-        path = find_checkpoint(manifest, options.checkpoint)
-        sources = LiveSources(manifest, engine_directory, path, threads, record=options.save_reference is not None)
+    sources = find_sources(engine_directory, manifest, threads, identity, dataset.documents, options)
     checks = sources.checks(engine_directory)
 
-    opened = Engine.load(engine_directory, threads, max_seq_len=options.max_seq_len, cache_bytes=options.cache_bytes)
-    llm = LLM(opened)
-    model = llm.text
+    llm = open_llm(engine_directory, threads, options)
     key = {
         "schema": SCHEMA_VERSION,
         "engine": {name: part.sha256 for name, part in manifest.parts.items()},
@@ -280,43 +255,18 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     }
     with Journal(report_directory / "progress.jsonl", key, options.resume) as journal:
         work = Assessment(engine_directory, threads, llm, journal, options.max_new_tokens)
-        samples = [
-            Sample(document, sources.prompt(document) or make_prompt(model, document, options.max_new_tokens))
-            for document in dataset.documents
-        ]
-        with sources.open("original") as (reference, layers_of):
-            samples = work.continue_samples(samples, reference)
-            original = work.compare("original", samples, reference)
-            layers = work.layers("original", samples[0], layers_of)
-        with sources.open("as_built") as (reference, layers_of):
-            as_built = work.compare("as_built", samples, reference)
-            layers += work.layers("as_built", samples[0], layers_of)
-        continued = [sample for sample in samples if sample.prompt.continues]
-        answers = work.answer(continued)
-        costs = work.costs(manifest, samples, sources) if options.cost else []
+        found = work.run(dataset.documents, sources, manifest, with_cost=options.cost)
     if options.save_reference and isinstance(sources, LiveSources):
-        prompts = {sample.document.id: sample.prompt.token_ids for sample in samples}
-        cost = next((cost for cost in costs if cost.side == "reference"), None)
-        sources.save(options.save_reference, identity, prompts, cost)
-
-    texts = [
-        Texts(answer_text(model, answer), answer_text(model, sample.continuation), sample.document.summary or "")
-        for answer, sample in zip(answers, continued, strict=True)
-    ]
-    positions = [_positions(found) for found in original]
-    metrics = [
-        *summarise_positions("original", positions),
-        *summarise_positions("as_built", [_positions(found) for found in as_built]),
-        *continuation_agreement(answers, [sample.continuation for sample in continued]),
-        *rouge([text.engine for text in texts], [text.summary for text in texts], "rouge.engine"),
-        *rouge([text.reference for text in texts], [text.summary for text in texts], "rouge.reference"),
-        *rouge([text.engine for text in texts], [text.reference for text in texts], "rouge.agreement"),
-    ]
+        cost = next((cost for cost in found.costs if cost.side == "reference"), None)
+        sources.save(options.save_reference, identity, found.prompts, cost)
+    texts = found.texts(llm.text)
+    metrics = found.metrics(texts)
+    positions = found.original_positions
     report = Report(
         schema_version=SCHEMA_VERSION,
         engine=engine_info(engine_directory, manifest),
         checkpoint=sources.checkpoint,
-        dataset=DatasetInfo(dataset.name, dataset.sha256, len(samples), sum(len(found.kl) for found in positions)),
+        dataset=DatasetInfo(dataset.name, dataset.sha256, len(positions), sum(len(each.kl) for each in positions)),
         versions={"qwen-engine": __version__, **{name: version(name) for name in VERSIONED}},
         command=options.command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -324,14 +274,36 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
         metrics=tuple(metrics),
         checks=tuple(checks),
         verdicts=tuple(judge(metrics, thresholds)),
-        samples=tuple(sample_results(samples, positions, answers, texts)),
-        worst=find_worst(model, samples, original, positions),
-        logits=LogitPairs(*(tuple(x for found in original for x in found["pairs"][side]) for side in (0, 1))),
-        layers=tuple(layers),
-        costs=tuple(costs),
+        samples=tuple(found.sample_results(texts)),
+        worst=found.worst(llm.tokenizer),
+        logits=found.logit_pairs,
+        layers=found.layers,
+        costs=found.costs,
         baseline=None,
     )
     return replace(report, baseline=compare_baseline(report, baseline)) if baseline else report
+
+
+def open_llm(engine_directory: Path, threads: int, options: AssessOptions) -> LLM:
+    """What answers for the engine."""
+    engine = Engine.load(engine_directory, threads, max_seq_len=options.max_seq_len, cache_bytes=options.cache_bytes)
+    return LLM(engine)
+
+
+def find_sources(
+    engine_directory: Path,
+    manifest: Manifest,
+    threads: int,
+    identity: Identity,
+    documents: Sequence[Document],
+    options: AssessOptions,
+) -> LiveSources | SavedSources:
+    """Where the references come from: what ``--reference`` kept of ``documents``, else the checkpoint."""
+    if options.reference:
+        ids = [document.id for document in documents]
+        return SavedSources.load(options.reference, identity, Path(manifest.origin.checkpoint).name, ids)
+    path = find_checkpoint(manifest, options.checkpoint)
+    return LiveSources(manifest, engine_directory, path, threads, record=options.save_reference is not None)
 
 
 def chosen_thresholds(manifest: Manifest, options: AssessOptions) -> tuple[Threshold, ...]:
@@ -378,57 +350,3 @@ def _scheme_words(stored: Quantization) -> str:
     grid = "symmetric" if stored.symmetric else "asymmetric"
     scales = f"groups of {stored.group_size}" if stored.weight_scales == "group" else f"per {stored.weight_scales}"
     return f"{stored.scheme}, {scales}, {grid}, {stored.activation_words} activations"
-
-
-def sample_results(
-    samples: Sequence[Sample], positions: Sequence[Positions], answers: Sequence[Sequence[int]], texts: Sequence[Texts]
-) -> Iterator[SampleResult]:
-    """One result a document; ``answers`` and ``texts`` are those of the documents that are continued, in order."""
-    written = iter(zip(answers, texts, strict=True))
-    for sample, found in zip(samples, positions, strict=True):
-        answer, text = next(written) if sample.prompt.continues else (None, None)
-        scores: dict[str, float] = {}
-        if text:
-            pairs = {
-                "rouge.engine": (text.engine, text.summary),
-                "rouge.reference": (text.reference, text.summary),
-                "rouge.agreement": (text.engine, text.reference),
-            }
-            scores = {f"{p}.{name}": x for p, pair in pairs.items() for name, x in rouge_scores(*pair).items()}
-        yield SampleResult(
-            id=sample.document.id,
-            kl=tuple(found.kl.tolist()),
-            top1=float(found.top1.mean()),
-            engine_text=text.engine if text else None,
-            reference_text=text.reference if text else None,
-            summary=sample.document.summary,
-            first_divergence=None if answer is None else first_divergence(answer, sample.continuation),
-            rouge=scores,
-        )
-
-
-def find_worst(
-    model: TextModel, samples: Sequence[Sample], found: Sequence[Mapping[str, Any]], positions: Sequence[Positions]
-) -> WorstPosition:
-    """The position with the largest KL against the original weights, with the text around it."""
-    index, position = worst_position(positions)
-    token_ids = samples[index].token_ids
-    _, reference_choice, engine_choice = found[index]["worst"]
-
-    def text(ids: Sequence[int]) -> str:
-        return model.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    return WorstPosition(
-        sample=samples[index].document.id,
-        position=position,
-        kl=float(positions[index].kl[position]),
-        before=text(token_ids[max(0, position + 1 - CONTEXT_TOKENS) : position + 1]),
-        following=text(token_ids[position + 1 : position + 2]),
-        after=text(token_ids[position + 2 : position + 2 + CONTEXT_TOKENS]),
-        reference_choice=text([reference_choice]),
-        engine_choice=text([engine_choice]),
-    )
-
-
-def _positions(found: Mapping[str, Any]) -> Positions:
-    return Positions(**{name: np.array(values, np.float64) for name, values in found["positions"].items()})
