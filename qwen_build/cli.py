@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -27,14 +26,14 @@ from qwen_engine.choices import (
     QUANTS,
     WEIGHT_SCALES,
 )
-from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
+from qwen_engine.json_output import head, rounded, to_json
+from qwen_engine.manifest import ENGINES, WEIGHTS_FILE, Manifest, Quantization
 from qwen_run.commands.command import Command, printable
 from qwen_run.runtime.machine import peak_memory_bytes
 
 if TYPE_CHECKING:
     from qwen_build.plan.options import BuildOptions
 
-ENGINES = Path("engines")
 MIB = 2**20
 
 
@@ -236,7 +235,7 @@ def main(
         for note in plan.notes if plan else ():
             click.echo(f"Note: {printable(note)}", err=True)
         if dry_run:
-            print_json(describe(plan)) if as_json else print_table(describe(plan))
+            print_json(describe(plan), None) if as_json else print_table(describe(plan))
             return
         if output is None:
             output = ENGINES / f"{located.name}-{plan.options.quant if plan else AUTO}"
@@ -254,7 +253,7 @@ def main(
     summary = summarize(output, target, checkpoint_bytes, time.monotonic() - started)
     if plan is None:
         summary["auto"] = report.summary()
-    print_json(summary) if as_json else print_summary(summary)
+    print_json(summary, output) if as_json else print_summary(summary)
 
 
 def check_budget(automatic: bool, dry_run: bool, budgets: Mapping[str, object]) -> None:
@@ -342,13 +341,15 @@ def describe(plan: Any) -> dict[str, Any]:
 
 def print_table(description: dict[str, Any]) -> None:
     """Show a dry run to a person."""
-    width = max(len(linear["name"]) for linear in description["linears"])
-    click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':34}  {'MiB':>9}")
-    for linear in description["linears"]:
-        scheme = Quantization(**{field.name: linear[field.name] for field in fields(Quantization)}).words
+    linears = description["linears"]
+    schemes = [Quantization(**{f.name: linear[f.name] for f in fields(Quantization)}).words for linear in linears]
+    width, words = max(len(linear["name"]) for linear in linears), max(map(len, schemes))
+    click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':{words}}  {'MiB':>9}")
+    for linear, scheme in zip(linears, schemes, strict=True):
         shape = f"{linear['out_features']}x{linear['in_features']}"
         shared = "  shared with the embedding" if description["tied"] and linear["name"] == "lm_head" else ""
-        click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:34}  {linear['stored_bytes'] / MIB:9.2f}{shared}")
+        size = f"{linear['stored_bytes'] / MIB:9.2f}"
+        click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:{words}}  {size}{shared}")
     token_bytes, tokens = description["cache_bytes_per_token"], description["max_seq_len"]
     click.echo(
         f"\nweights       {description['weights_bytes'] / MIB:,.1f} MiB\n"
@@ -384,8 +385,10 @@ def progress(label: str, length: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=1))
+def print_json(value: dict[str, Any], engine: Path | None) -> None:
+    """Print what every command's JSON begins with, and ``value``."""
+    rest = {name: each for name, each in value.items() if name != "engine"}
+    click.echo(to_json({**head("qwen-build", engine), **rounded(rest)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,19 @@ SIGNIFICANT_DIGITS = 6  # far below what any measurement repeats
 _DRIVES_A_TERMINAL = re.compile("[\x7f-\x9f]")  # JSON itself escapes those below a space
 
 
-def head(program: str, engine: Path) -> dict[str, Any]:
-    """What every object begins with: which program made it, when and how, and of which engine."""
+def head(program: str, engine: Path | None) -> dict[str, Any]:
+    """What every object begins with: which program made it, when and how, and of which engine; null where of none."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(program),
         "created": now(),
-        "engine": {"name": engine.resolve().name, "directory": str(engine)},
+        "engine": None if engine is None else engine_of(engine),
     }
+
+
+def engine_of(directory: Path) -> dict[str, str]:
+    """How every object names an engine."""
+    return {"name": directory.resolve().name, "directory": str(directory)}
 
 
 def command_line(program: str) -> str:

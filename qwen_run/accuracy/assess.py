@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen_engine import __version__
+from qwen_engine.json_output import now
 from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest, Quantization
 from qwen_run.accuracy.answer_cost import ANSWER_TOKENS, measure_cost
 from qwen_run.accuracy.both_sides import (
@@ -269,7 +269,7 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
         dataset=DatasetInfo(dataset.name, dataset.sha256, len(positions), sum(len(each.kl) for each in positions)),
         versions={"qwen-engine": __version__, **{name: version(name) for name in VERSIONED}},
         command=options.command,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         seconds={**work.seconds, "all": time.perf_counter() - started},
         metrics=tuple(metrics),
         checks=tuple(checks),

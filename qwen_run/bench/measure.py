@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from qwen_engine import __version__
+from qwen_engine import __version__, json_output
 from qwen_engine.errors import RequestError
 from qwen_run.accuracy.reference_sources import find_checkpoint
 from qwen_run.bench.bandwidth import Reader
@@ -87,7 +86,8 @@ def measure(
         schema_version=SCHEMA_VERSION,
         benchmark=benchmark,
         command=command,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=json_output.now(),
+        engine=json_output.engine_of(directory),
         processor=processor_name(),
         threads=threads,
         versions={"qwen-engine": __version__} | {package: metadata.version(package) for package in packages},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from qwen_engine.json_output import rounded, to_json
 from qwen_run.bench.figures import DEFINITIONS, Figures, Percentiles
 from qwen_run.reports.plots import line_plot
 from qwen_run.reports.tables import Table
@@ -50,6 +50,7 @@ class Bench:
     benchmark: str
     command: str
     created: str
+    engine: Mapping[str, str]
     processor: str
     threads: int
     versions: Mapping[str, str]
@@ -57,7 +58,8 @@ class Bench:
     results: tuple[Result, ...]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"definitions": DEFINITIONS}, indent=1, ensure_ascii=False)
+        record = {name: getattr(self, name) for name in ("schema_version", "command", "created", "engine")}
+        return to_json(record | rounded(asdict(self)) | {"definitions": DEFINITIONS}, indent=1)
 
 
 def result_table(bench: Bench) -> Table:

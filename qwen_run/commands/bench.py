@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qwen_engine.errors import RequestError
+from qwen_engine.json_output import command_line
 from qwen_plugin import MOST_THREADS
 from qwen_run.commands.command import Command, SvgFile, kv_cache_memory_option, max_seq_len_option
 
@@ -205,7 +204,7 @@ def run(
 
     if plot and not plot.absolute().parent.is_dir():  # before minutes of measuring
         raise RequestError(f"{plot} cannot be written: {plot.parent} is no directory; make it first")
-    command = shlex.join(["qwen-bench", *sys.argv[1:]])
+    command = command_line("qwen-bench")
     bench = measure(benchmark, settings, repeat, max_batch_size, BenchOptions(**options), command)
     if plot:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from qwen_engine.errors import RequestError
+from qwen_engine.json_output import head, rounded, to_json
 from qwen_engine.manifest import GRAPH_FILE, Manifest
 from qwen_engine.user_cache import FOLDER, Kept, list_kept, remove, user_cache
 from qwen_run.commands.command import Command, SvgFile, printable
@@ -80,7 +80,7 @@ def main(
         verify_parts(engine, manifest)
         size_bytes = sum(part.size_bytes for part in manifest.parts.values())
         click.echo(f"All {len(manifest.parts)} parts verified, {size_bytes / 1e6:,.1f} MB.", err=True)
-    shown, picture = _graph(engine, manifest, as_json) if as_graph else _linears(manifest, as_json)
+    shown, picture = _graph(engine, manifest, as_json) if as_graph else _linears(engine, manifest, as_json)
     if plot is not None:
         try:
             plot.write_text(picture, encoding="utf-8")
@@ -118,7 +118,7 @@ def _kept_json(kept: list[Kept]) -> str:
     data = [
         {"kind": each.kind, "path": str(each.path), "size_bytes": each.size_bytes, "made": _day(each)} for each in kept
     ]
-    return json.dumps({"cache": str(user_cache() / FOLDER), "kept": data}, indent=1)
+    return to_json({**head("qwen-inspect", None), "cache": str(user_cache() / FOLDER), "kept": data}, indent=1)
 
 
 def _kept_table(kept: list[Kept], done: str) -> str:
@@ -141,23 +141,24 @@ def _graph(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
     from qwen_run.inspection.graph import draw_lines, draw_tree, folded, tree
 
     root = tree(read_graph(engine / GRAPH_FILE), manifest.name)
-    text = json.dumps(root.to_data(), indent=1) if as_json else "\n".join(map(printable, draw_lines(folded(root))))
+    data = {**head("qwen-inspect", engine), **root.to_data()}
+    text = to_json(data, indent=1) if as_json else "\n".join(map(printable, draw_lines(folded(root))))
     return text, draw_tree(folded(root))
 
 
-def _linears(manifest: Manifest, as_json: bool) -> tuple[str, str]:
+def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
     """The linears as text and as a picture."""
     from qwen_run.inspection.linears import Totals, draw_bits, linear_rows, totals
 
     rows = linear_rows(manifest)
     whole: Totals = totals(manifest, rows)
     title = f"{manifest.name}: {whole.bits_per_weight:.2f} bits a weight, {whole.stored_bytes / 1e6:,.1f} MB"
-    data: dict[str, Any] = {
-        "name": manifest.name,
-        "linears": [asdict(row) for row in rows],
-        "totals": asdict(whole),
+    data = {
+        **head("qwen-inspect", engine),
+        "linears": rounded([asdict(row) for row in rows]),
+        "totals": rounded(asdict(whole)),
     }
-    return json.dumps(data, indent=1) if as_json else _table(rows, whole), draw_bits(title, rows)
+    return to_json(data, indent=1) if as_json else _table(rows, whole), draw_bits(title, rows)
 
 
 def _table(rows: Any, whole: Any) -> str:
