@@ -170,10 +170,11 @@ class Linear(StoredModule):
             return product if residual is None else op.Add(residual, product)
 
         # A layers graph shows what the operator has inside; only the residual is added outside, to the same bits.
-        fusion = Fusion(norm, self.gated_panels, None if step.exposing else residual, permutation, self.input_scale)
-        product, changed = self.scheme.fused_linear(
-            op, x, self.parts, self.bias, self.shape, fusion, with_input=step.exposing and norm is not None
+        added = None if step.exposing else residual
+        fusion = Fusion(
+            norm, self.gated_panels, added, permutation, self.input_scale, with_input=step.exposing and norm is not None
         )
+        product, changed = self.scheme.fused_linear(op, x, self.parts, self.bias, self.shape, fusion)
         product = self._gate(op, product)
         step.expose(self.input_name, changed or x)
         step.expose(self.output_name, product)

@@ -206,10 +206,13 @@ class Norm:
 class Fusion:
     """What the native operator computes along with a product.
 
-    The product's input is ``norm`` of x. With ``permutation`` int32 (in_features), stored column k multiplies column
-    permutation[k] of the input. ``input_scale`` float32 (1) is what a scheme whose activation scales are static rounds
-    the input with. At last ``residual`` (T, out_features) is added; or, with ``swiglu`` and a weight in gated panels,
-    silu of the product's first half is multiplied with the second.
+    Attributes:
+        norm: of x, is what goes into the product.
+        swiglu: with a weight in gated panels, multiply silu of the product's first half with the second.
+        residual: (T, out_features), is added at last.
+        permutation: int32 (in_features), stored column k multiplies column permutation[k] of the input.
+        input_scale: float32 (1), what a scheme whose activation scales are static rounds the input with.
+        with_input: give the input of the product too, (T, in_features).
     """
 
     norm: Norm | None = None
@@ -217,6 +220,7 @@ class Fusion:
     residual: ir.Value | None = None
     permutation: ir.Value | None = None
     input_scale: ir.Value | None = None
+    with_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -301,18 +305,17 @@ class NativeInt:
         bias: ir.Value | None,
         shape: WeightShape,
         fusion: Fusion,
-        with_input: bool = False,
     ) -> tuple[ir.Value, ir.Value | None]:
-        """The product with ``fusion`` around it; ``with_input`` also the input of the product (T, in_features)."""
+        """The product with ``fusion`` around it, and its input where that is asked for."""
         norm = fusion.norm
         outputs = op.QuantLinear(
             x, weight["panels"], bias, norm.weight if norm else None, fusion.residual,
             fusion.permutation, fusion.input_scale,
             **self._attributes(shape), precision=self.activations, activation_scales=self.activation_scales,
             swiglu=int(fusion.swiglu), **({"epsilon": norm.eps} if norm else {}),
-            _domain=PLUGIN_DOMAIN, _outputs=1 + with_input,
+            _domain=PLUGIN_DOMAIN, _outputs=1 + fusion.with_input,
         )  # fmt: skip
-        return (outputs[0], outputs[1]) if with_input else (outputs, None)
+        return (outputs[0], outputs[1]) if fusion.with_input else (outputs, None)
 
     def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
         return op.QuantEmbedding(
