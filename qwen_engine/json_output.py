@@ -62,8 +62,15 @@ def rounded(value: Any) -> Any:
 def to_json(record: Mapping[str, Any], indent: int | None = None) -> str:
     """``record`` as JSON that can be encoded as UTF-8 and does not drive a terminal."""
     text = json.dumps(record, ensure_ascii=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
+    if not is_utf8(text):
         text = json.dumps(record, indent=indent)
     return _DRIVES_A_TERMINAL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` can be encoded: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

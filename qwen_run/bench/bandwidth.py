@@ -26,7 +26,8 @@ class Reader:
     """
 
     def __init__(self, data: NDArray[Any] | int, threads: int, pass_bytes: int = _PASS_BYTES) -> None:
-        """
+        """Take or keep the memory, and give each thread its part.
+
         Args:
             data: contiguous, at an address that is a multiple of 16; or the size in bytes of memory to take.
             pass_bytes: read by a measurement at least, over and over if there are fewer.

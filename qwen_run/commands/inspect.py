@@ -79,7 +79,7 @@ def main(
 
         verify_parts(engine, manifest)
         size_bytes = sum(part.size_bytes for part in manifest.parts.values())
-        click.echo(f"All {len(manifest.parts)} parts verified, {size_bytes / 1e6:,.1f} MB.", err=True)
+        click.echo(f"All {len(manifest.parts)} parts verified, {size_bytes / MIB:,.1f} MiB.", err=True)
     shown, picture = _graph(engine, manifest, as_json) if as_graph else _linears(engine, manifest, as_json)
     if plot is not None:
         try:
@@ -152,7 +152,7 @@ def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]
 
     rows = linear_rows(manifest)
     whole: Totals = totals(manifest, rows)
-    title = f"{manifest.name}: {whole.bits_per_weight:.2f} bits a weight, {whole.stored_bytes / 1e6:,.1f} MB"
+    title = f"{manifest.name}: {whole.bits_per_weight:.2f} bits a weight, {whole.stored_bytes / MIB:,.1f} MiB"
     data = {
         **head("qwen-inspect", engine),
         "linears": rounded([asdict(row) for row in rows]),
@@ -163,7 +163,7 @@ def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]
 
 def _table(rows: Any, whole: Any) -> str:
     calibrated = any(row.output_error is not None for row in rows)
-    head = ["linear", "shape", "scheme", "bits", "MB", *(["error"] if calibrated else []), ""]
+    head = ["linear", "shape", "scheme", "bits", "MiB", *(["error"] if calibrated else []), ""]
     cells = [head]
     for row in rows:
         error = [] if not calibrated else ["" if row.output_error is None else f"{row.output_error:.2%}"]
@@ -173,7 +173,7 @@ def _table(rows: Any, whole: Any) -> str:
                 f"{row.out_features}x{row.in_features}",
                 printable(row.scheme),
                 f"{row.bits_per_weight:.2f}",
-                f"{row.stored_bytes / 1e6:.2f}",
+                f"{row.stored_bytes / MIB:.2f}",
                 *error,
                 "shared with the embedding" if row.shared else "",
             ]
@@ -181,9 +181,9 @@ def _table(rows: Any, whole: Any) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join(lines) + (
-        f"\n\nlinears  {whole.weights / 1e6:,.1f} M weights, {whole.stored_bytes / 1e6:,.1f} MB, "
+        f"\n\nlinears  {whole.weights / 1e6:,.1f} M weights, {whole.stored_bytes / MIB:,.1f} MiB, "
         f"{whole.bits_per_weight:.2f} bits a weight\n"
-        f"others   {whole.other_bytes / 1e6:,.1f} MB: norms, biases, rotary tables, padding"
+        f"others   {whole.other_bytes / MIB:,.1f} MiB: norms, biases, rotary tables, padding"
     )
 
 

@@ -44,38 +44,56 @@ def to_markdown(report: Report) -> str:
 
 def _sections(report: Report) -> Iterator[str]:
     yield f"## {_plain(headline(report))}"
+    for section in (_judged, _baseline, _fidelity, _layers, _quality, _cost, _samples):
+        yield from section(report)
+    yield _folded("What was compared, and how to do it again", _table(about_table(report)))
+
+
+def _judged(report: Report) -> Iterator[str]:
     if report.verdicts:
         yield _table(verdict_table(report.verdicts))
     if report.checks:
         yield _table(check_table(report))
-    if report.baseline is not None:
-        yield f"### Compared with {_plain(report.baseline.engine)} of {_plain(when(report.baseline.created))}"
-        yield from (f"⚠️ Not on equal terms: {_plain(caveat)}." for caveat in report.baseline.caveats)
-        changes = baseline_table(report)
-        yield _table(changes) if changes.rows else "No metric changed."
+
+
+def _baseline(report: Report) -> Iterator[str]:
+    if report.baseline is None:
+        return
+    yield f"### Compared with {_plain(report.baseline.engine)} of {_plain(when(report.baseline.created))}"
+    yield from (f"⚠️ Not on equal terms: {_plain(caveat)}." for caveat in report.baseline.caveats)
+    changes = baseline_table(report)
+    yield _table(changes) if changes.rows else "No metric changed."
+
+
+def _fidelity(report: Report) -> Iterator[str]:
     if (fidelity := fidelity_table(report)).rows:
         yield "### Fidelity"
         yield FIDELITY_NOTE
         yield _table(fidelity)
     if report.worst is not None:
         yield _worst(report.worst)
-    if report.layers:
-        yield f"### Where it comes from\n\n{_plain(jump_sentence(report.layers))}"
-        if near := around_jumps(report.layers):
-            yield _folded("Before and after the jump (all outputs are in report.html)", _table(layer_table(near)))
-    quality = [table for table in (rouge_table(report), greedy_table(report)) if table.rows]
-    if quality:
+
+
+def _layers(report: Report) -> Iterator[str]:
+    if not report.layers:
+        return
+    yield f"### Where it comes from\n\n{_plain(jump_sentence(report.layers))}"
+    if near := around_jumps(report.layers):
+        yield _folded("Before and after the jump (all outputs are in report.html)", _table(layer_table(near)))
+
+
+def _quality(report: Report) -> Iterator[str]:
+    if quality := [table for table in (rouge_table(report), greedy_table(report)) if table.rows]:
         yield "### Text quality"
         yield ROUGE_NOTE
         yield from map(_table, quality)
+
+
+def _cost(report: Report) -> Iterator[str]:
     if report.costs:
         yield "### Cost"
         yield _table(cost_table(report))
         yield cost_settings(report)
-    if report.samples:
-        yield "### Samples"
-        yield from _samples(report)
-    yield _folded("What was compared, and how to do it again", _table(about_table(report)))
 
 
 def _worst(worst: WorstPosition) -> str:
@@ -92,6 +110,8 @@ def _worst(worst: WorstPosition) -> str:
 
 
 def _samples(report: Report) -> Iterator[str]:
+    if report.samples:
+        yield "### Samples"
     for sample in lowest_agreement_first(report.samples)[:MARKDOWN_SAMPLES]:
         kl = format_value(sum(sample.kl) / len(sample.kl)) if sample.kl else "–"
         agreement = format_value(sample.top1, "share")

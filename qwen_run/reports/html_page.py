@@ -208,7 +208,8 @@ def _drawn_parts(layers: Sequence[LayerError]) -> dict[str, str]:
 
 
 def _layer_number(name: str) -> int | None:
-    """
+    """The layer that an output belongs to; None of one outside of all layers.
+
     >>> _layer_number("model.layers.3.mlp"), _layer_number("model.norm")
     (3, None)
     """

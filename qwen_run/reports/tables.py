@@ -267,7 +267,8 @@ def about_table(report: Report) -> Table:
 
 
 def when(created: str) -> str:
-    """
+    """A report's time as people read it.
+
     >>> when("2025-11-21T00:30:00+00:00")
     '2025-11-21 00:30 UTC'
     """

@@ -14,6 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 import qwen_plugin
 from qwen_engine.errors import EngineError, shown
 from qwen_engine.graph_io import LOGITS, TensorSpec
+from qwen_engine.json_output import is_utf8
 from qwen_engine.manifest import ENGINES, GRAPH_FILE, MANIFEST_FILE, Manifest
 from qwen_engine.refused_memory import is_refused_memory, memory_advice
 from qwen_run.engine_files.checksums import check_operators, check_parts
@@ -99,7 +100,7 @@ class Engine:
                 raise EngineError(f"{name} is {shown(value)}, expected a whole number, 1 or more")
         if threads is not None and threads > qwen_plugin.MOST_THREADS:
             raise EngineError(f"threads is {threads}, expected {qwen_plugin.MOST_THREADS} or fewer")
-        if not _is_text(str(directory)):  # ONNX Runtime takes no other path
+        if not is_utf8(str(directory)):  # ONNX Runtime takes no other path
             raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
         manifest = Manifest.read(directory)
         if graph not in manifest.parts:
@@ -159,14 +160,6 @@ class Engine:
             raise _engine_error(f"{self.directory} cannot run", error) from error
         values = binding.get_outputs()
         return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
-
-
-def _is_text(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def newest_engine(root: Path = ENGINES) -> Path:
