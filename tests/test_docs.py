@@ -26,6 +26,7 @@ from qwen_engine.json_output import SCHEMA_VERSION, head
 from qwen_engine.manifest import FORMAT_VERSION, Manifest
 from qwen_run import EngineConfig, SamplingParams
 from qwen_run.accuracy.gate import load_thresholds
+from qwen_run.accuracy.report import Report
 from qwen_run.api.llm_options import IDLE, SYNONYMS
 from qwen_run.commands.bench import main as bench_command
 from qwen_run.commands.inspect import main as inspect_command
@@ -370,6 +371,34 @@ def test_an_example_runs_and_prints_what_it_says(demo, monkeypatch, capsys, name
     for words in expected:
         assert words in printed
         printed = printed.partition(words)[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "section"),
+    [
+        ("qwen-run Hello --max-new-tokens 2 --json", "qwen-run"),
+        ("qwen-build --dry-run --json", "qwen-build"),
+        ("qwen-inspect --json", "qwen-inspect"),
+        ("qwen-inspect --graph --json", "qwen-inspect"),
+        ("qwen-inspect --list --json", "qwen-inspect"),
+        ("qwen-bench latency --repeat 1 --input-length 4 --output-length 2 --json", "qwen-bench"),
+    ],
+)
+def test_every_field_of_a_json_object_is_described(demo, line, section):
+    program, *arguments = line.split()
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    shared = list(head(section, Path("engine")))
+    assert list(found)[: len(shared)] == shared
+    described = set(re.findall(r"`(\w+)`", PAGES["docs/json.md"].section(section)))
+    assert set(found) - set(shared) - described == set()
+
+
+def test_every_field_of_a_report_is_described() -> None:
+    described = names_in("docs/json.md", "qwen-summarize") | names_in("docs/json.md", "What all objects share")
+    assert set(Report.__dataclass_fields__) <= described
 
 
 def without_numbers(line: str) -> str:
