@@ -15,9 +15,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_engine.json_files import read_object
 from qwen_engine.regular_files import read_regular
+from qwen_run.text.bounded_run import BoundsError, run_bounded
 from qwen_run.text.messages import Message as Message
 from qwen_run.text.messages import normalized_messages
 
@@ -44,18 +45,29 @@ class ChatTemplate:
     Args:
         templates: Jinja text by name, ``default`` and possibly ``tool_use``.
         special_tokens: what the template may refer to as ``eos_token`` and the like.
+        source: the file they are in, for messages.
 
     Raises:
-        EngineError: a template is not valid Jinja, or none is named ``default``.
+        EngineError: a template is not valid Jinja, does not come to an end or fills the memory, or none is named
+            ``default``.
     """
 
-    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
+    def __init__(
+        self, templates: Mapping[str, str], special_tokens: Mapping[str, Any], source: Path | None = None
+    ) -> None:
         if "default" not in templates:
             raise EngineError(f"the chat templates are named {', '.join(templates)}, expected one named default")
         self._special_tokens = special_tokens
         self._texts = templates
-        self._templates = {name: _compile(text) for name, text in templates.items()}
         self._known: dict[tuple[str, str], bool] = {}  # whether a template writes messages of a role
+        try:  # also what is constant is computed when a template is compiled
+            self._end_of_turn = run_bounded(self._compile_and_probe) or ""
+        except BoundsError as error:
+            raise EngineError(
+                f"{source or 'the chat template'}: to write two short messages the chat template takes {error}; "
+                "correct it in the checkpoint and build again, or use --raw"
+            ) from error
+        self._templates = self._compiled()
 
     @classmethod
     def load(cls, engine_directory: Path) -> ChatTemplate:
@@ -66,16 +78,15 @@ class ChatTemplate:
         """
         config = read_json(engine_directory / CONFIG_FILE) if (engine_directory / CONFIG_FILE).is_file() else {}
         text_file, json_file = (engine_directory / name for name in TEMPLATE_FILES)
-        if text_file.is_file():
+        source = next((path for path in (text_file, json_file) if path.is_file()), engine_directory / CONFIG_FILE)
+        if source == text_file:
             found: Any = _read(text_file)
-        elif json_file.is_file():
-            found = read_json(json_file).get("chat_template")
         else:
-            found = config.get("chat_template")
+            found = (read_json(json_file) if source == json_file else config).get("chat_template")
         if not found:
             raise EngineError(f"{engine_directory} has no chat template; use --raw to send the prompt as it is")
         tokens = {name: _content(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
-        return cls(_by_name(found), tokens)
+        return cls(_by_name(found), tokens, source)
 
     def render(
         self,
@@ -144,11 +155,20 @@ class ChatTemplate:
 
     def end_of_turn(self) -> str:
         """What the template writes after an answer, ``<|im_end|>`` and a line end for Qwen; empty if it fails."""
+        return self._end_of_turn
+
+    def _compiled(self) -> dict[str, jinja2.Template]:
+        return {name: _compile(text) for name, text in self._texts.items()}
+
+    def _compile_and_probe(self) -> str:
         turn = [_QUESTION, {"role": "assistant", "content": _PROBE}]
         try:
+            self._templates = self._compiled()
             return self.render(turn, add_generation_prompt=False).rpartition(_PROBE)[2]
-        except RequestError:
-            return ""
+        except QwenError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise error.__cause__ from None
+            raise
 
 
 @dataclass

@@ -126,7 +126,6 @@ def test_an_end_that_is_no_special_token_stops_nothing(text):
         ("{{ messages[7].content.x }}", "no element 7"),
         ("{{ messages.append(1) }}", "'append' .* is unsafe"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ 'a' * 10**15 }}", "MemoryError"),
         ("{% for i in range(999999999) %}{% endfor %}", "[Rr]ange"),
     ],
 )
