@@ -25,7 +25,9 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        content = file.read(most_bytes + 1)  # a file may grow while it is read
+        content = file.read(min(status.st_size, most_bytes) + 1)  # room for as much is taken at once
+        if len(content) > status.st_size:  # it grew
+            content += file.read(most_bytes + 1 - len(content))
     if len(content) > most_bytes:
         size_bytes = max(status.st_size, len(content))
         raise OSError(errno.EFBIG, f"it has {size_bytes} bytes, expected at most {most_bytes}", str(path))

@@ -313,10 +313,6 @@ def claim_another_vocabulary(directory: Path) -> None:
     write_manifest(directory, outputs=(logits_output(VOCAB_SIZE + 1),))
 
 
-def claim_endless_sequences(directory: Path) -> None:
-    write_manifest(directory, limits=Limits(10**12))
-
-
 def add_template(directory: Path) -> None:
     (directory / "chat_template.jinja").write_text("{{ messages }}")
 
@@ -337,7 +333,6 @@ def add_template(directory: Path) -> None:
         ),
         (claim_another_dtype, r"has key_cache\.0 tensor\(float\) .*, expected float16 "),
         (claim_another_vocabulary, r"has logits tensor\(float\) \('L', 13\), expected float32 \('L', 14\)"),
-        (claim_endless_sequences, r"the cache of one sequence of 1000000000000 tokens takes 238418\.58 GiB, "),
     ],
 )
 def test_a_bad_engine_is_one_line(
@@ -347,7 +342,7 @@ def test_a_bad_engine_is_one_line(
     damage(engine_directory)
     with pytest.raises(EngineError, match=message) as caught:
         Engine.load(engine_directory)
-    assert str(engine_directory) in str(caught.value) or damage is claim_endless_sequences
+    assert str(engine_directory) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
