@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen_engine.errors import CheckpointError
 from qwen_engine.json_files import read_object
+from qwen_engine.regular_files import read_regular
 
 DIGEST_BYTES = 8 << 20
 
@@ -30,6 +31,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_optional_json(path: Path) -> dict[str, Any]:
     """As :func:`read_json`; nothing where there is no such file."""
     return read_json(path) if path.is_file() else {}
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file of a checkpoint beside its weights.
+
+    Raises:
+        CheckpointError: it cannot be read, is no regular file, or lies outside.
+    """
+    check_inside(path)
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; download it again") from error
 
 
 def check_inside(path: Path, directory: Path | None = None) -> None:

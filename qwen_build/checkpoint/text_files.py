@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen_build.checkpoint import generation_defaults, tokenizer_files
 from qwen_build.checkpoint.config import ModelConfig, token_ids
-from qwen_build.checkpoint.files import check_inside, read_json, read_optional_json
+from qwen_build.checkpoint.files import read_bytes, read_json, read_optional_json
 from qwen_build.checkpoint.tokenizer_files import CONFIG_FILE, EngineTokenizer, engine_tokenizer
 from qwen_engine.errors import CheckpointError
 from qwen_engine.manifest import TEXT_FILES
@@ -57,13 +57,12 @@ def read_text_files(checkpoint: Path, config: ModelConfig) -> TextFiles:
                 contents[name] = tokenizer.content
                 notes += tokenizer.notes
         elif path.is_file():
-            check_inside(path)
             if name == generation_defaults.FILE:
                 defaults, said = generation_defaults.generation_defaults(read_json(path))
                 contents[name] = (json.dumps(defaults, indent=2) + "\n").encode()
                 notes += said
             else:
-                contents[name] = _bytes(path)
+                contents[name] = read_bytes(path)
     return TextFiles(contents, _end_of_sequence_ids(checkpoint, config, tokenizer), tuple(notes))
 
 
@@ -94,10 +93,3 @@ def _named_ids(
         raise CheckpointError(f"{checkpoint / CONFIG_FILE}: eos_token is {eos_token!r}, expected a token")
     added = tokenizer.added if tokenizer else {}
     yield TOKENIZER_FILE, tuple(added[token] for token in (eos_token, END_OF_TURN) if token and token in added)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

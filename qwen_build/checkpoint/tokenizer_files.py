@@ -16,10 +16,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from qwen_build.checkpoint.files import check_inside, read_json, read_optional_json
+from qwen_build.checkpoint.files import read_bytes, read_json, read_optional_json
 from qwen_engine.errors import CheckpointError, EngineError
-from qwen_engine.regular_files import read_regular
-from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer, panics_as
 
 CONFIG_FILE, ADDED_FILE, SPECIAL_FILE = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -64,10 +63,10 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
         CheckpointError: a file is damaged, or no tokenizer of the kind Qwen has.
     """
     path = checkpoint / TOKENIZER_FILE
+    content: bytes | None
     if path.is_file():
-        check_inside(path)
-        content: bytes | None = path.read_bytes()
-        core, where = _load(path), path
+        found = read_bytes(path)
+        content, core, where = found, _load(path, found), path
     elif (checkpoint / VOCABULARY_FILE).is_file() and (checkpoint / MERGES_FILE).is_file():
         content, core, where = None, _from_vocabulary(checkpoint), checkpoint / VOCABULARY_FILE
     else:
@@ -100,30 +99,20 @@ def _left_out(checkpoint: Path, has_file: bool) -> Iterator[str]:
             yield f"{CONFIG_FILE}: {name} is left out, {consequence}."
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_buffer(read_regular(path))  # a path need not be UTF-8
-    except BaseException as error:  # tokenizers raises bare Exception, and PanicException, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{path} is no tokenizer: {error}; download it again") from error
+def _load(path: Path, content: bytes) -> tokenizers.Tokenizer:
+    with panics_as(CheckpointError, f"{path} is no tokenizer", "download it again"):
+        return tokenizers.Tokenizer.from_buffer(content)
 
 
 def _from_vocabulary(checkpoint: Path) -> tokenizers.Tokenizer:
     """The tokenizer that Qwen2Tokenizer makes of ``vocab.json`` and ``merges.txt``."""
     vocabulary = read_json(checkpoint / VOCABULARY_FILE)
     path = checkpoint / MERGES_FILE
-    check_inside(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+    content = read_bytes(path)
+    with panics_as(CheckpointError, f"{path} and {VOCABULARY_FILE} make no tokenizer", "download them again"):
+        lines = content.decode().replace("\r\n", "\n").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         core = tokenizers.Tokenizer(models.BPE(vocabulary, merges))  # type: ignore[arg-type]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(
-            f"{path} and {VOCABULARY_FILE} make no tokenizer: {error}; download them again"
-        ) from error
     prefixed = bool(read_optional_json(checkpoint / CONFIG_FILE).get("add_prefix_space"))
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(

@@ -75,7 +75,7 @@ def make_prompt(model: TextModel, document: Document, max_new_tokens: int) -> Co
         if not kept:
             raise RequestError(
                 f"the engine takes {model.max_seq_len} tokens, too few for the chat template and {max_new_tokens} new "
-                "ones; lower --max-new-tokens or build the engine with a larger --max-seq-len"
+                "ones; lower --max-new-tokens or build the engine with a larger --max-seq-len if it can have more"
             )
         text = model.tokenizer.decode(kept)
 

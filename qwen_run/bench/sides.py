@@ -51,7 +51,7 @@ def check_lengths(arrivals: Sequence[Arrival], max_seq_len: int) -> None:
             raise RequestError(
                 f"request {number} has {arrival.input_tokens} input and {arrival.output_tokens} output tokens, "
                 f"the engine takes {max_seq_len} together; ask for fewer, "
-                "or run or build it with a larger --max-seq-len"
+                "or run or build it with a larger --max-seq-len if its model was trained for more"
             )
 
 

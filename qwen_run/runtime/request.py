@@ -187,7 +187,7 @@ def check_request(request: Request, manifest: Manifest, name: str = "the prompt"
     if len(request.prompt) > longest:
         raise RequestError(
             f"{name} has {len(request.prompt)} tokens, the engine takes {longest} and an answer of one; "
-            "shorten it, or run or build the engine with a larger --max-seq-len"
+            "shorten it, or run or build the engine with a larger --max-seq-len if its model was trained for more"
         )
     for token_id in (min(request.prompt), max(request.prompt)):
         if not 0 <= token_id < vocab_size:

@@ -62,7 +62,7 @@ class Tokenizer:
             ) from None
         except OSError as error:
             raise EngineError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
-        with _panics_as(EngineError, f"{path} is no tokenizer", remedy):
+        with panics_as(EngineError, f"{path} is no tokenizer", remedy):
             return cls(tokenizers.Tokenizer.from_buffer(content))
 
     @property
@@ -83,7 +83,7 @@ class Tokenizer:
         """
         if most is not None:
             self._check_length(text, most)
-        with _panics_as(RequestError, f"{TOKENIZER_FILE} cannot encode the prompt", "build the engine again"):
+        with panics_as(RequestError, f"{TOKENIZER_FILE} cannot encode the prompt", "build the engine again"):
             try:
                 return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
             except (UnicodeEncodeError, TypeError) as error:
@@ -102,7 +102,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        with _panics_as(RequestError, f"{TOKENIZER_FILE} cannot decode these ids", "build the engine again"):
+        with panics_as(RequestError, f"{TOKENIZER_FILE} cannot decode these ids", "build the engine again"):
             return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
@@ -125,7 +125,7 @@ class Tokenizer:
 
 
 @contextmanager
-def _panics_as(kind: type[QwenError], what: str, remedy: str) -> Iterator[None]:
+def panics_as(kind: type[QwenError], what: str, remedy: str) -> Iterator[None]:
     """Turn what tokenizers raises into an error of ``kind``: bare Exception, and PanicException, which is none."""
     try:
         yield
