@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_engine.whole_files import whole_directory
 from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
 from qwen_run.api.engine_config import EngineConfig
+from qwen_run.api.generate_options import GenerateOptions, in_names_of_transformers
 from qwen_run.api.llm import LLM
 from qwen_run.runtime.capacity import choose_capacity
 from qwen_run.runtime.engine import Engine
@@ -133,29 +134,7 @@ class QwenForCausalLM:
         except OSError as error:
             raise EngineError(f"{directory} cannot be written: {error.strerror}; choose another") from error
 
-    def generate(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        *,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        num_beams: int = 1,
-        length_penalty: float = 1.0,
-        early_stopping: bool | Literal["never"] = False,
-        num_return_sequences: int = 1,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
-        seed: int | None = None,
-        inputs_embeds: Any = None,
-    ) -> Any:
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> Any:
         """Continue every row of ``input_ids``, with the arguments and defaults of transformers' ``generate``.
 
         A row's answer depends on that row alone, not on the batch nor on how it is padded.
@@ -164,61 +143,35 @@ class QwenForCausalLM:
             input_ids: (rows, length) integers, a NumPy array or a torch tensor, padded left or right.
             attention_mask: (rows, length), 0 where ``input_ids`` is padding. If None, padding is where the pad token
                 stands, provided that it is no end-of-sequence token.
-            max_length: most tokens of a row, padding included.
-            max_new_tokens: most new tokens of a row; counts before ``max_length``.
-            do_sample: draw tokens instead of taking the likeliest; the next five are for that.
-            num_return_sequences: answers to each row, one after the other.
-            eos_token_id: what ends a row; else what ``generation_config`` says, else what the engine says.
-            pad_token_id: fills the rows that end early; else ``generation_config``'s, else the first end of sequence.
-            seed: row ``i`` draws with ``seed + i``; None draws a seed for each row.
+            options: ``max_new_tokens`` and the others of :class:`~qwen_run.api.generate_options.GenerateOptions`.
 
         Returns:
             (rows * num_return_sequences, length + most new tokens) int64: ``input_ids``, the new tokens with the
             end-of-sequence token, padding. A tensor on the same device where ``input_ids`` is one.
 
         Raises:
+            TypeError: an option is unknown.
             ValueError: an argument is missing, out of range or not as described.
+            EngineError: the engine cannot answer a row.
         """
-        if inputs_embeds is not None:
-            raise ValueError("inputs_embeds is given, engines look embeddings up; give the token ids as input_ids")
-        for name, number in (("max_length", max_length), ("max_new_tokens", max_new_tokens), ("seed", seed)):
-            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
-                raise ValueError(f"{name} is {number!r}, expected a whole number")
-        if not isinstance(do_sample, bool | None):
-            raise ValueError(f"do_sample is {do_sample!r}, expected True or False")
+        asked = GenerateOptions.of(options)
         ids = _to_array("input_ids", input_ids)
-        eos = _as_ids("eos_token_id", self._default("eos_token_id", eos_token_id, self.engine.manifest.eos_token_ids))
-        pad = _first(_as_ids("pad_token_id", self._default("pad_token_id", pad_token_id, eos[:1])))
+        manifest = self.engine.manifest
+        eos = _as_ids("eos_token_id", self._default("eos_token_id", asked.eos_token_id, manifest.eos_token_ids))
+        pad = _first(_as_ids("pad_token_id", self._default("pad_token_id", asked.pad_token_id, eos[:1])))
         mask = _mask(ids, attention_mask, pad, eos)
         length = ids.shape[1]
-        room = self._num_new(length, max_length, max_new_tokens)
+        room = self._num_new(length, asked.max_length, asked.max_new_tokens)
+        stop_ids = [token_id for token_id in eos if 0 <= token_id < manifest.model.vocab_size]
         try:
-            params = SamplingParams(
-                **self._choosing(
-                    do_sample,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    repetition_penalty=repetition_penalty,
-                ),
-                n=num_return_sequences,
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                early_stopping=early_stopping,
-                min_tokens=min_new_tokens,
-                max_tokens=room,
-                ignore_eos=True,
-                stop_token_ids=[i for i in eos if 0 <= i < self.engine.manifest.model.vocab_size],
-            )
-            answers = self._answer(
-                [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)],
-                [replace(params, seed=None if seed is None else seed + i) for i in range(len(ids))],
-            )
+            params = asked.sampling_params(self.generation_config, room, stop_ids)
+            seeds = [None if asked.seed is None else asked.seed + row for row in range(len(ids))]
+            prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+            answers = self._answer(prompts, [replace(params, seed=seed) for seed in seeds])
         except RequestError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(in_names_of_transformers(str(error))) from error
         rows = np.full((len(answers), length + max(map(len, answers))), 0 if pad is None else pad, np.int64)
-        rows[:, :length] = np.repeat(ids, num_return_sequences, axis=0)
+        rows[:, :length] = np.repeat(ids, asked.num_return_sequences, axis=0)
         for row, answer in zip(rows, answers, strict=True):
             row[length : length + len(answer)] = answer
         return input_ids.new_tensor(rows) if _is_tensor(input_ids) else rows
@@ -269,13 +222,6 @@ class QwenForCausalLM:
         if length >= longest:
             raise ValueError(f"input_ids has {length} columns, expected less than max_seq_len, which is {longest}")
         return min(max_new_tokens, longest - length)
-
-    def _choosing(self, do_sample: bool | None, **given: float | None) -> dict[str, Any]:
-        """The fields of SamplingParams that say how a token is chosen."""
-        config = {**self.generation_config, **{name: value for name, value in given.items() if value is not None}}
-        config["do_sample"] = bool(self._default("do_sample", do_sample, False))
-        defaults = SamplingParams.from_generation_config(config)
-        return {name: getattr(defaults, name) for name in given}
 
 
 def _save(name: str, value: Any, checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """QwenForCausalLM: equal to transformers' generate, and every rule of its settings."""
 
 import dataclasses
+import doctest
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from qwen_engine.choices import QUANTS
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import Manifest
 from qwen_run import EngineConfig, QwenForCausalLM
-from qwen_run.api import causal_lm
+from qwen_run.api import causal_lm, generate_options
 from qwen_run.runtime.capacity import Capacity
 from qwen_run.text.tokenizer import Tokenizer
 
@@ -320,3 +321,20 @@ def test_quantizations_are_the_builders():
     from qwen_build.quantization.schemes import SCHEMES
 
     assert set(QUANTS) == set(SCHEMES)
+
+
+def test_options_have_the_names_of_transformers_in_messages_too(tiny_checkpoint, build_engine):
+    directory = build_engine(tiny_checkpoint("qwen3-tied").path, quant="none")
+    model = QwenForCausalLM.from_pretrained(directory)
+    for options, says in (
+        (
+            {"min_new_tokens": 9, "max_new_tokens": 8},
+            "min_new_tokens is 9, expected at most max_new_tokens, which is 8",
+        ),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0, expected"),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}"):
+            model.generate([[1, 2]], **options)
+    with pytest.raises(TypeError, match="generate has no 'max_tokens', expected max_new_tokens"):
+        model.generate([[1, 2]], max_tokens=3)
+    assert doctest.testmod(generate_options).failed == 0
