@@ -213,6 +213,7 @@ class Terminal:
 
 def test_a_real_terminal(tmp_path):
     terminal = Terminal(TERMINAL, str(tmp_path / "engine"))
+    terminal.expect(r"Chat with tiny\.")
     terminal.expect(">")
     terminal.send("hi\r")
     terminal.expect(r"\[closed\]\s+answer")  # whose last word waits for its end
