@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qwen_engine import strict_json
-from qwen_engine.errors import EngineError
+from qwen_engine.errors import EngineError, shown
 from qwen_engine.graph_io import (
     BATCH_INPUTS,
     INPUT_IDS,
@@ -53,6 +53,10 @@ _MOST = 2**53
 
 # bytes of one element of each dtype a manifest may name
 ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "int8": 1, "uint8": 1}
+
+
+# what shares a scale of an input -> how it is said
+_ACTIVATION_SCALES = {"group": "", "block": " per block", "token": " per token", "static": " static"}
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,7 @@ class Quantization:
     @property
     def activation_words(self) -> str:
         """How inputs are rounded, in a few words."""
-        scales = {"group": "", "block": " per block", "token": " per token", "static": " static"}
-        return f"{self.activations}{scales[self.activation_scales]}"
+        return f"{self.activations}{_ACTIVATION_SCALES[self.activation_scales]}"
 
     @property
     def words(self) -> str:
@@ -260,10 +263,23 @@ class Manifest:
             return f": max_seq_len is {self.limits.max_seq_len}, expected {MIN_SEQ_LEN} or more"
         if LOGITS not in (spec.name for spec in self.outputs):
             return f" has no output {LOGITS}"
+        width = next(spec.shape[-1:] for spec in self.outputs if spec.name == LOGITS)
+        if width != (self.model.vocab_size,):
+            return f": vocab_size is {shown(self.model.vocab_size)}, {LOGITS} have shape {shown(width)}"
+        if odd_ids := [token_id for token_id in self.eos_token_ids if not -1 <= token_id <= _MOST]:
+            return f": eos_token_ids holds {shown(odd_ids[0])}, expected ids of tokens"
         return self._find_linear_fault() or self._find_cache_fault() or self._find_input_fault()
 
     def _find_linear_fault(self) -> str | None:
         for linear in self.linears:
+            scales = linear.quantization.activation_scales
+            if scales not in _ACTIVATION_SCALES:
+                return (
+                    f": {linear.name} has activation_scales {scales[:80]!r}, expected {', '.join(_ACTIVATION_SCALES)}"
+                )
+            for field, least in (("in_features", 1), ("out_features", 1), ("stored_bytes", 0)):
+                if not least <= (size := getattr(linear, field)) <= _MOST:
+                    return f": {linear.name} has {field} {shown(size)}, expected {least} or more"
             rows = [part.rows for part in linear.parts]
             if not all(1 <= count <= _MOST for count in rows) or sum(rows) != linear.out_features:
                 return f": {linear.name} has {linear.out_features} rows, its parts {rows}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,6 +11,8 @@ import re
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from qwen_engine.errors import shown
 
 # JSON has no words for these: they are written as text.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -30,37 +33,55 @@ def parse(expected: Any, value: Any, where: str) -> Any:
     Raises:
         MismatchError: ``value`` is something else.
     """
+    if isinstance(expected, type):
+        return (
+            _object(expected, value, where) if dataclasses.is_dataclass(expected) else _scalar(expected, value, where)
+        )
     origin, arguments = get_origin(expected), get_args(expected)
-    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
-        if not isinstance(value, dict):
-            raise MismatchError(f"{where} is {_short(value)}, expected an object")
-        hints = _hints(expected)
-        for complaint, names in (("lacks", hints.keys() - value.keys()), ("has unknown", value.keys() - hints.keys())):
-            if names:
-                raise MismatchError(f"{where} {complaint} {', '.join(sorted(names))}")
-        fields = {name: parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()}
-        return expected(**fields)
     if origin in (Union, types.UnionType):
-        for choice in arguments:
-            try:
-                return parse(choice, value, where)
-            except MismatchError:
-                continue
-    elif origin is tuple and isinstance(value, list):
+        return _first_that_fits(expected, value, where)
+    if origin is tuple and isinstance(value, list):
         return tuple(parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    elif origin is not None and _is_mapping(origin) and isinstance(value, dict):
+    if _is_mapping(origin) and isinstance(value, dict):
         return {key: parse(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    elif origin is Literal:
-        if value in arguments:
-            return value
-    elif expected is float and isinstance(value, str) and value in _NON_FINITE:
-        return _NON_FINITE[value]
-    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(expected, type) and type(value) is expected:
+    if origin is Literal and value in arguments:
         return value
+    raise _mismatch(expected, value, where)
+
+
+def _object(expected: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise MismatchError(f"{where} is {shown(value)}, expected an object")
+    hints = _hints(expected)
+    for complaint, names in (("lacks", hints.keys() - value.keys()), ("has unknown", value.keys() - hints.keys())):
+        if names:
+            raise MismatchError(f"{where} {complaint} {', '.join(sorted(names))}")
+    return expected(**{name: parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
+
+
+def _first_that_fits(expected: Any, value: Any, where: str) -> Any:
+    for choice in get_args(expected):
+        try:
+            return parse(choice, value, where)
+        except MismatchError:
+            continue
+    raise _mismatch(expected, value, where)
+
+
+def _scalar(expected: type, value: Any, where: str) -> Any:
+    if expected is float and isinstance(value, str) and value in _NON_FINITE:
+        return _NON_FINITE[value]
+    if expected is float and type(value) is int:
+        with contextlib.suppress(OverflowError):  # of one beyond 1e308
+            return float(value)
+    elif type(value) is expected:
+        return value
+    raise _mismatch(expected, value, where)
+
+
+def _mismatch(expected: Any, value: Any, where: str) -> MismatchError:
     wanted = expected.__name__ if isinstance(expected, type) else str(expected)
-    raise MismatchError(f"{where} is {_short(value)}, expected {wanted}")
+    return MismatchError(f"{where} is {shown(value)}, expected {wanted}")
 
 
 def dump(instance: Any, digits: int | None = None) -> str:
@@ -92,11 +113,6 @@ def _plain(value: Any, digits: int | None) -> Any:
 
 def _rounded(item: Any, digits: int | None) -> Any:
     return float(f"{item:.{digits}g}") if digits and isinstance(item, float) else item
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_mapping(origin: Any) -> bool:

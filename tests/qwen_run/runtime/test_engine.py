@@ -397,6 +397,12 @@ FIRST_STATE = len(BATCH_INPUTS)
         (["inputs", 2, "name"], "input_ids", "has input input_ids twice"),
         (["inputs", FIRST_STATE, "name"], "key_scale.0", r"input key_scale\.0 is not as expected"),
         (["inputs", 0], 5, r"inputs\[0\] is 5"),
+        (["model", "rope_theta"], 10**400, r"model: rope_theta is 1000.*, expected float"),
+        (["model", "rms_norm_eps"], 10**400, r"model: rms_norm_eps is 1000.*, expected float"),
+        (["model", "vocab_size"], 1000, r"vocab_size is 1000, logits have shape \(13,\)"),
+        (["model", "vocab_size"], 10**400, r"vocab_size is 1000\d*\.\.\.0*, logits have shape"),
+        (["eos_token_ids"], [2**70], "eos_token_ids holds 1180591620717411303424, expected ids of tokens"),
+        (["eos_token_ids"], [3, -5], "eos_token_ids holds -5"),
     ],
 )
 def test_a_manifest_that_no_builder_writes(
@@ -471,6 +477,12 @@ LINEAR = LinearRecord(
         ([dataclasses.replace(LINEAR, parts=())], r"has 14 rows, its parts \[\]"),
         ([dataclasses.replace(LINEAR, parts=(LinearPart("x", 15), LinearPart("y", -1)))], r"its parts \[15, -1\]"),
         ([LINEAR, dataclasses.replace(LINEAR, name="other")], "two linears have the rows of gate"),
+        ([dataclasses.replace(LINEAR, in_features=0)], "gate_up_proj has in_features 0, expected 1 or more"),
+        ([dataclasses.replace(LINEAR, stored_bytes=10**400)], r"has stored_bytes 10000\d*\.\.\.0*, expected 0 or more"),
+        (
+            [dataclasses.replace(LINEAR, quantization=dataclasses.replace(LINEAR.quantization, activation_scales="x"))],
+            "has activation_scales 'x', expected group, block, token, static",
+        ),
     ],
 )
 def test_the_parts_of_a_linear_are_its_rows(
