@@ -151,7 +151,7 @@ def changed(edit: Callable[[dict[str, Any]], object]) -> str:
         (changed(lambda data: data["samples"][0].update(top1="1")), "samples[0]: top1 is '1', expected float"),
         (changed(lambda data: data["samples"][0].update(top1=True)), "samples[0]: top1 is True, expected float"),
         (changed(lambda data: data["verdicts"][2].update(outcome="fine")), "verdicts[2]: outcome is 'fine'"),
-        (changed(lambda data: data["verdicts"][0]["metric"].pop("n")), "verdicts[0]: metric is {'name': "),
+        (changed(lambda data: data["verdicts"][0]["metric"].pop("n")), "verdicts[0]: metric is {"),
         (changed(lambda data: data.update(layers={})), "layers is {}, expected tuple"),
     ],
 )
