@@ -30,7 +30,8 @@ from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import write_rules
-from qwen_build.quantization.schemes import Scheme, make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
+from qwen_build.quantization.schemes import Scheme
 from qwen_build.writing.output import check_output, engine_directory, resumable_beside
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError

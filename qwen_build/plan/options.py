@@ -83,7 +83,7 @@ class BuildOptions:
 
     Attributes:
         quant: None is int4, or what the checkpoint is stored in.
-        activations: the default goes with ``kernels``, see ``KERNELS`` in ``quantization/schemes.py``.
+        activations: the default goes with ``kernels``, see ``KERNELS`` in ``quantization/scheme_table.py``.
         weight_scales, activation_scales: of the linears that ``quant`` speaks of; embedding, head and what
             ``quant_config`` names have the usual ones, see ``make_scheme`` there.
         block_size: tokens of a cache block. Attention over long contexts is a tenth slower with 32 and hardly faster

@@ -16,7 +16,8 @@ from qwen_build.checkpoint.packed import column_order, is_packed
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.architecture import linear_names
 from qwen_build.graph.layers import SchemeChoice
-from qwen_build.quantization.schemes import SCHEMES, Scheme
+from qwen_build.quantization.scheme_table import SCHEMES
+from qwen_build.quantization.schemes import Scheme
 from qwen_engine.errors import BuildError
 from qwen_engine.regular_files import read_regular
 

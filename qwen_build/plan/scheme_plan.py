@@ -14,7 +14,8 @@ from qwen_build.graph.architecture import linear_names
 from qwen_build.graph.layers import Schemes
 from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions, ResolvedOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
-from qwen_build.quantization.schemes import Scheme, make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
+from qwen_build.quantization.schemes import Scheme
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import LinearRecord
 from qwen_plugin.layout import GROUP_SIZES

@@ -127,7 +127,7 @@ def _equal(name: str, found: EngineWeights, expected: CheckpointWeights) -> Iter
 
 
 def _rounded(weight: np.ndarray, linear: StoredLinear) -> np.ndarray:
-    from qwen_build.quantization.schemes import make_scheme
+    from qwen_build.quantization.scheme_table import make_scheme
 
     stored, shape = linear.record.quantization, (weight.shape[0], weight.shape[1])
     scheme = make_scheme(

@@ -25,7 +25,7 @@ from qwen_build.checkpoint.safetensors_file import write_safetensors
 from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
-from qwen_build.quantization.schemes import KERNELS, SCHEMES
+from qwen_build.quantization.scheme_table import KERNELS, SCHEMES
 from qwen_build.writing import weights_file as export
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest

@@ -11,7 +11,7 @@ import pytest
 
 from cases.plugin_session import ISAS
 from cases.tiny import FAMILIES, hf_logits, run_alone, run_chunks
-from qwen_build.quantization.schemes import KERNELS, SCHEMES, make_scheme
+from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, make_scheme
 from qwen_engine.manifest import LAYERS_GRAPH_FILE
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.runtime.engine import Batch, Engine

@@ -30,7 +30,8 @@ from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.cli import main
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import read_rules
-from qwen_build.quantization.schemes import Scheme, make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
+from qwen_build.quantization.schemes import Scheme
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_run.accuracy.both_sides import engine_logits

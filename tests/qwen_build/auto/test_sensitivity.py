@@ -18,7 +18,7 @@ from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.plan.options import BuildOptions
-from qwen_build.quantization.schemes import make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
 from qwen_run.accuracy.logits import FullLogits, compare
 
 PROBE = make_scheme("int4", 64, False, "float32", "native")

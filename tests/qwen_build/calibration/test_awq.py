@@ -12,7 +12,7 @@ from cases.tiny import FAMILIES, TINY
 from qwen_build.calibration.awq import Awq, awq_factors
 from qwen_build.calibration.input_statistics import Collector, InputStatistics
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.quantization.schemes import make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
 from qwen_plugin.layout import GROUP_SIZES
 
 INT8 = make_scheme("int8", 32, None, None, "native")

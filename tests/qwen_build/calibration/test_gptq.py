@@ -11,7 +11,7 @@ from qwen_build.calibration.input_statistics import InputStatistics
 from qwen_build.calibration.method import InputReaders
 from qwen_build.calibration.scale_search import search_scales
 from qwen_build.quantization.grid import Grid
-from qwen_build.quantization.schemes import make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
 
 K = 83
 

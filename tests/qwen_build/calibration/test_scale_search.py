@@ -8,7 +8,8 @@ import pytest
 from qwen_build.calibration import scale_search
 from qwen_build.calibration.scale_search import search_scales
 from qwen_build.quantization.grid import Grid
-from qwen_build.quantization.schemes import SCHEMES, StockInt, make_scheme
+from qwen_build.quantization.scheme_table import SCHEMES, make_scheme
+from qwen_build.quantization.schemes import StockInt
 
 CASES = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
 

@@ -25,7 +25,7 @@ from qwen_build.cli import main
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import CALIBRATED, BuildOptions
 from qwen_build.plan.rules import Rule
-from qwen_build.quantization.schemes import make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
 from qwen_engine.choices import CALIBRATED as NAMED_CALIBRATED
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import Manifest

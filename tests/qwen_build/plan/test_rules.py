@@ -20,7 +20,7 @@ from qwen_build.engine_build import Plan, plan_build
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import Rule, read_rules
 from qwen_build.plan.scheme_plan import plan_schemes
-from qwen_build.quantization.schemes import make_scheme
+from qwen_build.quantization.scheme_table import make_scheme
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE
 from qwen_run.runtime.engine import Engine

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_build.quantization.grid import Grid
-from qwen_build.quantization.schemes import KERNELS, make_scheme
+from qwen_build.quantization.scheme_table import KERNELS, make_scheme
 
 
 def powers_of_two(scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:

@@ -9,22 +9,13 @@ import pytest
 from onnxscript import GraphBuilder
 
 from qwen_build.quantization.grid import Grid
-from qwen_build.quantization.schemes import (
-    GROUP_SIZES,
-    KERNELS,
-    SCHEMES,
-    Float32,
-    NativeInt,
-    StockInt,
-    make_scheme,
-    pack,
-    unpack,
-)
+from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, make_scheme
+from qwen_build.quantization.schemes import Float32, NativeInt, StockInt, pack, unpack
 from qwen_engine import choices
 from qwen_engine.choices import WEIGHT_SCALES
 from qwen_engine.errors import BuildError
 from qwen_plugin import library_path
-from qwen_plugin.layout import PANEL
+from qwen_plugin.layout import GROUP_SIZES, PANEL
 
 GRIDS = [
     Grid(row.bits, group_size, symmetric)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qwen_run.accuracy.gate
-from qwen_build.quantization.schemes import SCHEMES
+from qwen_build.quantization.scheme_table import SCHEMES
 from qwen_engine.errors import RequestError
 from qwen_run.accuracy.gate import THRESHOLDS, Threshold, exit_code, judge, load_thresholds, parse_threshold
 from qwen_run.accuracy.logits import FullLogits, compare

@@ -18,7 +18,8 @@ from cases.as_built import MIXED, as_built, layer_outputs, relative_errors
 from cases.packed import CASES
 from cases.processes import run_python
 from cases.tiny import FAMILIES, hf_logits, run_alone
-from qwen_build.quantization.schemes import KERNELS, Scheme, make_scheme
+from qwen_build.quantization.scheme_table import KERNELS, make_scheme
+from qwen_build.quantization.schemes import Scheme
 from qwen_engine.errors import CheckpointError, EngineError
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_plugin import library_path

@@ -318,7 +318,7 @@ def test_a_mixed_engine_has_no_quantization_to_agree_with(checkpoint, build_engi
 
 
 def test_quantizations_are_the_builders():
-    from qwen_build.quantization.schemes import SCHEMES
+    from qwen_build.quantization.scheme_table import SCHEMES
 
     assert set(QUANTS) == set(SCHEMES)
 
