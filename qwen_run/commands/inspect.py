@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from qwen_engine.json_output import head, rounded, to_json
 from qwen_engine.manifest import GRAPH_FILE, Manifest
 from qwen_engine.user_cache import FOLDER, Kept, list_kept, remove, user_cache
 from qwen_run.commands.command import Command, SvgFile, printable
+
+if TYPE_CHECKING:
+    from qwen_run.inspection.linears import LinearRow, Totals
 
 MIB = 1 << 20
 
@@ -148,10 +152,10 @@ def _graph(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
 
 def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
     """The linears as text and as a picture."""
-    from qwen_run.inspection.linears import Totals, draw_bits, linear_rows, totals
+    from qwen_run.inspection.linears import draw_bits, linear_rows, totals
 
     rows = linear_rows(manifest)
-    whole: Totals = totals(manifest, rows)
+    whole = totals(manifest, rows)
     title = f"{manifest.name}: {whole.bits_per_weight:.2f} bits a weight, {whole.stored_bytes / MIB:,.1f} MiB"
     data = {
         **head("qwen-inspect", engine),
@@ -161,7 +165,8 @@ def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]
     return to_json(data, indent=1) if as_json else _table(rows, whole), draw_bits(title, rows)
 
 
-def _table(rows: Any, whole: Any) -> str:
+def _table(rows: Sequence[LinearRow], whole: Totals) -> str:
+    """The linears in columns, and what they take together."""
     calibrated = any(row.output_error is not None for row in rows)
     head = ["linear", "shape", "scheme", "bits", "MiB", *(["error"] if calibrated else []), ""]
     cells = [head]

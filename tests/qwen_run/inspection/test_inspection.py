@@ -71,6 +71,7 @@ def test_the_table_has_a_row_for_each_linear_and_the_totals(engine):
         assert f"{linear.name} " in result.stdout
     assert "int4 g32 asymmetric x int8 per block, native" in result.stdout
     assert "bits a weight" in result.stdout
+    assert result.stdout.count("MiB") == 3  # the column, and both totals
     assert " error" not in result.stdout
     data = json.loads(inspect(engine, "--json").stdout)
     assert [row["name"] for row in data["linears"]] == [linear.name for linear in Manifest.read(engine).linears]
