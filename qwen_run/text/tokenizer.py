@@ -11,8 +11,13 @@ import tokenizers
 
 from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_engine.regular_files import read_regular
+from qwen_run.runtime.native_calls import NATIVE_CALLS
 
 TOKENIZER_FILE = "tokenizer.json"
+
+# Characters from which a text is encoded without the interpreter lock, so that other threads go on. Shorter ones take a
+# few milliseconds, and need not start the threads that tokenizers has for batches.
+LONG_TEXT = 1 << 14
 
 # of most texts, and more: no shorter text is looked at before it is tokenized
 _CHARACTERS_PER_TOKEN = 16
@@ -85,7 +90,11 @@ class Tokenizer:
             self._check_length(text, most)
         with panics_as(RequestError, f"{TOKENIZER_FILE} cannot encode the prompt", "build the engine again"):
             try:
-                return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+                if len(text) < LONG_TEXT:
+                    return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+                with NATIVE_CALLS.call():
+                    (encoded,) = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                return list(encoded.ids)
             except (UnicodeEncodeError, TypeError) as error:
                 raise RequestError("the prompt holds bytes that are not UTF-8; convert it to UTF-8") from error
 

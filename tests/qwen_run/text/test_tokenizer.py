@@ -1,5 +1,9 @@
 """The tokenizer: text to ids as transformers gives them; the stream of an answer joins up to the whole decode."""
 
+import sys
+import threading
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +11,7 @@ from tokenizers import decoders
 
 from cases.scripted import ENDOFTEXT, IM_END, IM_START, core_tokenizer, write_text_files
 from qwen_engine.errors import EngineError, RequestError
-from qwen_run.text.tokenizer import StreamDecoder, Tokenizer
+from qwen_run.text.tokenizer import LONG_TEXT, StreamDecoder, Tokenizer
 
 TOKENIZER = Tokenizer(core_tokenizer())
 IDS = st.lists(st.integers(0, TOKENIZER.vocab_size + 5))  # a model's vocabulary is padded beyond the tokenizer's
@@ -92,3 +96,44 @@ def test_other_decoders_are_refused():
     core.decoder = decoders.WordPiece()
     with pytest.raises(EngineError, match="WordPiece, expected ByteLevel"):
         Tokenizer(core)
+
+
+@pytest.fixture
+def patient_threads():
+    """No thread is asked to let another run: that depends on what it does alone."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("patient_threads")
+def test_other_threads_go_on_while_a_long_text_is_encoded():
+    tokenizer, ticks, over = Tokenizer(core_tokenizer()), [], threading.Event()
+
+    def tick():
+        while not over.is_set():
+            ticks.append(0)
+            time.sleep(0.001)
+
+    text = "the quick brown fox " * 2000
+    thread = threading.Thread(target=tick)
+    thread.start()
+    before = len(ticks)
+    tokenizer.encode(text)
+    during = len(ticks) - before
+    over.set()
+    thread.join(60)
+    assert len(text) > LONG_TEXT
+    assert during > 0
+
+
+def test_a_long_text_is_encoded_as_a_short_one_is(monkeypatch):
+    tokenizer = Tokenizer(core_tokenizer())
+    text = "the <|im_end|> 你好 \n\n" * 2000
+    long = tokenizer.encode(text, add_special_tokens=True)
+    monkeypatch.setattr("qwen_run.text.tokenizer.LONG_TEXT", 10**9)
+    assert tokenizer.encode(text, add_special_tokens=True) == long
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="not UTF-8"):
+        tokenizer.encode("a" * LONG_TEXT + "\udcff")
