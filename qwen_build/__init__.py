@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -81,7 +82,10 @@ def build(
         if is_auto:
             build_auto(weights, located, chosen, target, max_kl, max_size, force, call)
         else:
-            write_engine(plan_build(weights, located, chosen), weights, target, force, call)
+            plan = plan_build(weights, located, chosen)
+            for note in plan.notes:
+                warnings.warn(note, stacklevel=2)
+            write_engine(plan, weights, target, force, call)
     return Path(directory)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ def test_it_builds_what_the_command_builds(checkpoint: Path, tmp_path: Path) -> 
         )
     assert engine == tmp_path / "called"
     assert (engine / WEIGHTS_FILE).read_bytes() == (tmp_path / "typed" / WEIGHTS_FILE).read_bytes()
+
+
+def test_what_of_a_checkpoint_is_left_out_is_a_warning(checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"use_foo": True}))
+    with pytest.warns(UserWarning, match="config.json has use_foo, unknown to qwen2's configuration and left unread"):
+        qwen_build.build(copy, tmp_path / "engine")
 
 
 def test_the_manifest_keeps_the_call(checkpoint: Path, tmp_path: Path) -> None:
