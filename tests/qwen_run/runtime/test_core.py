@@ -106,7 +106,7 @@ def traffic(draw: st.DrawFn) -> Traffic:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(traffic())
 def test_any_mixture_answers_as_each_request_alone(load: Traffic) -> None:
     engine = load.engine(load.num_blocks)
