@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_engine.errors import EngineError
-from qwen_engine.manifest import GRAPH_FILE, WEIGHTS_FILE, LinearRecord, Manifest
+from qwen_engine.errors import EngineError, shown
+from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, LinearRecord, Manifest
 from qwen_plugin.layout import GATED_PANELS, PANEL, PANELS, ZERO_POINTS, gated_places, unpack_panels
 from qwen_run.engine_files.checksums import check_operators
 from qwen_run.engine_files.onnx_file import Tensor, read_graph
@@ -167,7 +167,13 @@ class EngineWeights:
         part = self.parts[name]
         linear = self.linears[part.owner]
         for rows in slices(part.stop - part.start, linear.record.in_features):
-            yield rows, linear.rows(part.start + rows.start, part.start + rows.stop)
+            try:
+                values = linear.rows(part.start + rows.start, part.start + rows.stop)
+            except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:  # layouts assert shapes
+                raise EngineError(
+                    f"{part.owner} is not stored as {MANIFEST_FILE} says; build the engine again"
+                ) from error
+            yield rows, values
 
 
 def slices(rows: int, in_features: int) -> Iterator[slice]:
@@ -184,10 +190,15 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _values(tensor: Tensor, file: np.ndarray) -> np.ndarray:
-    dtype = np.dtype(tensor.dtype)
-    if tensor.offset is None:
-        return np.frombuffer(tensor.raw, dtype).reshape(tensor.shape)
-    stop = tensor.offset + dtype.itemsize * math.prod(tensor.shape)
-    if stop > len(file):
-        raise EngineError(f"{tensor.name} lies beyond the end of {WEIGHTS_FILE}; build the engine again")
-    return file[tensor.offset : stop].view(dtype).reshape(tensor.shape)
+    try:
+        dtype = np.dtype(tensor.dtype)
+        if tensor.offset is None:
+            return np.frombuffer(tensor.raw, dtype).reshape(tensor.shape)
+        stop = tensor.offset + dtype.itemsize * math.prod(tensor.shape)
+        if not 0 <= tensor.offset <= stop <= len(file):
+            raise EngineError(f"{tensor.name} lies beyond the end of {WEIGHTS_FILE}; build the engine again")
+        return file[tensor.offset : stop].view(dtype).reshape(tensor.shape)
+    except (TypeError, ValueError) as error:
+        raise EngineError(
+            f"{tensor.name} is no array of {shown(tensor.dtype)} {shown(tensor.shape)}; build the engine again"
+        ) from error
