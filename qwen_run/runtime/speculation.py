@@ -40,7 +40,8 @@ class Speculator:
     """Decides how many tokens to guess: as many as are likely to save more time than they cost."""
 
     def __init__(self, max_drafts: int, max_seq_len: int) -> None:
-        """
+        """A speculator that knows nothing yet of what runs cost.
+
         Args:
             max_drafts: most guesses for one sequence in one step.
             max_seq_len: most tokens of a sequence; nothing is guessed beyond.
@@ -83,7 +84,8 @@ class PromptLookup:
     """Where each run of tokens of one sequence was last followed by others, and how often that was a good guess."""
 
     def __init__(self, max_drafts: int, probability: float = 0.5) -> None:
-        """
+        """A lookup of a sequence of which nothing is indexed yet.
+
         Args:
             probability: of a guess to be right, as two guesses would have shown it.
         """

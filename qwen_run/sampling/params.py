@@ -262,14 +262,14 @@ RULES = {
     "presence_penalty": _number("a number from -2 to 2", -2, 2),
     "frequency_penalty": _number("a number from -2 to 2", -2, 2),
     "logit_bias": FieldRule(
-        "token ids, each with a number from -100 to 100",
+        f"at most {MAX_TOKEN_IDS} token ids from 0 to {MAX_NUMBER}, each with a number from -100 to 100",
         lambda pairs: len(pairs) <= MAX_TOKEN_IDS and all(map(_is_bias, pairs)),
         _bias_pairs,
     ),
     "n": _whole("a whole number from 1 to 1024", 1, 1024),
     "stop": _texts(MAX_STOP_CHARACTERS),
     "stop_token_ids": FieldRule(
-        "token ids, 0 or more",
+        f"at most {MAX_TOKEN_IDS} token ids from 0 to {MAX_NUMBER}",
         lambda ids: len(ids) <= MAX_TOKEN_IDS and all(map(_is_token_id, ids)),
         lambda value: tuple(value or ()),
     ),
