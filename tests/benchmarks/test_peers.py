@@ -160,7 +160,8 @@ def test_work_of_a_command() -> None:
 
 def test_plot_has_a_bar_for_everyone() -> None:
     drawing = ET.fromstring(plot(ROWS, FOUND))
-    bars = list(drawing.iter("{http://www.w3.org/2000/svg}rect"))
+    background, *bars = drawing.iter("{http://www.w3.org/2000/svg}rect")
+    assert background.get("width") == "100%"
     widths = [float(bar.get("width", 0)) for bar in bars]
     assert len(widths) == 4 + 4 + 3 + 3  # rates alone: seconds are no bar
     assert widths[1] == pytest.approx(widths[0] / 2, abs=0.2)
