@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.int8_peak import int8_peak
+from benchmarks.peer_environments import ROOT
 from benchmarks.write_gguf import write_gguf
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
@@ -25,30 +26,12 @@ from qwen_run.bench.bandwidth import Reader
 from qwen_run.bench.sides import engine_reads
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-ROOT = Path(__file__).parent.parent
 WORKER = Path("benchmarks", "peer_worker.py")  # in a checkout of the project
 PAUSE_S = 0.2  # until the threads of the program before no longer spin
 QUESTION = "Water boils at a temperature of"
 ANSWER_TOKENS = 12
 
 BEFORE = "before"  # the program that is another checkout of this project
-
-# program -> the package that has it
-PACKAGES = {
-    "llama.cpp": "llama-cpp-python",
-    "OpenVINO": "openvino-genai",
-    "onnxruntime-genai": "onnxruntime-genai",
-}
-# _tile_loadconfig of GCC 12 names only the first of the bytes it reads, and the compiler drops the stores to the
-# others: llama.cpp then ends with a fault at its first prompt on a processor with AMX. Flags for the file with that
-# call alone make it no faster. Its loops for AVX512-FP16 take 128 numbers at once and leave heads of 64 to one that
-# takes them singly: without them decode after 512 tokens is 1.6 times as fast.
-LLAMA_CPP_BUILD = {
-    "CMAKE_ARGS": "-DGGML_NATIVE=ON",
-    "CFLAGS": "-U__AVX512FP16__",
-    "CXXFLAGS": "-U__AVX512FP16__ -fno-tree-dse -fno-dse",
-}
-BUILDER_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")  # what onnxruntime-genai's model builder needs
 
 
 @dataclass(frozen=True)
@@ -387,42 +370,6 @@ def read(model: Path) -> None:
 
 def _files(model: Path) -> list[Path]:
     return [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]
-
-
-def find_pythons(environments: Sequence[Path]) -> dict[str, Path]:
-    """The interpreter of each program: ours, and of every peer the first environment that has its package."""
-    pythons = {"engine": Path(sys.executable)}
-    for environment in environments:
-        python = environment / "bin" / "python"
-        if not python.is_file():
-            raise SystemExit(f"{environment} is no virtual environment; make one with --install {environment}")
-        script = "import importlib.metadata as m; print(*(d.metadata['Name'].lower() for d in m.distributions()))"
-        done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
-        installed = {name.replace("_", "-") for name in done.stdout.split()}
-        for program, package in PACKAGES.items():
-            if package in installed:
-                pythons.setdefault(program, python)
-    return pythons
-
-
-def pinned(package: str) -> str:
-    """``package`` with the version of constraints.txt, where that has it.
-
-    Of torch it matters: where an index offers a CPU build of that version, pip takes it, and of the newest version a
-    build with gigabytes of GPU libraries.
-    """
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return next((line for line in lines if line.startswith(f"{package}==")), package)
-
-
-def install(environment: Path) -> None:
-    """A virtual environment with all peers; llama.cpp is compiled for this machine, which takes many minutes."""
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    pip: list[str | Path] = [environment / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    builder = [pinned(package) for package in BUILDER_PACKAGES]
-    subprocess.run([*pip, "openvino-genai", "onnxruntime-genai", *builder], check=True)
-    llama_cpp = [*pip, "--no-binary", "llama-cpp-python", "llama-cpp-python"]
-    subprocess.run(llama_cpp, check=True, env=os.environ | LLAMA_CPP_BUILD)
 
 
 def say(words: str) -> None:

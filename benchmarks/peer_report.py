@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.int8_peak import int8_peak
-from benchmarks.peer_match import BEFORE, CONTENDERS, PACKAGES, QUESTION, Match, Measured, Models, Row
+from benchmarks.peer_environments import PACKAGES
+from benchmarks.peer_match import BEFORE, CONTENDERS, QUESTION, Match, Measured, Models, Row
 from qwen_engine import __version__
 from qwen_engine.manifest import Manifest
 from qwen_run.bench.measure import processor_name

@@ -157,12 +157,18 @@ def paged_attention(
             blocks, slots = block_table[s, visible // block_size], visible % block_size
             seen_keys = _load(tokens_of_keys(key_cache), key_scale, head_dim, blocks, slots)  # (V, K, D)
             seen_values = _load(tokens_of_values(value_cache), value_scale, head_dim, blocks, slots)
-            grouped = queries[i].reshape(kv_heads, -1, head_dim)  # (K, N / K, D)
-            scores = scale * np.einsum("kgd,vkd->kgv", grouped, seen_keys)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            weights /= weights.sum(axis=-1, keepdims=True)
-            output[cumulative_lengths[s] + i] = np.einsum("kgv,vkd->kgd", weights, seen_values).reshape(heads, head_dim)
+            output[cumulative_lengths[s] + i] = _attend(scale * queries[i], seen_keys, seen_values)
     return output.reshape(len(query), heads * head_dim)
+
+
+def _attend(queries: Array, keys: Array, values: Array) -> Array:
+    """Softmax attention of the scaled queries of one token, (N, D), over keys and values (V, K, D): (N, D)."""
+    grouped = queries.reshape(keys.shape[1], -1, keys.shape[2])  # (K, N / K, D)
+    scores = np.einsum("kgd,vkd->kgv", grouped, keys)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mixed: Array = np.einsum("kgv,vkd->kgd", weights, values)
+    return mixed.reshape(queries.shape)
 
 
 def _store(pool: Array, scales: Array | None, x: Array, blocks: Integers, slots: Integers) -> None:

@@ -94,12 +94,7 @@ class Engine:
             EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
                 manifest says, or the pool does not hold ``max_seq_len`` tokens.
         """
-        counts = {"threads": threads, "num_blocks": num_blocks, "cache_bytes": cache_bytes, "max_seq_len": max_seq_len}
-        for name, value in counts.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise EngineError(f"{name} is {shown(value)}, expected a whole number, 1 or more")
-        if threads is not None and threads > qwen_plugin.MOST_THREADS:
-            raise EngineError(f"threads is {threads}, expected {qwen_plugin.MOST_THREADS} or fewer")
+        _check_counts(threads=threads, num_blocks=num_blocks, cache_bytes=cache_bytes, max_seq_len=max_seq_len)
         if not is_utf8(str(directory)):  # ONNX Runtime takes no other path
             raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
         manifest = Manifest.read(directory)
@@ -195,6 +190,15 @@ def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpt
     if manifest.operators:
         qwen_plugin.register(options, threads)
     return options
+
+
+def _check_counts(threads: int | None, **counts: int | None) -> None:
+    """Refuse what is no count."""
+    for name, value in {"threads": threads, **counts}.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise EngineError(f"{name} is {shown(value)}, expected a whole number, 1 or more")
+    if threads is not None and threads > qwen_plugin.MOST_THREADS:
+        raise EngineError(f"threads is {threads}, expected {qwen_plugin.MOST_THREADS} or fewer")
 
 
 def _check_states(directory: Path, manifest: Manifest) -> None:

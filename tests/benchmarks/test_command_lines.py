@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peer_match
+from benchmarks import peer_environments
 from benchmarks.command import EXTRAS
 from cases import ROOT
 
@@ -55,7 +55,7 @@ def test_extras_are_those_of_the_package() -> None:
 def test_peers_are_installed_with_the_torch_of_the_constraints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words: list[str] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: words.extend(map(str, command)))
-    peer_match.install(tmp_path)
+    peer_environments.install(tmp_path)
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
     (torch,) = [word for word in words if word.startswith("torch")]
     assert torch in constraints

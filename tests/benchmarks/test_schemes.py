@@ -7,7 +7,8 @@ import shlex
 import numpy as np
 import pytest
 
-from benchmarks.schemes import GROUPS, Comparison, family, is_same_grid, plot, speeds, table_lines, weight_error
+from benchmarks.scheme_report import family, is_same_grid, plot, table_lines
+from benchmarks.schemes import GROUPS, Comparison, speeds, weight_error
 from cases.tiny import hf_logits, run_alone
 from qwen_build.cli import main as qwen_build
 from qwen_run.accuracy.both_sides import following_tokens

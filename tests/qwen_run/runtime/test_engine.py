@@ -310,6 +310,11 @@ def claim_another_dtype(directory: Path) -> None:
 
 
 def claim_another_vocabulary(directory: Path) -> None:
+    model = dataclasses.replace(MODEL, vocab_size=VOCAB_SIZE + 1)
+    write_manifest(directory, model=model, outputs=(logits_output(model.vocab_size),))
+
+
+def contradict_itself(directory: Path) -> None:
     write_manifest(directory, outputs=(logits_output(VOCAB_SIZE + 1),))
 
 
@@ -333,6 +338,7 @@ def add_template(directory: Path) -> None:
         ),
         (claim_another_dtype, r"has key_cache\.0 tensor\(float\) .*, expected float16 "),
         (claim_another_vocabulary, r"has logits tensor\(float\) \('L', 13\), expected float32 \('L', 14\)"),
+        (contradict_itself, r"vocab_size is 13, logits have shape \(14,\); build the engine again"),
     ],
 )
 def test_a_bad_engine_is_one_line(
