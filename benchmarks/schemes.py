@@ -5,7 +5,7 @@
     python -m benchmarks.schemes --windows 2 --summaries 0 int8   a quick look
     python -m benchmarks.schemes --window 8192 --windows 4 --summaries 0 float cache   caches over long contexts
 
-The reference is our own float32 engine, whose logits `tests/test_parity.py` compares with transformers': with the
+The reference is our own float32 engine, whose logits `tests/whole/test_parity.py` compares with transformers': with the
 demo the KL between them is 1e-11. Both sides read the same ids. The text is articles of WikiText-2 that neither
 calibration nor `--quant auto` ever reads, and the built-in papers of the evaluation half.
 

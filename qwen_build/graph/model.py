@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A tied head is a linear like any other; the weights file holds its bytes once, see ``export.py``."""
+    """A tied head is a linear like any other; ``writing/weights_file.py`` writes its bytes once."""
 
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()

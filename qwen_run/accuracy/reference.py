@@ -2,7 +2,7 @@
 
 Two references answer two questions. The checkpoint's own weights (``recipe`` None) say what rounding costs. The weights
 that the engine holds (a :class:`Recipe`) say whether it computes with them what was meant; whether they are the right
-ones is seen without computing, see ``stored_weights.py``.
+ones is seen without computing, see ``weight_checks.py``.
 
 This is the only module that imports torch and transformers, inside functions.
 """

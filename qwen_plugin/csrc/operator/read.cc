@@ -1,4 +1,4 @@
-// Reading memory and nothing else, for benchmarks to hold a kernel against: what qwen_run/bench_bandwidth.py calls.
+// Reading memory and nothing else, for benchmarks to hold a kernel against: what qwen_run/bench/bandwidth.py calls.
 #include "operator/fetch_window.h"
 
 namespace {
