@@ -192,23 +192,31 @@ def swiglu(op: OpBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
 
 
 def linears_reading(
-    config: ModelConfig, layer: int, schemes: Schemes, input_name: str, output_name: str | None = None
+    config: ModelConfig,
+    layer: int,
+    schemes: Schemes,
+    input_name: str,
+    output_name: str | None = None,
+    fused: str | None = None,
 ) -> dict[str, Linear]:
     """The linears of a layer that multiply one input, as ``architecture.py`` describes them, by their graph names.
 
-    Those that may stand in one weight do where they are stored alike; the first of all exposes the input.
+    Those that may stand in one weight do where they are stored alike; the first reader of the input exposes it.
 
     Args:
         input_name, output_name: what the layers graph calls the input and the products, inside the layer.
+        fused: those alone that may stand in this weight.
     """
     path = f"model.layers.{layer}"
+    readers = layer_kind(config, layer).readers(input_name)
     groups: dict[str, list[LinearSpec]] = {}  # what may be one weight
-    for spec in layer_kind(config, layer).readers(input_name):
-        groups.setdefault(spec.fused.name if spec.fused else spec.name, []).append(spec)
+    for spec in readers:
+        if fused is None or (spec.fused and spec.fused.name == fused):
+            groups.setdefault(spec.fused.name if spec.fused else spec.name, []).append(spec)
     found: dict[str, Linear] = {}
 
     def add(name: str, rows: int, spec: LinearSpec, choice: SchemeChoice, gated: bool) -> None:
-        exposed = None if found else f"{path}.{input_name}"
+        exposed = f"{path}.{input_name}" if spec is readers[0] else None
         output = output_name and f"{path}.{output_name}"
         linear = Linear((rows, spec.reads.size(config)), choice, spec.bias(config), exposed, output, gated)
         found[name.rpartition(".")[2]] = linear
@@ -262,9 +270,9 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.layer, self.schemes = config, layer, schemes
 
-    def add_linears(self, input_name: str, output_name: str | None = None) -> list[Linear]:
+    def add_linears(self, input_name: str, output_name: str | None = None, fused: str | None = None) -> list[Linear]:
         """Make the linears of :func:`linears_reading` attributes."""
-        linears = linears_reading(self.config, self.layer, self.schemes, input_name, output_name)
+        linears = linears_reading(self.config, self.layer, self.schemes, input_name, output_name, fused)
         for name, linear in linears.items():
             setattr(self, name, linear)
         return list(linears.values())
@@ -281,7 +289,7 @@ class MLP(Block):
 
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__(config, layer, schemes)
-        self.gate_up = self.add_linears("post_attention_layernorm")
+        self.gate_up = self.add_linears("post_attention_layernorm", fused="mlp.gate_up_proj")
         self.add_linears("mlp.down_proj.input", "mlp")
 
     def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
@@ -298,7 +306,7 @@ class Attention(Block):
 
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__(config, layer, schemes)
-        self.qkv = self.add_linears("input_layernorm")
+        self.qkv = self.add_linears("input_layernorm", fused="self_attn.qkv_proj")
         self.add_linears("self_attn.o_proj.input", "self_attn")
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None

@@ -9,8 +9,18 @@ import pytest
 from cases.configs import PUBLISHED
 from cases.made_up import add_made_up
 from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
-from qwen_build.graph.architecture import LAYER_KINDS, distinct_kinds, layer_kind, linear_names, module_parts
+from qwen_build.graph.architecture import (
+    LAYER_KINDS,
+    LayerKind,
+    LinearSpec,
+    distinct_kinds,
+    layer_kind,
+    linear_names,
+    module_parts,
+)
+from qwen_build.graph.layers import MLP, Schemes, linears_reading
 from qwen_build.graph.model import BLOCK_MODULES
+from qwen_build.quantization.schemes import Float32
 from qwen_engine.errors import UnsupportedModel
 from qwen_engine.graph_io import cache_inputs
 
@@ -79,3 +89,18 @@ def test_kinds_come_by_turns_or_as_the_config_says(made_up):
 
 def test_a_model_of_any_number_of_layers_costs_nothing_to_describe():
     assert layer_kind(dataclasses.replace(CONFIG, num_hidden_layers=2**31 - 1), 2**31 - 2) is layer_kind(CONFIG, 0)
+
+
+def test_another_reader_of_an_input_is_no_part_of_what_is_fused(monkeypatch):
+    kind = LAYER_KINDS["full_attention"]
+    attention, mlp = kind.blocks
+    reads = mlp.linears[0].reads
+    scorer = LinearSpec("mlp.scorer", lambda config: 5, reads)
+    monkeypatch.setitem(
+        LAYER_KINDS,
+        "full_attention",
+        LayerKind((attention, dataclasses.replace(mlp, linears=(*mlp.linears, scorer)))),
+    )
+    schemes = Schemes(Float32(), Float32())
+    assert [linear.shape for linear in MLP(CONFIG, 0, schemes).gate_up] == [(9728, 896)]
+    assert "scorer" in linears_reading(CONFIG, 0, schemes, reads.name)
