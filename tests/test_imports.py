@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,13 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
 
 def test_forbidden_modules_are_seen() -> None:
     assert {"numpy", "qwen_run"} <= loaded_after("import qwen_run.runtime.kv_cache")
+
+
+def test_no_two_classes_have_one_name() -> None:
+    found: dict[str, list[str]] = {}
+    for package in FORBIDDEN:
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}

@@ -260,7 +260,7 @@ class RMSNorm(nn.Module):
         return Norm(self.weight, self.eps)
 
 
-class Block(nn.Module):
+class SubBlock(nn.Module):
     """A sub-block of a decoder layer, see :class:`~qwen_build.graph.architecture.BlockSpec`.
 
     Its linears are attributes, by the last part of the names they have in the graph.
@@ -282,7 +282,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
 
-class MLP(Block):
+class MLP(SubBlock):
     """``down(silu(gate(x)) * up(x))``"""
 
     down_proj: Linear
@@ -299,7 +299,7 @@ class MLP(Block):
         return self.down_proj(op, gated, step, residual=x)
 
 
-class Attention(Block):
+class Attention(SubBlock):
     """Grouped-query attention over the paged cache; rotary embedding and q/k norm inside the operator."""
 
     o_proj: Linear

@@ -13,13 +13,13 @@ from qwen_build.graph.architecture import layer_kind
 from qwen_build.graph.layers import (
     MLP,
     Attention,
-    Block,
     Embedding,
     Linear,
     RMSNorm,
     Schemes,
     StepTensors,
     StoredModule,
+    SubBlock,
 )
 from qwen_build.graph.rope import rope_tables
 from qwen_build.quantization.schemes import Norm
@@ -36,7 +36,7 @@ DTYPES = {
 
 
 # sub-block of a layer kind -> what computes it
-BLOCK_MODULES: dict[str, type[Block]] = {"self_attn": Attention, "mlp": MLP}
+BLOCK_MODULES: dict[str, type[SubBlock]] = {"self_attn": Attention, "mlp": MLP}
 
 
 class DecoderLayer(nn.Module):

@@ -20,7 +20,7 @@ CALIBRATED = {"smoothquant": "int8"}
 DEFAULT_ALPHA: Literal["auto"] = "auto"
 
 
-class FieldRule(NamedTuple):
+class OptionRule(NamedTuple):
     """What an option may be beside None where ``optional``."""
 
     expected: str
@@ -28,18 +28,18 @@ class FieldRule(NamedTuple):
     optional: bool = True
 
 
-def _one_of(values: tuple[Any, ...], optional: bool = True) -> FieldRule:
+def _one_of(values: tuple[Any, ...], optional: bool = True) -> OptionRule:
     """One of ``values``, and of the same type: 64.0 and True are no sizes."""
     words = f"one of {', '.join(map(str, values))}"
-    return FieldRule(words, lambda value: any(type(value) is type(one) and value == one for one in values), optional)
+    return OptionRule(words, lambda value: any(type(value) is type(one) and value == one for one in values), optional)
 
 
-def _whole(expected: str, least: int) -> FieldRule:
-    return FieldRule(expected, lambda value: type(value) is int and least <= value < 2**53)
+def _whole(expected: str, least: int) -> OptionRule:
+    return OptionRule(expected, lambda value: type(value) is int and least <= value < 2**53)
 
 
-def _tuple_of(kind: type, expected: str) -> FieldRule:
-    return FieldRule(expected, lambda value: type(value) is tuple and all(isinstance(v, kind) for v in value), False)
+def _tuple_of(kind: type, expected: str) -> OptionRule:
+    return OptionRule(expected, lambda value: type(value) is tuple and all(isinstance(v, kind) for v in value), False)
 
 
 def _is_block(value: Any) -> bool:
@@ -63,13 +63,13 @@ RULES = {
     "embedding_quant": _one_of(choices.QUANTS),
     "kv_cache_dtype": _one_of(choices.CACHE_DTYPES),
     "max_seq_len": _whole("a number of tokens", 1),
-    "block_size": FieldRule(f"a power of two from {KEY_TILE}", _is_block, optional=False),
+    "block_size": OptionRule(f"a power of two from {KEY_TILE}", _is_block, optional=False),
     "exclude": _tuple_of(str, "a pattern of names or several"),
     "ignore_tensors": _tuple_of(str, "a pattern of names or several"),
     "quant_config": _tuple_of(Rule, "the path of a file of rules"),
-    "alpha": FieldRule("a number from 0 to 1, or 'auto'", _is_alpha),
+    "alpha": OptionRule("a number from 0 to 1, or 'auto'", _is_alpha),
     "int4_method": _one_of(choices.INT4_METHODS),
-    "calibration": FieldRule("the path of a text", lambda value: isinstance(value, Path) and "\0" not in str(value)),
+    "calibration": OptionRule("the path of a text", lambda value: isinstance(value, Path) and "\0" not in str(value)),
     "calibration_tokens": _whole("a number of tokens", 1),
 }
 

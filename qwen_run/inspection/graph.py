@@ -15,7 +15,7 @@ from qwen_run.reports.svg import svg_file
 # features of the activations that go into an operator, of those known, in order
 Widths = Sequence[int]
 
-# Operator -> the features of its first output; every other one gives what it takes. QuantEmbedding's rows are K wide,
+# operator -> the features of its first output; every other one gives what it takes. QuantEmbedding's rows are K wide,
 # PagedAttention takes the heads of queries, keys and values and gives those of the queries; how much Slice leaves is a
 # value that is not read.
 WIDTHS: dict[str, Callable[[dict[str, Any], Widths, Sequence[Tensor]], int | None]] = {
@@ -42,7 +42,7 @@ STYLE = (
 
 
 @dataclass(frozen=True)
-class Operator:
+class GraphOperator:
     """One operator: features in and out (None: not known), the stored tensors it reads, its attributes."""
 
     op_type: str
@@ -61,32 +61,32 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Block:
+class GraphBlock:
     """A module and what is in it, in the order it runs."""
 
     name: str
-    children: list[Block | Operator] = field(default_factory=list)
+    children: list[GraphBlock | GraphOperator] = field(default_factory=list)
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for JSON."""
-        children = [child.to_data() if isinstance(child, Block) else asdict(child) for child in self.children]
+        children = [child.to_data() if isinstance(child, GraphBlock) else asdict(child) for child in self.children]
         return {"name": self.name, "children": children}
 
 
-def tree(graph: OnnxGraph, name: str) -> Block:
+def tree(graph: OnnxGraph, name: str) -> GraphBlock:
     """The tree of ``graph``: the name of an operator begins with the modules it is in, ``model/layers.0/…``."""
-    root, widths = Block(name), dict[str, int]()
+    root, widths = GraphBlock(name), dict[str, int]()
     for node in graph.nodes:
         block = root
         for module in node.name.split("/")[:-1]:
-            if not (block.children and isinstance(last := block.children[-1], Block) and last.name == module):
-                block.children.append(last := Block(module))
+            if not (block.children and isinstance(last := block.children[-1], GraphBlock) and last.name == module):
+                block.children.append(last := GraphBlock(module))
             block = last
         block.children.append(_operator(node, graph, widths))
     return root
 
 
-def _operator(node: Node, graph: OnnxGraph, widths: dict[str, int]) -> Operator:
+def _operator(node: Node, graph: OnnxGraph, widths: dict[str, int]) -> GraphOperator:
     """``node`` with its features; those of what it gives are added to ``widths``."""
     tensors = [graph.initializers[name] for name in node.inputs if name in graph.initializers]
     taken = [widths[name] for name in node.inputs if name in widths]
@@ -98,7 +98,7 @@ def _operator(node: Node, graph: OnnxGraph, widths: dict[str, int]) -> Operator:
         widths |= dict.fromkeys(node.outputs, given)
     module = ".".join(node.name.split("/")[:-1])
     stored = tuple((_name_from(module, tensor.name), tensor.dtype, tensor.shape) for tensor in tensors)
-    return Operator(node.op_type, taken[0] if taken else None, given, stored, node.attributes)
+    return GraphOperator(node.op_type, taken[0] if taken else None, given, stored, node.attributes)
 
 
 def _name_from(module: str, name: str) -> str:
@@ -112,48 +112,48 @@ def _name_from(module: str, name: str) -> str:
     return ".".join(parts[same:])
 
 
-def folded(block: Block) -> Block:
+def folded(block: GraphBlock) -> GraphBlock:
     """``block`` with neighbours that differ in their number alone made one: ``layers.0 … layers.23, 24 alike``."""
-    runs: list[list[Block | Operator]] = []
-    for child in (folded(child) if isinstance(child, Block) else child for child in block.children):
+    runs: list[list[GraphBlock | GraphOperator]] = []
+    for child in (folded(child) if isinstance(child, GraphBlock) else child for child in block.children):
         if runs and _alike(runs[-1][0], child):
             runs[-1].append(child)
         else:
             runs.append([child])
     children = []
     for first, *others in runs:
-        if others and isinstance(first, Block) and isinstance(last := others[-1], Block):
-            first = Block(f"{first.name} … {last.name}, {1 + len(others)} alike", first.children)
+        if others and isinstance(first, GraphBlock) and isinstance(last := others[-1], GraphBlock):
+            first = GraphBlock(f"{first.name} … {last.name}, {1 + len(others)} alike", first.children)
         children.append(first)
-    return Block(block.name, children)
+    return GraphBlock(block.name, children)
 
 
-def _alike(first: Block | Operator, other: Block | Operator) -> bool:
-    if isinstance(first, Operator) or isinstance(other, Operator):
+def _alike(first: GraphBlock | GraphOperator, other: GraphBlock | GraphOperator) -> bool:
+    if isinstance(first, GraphOperator) or isinstance(other, GraphOperator):
         return False
     names = [_INDEX.fullmatch(block.name) for block in (first, other)]
     return bool(names[0] and names[1] and names[0][1] == names[1][1]) and first.children == other.children
 
 
-def draw_lines(block: Block) -> list[str]:
+def draw_lines(block: GraphBlock) -> list[str]:
     """The tree as lines of text, the root's name first."""
     lines = [block.name]
     for i, child in enumerate(block.children):
         last = i == len(block.children) - 1
-        inner = [child.words] if isinstance(child, Operator) else draw_lines(child)
+        inner = [child.words] if isinstance(child, GraphOperator) else draw_lines(child)
         lines += [("└─ " if last else "├─ ") + inner[0], *(("   " if last else "│  ") + line for line in inner[1:])]
     return lines
 
 
-def draw_tree(block: Block) -> str:
+def draw_tree(block: GraphBlock) -> str:
     """The tree as an SVG file: a box for every module, in it the boxes of its modules and operators."""
     content, width, height = _boxes(block, MARGIN, MARGIN)
     return svg_file(width + 2 * MARGIN, height + 2 * MARGIN, block.name, STYLE, content)
 
 
-def _boxes(child: Block | Operator, x: float, y: float) -> tuple[str, float, float]:
+def _boxes(child: GraphBlock | GraphOperator, x: float, y: float) -> tuple[str, float, float]:
     """The boxes of ``child`` with their corner at (x, y), and how wide and high they are."""
-    if isinstance(child, Operator):
+    if isinstance(child, GraphOperator):
         return _box(x, y, width := 12 + CHARACTER * 1.12 * len(child.words), ROW, child.words, "operator"), width, ROW
     inner, width, height = [], 2 * INDENT + CHARACTER * 1.12 * len(child.name), ROW + 4.0
     for part in child.children:

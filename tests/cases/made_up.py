@@ -12,7 +12,7 @@ from onnxscript import OpBuilder
 
 from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
 from qwen_build.graph.architecture import LAYER_KINDS, BlockSpec, InputSpec, LayerKind, LinearSpec
-from qwen_build.graph.layers import Block, Linear, Schemes, StepTensors
+from qwen_build.graph.layers import Linear, Schemes, StepTensors, SubBlock
 from qwen_build.graph.model import BLOCK_MODULES
 from qwen_build.quantization.schemes import Norm
 
@@ -37,7 +37,7 @@ MIXER = BlockSpec(
 )
 
 
-class Mixer(Block):
+class Mixer(SubBlock):
     """``out(silu(in(x)))``"""
 
     in_proj: Linear

@@ -17,7 +17,7 @@ from qwen_engine.errors import EngineError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_run.commands.inspect import main
 from qwen_run.engine_files.onnx_file import OnnxGraph, read_graph
-from qwen_run.inspection.graph import Block, Operator, draw_lines, folded, tree
+from qwen_run.inspection.graph import GraphBlock, GraphOperator, draw_lines, folded, tree
 from qwen_run.inspection.linears import draw_bits, linear_rows, totals
 
 
@@ -113,8 +113,8 @@ def test_a_graph_is_read_as_onnx_reads_it(name, options, tiny_checkpoint, build_
     assert len(graph.initializers) == len(expected.initializer)
 
 
-def operators(block: Block) -> list[Operator]:
-    nested = (operators(child) if isinstance(child, Block) else [child] for child in block.children)
+def operators(block: GraphBlock) -> list[GraphOperator]:
+    nested = (operators(child) if isinstance(child, GraphBlock) else [child] for child in block.children)
     return [operator for group in nested for operator in group]
 
 
@@ -162,8 +162,8 @@ def test_layers_that_are_alike_are_one_and_others_are_not(tiny_checkpoint, build
 
 
 def test_lines_show_what_is_in_what():
-    operator = Operator("Add", None, None, (), {})
-    block = Block("m", [Block("a", [operator, operator]), Block("b", [operator])])
+    operator = GraphOperator("Add", None, None, (), {})
+    block = GraphBlock("m", [GraphBlock("a", [operator, operator]), GraphBlock("b", [operator])])
     assert draw_lines(block) == ["m", "├─ a", "│  ├─ Add", "│  └─ Add", "└─ b", "   └─ Add"]
 
 
