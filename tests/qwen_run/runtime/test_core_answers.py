@@ -103,7 +103,7 @@ def test_the_engine_ends_an_answer_that_fills_it(length: int, expected: int) -> 
     ("prompt", "message"),
     [
         ((), "the prompt is empty"),
-        ((1,) * 30, "the prompt has 30 tokens, the engine takes 29 .*shorten it .*--max-seq-len"),
+        ((1,) * 30, "the prompt has 30 tokens, the engine takes 29 .*shorten it, .*--max-seq-len"),
         ((1, VOCAB_SIZE, 2), "the prompt holds token 11, expected 0 to 10"),
         ((1, -1), "the prompt holds token -1, expected 0 to 10"),
     ],
