@@ -32,6 +32,15 @@ QUESTION = "Water boils at a temperature of"
 ANSWER_TOKENS = 12
 
 BEFORE = "before"  # the program that is another checkout of this project
+# qwen-build of the checkout that is the first argument, whatever other one is installed.
+BUILD_BEFORE = """
+import sys
+from pathlib import Path
+before = sys.argv.pop(1)
+sys.path = [path for path in sys.path if path == before or not Path(path, "qwen_build").is_dir()]
+from qwen_build.cli import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ class Models:
         assert self.before is not None
         options = ENGINE_OPTIONS[model] | {"activations": self._activations, "output": target}
         chosen = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, "-P", "-m", "qwen_build.cli", str(self._checkpoint), *chosen]
+        command = [sys.executable, "-P", "-c", BUILD_BEFORE, str(self.before), str(self._checkpoint), *chosen]
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(self.before)}, stdout=sys.stderr)
         if done.returncode:
             raise RuntimeError(f"qwen-build of {self.before} ended with {done.returncode}")
