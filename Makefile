@@ -32,10 +32,10 @@ wheel: $(VENV)/.dist
 
 dist: wheel
 	$(WHEEL) --build-option=--plat-name=manylinux_2_28_aarch64 dist/*.tar.gz
-	$(BIN)/python tests/check_wheel.py dist/*.whl
+	$(BIN)/python -P tests/check_wheel.py dist/*.whl
 
 dist-test: wheel
-	$(BIN)/python tests/check_wheel.py dist/*.whl
+	$(BIN)/python -P tests/check_wheel.py dist/*.whl
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

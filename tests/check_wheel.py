@@ -1,4 +1,4 @@
-"""Checks a wheel as a stranger meets it: ``python tests/check_wheel.py dist/*.whl [--python python3.12]``.
+"""Checks a wheel as a stranger meets it: ``python -P tests/check_wheel.py dist/*.whl [--python python3.12]``.
 
 What it holds, which systems it runs on, and, where it is for this processor, its use: it is installed into a fresh
 environment where no compiler is found, and builds and runs the demo engine there, from another folder. Its answers must
