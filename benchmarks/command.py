@@ -21,3 +21,8 @@ def run(main: Callable[[], None]) -> None:
         if error.name not in EXTRAS:
             raise
         sys.exit(f"Error: the package {error.name} is not installed; run pip install -e '.[{EXTRAS[error.name]}]'")
+
+
+def say(words: str) -> None:
+    """A line of progress, to standard error."""
+    print(words, file=sys.stderr, flush=True)

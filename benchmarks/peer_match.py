@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import say
 from benchmarks.int8_peak import int8_peak
 from benchmarks.peer_environments import ROOT
 from benchmarks.write_gguf import write_gguf
@@ -379,7 +380,3 @@ def read(model: Path) -> None:
 
 def _files(model: Path) -> list[Path]:
     return [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]
-
-
-def say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)

@@ -28,9 +28,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from benchmarks.command import run
+from benchmarks.command import run, say
 from benchmarks.peer_environments import ROOT, find_pythons, install
-from benchmarks.peer_match import BEFORE, Match, Models, Row, say
+from benchmarks.peer_match import BEFORE, Match, Models, Row
 from benchmarks.peer_report import machine_notes, plot, report
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
 from qwen_build.checkpoint.locate import resolve_checkpoint

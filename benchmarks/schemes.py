@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import run
+from benchmarks.command import run, say
 from benchmarks.scheme_report import write_report
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_engine.errors import QwenError
@@ -393,10 +393,6 @@ def main() -> None:
         table.results[name]["speeds"] = pair
     write_report(report, head, table.results, table.failed)
     print(report.read_text(encoding="utf-8"), end="")
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

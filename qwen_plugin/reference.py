@@ -142,12 +142,10 @@ def paged_attention(
         positions = past + np.arange(len(tokens))
         queries, keys, values = np.split(tokens, (heads, heads + kv_heads), axis=1)
         if q_norm_weight is not None and k_norm_weight is not None:
-            queries = _rms_norm(queries, q_norm_weight, attributes.qk_norm_epsilon)
-            keys = _rms_norm(keys, k_norm_weight, attributes.qk_norm_epsilon)
+            weighted = ((queries, q_norm_weight), (keys, k_norm_weight))
+            queries, keys = (_rms_norm(x, weight, attributes.qk_norm_epsilon) for x, weight in weighted)
         if attributes.do_rotary and cos_cache is not None and sin_cache is not None:
-            queries = _rotate(queries, cos_cache[positions], sin_cache[positions])
-            keys = _rotate(keys, cos_cache[positions], sin_cache[positions])
-
+            queries, keys = (_rotate(x, cos_cache[positions], sin_cache[positions]) for x in (queries, keys))
         blocks, slots = block_table[s, positions // block_size], positions % block_size
         _store(tokens_of_keys(key_cache), key_scale, keys, blocks, slots)
         _store(tokens_of_values(value_cache), value_scale, values, blocks, slots)
