@@ -45,7 +45,7 @@ FLOORS = (
     ("qwen_run.bench", "qwen_run.inspection"),
     ("qwen_run.commands",),
     ("qwen_run",),  # the public names
-    ("qwen_build.quantization",),
+    ("qwen_build.architectures", "qwen_build.quantization"),
     ("qwen_build.checkpoint",),
     ("qwen_build.graph",),
     ("qwen_build.plan", "qwen_build.writing"),

@@ -87,7 +87,8 @@ class Calibration:
         kinds = [(list(kind.shapes(config).values()), kind.inputs.values()) for kind in distinct_kinds(config)]
         layer = max(sum(math.prod(shape) for shape in shapes) for shapes, _ in kinds)
         moments = max(sum(read.size(config) ** 2 for read in inputs) for _, inputs in kinds)
-        run = _RUN_ARRAYS * max(_RUN_ELEMENTS, int(self.sequences.shape[1]) * config.intermediate_size)
+        widest = max(kind.widest_input(config) for kind in distinct_kinds(config))
+        run = _RUN_ARRAYS * max(_RUN_ELEMENTS, int(self.sequences.shape[1]) * widest)
         rounding = 4 * max(math.prod(shape) for shapes, _ in kinds for shape in shapes)
         hidden = 2 * math.prod(self.sequences.shape) * config.hidden_size
         return 4 * (layer + (moments if self.needs_second_moment else 0) + max(run, rounding) + hidden)
@@ -202,7 +203,7 @@ class _LayerRounding:
     def runs(self, runner: LayerRunner, hidden: np.ndarray, with_inputs: bool) -> Iterator[tuple[slice, LayerRun]]:
         """The layer over ``hidden`` (S, L, hidden_size), some sequences at a time: which, and the run."""
         sequences, length, size = hidden.shape
-        step = max(1, _RUN_ELEMENTS // (self.config.intermediate_size * length))
+        step = max(1, _RUN_ELEMENTS // (self.kind.widest_input(self.config) * length))
         for start in range(0, sequences, step):
             rows = slice(start, min(start + step, sequences))
             batch = hidden[rows].reshape(-1, size)

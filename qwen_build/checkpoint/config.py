@@ -12,8 +12,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from qwen_build.architectures import ARCHITECTURES, Architecture
 from qwen_build.checkpoint.config_keys import (
-    CLASS_DEFAULTS,
     NO_WINDOW,
     WindowedLayers,
     check_only,
@@ -26,28 +26,6 @@ from qwen_build.checkpoint.packed import PackedFormat
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 from qwen_engine.manifest import ModelSizes
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What one family of checkpoints has and another has not.
-
-    Attributes:
-        head_dim: where config.json has none; None: hidden_size / heads.
-        layer_kinds: of its layers, by turns where config.json has no layer_types; see ``graph/architecture.py``.
-    """
-
-    attention_bias: bool = False
-    qk_norm: bool = False
-    head_dim: int | None = None
-    layer_kinds: tuple[str, ...] = ("full_attention",)
-
-
-# Hugging Face model_type -> its features; a new family starts with a row here
-ARCHITECTURES = {
-    "qwen2": Architecture(attention_bias=True),  # Qwen1.5, Qwen2, Qwen2.5
-    "qwen3": Architecture(qk_norm=True, head_dim=128),
-}
 
 # where a config says how positions are rotated: transformers 5, and before
 ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
@@ -62,6 +40,7 @@ class ModelConfig(ModelSizes):
 
     Attributes:
         layer_kinds: those of the layers, by turns.
+        qkv_bias, o_bias: which linears of the attention have biases.
         eos_token_ids: the config's own, maybe none.
         packed: how its linears are stored where they are quantised already.
         windowed: the layers that do not see the whole of a text as long as ``max_position_embeddings``.
@@ -72,6 +51,8 @@ class ModelConfig(ModelSizes):
     architecture: Architecture
     layer_kinds: tuple[str, ...]
     max_position_embeddings: int
+    qkv_bias: bool
+    o_bias: bool
     eos_token_ids: tuple[int, ...] = ()
     packed: PackedFormat | None = None
     windowed: WindowedLayers = NO_WINDOW
@@ -125,11 +106,13 @@ class ModelConfig(ModelSizes):
             raise UnsupportedModel(f"model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[model_type]
         check_only(hf)
+        hf = with_defaults(hf, architecture)
         ropes = {key: rope_object(hf, key) for key in ROPE_OBJECTS}
         for key, rope in ropes.items():
             check_rope(key, rope)
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         positions = integer(hf, "max_position_embeddings", most=MOST_POSITIONS)
+        biased = architecture.bias_key is not None and boolean(hf, architecture.bias_key)
         config = cls(
             architecture=architecture,
             layer_kinds=layer_kinds(hf, architecture),
@@ -142,16 +125,27 @@ class ModelConfig(ModelSizes):
             num_key_value_heads=integer(hf, "num_key_value_heads", heads),
             head_dim=integer(hf, "head_dim", architecture.head_dim or hidden_size // heads),
             rms_norm_eps=number(hf, "rms_norm_eps"),
-            rope_theta=rope_theta(hf),
+            rope_theta=rope_theta(hf, architecture.rope_theta),
             tie_word_embeddings=boolean(hf, "tie_word_embeddings"),
             max_position_embeddings=positions,
+            qkv_bias=architecture.qkv_bias or biased,
+            o_bias=biased,
             eos_token_ids=token_ids(hf.get("eos_token_id")),
             packed=PackedFormat.from_json(quantized) if (quantized := hf.get("quantization_config")) else None,
-            windowed=windowed_layers(hf, integer(hf, "num_hidden_layers"), positions),
-            unknown=unknown_keys(hf, ropes),
+            windowed=windowed_layers(hf, architecture.window, integer(hf, "num_hidden_layers"), positions),
+            unknown=unknown_keys(hf, architecture, ropes),
         )
         check_sizes(config)
         return config
+
+
+def with_defaults(hf: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """``hf`` with what its family's class has where a key is absent; numbers and switches also where it is null."""
+    defaults = dict(architecture.defaults)
+    if architecture.bias_key:
+        defaults[architecture.bias_key] = False
+    absent = {key for key, value in defaults.items() if hf.get(key) is None and isinstance(value, float | bool)}
+    return {**defaults, **{key: value for key, value in hf.items() if key not in absent}}
 
 
 def layer_kinds(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
@@ -184,13 +178,13 @@ def rope_object(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in (rope or {}).items() if value is not None}
 
 
-def rope_theta(hf: Mapping[str, Any]) -> float:
+def rope_theta(hf: Mapping[str, Any], default: float) -> float:
     """The base of the rotary angles, which transformers has kept in three places over time; they must agree."""
     holders = (hf, *(rope_object(hf, key) for key in ROPE_OBJECTS))
     found = {number(holder, "rope_theta") for holder in holders if holder.get("rope_theta") is not None}
     if len(found) > 1:
         raise CheckpointError(f"config.json has rope_theta {' and '.join(map(str, sorted(found)))}; keep the right one")
-    return found.pop() if found else float(CLASS_DEFAULTS["rope_theta"])
+    return found.pop() if found else default
 
 
 def check_sizes(config: ModelConfig) -> None:
@@ -217,9 +211,8 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def integer(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST) -> int:
-    """A field from 1 to ``most``; ``default`` where it is null or, without a class default, absent."""
-    value = hf.get(key, CLASS_DEFAULTS.get(key))
-    value = default if value is None else value
+    """A field from 1 to ``most``; ``default`` where it is null or absent."""
+    value = default if hf.get(key) is None else hf[key]
     if type(value) is not int or value < 1:
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer")
     if value > most:
@@ -228,16 +221,16 @@ def integer(hf: Mapping[str, Any], key: str, default: int | None = None, most: i
 
 
 def number(hf: Mapping[str, Any], key: str) -> float:
-    """A positive number field that a float32 can hold; null counts as absent."""
-    value = CLASS_DEFAULTS[key] if hf.get(key) is None else hf[key]
+    """A positive number field that a float32 can hold."""
+    value = hf.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 3e38:  # NaN is not
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive number")
     return float(value)
 
 
 def boolean(hf: Mapping[str, Any], key: str) -> bool:
-    """A true or false field; null counts as absent."""
-    value = CLASS_DEFAULTS[key] if hf.get(key) is None else hf[key]
+    """A true or false field."""
+    value = hf.get(key)
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {key} is {value!r}, expected true or false")
     return value

@@ -1,7 +1,7 @@
 """Every key that a ``config.json`` may have: computed, refused where it asks for something else, or without effect.
 
-What a key means is what transformers 5 makes of it in ``Qwen2Config`` and ``Qwen3Config``. A key that is in none of
-these tables is named in the build's output: nobody here knows what it asks for.
+What a key means is what transformers 5 makes of it; the keys that one family has and another has not are named in its
+row of ``ARCHITECTURES``. A key that is nowhere is named in the build's output: nobody here knows what it asks for.
 """
 
 from __future__ import annotations
@@ -10,35 +10,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_build.architectures import Architecture, WindowKeys
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 
-# what the classes of both families have where config.json has no such key
-CLASS_DEFAULTS = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-
 # read by ``config.py``
-COMPUTED = frozenset(CLASS_DEFAULTS) | {
-    "model_type",
-    "head_dim",
-    "rope_parameters",
-    "rope_scaling",
-    "layer_types",
-    "eos_token_id",
-    "quantization_config",
-}
+COMPUTED = frozenset(
+    [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_parameters",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "layer_types",
+        "eos_token_id",
+        "quantization_config",
+    ]
+)
 
 # key -> the values with which the graph computes what is asked for; null and an absent key are the first
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -54,13 +50,12 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "per_layer_config": ({},),
 }
 
-# The biases of qwen2's attention are there whatever it says.
-ATTENTION_BIAS = {"qwen2": (None, True, False), "qwen3": (None, False)}
-
-# how the model is trained, saved, loaded and shown, and what generation_config.json has taken over
+# how the model is trained, saved, loaded and shown, what generation_config.json has taken over, and keys that some
+# families' classes have and others' leave unread
 WITHOUT_EFFECT = frozenset(
     [
         "architectures",
+        "attention_bias",  # but where the family's row names it
         "attention_dropout",
         "attn_implementation",
         "auto_map",
@@ -144,9 +139,6 @@ def check_only(hf: Mapping[str, Any]) -> None:
     for key, supported in ONLY.items():
         if hf.get(key) is not None and not any(_same(hf[key], value) for value in supported):
             raise UnsupportedModel(f"config.json: {key} {hf[key]!r} is not supported, only {supported[0]!r} is")
-    model_type, bias = hf["model_type"], hf.get("attention_bias")
-    if model_type in ATTENTION_BIAS and bias not in ATTENTION_BIAS[model_type]:
-        raise UnsupportedModel(f"config.json: attention_bias {bias!r} is not supported for model_type {model_type!r}")
     for key, program in FOREIGN_QUANTIZATION.items():
         if hf.get(key):
             raise UnsupportedModel(
@@ -168,16 +160,22 @@ def check_rope(key: str, rope: Mapping[str, Any]) -> None:
             raise UnsupportedModel(f"config.json: {key} has {name} {value!r}, only one rotation for all is supported")
 
 
-def windowed_layers(hf: Mapping[str, Any], num_hidden_layers: int, max_position_embeddings: int) -> WindowedLayers:
+def windowed_layers(
+    hf: Mapping[str, Any], keys: WindowKeys | None, num_hidden_layers: int, max_position_embeddings: int
+) -> WindowedLayers:
     """Which layers do not see the whole of a text as long as the model was trained for.
+
+    Args:
+        hf: the config, with the defaults of its family.
+        keys: how the family says it.
 
     Raises:
         CheckpointError, UnsupportedModel: the config contradicts itself, or has layers of another kind.
     """
-    window = _window(hf)
+    window = None if keys is None else _window(hf, keys)
     layer_types = hf.get("layer_types")
     if layer_types is None:
-        first = hf.get("max_window_layers", CLASS_DEFAULTS["max_window_layers"])
+        first = hf.get(keys.first_layer) if keys and keys.first_layer else 0
         if type(first) is not int:
             raise CheckpointError(f"config.json: max_window_layers is {first!r}, expected an integer")
         sliding: Sequence[int] = range(max(first, 0), num_hidden_layers) if window is not None else range(0)
@@ -193,24 +191,27 @@ def windowed_layers(hf: Mapping[str, Any], num_hidden_layers: int, max_position_
     return WindowedLayers(window, sliding[0], len(sliding))
 
 
-def _window(hf: Mapping[str, Any]) -> int | None:
-    used = hf.get("use_sliding_window")
+def _window(hf: Mapping[str, Any], keys: WindowKeys) -> int | None:
+    used = hf.get(keys.switch) if keys.switch else True
     if used not in (None, False, True):
-        raise CheckpointError(f"config.json: use_sliding_window is {used!r}, expected true or false")
-    window = hf.get("sliding_window", CLASS_DEFAULTS["sliding_window"]) if used else None
+        raise CheckpointError(f"config.json: {keys.switch} is {used!r}, expected true or false")
+    window = hf.get("sliding_window") if used else None
     if window is not None and (type(window) is not int or window < 1):
         raise CheckpointError(f"config.json: sliding_window is {window!r}, expected a positive integer or null")
     return window
 
 
-def unknown_keys(hf: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The keys of ``hf`` that no table here has, those of its rope objects ``ropes`` as ``rope_scaling.key``.
+def unknown_keys(
+    hf: Mapping[str, Any], architecture: Architecture, ropes: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, ...]:
+    """The keys of ``hf`` that nothing here has, those of its rope objects ``ropes`` as ``rope_scaling.key``.
 
     Null asks for nothing, and what begins with an underscore is private to transformers.
     """
 
     def unknown() -> Iterator[str]:
-        known = COMPUTED | ONLY.keys() | WITHOUT_EFFECT | FOREIGN_QUANTIZATION.keys() | {"attention_bias"}
+        known = COMPUTED | ONLY.keys() | WITHOUT_EFFECT | FOREIGN_QUANTIZATION.keys()
+        known |= frozenset(architecture.window.keys if architecture.window else ())
         yield from (key for key, value in hf.items() if value is not None and key not in known and key[:1] != "_")
         for name, rope in ropes.items():
             yield from (f"{name}.{key}" for key in rope if key not in _ROPE_KEYS)

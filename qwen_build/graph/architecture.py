@@ -2,8 +2,8 @@
 
 A *layer kind* is a row of ``LAYER_KINDS``: the sub-blocks of a layer in the order they run, each
 ``x + block(norm(x))``, with its linears, norms and states. An architecture, a row of ``ARCHITECTURES`` in
-``checkpoint/config.py``, says which kinds its layers are. A new kind needs a row here, a module for each new sub-block
-(``BLOCK_MODULES`` in ``model.py``), and an operator only for what ONNX cannot compute.
+``qwen_build/architectures.py``, says which kinds its layers are. A new kind needs a row here, a module for each new
+computation (``BLOCK_MODULES`` in ``model.py``), and an operator only for what ONNX cannot compute.
 
 Names are Hugging Face's, seen from inside the layer: ``self_attn.q_proj``.
 """
@@ -80,20 +80,31 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class NormSpec:
+    """A norm inside a sub-block: features, and whether a model has it."""
+
+    name: str
+    size: Size
+    present: Flag = lambda config: True
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """A sub-block of a layer.
 
     Attributes:
-        name: of its module; its linears' names begin with it.
+        name: its name in the checkpoint; its linears' names begin with it.
+        computes: what computes it, a key of ``BLOCK_MODULES``: two kinds may have different blocks of one name.
         norm: the module of the norm before it.
-        inner_norms: modules of norms inside it, and whether a model has them.
+        inner_norms: those inside it.
         states: what it keeps from one run to the next, as inputs of the graph.
     """
 
     name: str
+    computes: str
     norm: str
     linears: tuple[LinearSpec, ...]
-    inner_norms: tuple[tuple[str, Flag], ...] = ()
+    inner_norms: tuple[NormSpec, ...] = ()
     states: States = lambda config, layer, block_size, dtype: ()
 
 
@@ -131,10 +142,14 @@ class LayerKind:
         """(out_features, in_features) of every linear."""
         return {linear.name: linear.shape(config) for linear in self.linears}
 
+    def widest_input(self, config: ModelConfig) -> int:
+        """Features of the widest of its inputs."""
+        return max(read.size(config) for read in self.inputs.values())
+
     def vectors(self, config: ModelConfig) -> tuple[str, ...]:
         """The norms and biases, all parameters with one dimension."""
         norms = [block.norm for block in self.blocks]
-        norms += [norm for block in self.blocks for norm, has in block.inner_norms if has(config)]
+        norms += [norm.name for block in self.blocks for norm in block.inner_norms if norm.present(config)]
         biased = [linear.name for linear in self.linears if linear.bias(config)]
         return (*(f"{norm}.weight" for norm in norms), *(f"{linear}.bias" for linear in biased))
 
@@ -165,8 +180,16 @@ def _keys(config: ModelConfig) -> int:
     return config.num_key_value_heads * config.head_dim
 
 
-def _has_bias(config: ModelConfig) -> bool:
-    return config.architecture.attention_bias
+def _head(config: ModelConfig) -> int:
+    return config.head_dim
+
+
+def _qkv_bias(config: ModelConfig) -> bool:
+    return config.qkv_bias
+
+
+def _o_bias(config: ModelConfig) -> bool:
+    return config.o_bias
 
 
 def _has_qk_norm(config: ModelConfig) -> bool:
@@ -181,7 +204,7 @@ _TO_ATTENTION = InputSpec("input_layernorm", _hidden, producer="input_layernorm"
 # Attention takes weighted means of the rows of v: all query heads of a key/value head read the same outputs.
 _ATTENDED = InputSpec(
     "self_attn.o_proj.input", _queries, producer="self_attn.v_proj",
-    copies=lambda config: config.num_attention_heads // config.num_key_value_heads, run=lambda config: config.head_dim,
+    copies=lambda config: config.num_attention_heads // config.num_key_value_heads, run=_head,
 )  # fmt: skip
 _TO_MLP = InputSpec("post_attention_layernorm", _hidden, producer="post_attention_layernorm")
 _GATED = InputSpec("mlp.down_proj.input", _inner, producer="mlp.up_proj")  # a product with its outputs
@@ -189,18 +212,23 @@ _QKV, _GATE_UP = FusedSpec("self_attn.qkv_proj"), FusedSpec("mlp.gate_up_proj", 
 
 ATTENTION = BlockSpec(
     "self_attn",
+    computes="attention",
     norm="input_layernorm",
     linears=(
-        LinearSpec("self_attn.q_proj", _queries, _TO_ATTENTION, _has_bias, _QKV),
-        LinearSpec("self_attn.k_proj", _keys, _TO_ATTENTION, _has_bias, _QKV),
-        LinearSpec("self_attn.v_proj", _keys, _TO_ATTENTION, _has_bias, _QKV),
-        LinearSpec("self_attn.o_proj", _hidden, _ATTENDED),
+        LinearSpec("self_attn.q_proj", _queries, _TO_ATTENTION, _qkv_bias, _QKV),
+        LinearSpec("self_attn.k_proj", _keys, _TO_ATTENTION, _qkv_bias, _QKV),
+        LinearSpec("self_attn.v_proj", _keys, _TO_ATTENTION, _qkv_bias, _QKV),
+        LinearSpec("self_attn.o_proj", _hidden, _ATTENDED, _o_bias),
     ),
-    inner_norms=(("self_attn.q_norm", _has_qk_norm), ("self_attn.k_norm", _has_qk_norm)),
+    inner_norms=(
+        NormSpec("self_attn.q_norm", _head, _has_qk_norm),
+        NormSpec("self_attn.k_norm", _head, _has_qk_norm),
+    ),
     states=_key_value_cache,
 )
 DENSE_MLP = BlockSpec(
     "mlp",
+    computes="gated_mlp",
     norm="post_attention_layernorm",
     linears=(
         LinearSpec("mlp.gate_proj", _inner, _TO_MLP, fused=_GATE_UP),

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.graph.architecture import LinearSpec, layer_kind
+from qwen_build.graph.architecture import BlockSpec, LinearSpec, layer_kind
 from qwen_build.graph.weight_map import EMBEDDING, HEAD
 from qwen_build.quantization.schemes import Fusion, NativeInt, Norm, Scheme, WeightShape
 from qwen_engine.graph_io import (
@@ -263,12 +263,16 @@ class RMSNorm(nn.Module):
 class SubBlock(nn.Module):
     """A sub-block of a decoder layer, see :class:`~qwen_build.graph.architecture.BlockSpec`.
 
-    Its linears are attributes, by the last part of the names they have in the graph.
+    Its linears and inner norms are attributes, by the last part of the names they have in the graph; a norm that the
+    model does without is None.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes, block: BlockSpec):
         super().__init__()
-        self.config, self.layer, self.schemes = config, layer, schemes
+        self.config, self.layer, self.schemes, self.block = config, layer, schemes, block
+        for norm in block.inner_norms:
+            module = RMSNorm(norm.size(config), config.rms_norm_eps) if norm.present(config) else None
+            setattr(self, norm.name.rpartition(".")[2], module)
 
     def add_linears(self, input_name: str, output_name: str | None = None, fused: str | None = None) -> list[Linear]:
         """Make the linears of :func:`linears_reading` attributes."""
@@ -287,8 +291,8 @@ class MLP(SubBlock):
 
     down_proj: Linear
 
-    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
-        super().__init__(config, layer, schemes)
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes, block: BlockSpec):
+        super().__init__(config, layer, schemes, block)
         self.gate_up = self.add_linears("post_attention_layernorm", fused="mlp.gate_up_proj")
         self.add_linears("mlp.down_proj.input", "mlp")
 
@@ -303,13 +307,13 @@ class Attention(SubBlock):
     """Grouped-query attention over the paged cache; rotary embedding and q/k norm inside the operator."""
 
     o_proj: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
 
-    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
-        super().__init__(config, layer, schemes)
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes, block: BlockSpec):
+        super().__init__(config, layer, schemes, block)
         self.qkv = self.add_linears("input_layernorm", fused="self_attn.qkv_proj")
         self.add_linears("self_attn.o_proj.input", "self_attn")
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None
 
     def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
         """``x + attention(norm(x))``"""

@@ -35,8 +35,8 @@ DTYPES = {
 }
 
 
-# sub-block of a layer kind -> what computes it
-BLOCK_MODULES: dict[str, type[SubBlock]] = {"self_attn": Attention, "mlp": MLP}
+# what a sub-block computes -> the module that does
+BLOCK_MODULES: dict[str, type[SubBlock]] = {"attention": Attention, "gated_mlp": MLP}
 
 
 class DecoderLayer(nn.Module):
@@ -47,7 +47,7 @@ class DecoderLayer(nn.Module):
         self.path, self.blocks = f"model.layers.{layer}", layer_kind(config, layer).blocks
         for block in self.blocks:
             setattr(self, block.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
-            setattr(self, block.name, BLOCK_MODULES[block.name](config, layer, schemes))
+            setattr(self, block.name, BLOCK_MODULES[block.computes](config, layer, schemes, block))
 
     def forward(self, op: OpBuilder, x: ir.Value, step: StepTensors) -> ir.Value:
         for block in self.blocks:

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 from onnxscript import OpBuilder
 
-from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
+from qwen_build.architectures import ARCHITECTURES
+from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.graph.architecture import LAYER_KINDS, BlockSpec, InputSpec, LayerKind, LinearSpec
 from qwen_build.graph.layers import Linear, Schemes, StepTensors, SubBlock
 from qwen_build.graph.model import BLOCK_MODULES
@@ -29,6 +30,7 @@ _TO_MIXER = InputSpec("mixer_norm", _hidden, producer="mixer_norm")
 _MIXED = InputSpec("mixer.out_proj.input", _inner)  # behind a curve: no factor goes through it
 MIXER = BlockSpec(
     "mixer",
+    computes="mixer",
     norm="mixer_norm",
     linears=(
         LinearSpec("mixer.in_proj", _inner, _TO_MIXER, bias=lambda config: True),
@@ -43,8 +45,8 @@ class Mixer(SubBlock):
     in_proj: Linear
     out_proj: Linear
 
-    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
-        super().__init__(config, layer, schemes)
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes, block: BlockSpec):
+        super().__init__(config, layer, schemes, block)
         self.add_linears("mixer_norm")
         self.add_linears("mixer.out_proj.input", "mixer")
 

@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
-    "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "attention_bias": True},
 }
 
 

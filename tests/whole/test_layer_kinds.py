@@ -15,9 +15,10 @@ from cases.as_built import as_built, layer_outputs, relative_errors
 from cases.made_up import add_made_up, transformers_model
 from cases.scripted import write_text_files
 from cases.tiny import TINY, TinyCheckpoint, run_alone, run_chunks
+from qwen_build.architectures import ARCHITECTURES, Architecture
 from qwen_build.calibration.awq import Awq
 from qwen_build.calibration.method import InputReaders
-from qwen_build.checkpoint.config import ARCHITECTURES, Architecture, ModelConfig
+from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
@@ -51,7 +52,7 @@ def checkpoint(request, tmp_path_factory):
             add_made_up(patch)
             transformers_model()
         else:
-            patch.setitem(ARCHITECTURES, "llama", Architecture())  # the whole of a dense family
+            patch.setitem(ARCHITECTURES, "llama", Architecture("Llama"))  # the whole of a dense family
         path = write_text_files(tmp_path_factory.mktemp(request.param) / "tiny", eos_token_id=[264, 262])
         generation_config = (path / "generation_config.json").read_text()
         torch.manual_seed(1)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cases.configs import PUBLISHED
-from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
+from qwen_build.architectures import ARCHITECTURES
+from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.config_keys import WindowedLayers, unknown_keys
 from qwen_build.graph.rope import rope_tables
 from qwen_engine.errors import CheckpointError, UnsupportedModel
@@ -18,7 +19,7 @@ def test_a_published_config():
     config = ModelConfig.from_json(PUBLISHED)
     assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (64, 1e6, 1e-6)
     assert config.tie_word_embeddings
-    assert config.architecture.attention_bias
+    assert (config.qkv_bias, config.o_bias) == (True, False)
     assert config.eos_token_ids == (151645,)
 
 
@@ -74,10 +75,6 @@ def test_defaults_are_those_of_transformers():
         ({"per_layer_config": {"3": {"head_dim": 32}}}, "per_layer_config .* is not supported"),
         ({"quantization": {"bits": 4}}, "config.json has quantization: .* by mlx, which cannot be read"),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "by compressed-tensors, which cannot"),
-        (
-            {"model_type": "qwen3", "attention_bias": True},
-            "attention_bias True is not supported for model_type 'qwen3'",
-        ),
         ({"quantization_config": {"quant_method": "fp8"}}, r"already quantised \(fp8\)"),
         ({"head_dim": 260}, "head_dim 260 is not a multiple of 8 up to 256"),
     ],
@@ -108,6 +105,7 @@ def test_what_the_graph_lacks_is_refused_by_name(change, message):
         ({"use_sliding_window": "yes"}, "use_sliding_window is 'yes', expected true or false"),
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0, expected a positive integer or null"),
         ({"use_sliding_window": True, "max_window_layers": "all"}, "max_window_layers is 'all', expected an integer"),
+        ({"model_type": "qwen3", "attention_bias": "no"}, "attention_bias is 'no', expected true or false"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
         ({"max_position_embeddings": 1e30}, r"max_position_embeddings is 1e\+30, expected a positive integer"),
         ({"eos_token_id": True}, "eos_token_id is True, expected an integer"),
@@ -171,7 +169,7 @@ def test_layers_that_do_not_see_everything_are_known(change, sliding):
 
 def test_absent_keys_have_the_defaults_of_the_class():
     transformers = pytest.importorskip("transformers")
-    for model_type in ("qwen2", "qwen3"):
+    for model_type in ARCHITECTURES:
         theirs, ours = transformers.AutoConfig.for_model(model_type), ModelConfig.from_json({"model_type": model_type})
         sizes = {name: value for name, value in vars(ours).items() if hasattr(theirs, name) and name != "windowed"}
         assert len(sizes) >= 10
@@ -182,13 +180,13 @@ def test_absent_keys_have_the_defaults_of_the_class():
     assert ModelConfig.from_json(PUBLISHED | {"num_key_value_heads": None}).num_key_value_heads == heads
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_key_of_the_class_of_transformers_is_known(model_type):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in PUBLISHED.items() if k != "model_type"})
     config.dtype = "bfloat16"
     saved = {name: "?" if value is None else value for name, value in config.to_dict().items()}
-    assert unknown_keys(saved, {"rope_parameters": saved["rope_parameters"]}) == ()
+    assert unknown_keys(saved, ARCHITECTURES[model_type], {"rope_parameters": saved["rope_parameters"]}) == ()
 
 
 def test_unknown_keys_are_named_and_those_without_effect_are_not():

@@ -8,7 +8,7 @@ import pytest
 
 from cases.configs import PUBLISHED
 from cases.made_up import add_made_up
-from qwen_build.checkpoint.config import ARCHITECTURES, ModelConfig
+from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.graph.architecture import (
     LAYER_KINDS,
     LayerKind,
@@ -37,7 +37,7 @@ def test_every_description_is_whole():
     for kind in LAYER_KINDS.values():
         modules = {block.norm for block in kind.blocks} | {linear.name for linear in kind.linears}
         for block in kind.blocks:
-            assert block.name in BLOCK_MODULES
+            assert block.computes in BLOCK_MODULES
             assert all(linear.name.startswith(f"{block.name}.") for linear in block.linears)
         for name, read in kind.inputs.items():
             assert name == read.name
@@ -58,7 +58,7 @@ def test_the_layers_of_qwen():
     }  # fmt: skip
     assert kind.reader_names["input_layernorm"] == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     assert kind.states(CONFIG, 7, 64, "int8") == cache_inputs([7], 2, 64, 64, "int8")
-    qwen3 = dataclasses.replace(CONFIG, architecture=ARCHITECTURES["qwen3"])
+    qwen3 = ModelConfig.from_json({**PUBLISHED, "model_type": "qwen3"})
     assert set(kind.vectors(CONFIG)) - set(kind.vectors(qwen3)) == {f"self_attn.{x}_proj.bias" for x in "qkv"}
     assert set(kind.vectors(qwen3)) - set(kind.vectors(CONFIG)) == {f"self_attn.{x}_norm.weight" for x in "qk"}
 
@@ -102,5 +102,5 @@ def test_another_reader_of_an_input_is_no_part_of_what_is_fused(monkeypatch):
         LayerKind((attention, dataclasses.replace(mlp, linears=(*mlp.linears, scorer)))),
     )
     schemes = Schemes(Float32(), Float32())
-    assert [linear.shape for linear in MLP(CONFIG, 0, schemes).gate_up] == [(9728, 896)]
+    assert [linear.shape for linear in MLP(CONFIG, 0, schemes, mlp).gate_up] == [(9728, 896)]
     assert "scorer" in linears_reading(CONFIG, 0, schemes, reads.name)

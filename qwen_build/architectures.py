@@ -1,0 +1,84 @@
+"""The families of models, a row each: what one has and another has not.
+
+A family is what Hugging Face calls a ``model_type``. Everything that is said of it here is what transformers 5 computes
+with its class. What a layer of each kind consists of is in ``graph/architecture.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WindowKeys:
+    """How a family's ``config.json`` says which layers attend to the last ``sliding_window`` tokens alone.
+
+    Attributes:
+        switch: the key that must be true for any to do; None: no key is needed.
+        first_layer: the key with the number of the first that does; None: all do. A list of ``layer_types`` wins.
+    """
+
+    switch: str | None = None
+    first_layer: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that are read."""
+        return tuple(key for key in ("sliding_window", self.switch, self.first_layer) if key)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one family of checkpoints has and another has not.
+
+    Attributes:
+        models: as people call them.
+        qkv_bias: whether q, k and v have biases, whatever ``config.json`` says.
+        bias_key: the key of ``config.json`` that gives biases to q, k, v and o; None: none does.
+        qk_norm: whether queries and keys of each head are normalised.
+        head_dim: where ``config.json`` has none; None: hidden_size / heads.
+        defaults: what else its class has where ``config.json`` has no such key.
+        rope_theta: likewise, for which transformers has several places.
+        window: how layers with a window are named; None: there are none.
+        layer_kinds: of its layers, by turns where ``config.json`` has no layer_types; see ``graph/architecture.py``.
+    """
+
+    models: str
+    qkv_bias: bool = False
+    bias_key: str | None = None
+    qk_norm: bool = False
+    head_dim: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rope_theta: float = 10000.0
+    window: WindowKeys | None = None
+    layer_kinds: tuple[str, ...] = ("full_attention",)
+
+
+_QWEN_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_QWEN_WINDOW = WindowKeys(switch="use_sliding_window", first_layer="max_window_layers")
+
+# Hugging Face model_type -> its features; a new family starts with a row here
+ARCHITECTURES = {
+    "qwen2": Architecture(
+        "Qwen1.5, Qwen2 and Qwen2.5", qkv_bias=True, defaults=_QWEN_DEFAULTS, window=_QWEN_WINDOW,
+    ),
+    "qwen3": Architecture(
+        "dense Qwen3", bias_key="attention_bias", qk_norm=True, head_dim=128, defaults=_QWEN_DEFAULTS,
+        window=_QWEN_WINDOW,
+    ),
+}  # fmt: skip
