@@ -10,8 +10,8 @@ import asyncio
 import atexit
 import itertools
 import threading
+import time
 import weakref
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,13 @@ from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_run.api.llm import LLM, Prompt
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.api.pending_request import PendingRequest
+from qwen_run.api.places import Places
+from qwen_run.runtime.core import CoreStatistics
 from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.params import RequestOutputKind, SamplingParams
 from qwen_run.text.chat_template import Message
+
+_DRAIN_POLL_S = 0.01
 
 News = RequestOutput | QwenError  # of a request: its answer as far as it has come, or why there is none
 
@@ -47,7 +51,7 @@ class AsyncLLM:
             raise EngineError(f"max_requests is {max_requests!r}, expected a whole number, 1 or more")
         self._llm = LLM(model, **options)
         self.default_params = self._llm.default_params
-        self._places = _Places(max_requests)
+        self._places = Places(max_requests)
         self._worker = _Worker(self._llm)
         self._numbers = itertools.count()
         weakref.finalize(self, self._worker.end).atexit = False  # there the worker has a handler of its own
@@ -107,6 +111,40 @@ class AsyncLLM:
         """As :meth:`LLM.chat_prompt`."""
         return await asyncio.to_thread(self._llm.chat_prompt, messages, tools, **variables)
 
+    @property
+    def statistics(self) -> CoreStatistics:
+        """Where the engine stands, and what it has done; any thread may ask."""
+        return self._llm.core.statistics
+
+    @property
+    def llm(self) -> LLM:
+        """The engine and its text, for what needs no answer: :meth:`LLM.chat_prompt`, ``tokenizer``; not to be run."""
+        return self._llm
+
+    async def check_health(self) -> None:
+        """
+        Raises:
+            EngineError: the engine has failed or is closed.
+        """
+        self._worker.check_open()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait until those that there are have ended.
+
+        Args:
+            timeout: most seconds to wait.
+
+        Returns:
+            False where some are unfinished when the time is up; :meth:`close` gives them up.
+        """
+        self._worker.refuse()
+        ends = None if timeout is None else time.monotonic() + timeout
+        while not self._worker.is_idle:
+            if ends is not None and time.monotonic() >= ends:
+                return False
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return True
+
     async def close(self) -> None:
         """Give up what is unfinished, free the cache and end the thread."""
         self._worker.end()  # from here on nothing is begun
@@ -138,7 +176,7 @@ class _Worker:
         self._orders: list[Callable[[], object]] = []  # for the thread
         self._streams: dict[str, RequestStream] = {}
         self._failure: BaseException | None = None
-        self._is_closing = False
+        self._is_closing = self._refuses = False
         self.thread = threading.Thread(target=self._serve, name="qwen-engine", daemon=True)
         self.thread.start()
         atexit.register(self._end_and_join)  # a thread in native code must not outlive the interpreter
@@ -161,6 +199,12 @@ class _Worker:
             raise _stopped(self._failure)
         if self._is_closing:
             raise EngineError("the engine is closed; load it again")
+        if self._refuses:
+            raise EngineError("the engine is about to close and takes no more requests; ask another")
+
+    def refuse(self) -> None:
+        """Begin no more requests."""
+        self._refuses = True
 
     def begin(self, stream: RequestStream) -> RequestStream:
         """Let the request of ``stream`` run.
@@ -271,7 +315,7 @@ class RequestStream:
     Only the newest state is kept, so a slow reader costs no memory; where outputs are parts, those not read are joined.
     """
 
-    def __init__(self, pending: PendingRequest, worker: _Worker, places: _Places, owner: AsyncLLM) -> None:
+    def __init__(self, pending: PendingRequest, worker: _Worker, places: Places, owner: AsyncLLM) -> None:
         self.pending = pending
         self.loop = asyncio.get_running_loop()
         self._worker, self._places = worker, places
@@ -324,47 +368,6 @@ class RequestStream:
         return news
 
 
-class _Places:
-    """So many requests may be unfinished; who finds no place waits, in its own event loop, first come, first served."""
-
-    def __init__(self, count: int) -> None:
-        self._guard = threading.Lock()
-        self._num_free = count
-        self._waiting: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
-
-    async def take(self) -> None:
-        """Wait for a place and have it."""
-        loop = asyncio.get_running_loop()
-        with self._guard:
-            if self._num_free:
-                self._num_free -= 1
-                return
-            mine = loop.create_future()
-            self._waiting.append((loop, mine))
-        try:
-            await mine
-        except BaseException:
-            with self._guard:
-                was_waiting = (loop, mine) in self._waiting
-                if was_waiting:
-                    self._waiting.remove((loop, mine))
-            if not was_waiting:  # the place has been handed over in the meantime
-                self.give_back()
-            raise
-
-    def give_back(self) -> None:
-        """Hand a place to the first who waits; for any thread."""
-        with self._guard:
-            while self._waiting:
-                loop, future = self._waiting.popleft()
-                try:
-                    loop.call_soon_threadsafe(_wake, future)
-                except RuntimeError:  # that loop is closed, and nobody waits in it
-                    continue
-                return
-            self._num_free += 1
-
-
 def _joined(earlier: News | None, later: News) -> News:
     if isinstance(earlier, RequestOutput) and isinstance(later, RequestOutput):
         return earlier.followed_by(later)
@@ -374,11 +377,6 @@ def _joined(earlier: News | None, later: News) -> News:
 def _put_all(news: list[tuple[RequestStream, News]]) -> None:
     for stream, each in news:
         stream.put(each)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():  # else it was cancelled, and its task hands the place on
-        future.set_result(None)
 
 
 def _stopped(failure: BaseException) -> EngineError:

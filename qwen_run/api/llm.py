@@ -29,7 +29,18 @@ from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 class ChatPrompt(str):
-    """A conversation as the chat template wrote it, to which the tokenizer adds nothing."""
+    """A conversation as the chat template wrote it, to which the tokenizer adds nothing.
+
+    Attributes:
+        pieces: what is encoded one by one, so that a control token which a message spells stays text.
+    """
+
+    pieces: tuple[str, ...]
+
+    def __new__(cls, *pieces: str) -> ChatPrompt:
+        prompt = super().__new__(cls, "".join(pieces))
+        prompt.pieces = pieces
+        return prompt
 
 
 Prompt = str | List[int] | Mapping[str, Any]
@@ -167,6 +178,8 @@ class LLM(RequestLoop):
         use_tqdm: bool = True,
         tools: List[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several.
 
@@ -175,6 +188,8 @@ class LLM(RequestLoop):
             sampling_params, use_tqdm: as in :meth:`generate`.
             tools: JSON schemas of functions the model may call.
             chat_template_kwargs: passed to the chat template, such as ``enable_thinking``.
+            add_generation_prompt: end the prompt with the opening of an answer.
+            continue_final_message: go on with the last message instead; the answer is what comes after it.
 
         Returns:
             One result a conversation; ``prompt`` is its text as the template wrote it.
@@ -185,7 +200,9 @@ class LLM(RequestLoop):
         if not isinstance(messages, List) or isinstance(messages, str):
             raise RequestError(f"messages is {reprlib.repr(messages)}, expected a list of messages, or of such lists")
         conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        prompts = [self.chat_prompt(each, tools, **(chat_template_kwargs or {})) for each in conversations]  # type: ignore[arg-type]
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        options |= chat_template_kwargs or {}
+        prompts = [self.chat_prompt(each, tools, **options) for each in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def beam_search(self, prompts: Prompt | List[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
@@ -219,15 +236,19 @@ class LLM(RequestLoop):
     def chat_prompt(
         self, messages: List[Message], tools: List[Mapping[str, Any]] | None = None, **variables: Any
     ) -> ChatPrompt:
-        """A conversation and the opening of an answer as one prompt; ``variables`` go to the chat template.
+        """A conversation and the opening of an answer as one prompt.
+
+        Args:
+            messages, tools: as in :meth:`chat`.
+            variables: for the chat template; also ``add_generation_prompt`` and ``continue_final_message``.
 
         Raises:
             RequestError: the engine has no chat template, or it refuses the messages.
         """
-        template = self._require_text().template
-        if template is None:
+        text = self._require_text()
+        if text.template is None:
             raise RequestError(f"{self.core.engine.directory} has no chat template that can be used; use generate")
-        return ChatPrompt(template.render(messages, tools, **variables))
+        return ChatPrompt(*text.chat_pieces(messages, tools, **variables))
 
     def prepare(
         self,
@@ -255,7 +276,7 @@ class LLM(RequestLoop):
         prompt = _plain(prompt, name)
         if isinstance(prompt, str):
             most = self.max_seq_len if kept is None else None
-            text, ids = str(prompt), self.tokenizer.encode(prompt, not isinstance(prompt, ChatPrompt), most)
+            text, ids = str(prompt), self._encoded(prompt, most)
         else:
             text, ids = None, _token_ids(prompt, name)
         if kept is not None:
@@ -267,6 +288,11 @@ class LLM(RequestLoop):
         self.core.check(request, name)
         tokenizer = self._text.tokenizer if self._text else None
         return PendingRequest(request_id or str(next(self._numbers)), text, request, tokenizer)
+
+    def _encoded(self, prompt: str, most: int | None) -> list[int]:
+        if isinstance(prompt, ChatPrompt):
+            return self.tokenizer.encode_pieces(prompt.pieces, most)
+        return self.tokenizer.encode(prompt, True, most)
 
     def _prepare_all(self, prompts: Prompt | List[Prompt], params: Params) -> list[PendingRequest]:
         every = _as_list(prompts)

@@ -75,12 +75,6 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     error: str | None = None
 
-    def since(self, num_characters: int, num_tokens: int) -> CompletionOutput:
-        """What comes after so much of the text and so many tokens."""
-        logprobs = None if self.logprobs is None else self.logprobs[num_tokens:]
-        text, token_ids = self.text[num_characters:], self.token_ids[num_tokens:]
-        return replace(self, text=text, token_ids=token_ids, logprobs=logprobs)
-
     def followed_by(self, later: CompletionOutput) -> CompletionOutput:
         """Both as one, where ``later`` holds only what is new since this one."""
         logprobs = None if later.logprobs is None else [*(self.logprobs or []), *later.logprobs]
@@ -107,6 +101,7 @@ class RequestOutput:
         seed: what the random numbers were made from, also where none was asked for; None at temperature 0.
         metrics: when what happened to it.
         num_cached_tokens: tokens of the prompt that an earlier one had left in the cache; None before it runs.
+        num_draft_tokens: guessed tokens that were verified, of which ``num_accepted_tokens`` were right.
     """
 
     request_id: str
@@ -118,6 +113,8 @@ class RequestOutput:
     seed: int | None = None
     metrics: RequestMetrics | None = field(default=None, compare=False)
     num_cached_tokens: int | None = field(default=None, compare=False)
+    num_draft_tokens: int = field(default=0, compare=False)
+    num_accepted_tokens: int = field(default=0, compare=False)
 
     def followed_by(self, later: RequestOutput) -> RequestOutput:
         """Both as one, where ``later`` holds only what is new since this one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +13,17 @@ from qwen_run.sampling.logprobs import TokenLogprobs
 from qwen_run.sampling.params import RequestOutputKind
 from qwen_run.text.stops import TextStopper
 from qwen_run.text.tokenizer import Tokenizer
+
+
+@dataclass
+class _Made:
+    """What was made of a sequence's tokens, and how much of it was told where only what is new is told."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    num_told_texts: int = 0
+    num_told: int = 0
 
 
 class PendingRequest:
@@ -37,10 +48,7 @@ class PendingRequest:
         self._prompt_token_ids = list(request.prompt)
         self._prompt_logprobs: list[Logprobs | None] = []
         self._tokenizer = tokenizer
-        # what is made of each sequence's tokens so far, by its index
-        self._texts: dict[int, str] = {}
-        self._logprobs: dict[int, list[Logprobs]] = {}
-        self._told: dict[int, tuple[int, int]] = {}  # characters and tokens, where only what is new is told
+        self._made: dict[int, _Made] = {}  # by the sequence's index
 
     @property
     def is_silent(self) -> bool:
@@ -58,58 +66,64 @@ class PendingRequest:
         judged = self._prompt_logprobs
         for token_id, found in zip(request.prompt[len(judged) :], request.prompt_logprobs[len(judged) :], strict=False):
             judged.append(found and self._readable(token_id, found))
-        answers = [self._completion(sequence) for sequence in request.sequences if self._has_answer(sequence)]
         is_delta = request.params.output_kind == RequestOutputKind.DELTA and not whole
         return RequestOutput(
             self.request_id,
             self._prompt,
             self._prompt_token_ids,
             list(judged) if request.params.prompt_logprobs is not None else None,
-            self._new_parts(answers) if is_delta else answers,
+            [self._completion(sequence, is_delta) for sequence in request.sequences if self._has_answer(sequence)],
             request.is_finished,
             seed=None if request.params.greedy else request.seed,
             metrics=replace(self.metrics),
             num_cached_tokens=request.num_cached_tokens,
+            num_draft_tokens=request.num_drafts,
+            num_accepted_tokens=request.num_accepted,
         )
-
-    def _new_parts(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
-        parts = [answer.since(*self._told.get(answer.index, (0, 0))) for answer in answers]
-        self._told = {answer.index: (len(answer.text), len(answer.token_ids)) for answer in answers}
-        return parts
 
     def _has_answer(self, sequence: Sequence) -> bool:
         """Beams are no answers before their search ends."""
         return self.request.beam_search is None or sequence.finish_reason is not None
 
-    def _completion(self, sequence: Sequence) -> CompletionOutput:
-        token_ids = sequence.output
-        logprobs = None
-        if self.request.params.logprobs is not None:
-            logprobs = self._logprobs.setdefault(sequence.index, [])
-            logprobs += map(self._readable, token_ids[len(logprobs) :], sequence.logprobs[len(logprobs) :])
+    def _completion(self, sequence: Sequence, is_delta: bool) -> CompletionOutput:
+        is_new = sequence.index not in self._made
+        made = self._made.setdefault(sequence.index, _Made())
+        self._make_text(sequence, made, is_new)
+        asks_logprobs = self.request.params.logprobs is not None
+        if asks_logprobs:
+            self._make_logprobs(sequence, made)
+        first_text, first = (made.num_told_texts, made.num_told) if is_delta else (0, 0)
+        made.num_told_texts, made.num_told = len(made.texts), sequence.num_output
         return CompletionOutput(
             index=sequence.index,
-            text=self._text(sequence),
-            token_ids=token_ids,
-            cumulative_logprob=sum(found.logprob for found in sequence.logprobs) if logprobs is not None else None,
-            logprobs=None if logprobs is None else list(logprobs),
+            text="".join(made.texts[first_text:]),
+            token_ids=sequence.token_ids[len(self.request.prompt) + first :],
+            cumulative_logprob=made.cumulative_logprob if asks_logprobs else None,
+            logprobs=made.logprobs[first:] if asks_logprobs else None,
             finish_reason=sequence.finish_reason,
             stop_reason=self._stop_reason(sequence),
             error=None if sequence.error is None else message_of(sequence.error),
         )
 
-    def _text(self, sequence: Sequence) -> str:
+    def _make_logprobs(self, sequence: Sequence, made: _Made) -> None:
+        start = len(made.logprobs)
+        tokens = sequence.token_ids[len(self.request.prompt) + start :]
+        for token_id, found in zip(tokens, sequence.logprobs[start:], strict=False):
+            made.logprobs.append(self._readable(token_id, found))
+            made.cumulative_logprob += found.logprob
+
+    def _make_text(self, sequence: Sequence, made: _Made, is_new: bool) -> None:
         stopper = sequence.stopper
         if not isinstance(stopper, TextStopper):
-            return ""
-        if self.request.beam_search and sequence.index not in self._texts:  # nobody has told it the beam's tokens
+            return
+        if self.request.beam_search and is_new:  # nobody has told it the beam's tokens
             for token_id in sequence.output[: -1 if sequence.finish_reason == "stop" else None]:
                 stopper.push(token_id)
-        text = self._texts.get(sequence.index, "") + stopper.release()
+        text = stopper.release()
         if sequence.finish_reason:
             text += stopper.close()
-        self._texts[sequence.index] = text
-        return text
+        if text:
+            made.texts.append(text)
 
     def _readable(self, token_id: int, found: TokenLogprobs) -> Logprobs:
         entries = {token_id: (found.logprob, found.rank)}

@@ -213,6 +213,8 @@ class Core:
             self._scheduler.advance(chunk, num_rejected=1 + chunk.num_drafts - len(tokens))
             self._num_drafts += chunk.num_drafts
             self._num_accepted += len(tokens) - 1
+            request.num_drafts += chunk.num_drafts
+            request.num_accepted += len(tokens) - 1
             if sequence.finish_reason:
                 self._finish(sequence)
             return tokens

@@ -13,12 +13,19 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def extend_keys(keys: list[bytes], token_ids: Sequence[int], block_size: int, count: int) -> None:
-    """Append to ``keys`` those of the next full blocks of ``token_ids``, until there are ``count``."""
+def extend_keys(
+    keys: list[bytes], token_ids: Sequence[int], block_size: int, count: int, salt: str | None = None
+) -> None:
+    """Append to ``keys`` those of the next full blocks of ``token_ids``, until there are ``count``.
+
+    Args:
+        salt: the keys of different salts are different.
+    """
+    first = b"" if salt is None else hashlib.blake2b(salt.encode(), digest_size=16).digest()
     for index in range(len(keys), count):
         tokens = np.array(token_ids[index * block_size : (index + 1) * block_size], np.int64)
         # 16 bytes: two of 2^40 different blocks are equal with probability 2^-49
-        keys.append(hashlib.blake2b((keys[-1] if keys else b"") + tokens.tobytes(), digest_size=16).digest())
+        keys.append(hashlib.blake2b((keys[-1] if keys else first) + tokens.tobytes(), digest_size=16).digest())
 
 
 class PrefixCache:

@@ -14,6 +14,7 @@ import numpy as np
 from qwen_engine.errors import QwenError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.sampling.beam import BeamSearch
+from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.logprobs import TokenLogprobs
 from qwen_run.sampling.sample import SamplingContext, SamplingParams
 
@@ -59,10 +60,12 @@ class Request:
         stop_token_ids: what ends an answer: the ids given, which the checkpoint says, as ``params`` changes them.
         new_stopper: makes a stopper for each sequence.
         bad_words: ids of the texts that may not come.
+        constraints: what bounds the answer, for its first sequence; others fork them.
         prompt_logprobs: if ``params`` asks for it, of each prompt token as far as it is fed; None for the first.
         beam_search: the choice among beams.
         seed: what its random numbers are made from: that of ``params``, or one drawn for it.
         num_cached_tokens: of the prompt, found in the cache when it began to run; None before.
+        num_drafts: guessed tokens that were verified for its answers, of which ``num_accepted`` were right.
         number: given by the core the request was added to; requests are served in this order.
     """
 
@@ -71,11 +74,14 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     new_stopper: Callable[[], StopCondition] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    constraints: tuple[Constraint, ...] = ()
     seed: int = field(init=False)
     sequences: list[Sequence] = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
     beam_search: BeamSearch | None = field(init=False, default=None)
     num_cached_tokens: int | None = field(init=False, default=None)
+    num_drafts: int = field(init=False, default=0)
+    num_accepted: int = field(init=False, default=0)
     number: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
@@ -137,7 +143,9 @@ class Sequence:
     def context(self) -> SamplingContext:
         """What sampling knows of the sequence; made of ids that :func:`check_request` has seen."""
         request = self.request
-        return SamplingContext(request.params, request.prompt, request.stop_token_ids, request.bad_words)
+        return SamplingContext(
+            request.params, request.prompt, request.stop_token_ids, request.bad_words, request.constraints
+        )
 
     def fork(self, index: int, *token_ids: int) -> Sequence:
         """A sequence of the same tokens and ``token_ids``; what is cached is the scheduler's to copy."""

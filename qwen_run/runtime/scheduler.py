@@ -132,7 +132,7 @@ class Scheduler:
         sequence.num_cached += len(chunk.token_ids) - num_rejected
         now_full = sequence.num_cached // block_size
         if now_full > full and self._prefix_caching:
-            extend_keys(sequence.block_keys, sequence.token_ids, block_size, now_full)
+            self._extend_keys(sequence, now_full)
             for index in range(full, now_full):
                 self._cache.publish(sequence.block_ids[index], sequence.block_keys[index])
 
@@ -260,9 +260,13 @@ class Scheduler:
             return
         # What logits are wanted of is fed: the last token, or more of the prompt.
         count = _first_logits(sequence) // self._cache.block_size
-        extend_keys(sequence.block_keys, sequence.token_ids, self._cache.block_size, count)
+        self._extend_keys(sequence, count)
         sequence.block_ids = self._cache.take_prefix(sequence.block_keys[:count])
         sequence.num_cached = len(sequence.block_ids) * self._cache.block_size
+
+    def _extend_keys(self, sequence: Sequence, count: int) -> None:
+        salt = sequence.request.params.cache_salt
+        extend_keys(sequence.block_keys, sequence.token_ids, self._cache.block_size, count, salt)
 
     def _plan(self, plan: dict[Sequence, int], sequence: Sequence, count: int) -> None:
         """Enter ``count`` tokens of ``sequence`` and give it blocks for them, at the cost of younger ones."""

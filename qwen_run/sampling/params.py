@@ -43,7 +43,7 @@ class SamplingParams:
         top_k: 0 is off.
         repetition_penalty: of tokens in the prompt or the answer; 1 is off (arXiv 1909.05858, section 4.1).
         seed: what the random numbers of this request are made from; None draws one, which the result tells.
-        max_tokens: most tokens of an answer.
+        max_tokens: most tokens of an answer; None for as many as the engine's length leaves.
         min_p: least probability of a token, as a share of the likeliest token's; 0 is off.
         presence_penalty: taken from the logits of tokens that are in the answer.
         frequency_penalty: taken from the logit of a token for each time it is in the answer.
@@ -69,6 +69,8 @@ class SamplingParams:
             NumPy array (vocab_size,); or transformers' ``LogitsProcessor``, which see prompt and answer as tensors.
         output_kind: what each output of a stream holds.
         extra_args: anything; a request keeps it, and nothing reads it.
+        thinking_token_budget: tokens after which thinking is brought to its end; None for no such bound.
+        cache_salt: prompts share what is in the cache with those of the same salt alone.
 
     Raises:
         RequestError: a value is out of range, or excludes another; the message says which and what it may be.
@@ -79,7 +81,7 @@ class SamplingParams:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    max_tokens: int = 512
+    max_tokens: int = 512  # None, when it is set, becomes MAX_NUMBER
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -104,6 +106,8 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] | None = ()
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     extra_args: Mapping[str, Any] | None = field(default=None, hash=False)
+    thinking_token_budget: int | None = None
+    cache_salt: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in RULES:
@@ -257,7 +261,11 @@ RULES = {
     "top_k": _whole("a whole number, 0 (off) or more", 0),
     "repetition_penalty": _number("a number from 0.01 to 100", 0.01, 100),
     "seed": _whole_or_none("a whole number from 0 to 2^64 - 1", 2**64 - 1),
-    "max_tokens": _whole("a whole number, 1 or more", 1),
+    "max_tokens": FieldRule(
+        "a whole number, 1 or more, or None for what is left",
+        lambda value: _is_whole(value) and 1 <= value <= MAX_NUMBER,
+        lambda value: MAX_NUMBER if value is None else value,
+    ),
     "min_p": _number("a number from 0 to 1", 0, 1),
     "presence_penalty": _number("a number from -2 to 2", -2, 2),
     "frequency_penalty": _number("a number from -2 to 2", -2, 2),
@@ -307,6 +315,11 @@ RULES = {
         lambda value: value is None or (len(value) <= MAX_EXTRA_ARGS and all(isinstance(name, str) for name in value)),
         lambda value: None if value is None else dict(value.items()),
     ),
+    "thinking_token_budget": _whole_or_none("a whole number, 0 or more"),
+    "cache_salt": FieldRule(
+        f"None or a text of 1 to {MAX_STOP_CHARACTERS} characters, none of them a lone surrogate",
+        lambda value: value is None or _is_stop_text(value),
+    ),
 }
 
 # what of two or more options makes no sense together, and the message about it
@@ -339,6 +352,10 @@ CONTRADICTIONS: tuple[tuple[Callable[[SamplingParams], bool], str], ...] = (
     (
         lambda params: bool(params.stop) and not params.detokenize,
         "stop is {stop} with detokenize False: stop texts are found in the text; leave one out",
+    ),
+    (
+        lambda params: params.num_beams > 1 and params.thinking_token_budget is not None,
+        "thinking_token_budget is {thinking_token_budget} with num_beams {num_beams}; leave one out",
     ),
     (
         lambda params: params.num_beams > 1 and bool(params.allowed_token_ids or params.logits_processors),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_engine.errors import EngineError
+from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.custom import apply_processors, forbidden_tokens
 from qwen_run.sampling.params import SamplingParams
 
@@ -37,12 +38,14 @@ class SamplingContext:
         prompt: Sequence[int],
         stop_token_ids: Collection[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         """The context of a sequence that begins with ``prompt``.
 
         Args:
             stop_token_ids: what may not come before the answer has ``params.min_tokens`` tokens.
             bad_words: ids of ``params.bad_words``.
+            constraints: this sequence's own.
         """
         self.num_prompt, self.num_output = len(prompt), 0
         self._counts_tokens = (
@@ -54,6 +57,7 @@ class SamplingContext:
         self.biases = np.array([bias for _, bias in params.biases], np.float32)
         self.allowed_ids = None if params.allowed_token_ids is None else np.array(params.allowed_token_ids, np.int64)
         self.bad_words, self.processors = bad_words, tuple(params.logits_processors or ())
+        self.constraints = tuple(constraints)
         self.prompt: Sequence[int] = prompt if self.processors else ()
         self.output: list[int] = []  # the answer, where somebody looks at it
         # the repetition penalty alone falls on the prompt, too
@@ -90,11 +94,14 @@ class SamplingContext:
             or self.allowed_ids is not None
             or self.bad_words
             or self.processors
+            or self.constraints
         )
 
     def append(self, token_id: int) -> None:
         """Note the next token of the answer."""
         self.num_output += 1
+        for constraint in self.constraints:
+            constraint.append(token_id)
         if self.bad_words or self.processors:
             self.output.append(token_id)
         if not self._counts_tokens:
@@ -111,6 +118,7 @@ class SamplingContext:
         copy: SamplingContext = object.__new__(SamplingContext)
         copy.__dict__.update(self.__dict__)
         copy.output = self.output.copy()
+        copy.constraints = tuple(constraint.fork() for constraint in self.constraints)
         if self._counts_tokens:
             copy._slots = self._slots.copy()
             copy._token_ids, copy._counts = self._token_ids.copy(), self._counts.copy()
@@ -147,10 +155,11 @@ def process(logits: NDArray[np.float32], params: SamplingParams, context: Sampli
         scores[ids[(ids >= 0) & (ids < len(scores))]] = -np.inf
     if context.bad_words:
         scores[forbidden_tokens(context.bad_words, context.output)] = -np.inf
-    if context.allowed_ids is not None:
-        allowed = scores[context.allowed_ids]
-        scores = np.full_like(scores, -np.inf)
-        scores[context.allowed_ids] = allowed
+    for bound in (context.allowed_ids, *(constraint.allowed() for constraint in context.constraints)):
+        if bound is not None:
+            allowed = scores[bound]
+            scores = np.full_like(scores, -np.inf)
+            scores[bound] = allowed
     return scores
 
 

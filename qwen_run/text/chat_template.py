@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -19,8 +21,9 @@ from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_engine.json_files import read_object
 from qwen_engine.regular_files import read_regular
 from qwen_run.text.bounded_run import BoundsError, run_bounded
+from qwen_run.text.control_texts import ControlTexts
 from qwen_run.text.messages import Message as Message
-from qwen_run.text.messages import normalized_messages
+from qwen_run.text.messages import normalized_messages, with_object_arguments
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -32,6 +35,11 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "addition
 _PROBE = "The answer."
 _QUESTION = {"role": "user", "content": "A question."}
 _CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+# what the template is given in any case
+_OURS = ("messages", "tools", "documents", "add_generation_prompt")
+# stands behind a message that is to be continued: a noncharacter, which is in no text
+_END_OF_MESSAGE = "\ufdd1"
 
 # what a message is probed after, by its role: templates ask for it
 _BEFORE: dict[str, list[Message]] = {"system": [], "tool": [_QUESTION, _CALL]}
@@ -68,6 +76,7 @@ class ChatTemplate:
                 "correct it in the checkpoint and build again, or use --raw"
             ) from error
         self._templates = self._compiled()
+        self._variables = frozenset().union(*map(_variables_of, templates.values())) - {*_OURS, *special_tokens}
 
     @classmethod
     def load(cls, engine_directory: Path) -> ChatTemplate:
@@ -93,6 +102,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The text of a conversation, special tokens written out.
@@ -102,11 +112,32 @@ class ChatTemplate:
                 reads (``tool_calls``); :func:`~qwen_run.text.messages.normalized_messages` says what becomes of them.
             tools: JSON schemas of functions the model may call.
             add_generation_prompt: end with the opening of an answer.
+            continue_final_message: end within the last message instead, so that the answer goes on with it.
             variables: passed on to the template, such as ``enable_thinking``.
 
         Raises:
             RequestError: there are no messages, one holds what is no text or has a role that the template does not
                 know, or the template refuses them.
+        """
+        return self.pieces(messages, tools, add_generation_prompt, continue_final_message, **variables)[0]
+
+    def pieces(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        control_texts: ControlTexts | None = None,
+        **variables: Any,
+    ) -> tuple[str, ...]:
+        """The text of a conversation in pieces to be encoded one by one: one, unless a message spells a control token.
+
+        Args:
+            control_texts: what no message may say; without, whatever they say is taken as it is.
+            messages, tools, add_generation_prompt, continue_final_message, variables: as in :meth:`render`.
+
+        Raises:
+            RequestError: as in :meth:`render`.
         """
         normalized = normalized_messages(messages)
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
@@ -117,20 +148,62 @@ class ChatTemplate:
                     f"message {index} has the role {message['role']!r}, which the chat template does not know; "
                     f"expected one of {known}"
                 )
-        return self._write(name, normalized, tools, add_generation_prompt, variables)
+        self._check_variables(variables)
+        mark = ""
+        if control_texts:
+            normalized, tools, mark = control_texts.marked(normalized, tools)
+        write = self._write_open if continue_final_message else partial(self._write, opens=add_generation_prompt)
+        try:
+            text = write(name, normalized, tools, variables)
+        except RequestError:
+            objects = with_object_arguments(normalized)
+            if objects == normalized:
+                raise
+            text = write(name, objects, tools, variables)
+        return tuple(text.split(mark)) if mark else (text,)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """What the template reads beside the messages, such as ``enable_thinking``."""
+        return self._variables
+
+    @property
+    def source(self) -> str:
+        """The Jinja text of the template that is used with tools."""
+        return self._texts.get("tool_use", self._texts["default"])
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        for name in variables:
+            if name in _OURS or name in self._special_tokens:
+                raise RequestError(f"the chat template's {name!r} is not to be set, expected others; leave it out")
+
+    def _write_open(
+        self,
+        name: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The text up to the end of the last message's content."""
+        last = messages[-1]
+        opened = [*messages[:-1], {**last, "content": last["content"] + _END_OF_MESSAGE}]
+        text, found, _ = self._write(name, opened, tools, variables).rpartition(_END_OF_MESSAGE)
+        if not found:
+            raise RequestError("the chat template does not write the last message, which is to be continued")
+        return text.replace(_END_OF_MESSAGE, "")
 
     def _write(
         self,
         name: str,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
         variables: Mapping[str, Any],
+        opens: bool = False,
     ) -> str:
         values = {**self._special_tokens, **variables}
         try:
             return self._templates[name].render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **values
+                messages=messages, tools=tools, documents=None, add_generation_prompt=opens, **values
             )
         except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
             raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from error
@@ -149,7 +222,7 @@ class ChatTemplate:
         probe = {"role": role, "content": _PROBE}
         messages = [*_BEFORE.get(role, [_QUESTION]), probe, *([_QUESTION] if role == "system" else [])]
         try:
-            return _PROBE in self._write(name, messages, None, False, {})
+            return _PROBE in self._write(name, messages, None, {})
         except RequestError:
             return True  # the template itself says what it does not take
 
@@ -213,15 +286,24 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _compile(text: str) -> jinja2.Template:
+def _variables_of(text: str) -> set[str]:
+    environment = _environment()
+    return jinja2.meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment
+
+
+def _compile(text: str) -> jinja2.Template:
     try:
-        return environment.from_string(text)
+        return _environment().from_string(text)
     except Exception as error:  # compiling computes what is constant, and may run out of stack or memory
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise EngineError(

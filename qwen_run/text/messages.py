@@ -20,8 +20,8 @@ _SYNONYMS = {"developer": "system"}
 def normalized_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """``messages`` as templates read them.
 
-    Null fields are left out, text parts of ``content`` are joined, ``arguments`` of tool calls are objects, the role
-    ``developer`` is ``system``, and reasoning goes by every name that templates read.
+    Null fields are left out, text parts of ``content`` are joined, ``arguments`` of tool calls are objects where they
+    are JSON of one, the role ``developer`` is ``system``, and reasoning goes by every name that templates read.
 
     Raises:
         RequestError: there are no messages, one is not an object with a role, or holds what is no text.
@@ -66,16 +66,19 @@ def _text(where: str, content: Any) -> str:
 
 
 def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as objects; clients send JSON text, templates write JSON of what they get."""
+    """Tool calls with their arguments as objects; clients send JSON text, templates write JSON of what they get.
+
+    Arguments that are no such text, which a model may have written, stay as they are.
+    """
     if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
         raise RequestError(f"{where}: tool_calls is {reprlib.repr(calls)}, expected a list of objects")
-    return [_call(where, call) for call in calls]
+    return [_call(call) for call in calls]
 
 
-def _call(where: str, call: Mapping[str, Any]) -> dict[str, Any]:
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if isinstance(function, Mapping):
-        return {**call, "function": _call(where, function)}
+        return {**call, "function": _call(function)}
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return dict(call)
@@ -83,6 +86,19 @@ def _call(where: str, call: Mapping[str, Any]) -> dict[str, Any]:
         parsed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         parsed = None
-    if not isinstance(parsed, dict):
-        raise RequestError(f"{where}: arguments of a tool call are {reprlib.repr(arguments)}, expected a JSON object")
-    return {**call, "arguments": parsed}
+    return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
+
+
+def with_object_arguments(messages: Sequence[Message]) -> list[Message]:
+    """``messages`` for a template that takes objects alone: arguments that are text are one argument of that name."""
+    return [
+        {**each, "tool_calls": [_object_call(call) for call in each["tool_calls"]]} if each.get("tool_calls") else each
+        for each in messages
+    ]
+
+
+def _object_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _object_call(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": {"arguments": arguments}} if isinstance(arguments, str) else call

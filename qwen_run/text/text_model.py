@@ -15,6 +15,7 @@ from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request
+from qwen_run.sampling.constraint import END_OF_THINKING, Constraint, ThinkingBudget, is_thinking_at_end
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import ChatTemplate, Conversation, Message, read_json
 from qwen_run.text.stops import StopTexts, TextStopper
@@ -89,19 +90,38 @@ class TextModel:
         """Ids of a prompt that goes to the model as it is."""
         return self.tokenizer.encode(prompt, add_special_tokens=True)
 
-    def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
-    ) -> list[int]:
-        """Ids of a conversation and the opening of an answer; ``variables`` go to the chat template.
+    def chat_pieces(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> tuple[str, ...]:
+        """A conversation and the opening of an answer, in pieces to be encoded one by one.
+
+        What a message, a tool's result or an argument says stays text, also where it spells a control token.
+
+        Args:
+            options: ``add_generation_prompt``, ``continue_final_message``, and variables of the chat template.
 
         Raises:
             RequestError: the template refuses the messages.
         """
         assert self.template is not None, "loaded with raw=True"
-        return self.tokenizer.encode(self.template.render(messages, tools, **variables))
+        return self.template.pieces(messages, tools, control_texts=self.tokenizer.control_texts, **options)
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> list[int]:
+        """Ids of what :meth:`chat_pieces` makes of a conversation.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        return self.tokenizer.encode_pieces(self.chat_pieces(messages, tools, **variables))
 
     def new_request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """A request for an answer to ``prompt``; nothing of it is checked."""
+        """A request for an answer to ``prompt``; nothing of the prompt is checked.
+
+        Raises:
+            RequestError: ``params`` bounds the thinking of a model that does not think.
+        """
         new_stopper = partial(
             TextStopper,
             self.tokenizer,
@@ -112,7 +132,20 @@ class TextModel:
         )
         bad_words = tuple(spelling for word in params.bad_word_texts for spelling in self._spellings(word))
         stopper = new_stopper if params.detokenize else None
-        return Request(tuple(prompt), params, self.eos_token_ids, stopper, bad_words)
+        return Request(tuple(prompt), params, self.eos_token_ids, stopper, bad_words, self._constraints(prompt, params))
+
+    def _constraints(self, prompt: Sequence[int], params: SamplingParams) -> tuple[Constraint, ...]:
+        if params.thinking_token_budget is None:
+            return ()
+        begin, end = self.tokenizer.token_id("<think>"), self.tokenizer.token_id("</think>")
+        if begin is None or end is None:
+            raise RequestError(
+                f"thinking_token_budget is {params.thinking_token_budget}, and the engine's tokenizer has no <think>; "
+                "leave it out"
+            )
+        is_thinking = is_thinking_at_end(prompt, begin, end)
+        words = self.tokenizer.encode(END_OF_THINKING)
+        return (ThinkingBudget(params.thinking_token_budget, begin, end, words, is_thinking),)
 
     def _spellings(self, word: str) -> list[tuple[int, ...]]:
         """``word`` as it stands at the beginning and, where it has as many tokens there, after a space."""

@@ -12,6 +12,7 @@ import tokenizers
 from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_engine.regular_files import read_regular
 from qwen_run.runtime.native_calls import NATIVE_CALLS
+from qwen_run.text.control_texts import ControlTexts
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -34,7 +35,13 @@ BYTES_OF_CHARACTERS = _bytes_of_characters()
 
 
 class Tokenizer:
-    """The byte-level tokenizer of a checkpoint, as its ``tokenizer.json`` describes it."""
+    """The byte-level tokenizer of a checkpoint, as its ``tokenizer.json`` describes it.
+
+    Attributes:
+        special_ids: control tokens such as ``<|im_end|>``, which have no text in an answer.
+        added_ids: these, and others that are one token by decree, such as ``<tool_call>``.
+        control_texts: how both are spelled.
+    """
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
         """Take a tokenizer that the ``tokenizers`` package has read.
@@ -48,7 +55,13 @@ class Tokenizer:
         core.no_truncation()
         core.no_padding()
         self._core = core
-        self.special_ids = frozenset(id for id, token in core.get_added_tokens_decoder().items() if token.special)
+        added = core.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.added_ids = frozenset(added)
+        self.control_texts = ControlTexts(
+            special=[token.content for token in added.values() if token.special],
+            structural=[token.content for token in added.values() if not token.special],
+        )
 
     @classmethod
     def load(cls, engine_directory: Path) -> Tokenizer:
@@ -97,6 +110,21 @@ class Tokenizer:
                 return list(encoded.ids)
             except (UnicodeEncodeError, TypeError) as error:
                 raise RequestError("the prompt holds bytes that are not UTF-8; convert it to UTF-8") from error
+
+    def encode_pieces(self, pieces: Sequence[str], most: int | None = None) -> list[int]:
+        """Token ids of texts that are encoded one by one, so that no token reaches from one into the next.
+
+        Args:
+            most: as for :meth:`encode`, of all together.
+
+        Raises:
+            RequestError: as :meth:`encode`.
+        """
+        if len(pieces) == 1:
+            return self.encode(pieces[0], most=most)
+        if most is not None:
+            self._check_length("".join(pieces), most)
+        return [token_id for piece in pieces for token_id in self.encode(piece)]
 
     def _check_length(self, text: str, most: int) -> None:
         """Refuse a text whose beginning alone has more than twice ``most`` tokens: all of it may take minutes.

@@ -224,3 +224,31 @@ def test_a_long_conversation_loses_its_oldest_turns(tmp_path):
     short, _ = scripted_model(tmp_path, str, max_seq_len=4)
     ids, dropped = short.fit(talk, SamplingParams())
     assert (dropped, "last" in model.tokenizer.decode(ids)) == (10, True)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_5", "qwen3"])
+@pytest.mark.parametrize("last", ["assistant", "user"])
+def test_the_last_message_is_continued_as_in_transformers(name, last, transformers_tokenizer):
+    messages = [user("Count"), {"role": last, "content": "One, two,"}]
+    settings = {"tokenize": False, "continue_final_message": True}
+    theirs = transformers_tokenizer.apply_chat_template(messages, chat_template=template_text(name), **settings)
+    assert template(template_text(name)).render(messages, continue_final_message=True) == theirs
+    assert theirs.endswith("One, two,")
+
+
+def test_what_a_template_drops_cannot_be_continued():
+    text = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RequestError, match="does not write the last message, which is to be continued"):
+        template(text).render([user("Hi"), assistant("x")], continue_final_message=True)
+
+
+def test_the_variables_of_a_template_are_known():
+    assert "enable_thinking" in template(template_text("qwen3")).variables
+    assert "enable_thinking" not in template(template_text("qwen2_5")).variables
+    assert template("{{ eos_token }}{{ date }}", eos_token="x").variables == {"date"}
+
+
+@pytest.mark.parametrize("name", ["documents", "eos_token"])
+def test_what_the_template_is_given_anyway_is_not_to_be_set(name):
+    with pytest.raises(RequestError, match=f"the chat template's '{name}' is not to be set"):
+        template("x", eos_token="<|im_end|>").render([user("Hi")], **{name: "y"})
