@@ -33,7 +33,7 @@ def test_a_salt_keeps_the_cache_apart(model):
 
 @pytest.mark.parametrize("salt", ["", "\ud800", 5])
 def test_a_salt_is_a_text(salt):
-    with pytest.raises(RequestError, match="cache_salt is .*, expected None or a text of 1 to 1024 characters"):
+    with pytest.raises(RequestError, match=r"cache_salt is .*, expected None or a text of 1 to 1024 characters"):
         SamplingParams(cache_salt=salt)
 
 
@@ -60,8 +60,8 @@ def test_parts_join_to_the_whole(model, stop):
     for index in range(2):
         mine = [part.outputs[index] for part in parts]
         assert "".join(part.text for part in mine) == whole.outputs[index].text
-        assert sum((part.token_ids for part in mine), []) == whole.outputs[index].token_ids
-        assert sum((part.logprobs for part in mine), []) == whole.outputs[index].logprobs
+        assert [i for part in mine for i in part.token_ids] == whole.outputs[index].token_ids
+        assert [each for part in mine for each in part.logprobs] == whole.outputs[index].logprobs
         assert mine[-1].cumulative_logprob == pytest.approx(whole.outputs[index].cumulative_logprob)
 
 
