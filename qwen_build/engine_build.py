@@ -29,7 +29,7 @@ from qwen_build.checkpoint.text_files import SOURCES, TextFiles, read_text_files
 from qwen_build.graph.architecture import layer_kind, module_parts
 from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
-from qwen_build.graph.weight_map import EMBEDDING, HEAD, AnySource, Source, check_layers, map_weights
+from qwen_build.graph.weight_map import AnySource, Source, check_layers, map_weights
 from qwen_build.plan.options import BuildOptions, ResolvedOptions
 from qwen_build.plan.scheme_plan import as_packed, padding_notes, plan_schemes
 from qwen_build.writing.output import check_output, engine_directory, resolved
@@ -43,7 +43,7 @@ from qwen_build.writing.weights_file import (
 )
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError, UnsupportedModel
-from qwen_engine.graph_io import BATCH_INPUTS, PLUGIN_DOMAIN, TensorSpec, logits_output
+from qwen_engine.graph_io import BATCH_INPUTS, EMBEDDING, HEAD, PLUGIN_DOMAIN, TensorSpec, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -114,7 +114,7 @@ class Plan:
     @property
     def head_is_shared(self) -> bool:
         """Whether the head reads the bytes of the embedding."""
-        head, embedding = self.graph.stored[HEAD], self.graph.stored[EMBEDDING]
+        head, embedding = (self.graph.stored[f"{name}.weight"] for name in (HEAD, EMBEDDING))
         return self.config.tie_word_embeddings and head.scheme == embedding.scheme
 
     @property

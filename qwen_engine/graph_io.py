@@ -24,6 +24,9 @@ BLOCK_TABLE = "block_table"
 LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
 
+# The modules that have the vocabulary, as Hugging Face names them.
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
 # The domain of the plugin's operators.
 PLUGIN_DOMAIN = "qwen"
 

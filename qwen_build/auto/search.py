@@ -30,7 +30,7 @@ from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import write_rules
-from qwen_build.quantization.scheme_table import make_scheme
+from qwen_build.quantization.scheme_table import SCHEMES, make_scheme
 from qwen_build.quantization.schemes import Scheme
 from qwen_build.writing.output import check_output, engine_directory, resumable_beside
 from qwen_engine import __version__
@@ -39,8 +39,6 @@ from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.engine_files.checksums import measure_part
 
-# quant and symmetric of the schemes to choose from, each with every group size; and float
-_CANDIDATES = (("int4", False), ("int4", True), ("int8", True))
 # quant, group size and symmetric of a probe: in the middle of those of int4, whose errors matter most
 _PROBE = ("int4", 64, False)
 
@@ -190,8 +188,10 @@ def check_options(options: BuildOptions, config: ModelConfig, max_kl: float | No
 
 
 def candidates(options: BuildOptions) -> tuple[Scheme, ...]:
-    """The schemes to choose from, float last."""
-    chosen = [(quant, size, symmetric) for quant, symmetric in _CANDIDATES for size in GROUP_SIZES]
+    """The schemes to choose from, those of fewer bits first, each with every group size; and float."""
+    rows = sorted(SCHEMES.items(), key=lambda item: item[1].bits)
+    grids = [(quant, symmetric) for quant, row in rows for symmetric in row.auto]
+    chosen = [(quant, size, symmetric) for quant, symmetric in grids for size in GROUP_SIZES]
     return tuple(
         make_scheme(*one, kernels=options.kernels, activations=options.activations)
         for one in [*chosen, ("none", GROUP_SIZES[0], None)]

@@ -30,11 +30,10 @@ from qwen_build.checkpoint.packed import read_linear
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.architecture import LAYER, layer_kind
 from qwen_build.graph.layers import SchemeChoice
-from qwen_build.graph.weight_map import EMBEDDING, HEAD
-from qwen_build.quantization.schemes import IntScheme, Scheme, WeightShape
+from qwen_build.quantization.schemes import IntScheme, Scheme
+from qwen_engine.graph_io import EMBEDDING, HEAD
+from qwen_run.engine_files.stored_rows import WeightShape
 from qwen_run.runtime.machine import physical_cores
-
-EMBED_TOKENS, LM_HEAD = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
 
 # An output error is that of so many inputs and so many of a linear's outputs, both evenly spread.
 _SAMPLE_TOKENS, _SAMPLE_ROWS = 256, 1024
@@ -86,16 +85,16 @@ def decision_units(config: ModelConfig, fixed: Mapping[str, SchemeChoice], schem
 
     vocabulary = (config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
-        add(EMBED_TOKENS, None, {EMBED_TOKENS: vocabulary, LM_HEAD: vocabulary}, shared=True)
+        add(EMBEDDING, None, {EMBEDDING: vocabulary, HEAD: vocabulary}, shared=True)
     else:
-        add(EMBED_TOKENS, None, {EMBED_TOKENS: vocabulary})
+        add(EMBEDDING, None, {EMBEDDING: vocabulary})
     for layer in range(config.num_hidden_layers):
         path, kind = f"model.layers.{layer}", layer_kind(config, layer)
         alone = {linear.name: (linear,) for linear in kind.linears if not linear.fused}
         for name, linears in {**kind.fused, **alone}.items():
             add(f"{path}.{name}", layer, {f"{path}.{linear.name}": linear.shape(config) for linear in linears})
     if not config.tie_word_embeddings:
-        add(LM_HEAD, None, {LM_HEAD: vocabulary})
+        add(HEAD, None, {HEAD: vocabulary})
     return units
 
 
@@ -160,7 +159,7 @@ class Probing:
             self._write_states(0, [embedded, rounded(self.probe, embedded)], models=2)
         runner = LayerRunner(self.config, self.token_ids.shape[1], physical_cores())
         errors = [lookup_error(scheme, embedded) for scheme in self.units[0].schemes]
-        ratios = {EMBED_TOKENS: _ratios(errors, lookup_error(self.probe, embedded))}
+        ratios = {EMBEDDING: _ratios(errors, lookup_error(self.probe, embedded))}
         for layer, models in enumerate(self._models):
             if (path := self._states_file(layer)).exists():
                 self._run_layer(layer, runner)
@@ -213,9 +212,9 @@ class Probing:
         return self.scratch / f"states-{layer}.npy"
 
     def _head_ratios(self) -> dict[str, list[float]]:
-        unit = next(unit for unit in self.units if LM_HEAD in unit.linears)
+        unit = next(unit for unit in self.units if HEAD in unit.linears)
         inputs = final_norm(self.checkpoint, self.config, _evenly(self._float_states(), _SAMPLE_TOKENS))
-        name = EMBED_TOKENS if self.config.tie_word_embeddings else LM_HEAD
+        name = EMBEDDING if self.config.tie_word_embeddings else HEAD
         rows, columns = self.config.vocab_size, self.config.hidden_size
         weight = np.concatenate(
             [
@@ -224,7 +223,7 @@ class Probing:
             ]
         )
         errors = [output_error(scheme, weight, inputs) for scheme in unit.schemes]
-        return {LM_HEAD: _ratios(errors, output_error(self.probe, weight, inputs))}
+        return {HEAD: _ratios(errors, output_error(self.probe, weight, inputs))}
 
     def _run_head(self, advance: Callable[[int], object]) -> dict[str, float]:
         """The mean KL(float || model) of every probe, by its unit or linear."""
@@ -236,11 +235,11 @@ class Probing:
             hidden = np.ascontiguousarray(states[:, start : start + step])
             sums += kept(self.scratch / f"kl-{start}.json", partial(self._kl, hidden))
             advance(models * hidden.shape[1])
-        names = [EMBED_TOKENS, *(unit.name for units in self._layers for unit in units)]
+        names = [EMBEDDING, *(unit.name for units in self._layers for unit in units)]
         kl = dict(zip(names, sums / tokens, strict=True))
         head = kept(self.scratch / "kl-head.json", self._head_kl)
         advance(tokens)
-        return kl | {LM_HEAD: head}
+        return kl | {HEAD: head}
 
     def _kl(self, hidden: np.ndarray) -> list[float]:
         """The sum of KL(first model || model) over the tokens of ``hidden`` (models, T, H)."""

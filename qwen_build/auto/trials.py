@@ -22,6 +22,7 @@ from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import Rule, excluding
+from qwen_build.quantization.scheme_table import COARSE
 from qwen_build.writing.weights_file import write_graph
 from qwen_engine.manifest import GRAPH_FILE
 from qwen_run.accuracy.both_sides import engine_logits
@@ -122,7 +123,7 @@ class BuiltEngines:
         layers = [
             unit.schemes[i].record.scheme for unit, i in zip(self.units, choice, strict=True) if unit.layer is not None
         ]
-        options = self.options if "int4" in layers else without_calibration(self.options)
+        options = self.options if not set(COARSE).isdisjoint(layers) else without_calibration(self.options)
         return dataclasses.replace(options, quant=None, exclude=(), quant_config=self.rules(choice))
 
     def _directory(self, choice: Choice) -> Path:

@@ -29,13 +29,13 @@ def awq_factors(magnitude: np.ndarray, ratio: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Awq(Method):
-    """Scales the columns of inputs that only int4 linears round, each with the ratio that has the least output error.
+    """Scales columns of inputs that only linears of less than 8 bits read, each with the ratio of least output error.
 
     The scales of a weight are then those that make its output error least, group by group.
     """
 
     def factors(self, readers: InputReaders) -> np.ndarray | None:
-        if readers.bits != {4}:
+        if max(readers.bits) >= 8:
             return None
         magnitude = readers.shared(np.abs(readers.statistics.sample).mean(axis=0), np.mean)
         candidates = (awq_factors(magnitude, ratio) for ratio in RATIOS)

@@ -22,11 +22,12 @@ from qwen_build.graph.architecture import LayerKind, layer_kind
 from qwen_build.graph.layers import Schemes, StepTensors
 from qwen_build.graph.model import DTYPES, OPSET, DecoderLayer
 from qwen_build.graph.rope import rope_tables
-from qwen_build.graph.weight_map import EMBEDDING, HEAD
 from qwen_build.quantization.schemes import Float32
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
     CUMULATIVE_LENGTHS,
+    EMBEDDING,
+    HEAD,
     KEY_TILE,
     PAST_LENGTHS,
     PLUGIN_DOMAIN,
@@ -206,4 +207,4 @@ def _vocabulary(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Itera
     shape = (config.vocab_size, config.hidden_size)
     for start in range(0, config.vocab_size, _VOCABULARY_ROWS):
         stop = min(start + _VOCABULARY_ROWS, config.vocab_size)
-        yield start, read_linear(checkpoint, config.packed, name.removesuffix(".weight"), shape, start, stop)
+        yield start, read_linear(checkpoint, config.packed, name, shape, start, stop)

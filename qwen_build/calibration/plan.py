@@ -15,6 +15,7 @@ from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.graph.architecture import LAYER, linear_names
 from qwen_build.graph.layers import Schemes
 from qwen_build.plan.options import CALIBRATED, DEFAULT_ALPHA, ResolvedOptions
+from qwen_build.quantization.scheme_table import COARSE, SCHEMES
 from qwen_build.quantization.schemes import IntScheme
 from qwen_engine.errors import BuildError
 
@@ -41,13 +42,14 @@ def plan_calibration(
     choices = {name: schemes.choice_of(name) for name in linear_names(config) if LAYER.match(name)}
     own = {name: choice.scheme for name, choice in choices.items() if not choice.packed}
     rounded = {name: scheme for name, scheme in own.items() if isinstance(scheme, IntScheme)}
-    names = {4: options.int4_method, 8: options.quant if options.quant in CALIBRATED else options.int4_method}
     found = {scheme.grid.bits for scheme in rounded.values()}
+    smoothed = SCHEMES[CALIBRATED[options.quant]].bits if options.quant in CALIBRATED else None
+    names = {bits: options.quant if bits == smoothed else options.int4_method for bits in found}
     _check_smoothing(options, rounded.values())
-    if options.int4_method != "rtn" and 4 not in found:
+    if options.int4_method != "rtn" and not found & {SCHEMES[name].bits for name in COARSE}:
         raise BuildError(
-            f"--int4-method {options.int4_method} has nothing to round, no linear layer becomes int4 here; "
-            "leave it out or choose --quant int4"
+            f"--int4-method {options.int4_method} has nothing to round, no linear layer becomes "
+            f"{' or '.join(COARSE)} here; leave it out or choose --quant int4"
         )
     if all(names[bits] == "rtn" for bits in found):
         for option in ("calibration", "calibration_tokens"):

@@ -16,8 +16,8 @@ from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.architecture import LAYER
 from qwen_build.graph.weight_map import row_ranges
 from qwen_build.quantization.grid import Rounded, joined
-from qwen_build.quantization.schemes import pack, unpack
 from qwen_build.writing.weights_file import Layout, reserve
+from qwen_run.engine_files.stored_rows import pack, unpack
 
 # endings of the files of a rounded weight: q two to a byte where 4 bits are enough, else as it is
 _HALVED, _WHOLE, _SCALES, _ZERO_POINTS = ".q4.npy", ".q8.npy", ".scales.npy", ".zero_points.npy"
@@ -25,7 +25,7 @@ _HALVED, _WHOLE, _SCALES, _ZERO_POINTS = ".q4.npy", ".q8.npy", ".scales.npy", ".
 
 def save_rounded(directory: Path, name: str, rounded: Rounded, bits: int) -> None:
     """Save the weight ``name``, q of ``bits`` bits."""
-    np.save(directory / (name + (_HALVED if bits == 4 else _WHOLE)), pack(rounded.q, bits))
+    np.save(directory / (name + (_HALVED if bits <= 4 else _WHOLE)), pack(rounded.q, 4 if bits <= 4 else 8))
     np.save(directory / (name + _SCALES), np.ascontiguousarray(rounded.scales))
     if rounded.zero_points is not None:
         np.save(directory / (name + _ZERO_POINTS), rounded.zero_points)

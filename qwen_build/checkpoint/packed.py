@@ -16,9 +16,9 @@ import numpy as np
 
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.quantization.grid import Grid, Rounded
-from qwen_build.quantization.schemes import unpack
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 from qwen_plugin.layout import GROUP_SIZES
+from qwen_run.engine_files.stored_rows import unpack
 
 Shape = tuple[int, ...]
 

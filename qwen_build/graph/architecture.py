@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_engine.graph_io import TensorSpec, cache_inputs
+from qwen_engine.graph_io import EMBEDDING, HEAD, TensorSpec, cache_inputs
 
 # The name of anything in a layer; what follows the match is its name inside the layer.
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
@@ -258,7 +258,7 @@ def linear_names(config: ModelConfig) -> list[str]:
         for layer in range(config.num_hidden_layers)
         for linear in layer_kind(config, layer).linears
     ]
-    return ["model.embed_tokens", *layers, "lm_head"]
+    return [EMBEDDING, *layers, HEAD]
 
 
 def module_parts(module: str, rows: int, config: ModelConfig) -> tuple[tuple[str, int], ...]:

@@ -16,11 +16,12 @@ from onnxscript import OpBuilder, nn
 
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.graph.architecture import BlockSpec, LinearSpec, layer_kind
-from qwen_build.graph.weight_map import EMBEDDING, HEAD
-from qwen_build.quantization.schemes import Fusion, NativeInt, Norm, Scheme, WeightShape
+from qwen_build.quantization.schemes import Fusion, Norm, Scheme
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
     CUMULATIVE_LENGTHS,
+    EMBEDDING,
+    HEAD,
     PAST_LENGTHS,
     PLUGIN_DOMAIN,
     key_cache_name,
@@ -30,6 +31,7 @@ from qwen_engine.graph_io import (
 )
 from qwen_engine.manifest import Quantization
 from qwen_plugin.layout import GATED_PANELS, PANEL
+from qwen_run.engine_files.stored_rows import WeightShape
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class Schemes:
     fuse: bool = True
 
     def choice_of(self, name: str) -> SchemeChoice:
-        default = self.embedding if f"{name}.weight" in (EMBEDDING, HEAD) else self.linear
+        default = self.embedding if name in (EMBEDDING, HEAD) else self.linear
         return self.exceptions.get(name) or SchemeChoice(default)
 
 
@@ -143,10 +145,9 @@ class Linear(StoredModule):
         super().__init__(shape, choice.scheme)
         out_features = shape[0]
         self.permutation, self.gated = choice.permutation, gated
-        self.gated_panels = gated and isinstance(choice.scheme, NativeInt) and out_features % PANEL == 0
+        self.gated_panels = gated and choice.scheme.fuses and out_features % PANEL == 0
         self.bias = nn.Parameter((out_features,)) if bias else None
-        is_static = isinstance(choice.scheme, NativeInt) and choice.scheme.activation_scales == "static"
-        self.input_scale = nn.Parameter((1,)) if is_static else None
+        self.input_scale = nn.Parameter((1,)) if choice.scheme.record.activation_scales == "static" else None
         self.input_name, self.output_name = input_name, output_name
 
     def forward(
@@ -159,13 +160,14 @@ class Linear(StoredModule):
     ) -> ir.Value:
         """``residual + linear(norm(x))``"""
         permutation = None if self.permutation is None else op.initializer(ir.tensor(self.permutation), "permutation")
-        if not isinstance(self.scheme, NativeInt):
+        if not self.scheme.fuses:
             if norm is not None:
                 x = op.RMSNormalization(x, norm.weight, axis=-1, epsilon=norm.eps)
             step.expose(self.input_name, x)
             if permutation is not None:
                 x = op.Gather(x, permutation, axis=1)
-            product = self._gate(op, self.scheme.linear(op, x, self.parts, self.bias, self.shape))
+            product, _ = self.scheme.linear(op, x, self.parts, self.bias, self.shape, Fusion())
+            product = self._gate(op, product)
             step.expose(self.output_name, product)
             return product if residual is None else op.Add(residual, product)
 
@@ -174,7 +176,7 @@ class Linear(StoredModule):
         fusion = Fusion(
             norm, self.gated_panels, added, permutation, self.input_scale, with_input=step.exposing and norm is not None
         )
-        product, changed = self.scheme.fused_linear(op, x, self.parts, self.bias, self.shape, fusion)
+        product, changed = self.scheme.linear(op, x, self.parts, self.bias, self.shape, fusion)
         product = self._gate(op, product)
         step.expose(self.input_name, changed or x)
         step.expose(self.output_name, product)

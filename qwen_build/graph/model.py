@@ -23,7 +23,16 @@ from qwen_build.graph.layers import (
 )
 from qwen_build.graph.rope import rope_tables
 from qwen_build.quantization.schemes import Norm
-from qwen_engine.graph_io import INPUT_IDS, LOGITS, LOGITS_INDICES, PLUGIN_DOMAIN, TensorSpec, logits_output
+from qwen_engine.graph_io import (
+    EMBEDDING,
+    HEAD,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDICES,
+    PLUGIN_DOMAIN,
+    TensorSpec,
+    logits_output,
+)
 
 OPSET = 23  # first with RMSNormalization
 DTYPES = {
@@ -58,15 +67,13 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()
-        self.embed_tokens = Embedding(
-            (config.vocab_size, config.hidden_size), schemes.choice_of("model.embed_tokens").scheme
-        )
+        self.embed_tokens = Embedding((config.vocab_size, config.hidden_size), schemes.choice_of(EMBEDDING).scheme)
         self.layers = nn.ModuleList([DecoderLayer(config, i, schemes) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, op: OpBuilder, step: StepTensors) -> tuple[ir.Value, Norm]:
         """What the head multiplies (L, H), and the norm it still has to go through."""
-        x = step.expose("model.embed_tokens", self.embed_tokens(op, step.inputs[INPUT_IDS]))  # (T, H)
+        x = step.expose(EMBEDDING, self.embed_tokens(op, step.inputs[INPUT_IDS]))  # (T, H)
         for layer in self.layers:
             x = layer(op, x, step)
         x = op.Gather(x, step.inputs[LOGITS_INDICES])  # (L, H): the vocabulary is multiplied only where asked
@@ -79,9 +86,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, schemes: Schemes):
         super().__init__()
         self.model = Decoder(config, schemes)
-        self.lm_head = Linear(
-            (config.vocab_size, config.hidden_size), schemes.choice_of("lm_head"), input_name="model.norm"
-        )
+        self.lm_head = Linear((config.vocab_size, config.hidden_size), schemes.choice_of(HEAD), input_name="model.norm")
 
     def forward(self, op: OpBuilder, step: StepTensors) -> ir.Value:
         x, norm = self.model(op, step)

@@ -20,8 +20,7 @@ from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.architecture import LAYER, module_parts
 from qwen_build.graph.leftovers import pass_over
 from qwen_engine.errors import CheckpointError, WeightMismatch
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from qwen_engine.graph_io import EMBEDDING, HEAD
 
 # Rows of a tied head that are compared with the embedding at a time.
 _COMPARED_ROWS = 4096
@@ -56,9 +55,9 @@ AnySource = Source | PackedSource
 
 def source(name: str, shape: Shape, config: ModelConfig) -> Source:
     """Where the graph weight ``name`` of ``shape`` comes from: ``qkv_proj.bias`` from three biases, and so on."""
-    if name == HEAD and config.tie_word_embeddings:
-        return Source(((EMBEDDING, shape),))
     module, _, kind = name.rpartition(".")
+    if module == HEAD and config.tie_word_embeddings:
+        module = EMBEDDING
     parts = module_parts(module, shape[0], config)
     return Source(tuple((f"{part}.{kind}", (rows, *shape[1:])) for part, rows in parts))
 
@@ -89,11 +88,11 @@ def map_weights(
     needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
     passed, notes = pass_over(needed, checkpoint, ignored)
     present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in passed}
-    stored_head = present.pop(HEAD, None) if config.tie_word_embeddings else None
+    stored_head = present.pop(f"{HEAD}.weight", None) if config.tie_word_embeddings else None
     checkpoint.check_readable(needed)
     check_agreement(needed, present)
     if stored_head is not None:
-        checkpoint.check_readable([HEAD])
+        checkpoint.check_readable([f"{HEAD}.weight"])
         check_tied(checkpoint)
     return MappedWeights(plan, notes)
 
@@ -143,9 +142,10 @@ def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -
 
 def check_tied(checkpoint: Checkpoint) -> None:
     """A checkpoint that is tied by its config may store the head again, but not another one."""
-    embedding, head = checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]
+    names = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+    embedding, head = (checkpoint.tensors[name] for name in names)
     equal = embedding.shape == head.shape and all(
-        np.array_equal(checkpoint.read(EMBEDDING, row, stop), checkpoint.read(HEAD, row, stop))
+        np.array_equal(checkpoint.read(names[0], row, stop), checkpoint.read(names[1], row, stop))
         for row in range(0, head.shape[0], _COMPARED_ROWS)
         for stop in [min(row + _COMPARED_ROWS, head.shape[0])]
     )

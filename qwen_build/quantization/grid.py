@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qwen_run.engine_files.stored_rows import dequantized
+
 # From scales (out_features, groups) and the zero points beside them (None: symmetric) to the nearest scales that can be
 # stored.
 Storable = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
@@ -110,13 +112,7 @@ class Grid:
 
     def values(self, rounded: Rounded, in_features: int) -> np.ndarray:
         """The weight that ``rounded`` stands for, float32 (out_features, in_features)."""
-        zero: np.ndarray | np.float32 = np.float32(self.middle)
-        if rounded.zero_points is not None:
-            zero = rounded.zero_points.astype(np.float32)[..., None]
-        weight = rounded.q.astype(np.float32)
-        weight -= zero
-        weight *= rounded.scales[..., None]
-        return weight.reshape(len(weight), -1)[:, :in_features]
+        return dequantized(rounded.q, rounded.scales, rounded.zero_points, self.bits)[:, :in_features]
 
     def shared(self, largest: np.ndarray) -> np.ndarray:
         """``largest`` (out_features, groups), each replaced by the largest of the groups that share its scale."""

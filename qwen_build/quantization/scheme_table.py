@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from qwen_build.quantization.grid import Grid
@@ -12,18 +13,6 @@ from qwen_plugin.layout import BLOCK_COLUMNS, GROUP_SIZES
 
 
 @dataclass(frozen=True)
-class SchemeRow:
-    """A choice of ``--quant``: its bits (0: float32), whether its grid is symmetric unless asked, what it is for.
-
-    A zero point takes a fifth of int4's KL off and nothing of int8's: tables of ``benchmarks/schemes.py``.
-    """
-
-    bits: int
-    symmetric: bool
-    help: str
-
-
-@dataclass(frozen=True)
 class KernelsRow:
     """A choice of ``--kernels``: who stores and multiplies integers, in which precisions; the first is the default."""
 
@@ -31,16 +20,41 @@ class KernelsRow:
     activations: tuple[str, ...]
 
 
-# name on the command line -> scheme; option choices, help text and tests are made from these tables
-SCHEMES = {
-    "none": SchemeRow(0, True, "float32, equal to Hugging Face"),
-    "int8": SchemeRow(8, True, "8-bit weights, a scale for each group"),
-    "int4": SchemeRow(4, False, "4-bit weights, a scale for each group"),
-}
-KERNELS = {
-    "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32")),
-    "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS)),
-}
+@dataclass(frozen=True)
+class Asked:
+    """The options beside the name of a scheme, each one of its table; those of None are for the scheme to choose."""
+
+    group_size: int
+    symmetric: bool | None
+    activations: str
+    kernels: KernelsRow
+    weight_scales: str
+    activation_scales: str | None
+
+
+@dataclass(frozen=True)
+class SchemeRow:
+    """A choice of ``--quant``, and all that the builder knows of it.
+
+    Attributes:
+        bits: of a weight; 0: float32.
+        symmetric: whether its grid is so unless asked. A zero point takes a fifth of int4's KL off and nothing of
+            int8's: tables of ``benchmarks/schemes.py``.
+        help: what it is for.
+        make: the scheme of a linear, by what was asked for; raises BuildError where that does not go together.
+        auto: which of its grids ``--quant auto`` tries, by whether they are symmetric.
+    """
+
+    bits: int
+    symmetric: bool
+    help: str
+    make: Callable[[SchemeRow, Asked], Scheme]
+    auto: tuple[bool, ...] = ()
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether ``--int4-method`` says how it rounds: 8 bits lose little that calibrating could bring back."""
+        return 0 < self.bits < 8
 
 
 def make_scheme(
@@ -68,22 +82,29 @@ def make_scheme(
     ):
         if value not in choices:
             raise BuildError(f"--{option} {value} is not one of {', '.join(map(str, choices))}")
-    row, store, precisions = SCHEMES[name], KERNELS[kernels].store, KERNELS[kernels].activations
+    row, chosen = SCHEMES[name], KERNELS[kernels]
+    precisions = chosen.activations
     if activations is not None and activations not in precisions:
         raise BuildError(f"--kernels {kernels} has no --activations {activations}; choose {' or '.join(precisions)}")
-    if not row.bits:
-        return Float32()
-    shared = weight_scales != "group"
-    if shared and symmetric is False:
-        raise BuildError(f"--weight-scales {weight_scales} goes with symmetric grids only; leave --asymmetric out")
-    grid = Grid(row.bits, group_size, shared or row.symmetric if symmetric is None else symmetric, weight_scales)
     activations = activations or precisions[0]
-    if store is StockInt:
-        for option, chosen in (("weight-scales", weight_scales), ("activation-scales", activation_scales)):
+    return row.make(row, Asked(group_size, symmetric, activations, chosen, weight_scales, activation_scales))
+
+
+def _on_grid(row: SchemeRow, asked: Asked) -> Scheme:
+    shared = asked.weight_scales != "group"
+    if shared and asked.symmetric is False:
+        raise BuildError(
+            f"--weight-scales {asked.weight_scales} goes with symmetric grids only; leave --asymmetric out"
+        )
+    symmetric = shared or row.symmetric if asked.symmetric is None else asked.symmetric
+    grid = Grid(row.bits, asked.group_size, symmetric, asked.weight_scales)
+    if asked.kernels.store is StockInt:
+        scales = ("weight-scales", asked.weight_scales), ("activation-scales", asked.activation_scales)
+        for option, chosen in scales:
             if chosen not in (None, "group"):
                 raise BuildError(f"--kernels stock has no --{option} {chosen}; use --kernels native")
-        return StockInt(grid, activations)
-    return _native_int(grid, activations, activation_scales)
+        return StockInt(grid, asked.activations)
+    return _native_int(grid, asked.activations, asked.activation_scales)
 
 
 def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> NativeInt:
@@ -98,3 +119,17 @@ def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> 
             "or leave it out"
         )
     return NativeInt(grid, activations, activation_scales or ("block" if blocks else "group"))
+
+
+# name on the command line -> scheme; option choices, help text and tests are made from these tables
+SCHEMES = {
+    "none": SchemeRow(0, True, "float32, equal to Hugging Face", lambda row, asked: Float32()),
+    "int8": SchemeRow(8, True, "8-bit weights, a scale for each group", _on_grid, auto=(True,)),
+    "int4": SchemeRow(4, False, "4-bit weights, a scale for each group", _on_grid, auto=(False, True)),
+}
+# those that --int4-method rounds
+COARSE = tuple(name for name, row in SCHEMES.items() if row.is_coarse)
+KERNELS = {
+    "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32")),
+    "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS)),
+}

@@ -1,9 +1,9 @@
 """How the weight of a linear layer or an embedding is stored, and multiplied with.
 
-A scheme is one class with everything that has to agree on the stored layout: how a weight is
-written, how it is read back, its shapes, and the operators that read it. Weights are
-(out_features, in_features); every stored part has blocks of ``block_rows`` of their rows, one after the
-other, as its first axis. A block depends on its rows alone, so a weight can be written some blocks at a time.
+A scheme is one class with everything that has to agree on the stored layout: how a weight is written, its shapes, and
+the operators that read it; ``qwen_run/engine_files/stored_rows.py`` reads it back. Weights are (out_features,
+in_features); every stored part has blocks of ``block_rows`` of their rows, one after the other, as its first axis. A
+block depends on its rows alone, so a weight can be written some blocks at a time.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from qwen_plugin.layout import (
     panel_bytes,
     round_block_scales,
     round_scales,
-    unpack_panels,
 )
+from qwen_run.engine_files.stored_rows import ROWS, WeightShape, pack, read_rows
 
 MICROSOFT = "com.microsoft"
 
 Tensors = dict[str, np.ndarray]
 Values = Mapping[str, ir.Value]
-WeightShape = tuple[int, int]  # (out_features, in_features)
 
 
 @dataclass(frozen=True)
@@ -52,142 +51,6 @@ class StoredPart:
 
 # activation precision -> accuracy_level of MatMulNBits. Levels 0 to 3 are the same on CPU.
 ACCURACY_LEVELS = {"int8": 4, "float32": 1}
-
-# The layout in the manifest that is not of qwen_plugin/layout.py: row after row.
-ROWS = "rows"
-
-
-class Scheme(Protocol):
-    """What the graph, the weight writer and the manifest need from a way to store weights of some ``shape``."""
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a weight that are stored together; what is written begins at a multiple of it."""
-
-    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
-        """The stored tensors of a weight, by the name they have behind the module's."""
-
-    def quantize(self, weight: np.ndarray) -> Tensors:
-        """``weight`` (out_features, in_features) float32, or some of its blocks of rows, as stored.
-
-        Raises:
-            OverflowError: a value is larger than the scheme can store.
-        """
-
-    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
-        """The float32 weight the engine computes with."""
-
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
-        """``x @ weight.T + bias`` for x (T, in_features)."""
-
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
-        """Rows ``token_ids`` (T) of the weight, (T, in_features) float32."""
-
-    @property
-    def record(self) -> Quantization:
-        """The scheme as the manifest describes it."""
-
-
-@dataclass(frozen=True)
-class Float32:
-    """The weight as it is, in float32: 16-bit checkpoints are represented exactly."""
-
-    block_rows = 1
-
-    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
-        return {"weight": StoredPart(shape, ir.DataType.FLOAT)}
-
-    def quantize(self, weight: np.ndarray) -> Tensors:
-        return {"weight": weight}
-
-    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
-        return tensors["weight"]
-
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
-        return op.Gemm(x, weight["weight"], bias, transB=1)
-
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
-        return op.Gather(weight["weight"], token_ids)
-
-    @property
-    def record(self) -> Quantization:
-        return Quantization("none", 32, 0, True, "float32", "stock", ROWS, "group", "group", "none")
-
-
-@dataclass(frozen=True)
-class StockInt:
-    """A grid as ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read it.
-
-    ``packed`` (out_features, groups, group_size * bits / 8) uint8; ``scales`` (out_features, groups) float32; unless
-    symmetric, ``zero_points`` (out_features, groups * bits / 8 rounded up) uint8.
-
-    ``activations`` "int8" rounds each input row to int8, group by group, before it is multiplied.
-    """
-
-    grid: Grid
-    activations: str
-
-    block_rows = 1
-
-    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
-        out_features, in_features = shape
-        bits, group_size = self.grid.bits, self.grid.group_size
-        groups = -(-in_features // group_size)
-        parts = {
-            "packed": StoredPart((out_features, groups, group_size * bits // 8), ir.DataType.UINT8),
-            "scales": StoredPart((out_features, groups), ir.DataType.FLOAT),
-        }
-        if not self.grid.symmetric:
-            parts["zero_points"] = StoredPart((out_features, -(-groups * bits // 8)), ir.DataType.UINT8)
-        return parts
-
-    def round(self, weight: np.ndarray) -> Rounded:
-        """``weight`` (out_features, in_features) float32 on the grid, without calibration."""
-        return self.grid.round(weight, self.storable)
-
-    def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
-        """The nearest scales that can be stored: all."""
-        return scales
-
-    storable_alone = storable
-
-    def quantize(self, weight: np.ndarray) -> Tensors:
-        return self.store(self.round(weight))
-
-    def store(self, rounded: Rounded) -> Tensors:
-        """A weight that is on the grid already, as stored."""
-        tensors = {"packed": pack(rounded.q, self.grid.bits), "scales": rounded.scales}
-        if rounded.zero_points is not None:
-            # a row ends with a whole byte
-            padding = -rounded.zero_points.shape[1] % (8 // self.grid.bits)
-            tensors["zero_points"] = pack(np.pad(rounded.zero_points, ((0, 0), (0, padding))), self.grid.bits)
-        return tensors
-
-    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
-        scales, zero_points = tensors["scales"], tensors.get("zero_points")
-        if zero_points is not None:
-            zero_points = unpack(zero_points, self.grid.bits)[:, : scales.shape[1]]
-        return self.grid.values(Rounded(unpack(tensors["packed"], self.grid.bits), scales, zero_points), shape[1])
-
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
-        return op.MatMulNBits(
-            x, weight["packed"], weight["scales"], weight.get("zero_points"), None, bias,
-            N=shape[0], K=shape[1], bits=self.grid.bits, block_size=self.grid.group_size,
-            accuracy_level=ACCURACY_LEVELS[self.activations], _domain=MICROSOFT,
-        )  # fmt: skip
-
-    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
-        rows = op.GatherBlockQuantized(
-            weight["packed"], token_ids, weight["scales"], weight.get("zero_points"),
-            bits=self.grid.bits, block_size=self.grid.group_size, gather_axis=0, quantize_axis=1, _domain=MICROSOFT,
-        )  # fmt: skip
-        if shape[1] % self.grid.group_size == 0:
-            return rows
-        return op.Slice(rows, [0], [shape[1]], [1])  # the padding of the last group
-
-    @property
-    def record(self) -> Quantization:
-        return int_record(self.grid, self.activations, "stock", ROWS)
 
 
 @dataclass(frozen=True)
@@ -219,6 +82,147 @@ class Fusion:
     with_input: bool = False
 
 
+class Scheme(Protocol):
+    """What the graph, the weight writer and the manifest need from a way to store weights of some ``shape``."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a weight that are stored together; what is written begins at a multiple of it."""
+
+    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
+        """The stored tensors of a weight, by the name they have behind the module's."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether :meth:`linear` computes a :class:`Fusion`; else it is asked for products alone."""
+
+    def quantize(self, weight: np.ndarray | Rounded) -> Tensors:
+        """``weight`` (out_features, in_features) float32, or some of its blocks of rows, as stored.
+
+        Where it is on the grid of this scheme already, it stays as it is.
+
+        Raises:
+            OverflowError: a value is larger than the scheme can store, or a scale cannot be stored exactly.
+        """
+
+    def linear(
+        self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape, fusion: Fusion
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """``x @ weight.T + bias`` for x (T, in_features), with ``fusion`` around it.
+
+        Returns:
+            The product, and its input where ``fusion`` asks for it.
+        """
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
+        """Rows ``token_ids`` (T) of the weight, (T, in_features) float32."""
+
+    @property
+    def record(self) -> Quantization:
+        """The scheme as the manifest describes it."""
+
+
+@dataclass(frozen=True)
+class Float32:
+    """The weight as it is, in float32: 16-bit checkpoints are represented exactly."""
+
+    block_rows = 1
+    fuses = False
+
+    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
+        return {"weight": StoredPart(shape, ir.DataType.FLOAT)}
+
+    def quantize(self, weight: np.ndarray | Rounded) -> Tensors:
+        assert isinstance(weight, np.ndarray), "there is no grid"
+        return {"weight": weight}
+
+    def linear(
+        self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape, fusion: Fusion
+    ) -> tuple[ir.Value, None]:
+        return op.Gemm(x, weight["weight"], bias, transB=1), None
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
+        return op.Gather(weight["weight"], token_ids)
+
+    @property
+    def record(self) -> Quantization:
+        return Quantization("none", 32, 0, True, "float32", "stock", ROWS, "group", "group", "none")
+
+
+@dataclass(frozen=True)
+class StockInt:
+    """A grid as ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read it.
+
+    ``packed`` (out_features, groups, group_size * bits / 8) uint8; ``scales`` (out_features, groups) float32; unless
+    symmetric, ``zero_points`` (out_features, groups * bits / 8 rounded up) uint8.
+
+    ``activations`` "int8" rounds each input row to int8, group by group, before it is multiplied.
+    """
+
+    grid: Grid
+    activations: str
+
+    block_rows = 1
+    fuses = False
+
+    def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
+        out_features, in_features = shape
+        bits, group_size = self.grid.bits, self.grid.group_size
+        groups = -(-in_features // group_size)
+        parts = {
+            "packed": StoredPart((out_features, groups, group_size * bits // 8), ir.DataType.UINT8),
+            "scales": StoredPart((out_features, groups), ir.DataType.FLOAT),
+        }
+        if not self.grid.symmetric:
+            parts["zero_points"] = StoredPart((out_features, -(-groups * bits // 8)), ir.DataType.UINT8)
+        return parts
+
+    def round(self, weight: np.ndarray) -> Rounded:
+        """``weight`` (out_features, in_features) float32 on the grid, without calibration."""
+        return self.grid.round(weight, self.storable)
+
+    def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
+        """The nearest scales that can be stored: all."""
+        return scales
+
+    storable_alone = storable
+
+    def quantize(self, weight: np.ndarray | Rounded) -> Tensors:
+        return self.store(weight if isinstance(weight, Rounded) else self.round(weight))
+
+    def store(self, rounded: Rounded) -> Tensors:
+        """A weight that is on the grid already, as stored."""
+        tensors = {"packed": pack(rounded.q, self.grid.bits), "scales": rounded.scales}
+        if rounded.zero_points is not None:
+            # a row ends with a whole byte
+            padding = -rounded.zero_points.shape[1] % (8 // self.grid.bits)
+            tensors["zero_points"] = pack(np.pad(rounded.zero_points, ((0, 0), (0, padding))), self.grid.bits)
+        return tensors
+
+    def linear(
+        self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape, fusion: Fusion
+    ) -> tuple[ir.Value, None]:
+        product = op.MatMulNBits(
+            x, weight["packed"], weight["scales"], weight.get("zero_points"), None, bias,
+            N=shape[0], K=shape[1], bits=self.grid.bits, block_size=self.grid.group_size,
+            accuracy_level=ACCURACY_LEVELS[self.activations], _domain=MICROSOFT,
+        )  # fmt: skip
+        return product, None
+
+    def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
+        rows = op.GatherBlockQuantized(
+            weight["packed"], token_ids, weight["scales"], weight.get("zero_points"),
+            bits=self.grid.bits, block_size=self.grid.group_size, gather_axis=0, quantize_axis=1, _domain=MICROSOFT,
+        )  # fmt: skip
+        if shape[1] % self.grid.group_size == 0:
+            return rows
+        return op.Slice(rows, [0], [shape[1]], [1])  # the padding of the last group
+
+    @property
+    def record(self) -> Quantization:
+        return int_record(self.grid, self.activations, "stock", ROWS)
+
+
 @dataclass(frozen=True)
 class NativeInt:
     """A grid as the plugin's ``QuantLinear`` and ``QuantEmbedding`` read it: panels, see ``qwen_plugin/layout.py``.
@@ -235,6 +239,7 @@ class NativeInt:
     activation_scales: str = "group"
 
     block_rows = PANEL
+    fuses = True
 
     def parts(self, shape: WeightShape) -> dict[str, StoredPart]:
         out_features, in_features = shape
@@ -265,8 +270,8 @@ class NativeInt:
         alone = round_scales(scales)
         return alone.clip(min=LEAST_SCALE) if self._blocks else alone
 
-    def quantize(self, weight: np.ndarray) -> Tensors:
-        return self.store(self.round(weight))
+    def quantize(self, weight: np.ndarray | Rounded) -> Tensors:
+        return self.store(weight if isinstance(weight, Rounded) else self.round(weight))
 
     def store(self, rounded: Rounded) -> Tensors:
         """A weight that is on the grid already, as stored.
@@ -282,27 +287,9 @@ class NativeInt:
         panels = pack_panels(q, rounded.scales, rounded.zero_points, grid.bits, grid.group_size, self._blocks)
         return {"panels": panels}
 
-    def dequantize(self, tensors: Tensors, shape: WeightShape) -> np.ndarray:
-        bits, group_size = self.grid.bits, self.grid.group_size
-        padded = -(-shape[1] // group_size) * group_size
-        q, scales, zero_points = unpack_panels(
-            tensors["panels"], shape[0], padded, bits, group_size, self.grid.symmetric, self._blocks
-        )
-        return self.grid.values(Rounded(q.reshape(*scales.shape, group_size), scales, zero_points), shape[1])
-
-    def linear(self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape) -> ir.Value:
-        return self.fused_linear(op, x, weight, bias, shape, Fusion())[0]
-
-    def fused_linear(
-        self,
-        op: OpBuilder,
-        x: ir.Value,
-        weight: Values,
-        bias: ir.Value | None,
-        shape: WeightShape,
-        fusion: Fusion,
+    def linear(
+        self, op: OpBuilder, x: ir.Value, weight: Values, bias: ir.Value | None, shape: WeightShape, fusion: Fusion
     ) -> tuple[ir.Value, ir.Value | None]:
-        """The product with ``fusion`` around it, and its input where that is asked for."""
         norm = fusion.norm
         outputs = op.QuantLinear(
             x, weight["panels"], bias, norm.weight if norm else None, fusion.residual,
@@ -350,17 +337,6 @@ def int_record(
     )  # fmt: skip
 
 
-def pack(q: np.ndarray, bits: int) -> np.ndarray:
-    """Store 4-bit values two to a byte along the last axis, the even index in the low half.
-
-    >>> pack(np.array([[1, 2, 3, 4]], np.uint8), bits=4).tolist()
-    [[33, 67]]
-    """
-    return q if bits == 8 else q[..., 0::2] | q[..., 1::2] << 4
-
-
-def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Invert :func:`pack`."""
-    if bits == 8:
-        return packed
-    return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+def dequantize(scheme: Scheme, tensors: Tensors, shape: WeightShape) -> np.ndarray:
+    """The float32 weight (out_features, in_features) that an engine computes with, from what ``scheme`` stored."""
+    return read_rows(scheme.record, shape, tensors, 0, shape[0])

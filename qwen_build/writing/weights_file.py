@@ -23,7 +23,7 @@ import onnx_ir as ir
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.graph.model import Graph
 from qwen_build.quantization.grid import Rounded, joined
-from qwen_build.quantization.schemes import Float32, NativeInt, Scheme, StockInt, StoredPart, Tensors
+from qwen_build.quantization.schemes import Float32, Scheme, StoredPart
 from qwen_engine.errors import BuildError, CheckpointError
 from qwen_engine.manifest import WEIGHTS_FILE
 from qwen_plugin.layout import gated_order
@@ -176,8 +176,7 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
 
             def write_slice(weight: PlannedWeight, start: int, stop: int) -> int:
                 try:
-                    rows = weight.read(checkpoint, start, stop)
-                    tensors = _store(weight.scheme, rows) if isinstance(rows, Rounded) else weight.scheme.quantize(rows)
+                    tensors = weight.scheme.quantize(weight.read(checkpoint, start, stop))
                 except OverflowError as error:
                     name = " or ".join(name for name, _ in weight.source.shapes)
                     raise CheckpointError(f"{name}: {error}; use --kernels stock") from error
@@ -232,11 +231,6 @@ class WeightsFile:
         while view:  # a short write goes on where it stopped
             written = os.pwrite(self._descriptor, view, offset)
             view, offset = view[written:], offset + written
-
-
-def _store(scheme: Scheme, rows: Rounded) -> Tensors:
-    assert isinstance(scheme, NativeInt | StockInt)
-    return scheme.store(rows)
 
 
 def in_threads(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Generator[Result, None, None]:

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen_engine import __version__
+from qwen_engine.graph_io import HEAD
 from qwen_engine.json_output import now
 from qwen_engine.manifest import LAYERS_GRAPH_FILE, Manifest, Quantization
 from qwen_run.accuracy.answer_cost import ANSWER_TOKENS, measure_cost
@@ -336,7 +337,7 @@ def engine_info(directory: Path, manifest: Manifest) -> EngineInfo:
         kind if len(weights) == 1 else f"{count / weights.total():.0%} of the layers' weights {kind}"
         for kind, count in weights.most_common()
     )
-    head = next(record for record in manifest.linears if record.name == "lm_head").quantization
+    head = next(record for record in manifest.linears if record.name == HEAD).quantization
     words += f"; head {head.scheme if head.group_size else 'float32'}; {manifest.cache.dtype} cache"
     parts = manifest.parts
     size_bytes = sum(part.size_bytes for part in parts.values())

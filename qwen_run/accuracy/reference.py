@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_engine.errors import CheckpointError, RequestError, first_line
-from qwen_engine.graph_io import LOGITS
+from qwen_engine.graph_io import HEAD, LOGITS
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
 from qwen_run.accuracy.logits import FullLogits, ReferenceLogits
 from qwen_run.accuracy.weight_checks import CheckpointWeights
-from qwen_run.engine_files.weights import HEAD, EngineWeights, StoredLinear, slices
+from qwen_run.engine_files.weights import EngineWeights, StoredLinear, slices
 
 # Positions whose logits are in memory at a time.
 CHUNK_TOKENS = 128

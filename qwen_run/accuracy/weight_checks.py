@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_run.accuracy.report import Check
-from qwen_run.engine_files.weights import EMBEDDING, HEAD, EngineWeights, StoredLinear
+from qwen_run.engine_files.weights import EngineWeights, StoredLinear
 
 # differing weights that a message names
 _SHOWN = 4
@@ -128,6 +129,7 @@ def _equal(name: str, found: EngineWeights, expected: CheckpointWeights) -> Iter
 
 def _rounded(weight: np.ndarray, linear: StoredLinear) -> np.ndarray:
     from qwen_build.quantization.scheme_table import make_scheme
+    from qwen_build.quantization.schemes import dequantize
 
     stored, shape = linear.record.quantization, (weight.shape[0], weight.shape[1])
     scheme = make_scheme(
@@ -139,4 +141,4 @@ def _rounded(weight: np.ndarray, linear: StoredLinear) -> np.ndarray:
         stored.weight_scales,
         stored.activation_scales,
     )
-    return scheme.dequantize(scheme.quantize(weight), shape)
+    return dequantize(scheme, scheme.quantize(weight), shape)

@@ -10,12 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.graph_io import EMBEDDING
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.reference import HuggingFace
 from qwen_run.api.llm import LLM
 from qwen_run.bench.figures import Reads, Timeline
 from qwen_run.bench.trace import Arrival
-from qwen_run.engine_files.weights import EMBEDDING
 from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.sample import SamplingParams
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from qwen_engine.errors import EngineError, shown
+from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, LinearRecord, Manifest
-from qwen_plugin.layout import GATED_PANELS, PANEL, PANELS, ZERO_POINTS, gated_places, unpack_panels
+from qwen_plugin.layout import PANEL
 from qwen_run.engine_files.checksums import check_operators
 from qwen_run.engine_files.onnx_file import Tensor, read_graph
-
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+from qwen_run.engine_files.stored_rows import read_rows
 
 # elements of a weight that are dequantised at a time: bounds the memory that takes to some tens of megabytes
 SLICE_ELEMENTS = 1 << 20
@@ -54,61 +54,13 @@ class StoredLinear:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the weight, float32 (rows, in_features), the columns in the order of the inputs."""
-        stored = self.record.quantization
-        if not stored.group_size:
-            return self.tensors["weight"][start:stop]
-        readers = {PANELS: self._read_panels, GATED_PANELS: self._read_gated, "rows": self._read_rows}
-        read = readers[stored.layout]
-        q, scales, zero_points = read(start, stop)  # (R, G x group_size), (R, G), (R, G)
-        zero = np.uint8(ZERO_POINTS[stored.bits]) if zero_points is None else zero_points[..., None]
-        weight = q.reshape(*scales.shape, stored.group_size).astype(np.float32)
-        weight -= zero
-        weight *= scales[..., None]
-        weight = weight.reshape(len(weight), -1)[:, : self.record.in_features]
+        shape = self.record.out_features, self.record.in_features
+        weight = read_rows(self.record.quantization, shape, self.tensors, start, stop)
         if self.permutation is None:
             return weight
         ordered = np.empty_like(weight)
         ordered[:, self.permutation] = weight
         return ordered
-
-    def _read_panels(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        stored, first = self.record.quantization, start // PANEL
-        panels = self.tensors["panels"][first : -(-stop // PANEL)]
-        blocks = stored.activation_scales == "block"
-        q, scales, zero_points = unpack_panels(
-            panels, stop - first * PANEL, self._padded, stored.bits, stored.group_size, stored.symmetric, blocks
-        )
-        skip = start - first * PANEL
-        return q[skip:], scales[skip:], None if zero_points is None else zero_points[skip:]
-
-    def _read_gated(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        places = gated_places(start, stop, self.record.out_features)
-        first = int(places.min()) // PANEL * PANEL
-        q, scales, zero_points = self._read_panels(first, int(places.max()) + 1)
-        places -= first
-        return q[places], scales[places], None if zero_points is None else zero_points[places]
-
-    def _read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """As ``MatMulNBits`` and ``GatherBlockQuantized`` read them: at 4 bits, the even column in the low half."""
-        scales = self.tensors["scales"][start:stop]
-        integers = [
-            self._integers(self.tensors[name][start:stop].reshape(stop - start, -1))
-            for name in ("packed", "zero_points")
-            if name in self.tensors
-        ]
-        q, zero_points = integers if len(integers) == 2 else (integers[0], None)
-        return q, scales, None if zero_points is None else zero_points[:, : scales.shape[1]]
-
-    def _integers(self, packed: np.ndarray) -> np.ndarray:
-        if self.record.quantization.bits == 8:
-            return packed
-        return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-
-    @property
-    def _padded(self) -> int:
-        """Columns in whole groups."""
-        group_size = self.record.quantization.group_size
-        return -(-self.record.in_features // group_size) * group_size
 
 
 class EngineWeights:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
-from qwen_run.engine_files.weights import EMBEDDING, HEAD
 from qwen_run.reports.svg import svg_file
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -12,6 +12,7 @@ import pytest
 from cases.plugin_session import ISAS
 from cases.tiny import FAMILIES, hf_logits, run_alone, run_chunks
 from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, make_scheme
+from qwen_build.quantization.schemes import dequantize
 from qwen_engine.manifest import LAYERS_GRAPH_FILE
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.runtime.engine import Batch, Engine
@@ -174,7 +175,7 @@ def dequantised(model, scheme):
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             weight = parameter.detach().numpy()
-            parameter.data = torch.tensor(scheme.dequantize(scheme.quantize(weight), weight.shape))
+            parameter.data = torch.tensor(dequantize(scheme, scheme.quantize(weight), weight.shape))
         else:
             assert parameter.dim() == 1, name
     return model

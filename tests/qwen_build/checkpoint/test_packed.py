@@ -14,6 +14,7 @@ from qwen_build.checkpoint.packed import FORMATS, PackedFormat, integers
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import Plan
 from qwen_build.plan.rules import Rule
+from qwen_build.quantization.schemes import dequantize
 from qwen_engine.errors import BuildError, CheckpointError, QwenError, UnsupportedModel, WeightMismatch
 from qwen_run.runtime.engine import Engine
 
@@ -29,7 +30,7 @@ def stored_weights(packed: PackedCheckpoint, plan: Plan) -> dict[str, np.ndarray
             if not hasattr(source, "linears"):
                 continue
             rows = source.read(checkpoint, 0, module.shape[0])
-            weight = module.scheme.dequantize(module.scheme.store(rows), module.shape)
+            weight = dequantize(module.scheme, module.scheme.store(rows), module.shape)
             if module.permutation is not None:
                 weight = weight[:, np.argsort(module.permutation)]
             splits = np.cumsum([rows for _, rows in source.linears])[:-1]

@@ -21,6 +21,7 @@ from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import Rule, read_rules
 from qwen_build.plan.scheme_plan import plan_schemes
 from qwen_build.quantization.scheme_table import make_scheme
+from qwen_build.quantization.schemes import dequantize
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE
 from qwen_run.runtime.engine import Engine
@@ -95,7 +96,7 @@ def test_a_mixed_engine_equals_transformers_with_the_dequantised_weights(
 
     def store(name: str, quant: str, group_size: int = 32) -> None:
         scheme, weight = make_scheme(quant, group_size, None, "float32", kernels), names[f"{name}.weight"]
-        weight.data = torch.tensor(scheme.dequantize(scheme.quantize(weight.detach().numpy()), tuple(weight.shape)))
+        weight.data = torch.tensor(dequantize(scheme, scheme.quantize(weight.detach().numpy()), tuple(weight.shape)))
 
     store("model.embed_tokens", "int8")
     for i in range(3):

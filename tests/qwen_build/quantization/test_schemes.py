@@ -9,13 +9,15 @@ import pytest
 from onnxscript import GraphBuilder
 
 from qwen_build.quantization.grid import Grid
-from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, make_scheme
-from qwen_build.quantization.schemes import Float32, NativeInt, StockInt, pack, unpack
+from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, SchemeRow, make_scheme
+from qwen_build.quantization.schemes import Float32, Fusion, NativeInt, StockInt, dequantize
 from qwen_engine import choices
 from qwen_engine.choices import WEIGHT_SCALES
 from qwen_engine.errors import BuildError
 from qwen_plugin import library_path
-from qwen_plugin.layout import GROUP_SIZES, PANEL
+from qwen_plugin.layout import GATED_PANELS, GROUP_SIZES, PANEL
+from qwen_run.accuracy.gate import THRESHOLDS
+from qwen_run.engine_files.stored_rows import READERS, pack, unpack
 
 GRIDS = [
     Grid(row.bits, group_size, symmetric)
@@ -56,7 +58,7 @@ def test_error_is_at_most_half_a_step(scheme, in_features):
     bound = np.repeat(step, grid.group_size, axis=1)[:, :in_features] * (0.5 if grid.symmetric else 1)
     # a float16 scale is off by up to 2^-11, and so is what is multiplied with it
     slack = 2.0**-11 * (1 + np.abs(w) / bound) if isinstance(scheme, NativeInt) else 1e-5
-    assert (np.abs(scheme.dequantize(scheme.quantize(w), w.shape) - w) <= bound * (1 + slack)).all()
+    assert (np.abs(dequantize(scheme, scheme.quantize(w), w.shape) - w) <= bound * (1 + slack)).all()
 
 
 @every_scheme
@@ -89,7 +91,7 @@ def test_zeros_and_exact_values_survive(scheme, in_features):
     w[3] = 0
     w[5] *= 1e-38  # a scale this small has no finite reciprocal
     w[:, 7] = 0
-    back = scheme.dequantize(scheme.quantize(w), w.shape)
+    back = dequantize(scheme, scheme.quantize(w), w.shape)
     assert np.isfinite(back).all()
     assert not back[3].any()
     assert not back[:, 7].any()
@@ -102,9 +104,9 @@ def test_runtime_multiplies_with_the_dequantised_weight(scheme, in_features, bia
     w, x, b = weight((48, in_features)), weight((5, in_features), 1), weight((48,), 2)
     tensors = scheme.quantize(w)
     y = product(
-        tensors, x, lambda op, x, values: scheme.linear(op, x, values, values["bias"] if bias else None, w.shape), b
+        tensors, x, lambda op, x, values: multiply(scheme, op, x, values, values["bias"] if bias else None, w.shape), b
     )
-    expected = x @ scheme.dequantize(tensors, w.shape).T + (b if bias else 0)
+    expected = x @ dequantize(scheme, tensors, w.shape).T + (b if bias else 0)
     # float32 sums of up to 256 products of standard normals, in another order
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
@@ -116,7 +118,11 @@ def test_runtime_looks_up_the_very_rows_it_multiplies_with(scheme, in_features):
     matrices = {name: t.reshape(len(t), -1) for name, t in tensors.items()}
     shape = 48, in_features
     rows = product(matrices, ids, lambda op, ids, values: scheme.lookup(op, ids, values, shape))
-    assert np.array_equal(rows, scheme.dequantize(tensors, shape)[ids])
+    assert np.array_equal(rows, dequantize(scheme, tensors, shape)[ids])
+
+
+def multiply(scheme, op, x, values, bias, shape):
+    return scheme.linear(op, x, values, bias, shape, Fusion())[0]
 
 
 def product(tensors, x, build, bias=None):
@@ -142,13 +148,13 @@ def test_the_grids_by_hand(store):
     symmetric = Grid(4, 32, True)
     assert symmetric.round(w).scales[0, 0] == 1  # 7 / 7
     scheme = store(symmetric, "int8")
-    assert scheme.dequantize(scheme.quantize(w), w.shape)[0, :3].tolist() == [7, -3, 1]
+    assert dequantize(scheme, scheme.quantize(w), w.shape)[0, :3].tolist() == [7, -3, 1]
     asymmetric = Grid(4, 32, False)
     w[0, :3] = [10, -5, 0.6]
     rounded = asymmetric.round(w)
     assert (rounded.scales[0, 0], rounded.zero_points[0, 0]) == (1, 5)  # 15 / 15, 5 / 1
     scheme = store(asymmetric, "int8")
-    assert scheme.dequantize(scheme.quantize(w), w.shape)[0, :3].tolist() == [10, -5, 1]
+    assert dequantize(scheme, scheme.quantize(w), w.shape)[0, :3].tolist() == [10, -5, 1]
 
 
 def test_q_belongs_to_the_scale_that_is_stored():
@@ -166,7 +172,7 @@ def test_a_weight_beyond_the_scales_of_a_panel():
     w = np.zeros((40, 64), np.float32)
     w[3, 4] = largest
     scheme = make_scheme("int4", 32, True, "float32", "native")
-    assert scheme.dequantize(scheme.quantize(w), w.shape)[3, 4] == pytest.approx(largest)
+    assert dequantize(scheme, scheme.quantize(w), w.shape)[3, 4] == pytest.approx(largest)
     w[3, 4] = 1.01 * largest
     with pytest.raises(OverflowError, match="is too large for the native layout"):
         scheme.quantize(w)
@@ -198,6 +204,22 @@ def test_the_choices_are_the_tables():
     assert set(choices.KERNELS) == set(KERNELS)
     assert choices.GROUP_SIZES == GROUP_SIZES
     assert set(choices.ACTIVATIONS) == {name for row in KERNELS.values() for name in row.activations}
+
+
+def test_every_scheme_can_be_read_back_and_judged():
+    assert {scheme.record.layout for scheme in STORES} | {GATED_PANELS} == set(READERS)
+    assert set(THRESHOLDS) == set(SCHEMES)
+
+
+def test_a_row_makes_the_scheme_of_its_name(monkeypatch):
+    """One that has nothing to do with grids, too."""
+    rows = []
+    monkeypatch.setitem(SCHEMES, "other", SchemeRow(0, True, "", lambda *asked: rows.append(asked) or Float32()))
+    assert make_scheme("other", 64, None, "int8x2", "native", "group", "token") == Float32()
+    ((row, asked),) = rows
+    assert row is SCHEMES["other"]
+    assert (asked.group_size, asked.activations, asked.activation_scales) == (64, "int8x2", "token")
+    assert asked.kernels is KERNELS["native"]
 
 
 @pytest.mark.parametrize(
@@ -234,13 +256,13 @@ def test_the_scales_of_an_output_or_of_a_weight_by_hand():
 def test_a_shared_scale_is_stored_and_read_back(bits, kind, in_features):
     w = weight((48, in_features)) * np.geomspace(0.01, 1, 48, dtype=np.float32)[:, None]
     scheme = NativeInt(Grid(bits, 32, True, kind), "float32", "group")
-    back = scheme.dequantize(scheme.quantize(w), w.shape)
+    back = dequantize(scheme, scheme.quantize(w), w.shape)
     largest = np.abs(w).max(axis=1, keepdims=True) if kind == "channel" else np.abs(w).max()
     step = largest / (2 ** (bits - 1) - 1)
     # half a step, and a float16 scale is off by up to 2^-11
     assert np.all(np.abs(back - w) <= step * 0.5 + 2.0**-11 * np.abs(w) + 2.0**-11 * step)
     x = weight((5, in_features), 1)
-    y = product(scheme.quantize(w), x, lambda op, x, values: scheme.linear(op, x, values, None, w.shape))
+    y = product(scheme.quantize(w), x, lambda op, x, values: multiply(scheme, op, x, values, None, w.shape))
     np.testing.assert_allclose(y, x @ back.T, rtol=1e-4, atol=1e-4)  # float32 sums in another order
 
 

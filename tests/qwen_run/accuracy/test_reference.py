@@ -19,7 +19,7 @@ from cases.packed import CASES
 from cases.processes import run_python
 from cases.tiny import FAMILIES, hf_logits, run_alone
 from qwen_build.quantization.scheme_table import KERNELS, make_scheme
-from qwen_build.quantization.schemes import Scheme
+from qwen_build.quantization.schemes import Fusion, Scheme, dequantize
 from qwen_engine.errors import CheckpointError, EngineError
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_plugin import library_path
@@ -85,11 +85,11 @@ def product(scheme: Scheme, weight: np.ndarray) -> tuple[bytes, np.ndarray]:
     tensors = scheme.quantize(weight)
     values = {name: builder.op.initializer(ir.tensor(tensor), name) for name, tensor in tensors.items()}
     x = builder.input("x", ir.DataType.FLOAT, [None, weight.shape[1]])
-    y = scheme.linear(builder.op, x, values, None, weight.shape)
+    y, _ = scheme.linear(builder.op, x, values, None, weight.shape, Fusion())
     y.type = ir.TensorType(ir.DataType.FLOAT)
     builder.add_output(y, "y")
     model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
-    return model, scheme.dequantize(tensors, weight.shape)
+    return model, dequantize(scheme, tensors, weight.shape)
 
 
 def run_graph(model: bytes, x: np.ndarray) -> np.ndarray:
@@ -210,7 +210,7 @@ def test_a_tied_head_is_rounded_once_and_the_file_stays_as_it_is(tiny_checkpoint
     model = as_built(checkpoint, build_engine(checkpoint.path, quant="int4", embedding_quant="int4"))._model
     scheme = make_scheme("int4", 32, False, None, "native")
     embedding = checkpoint.model.model.embed_tokens.weight.detach().numpy()
-    once = scheme.dequantize(scheme.quantize(embedding), embedding.shape)
+    once = dequantize(scheme, scheme.quantize(embedding), embedding.shape)
     assert np.array_equal(model.model.embed_tokens.weight.detach().numpy(), once)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert hashlib.sha256(weights.read_bytes()).digest() == before
