@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -35,6 +35,8 @@ class BuildChoices(TypedDict, total=False):
     calibration_tokens: int | None
     kv_cache_dtype: str | None
     max_seq_len: int | None
+    yarn: float | None
+    rope_scaling: str | Mapping[str, Any] | None
 
 
 def build(

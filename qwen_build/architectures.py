@@ -34,24 +34,27 @@ class Architecture:
     """What one family of checkpoints has and another has not.
 
     Attributes:
-        models: as people call them.
+        models: as people call them; README's table of what is supported is made of these.
         qkv_bias: whether q, k and v have biases, whatever ``config.json`` says.
         bias_key: the key of ``config.json`` that gives biases to q, k, v and o; None: none does.
         qk_norm: whether queries and keys of each head are normalised.
         head_dim: where ``config.json`` has none; None: hidden_size / heads.
         defaults: what else its class has where ``config.json`` has no such key.
         rope_theta: likewise, for which transformers has several places.
+        trained: max_position_embeddings of a config -> the tokens that its authors say to stretch with YaRN, where that
+            is another number: Qwen3's 40,960 leave 8,192 for the answer.
         window: how layers with a window are named; None: there are none.
         layer_kinds: of its layers, by turns where ``config.json`` has no layer_types; see ``graph/architecture.py``.
     """
 
-    models: str
+    models: tuple[str, ...]
     qkv_bias: bool = False
     bias_key: str | None = None
     qk_norm: bool = False
     head_dim: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     rope_theta: float = 10000.0
+    trained: Mapping[int, int] = field(default_factory=dict, hash=False)
     window: WindowKeys | None = None
     layer_kinds: tuple[str, ...] = ("full_attention",)
 
@@ -75,10 +78,10 @@ _QWEN_WINDOW = WindowKeys(switch="use_sliding_window", first_layer="max_window_l
 # Hugging Face model_type -> its features; a new family starts with a row here
 ARCHITECTURES = {
     "qwen2": Architecture(
-        "Qwen1.5, Qwen2 and Qwen2.5", qkv_bias=True, defaults=_QWEN_DEFAULTS, window=_QWEN_WINDOW,
+        ("Qwen1.5", "Qwen2", "Qwen2.5"), qkv_bias=True, defaults=_QWEN_DEFAULTS, window=_QWEN_WINDOW,
     ),
     "qwen3": Architecture(
-        "dense Qwen3", bias_key="attention_bias", qk_norm=True, head_dim=128, defaults=_QWEN_DEFAULTS,
-        window=_QWEN_WINDOW,
+        ("Qwen3 (dense)",), bias_key="attention_bias", qk_norm=True, head_dim=128, defaults=_QWEN_DEFAULTS,
+        trained={40960: 32768}, window=_QWEN_WINDOW,
     ),
 }  # fmt: skip

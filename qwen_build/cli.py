@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_build.cli_output import describe, print_json, print_summary, print_table, summarize
 from qwen_engine.choices import (
     ACTIVATION_SCALES,
     ACTIVATIONS,
@@ -26,10 +26,8 @@ from qwen_engine.choices import (
     QUANTS,
     WEIGHT_SCALES,
 )
-from qwen_engine.json_output import head, rounded, to_json
-from qwen_engine.manifest import ENGINES, WEIGHTS_FILE, Manifest, Quantization
+from qwen_engine.manifest import ENGINES
 from qwen_run.commands.command import Command, printable
-from qwen_run.runtime.machine import peak_memory_bytes
 
 if TYPE_CHECKING:
     from qwen_build.plan.options import BuildOptions
@@ -180,6 +178,19 @@ class Size(click.ParamType[Any]):
     help="Longest prompt and answer together.  [default: the checkpoint's]",
 )
 @click.option(
+    "--yarn",
+    type=click.FloatRange(min=1, min_open=True),
+    metavar="FACTOR",
+    help="Stretch positions with YaRN, for texts of so many times the length that the model was trained for: 4 makes "
+    "131072 tokens of 32768. It changes short texts a little too.",
+)
+@click.option(
+    "--rope-scaling",
+    metavar="JSON",
+    help="The rope object of config.json, in place of the checkpoint's: "
+    '\'{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}\'.',
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -210,6 +221,7 @@ def main(
       qwen-build ./Qwen3-0.6B --quant int8 --output q3
       qwen-build ./Qwen3-0.6B --int4-method gptq --calibration texts.jsonl
       qwen-build ./Qwen3-0.6B --quant auto --max-kl 0.02
+      qwen-build ./Qwen2.5-7B-Instruct --yarn 4       131072 tokens in place of 32768
       qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
 
     A calibration that was interrupted goes on when the same command is run again: finished layers are kept in
@@ -299,96 +311,11 @@ def told_of_left(target: Path) -> Iterator[None]:
         raise
 
 
-def summarize(output: Path, target: Path, checkpoint_bytes: int, seconds: float) -> dict[str, Any]:
-    """What was built, as plain data; ``output`` as the user spells ``target``."""
-    manifest = Manifest.read(target)
-    return {
-        "engine": str(output),
-        "engine_bytes": sum(path.stat().st_size for path in target.iterdir()),
-        "weights_bytes": (target / WEIGHTS_FILE).stat().st_size,
-        "checkpoint_bytes": checkpoint_bytes,
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "has_tokenizer": (target / "tokenizer.json").is_file(),
-        "cache_bytes_per_token": manifest.cache.bytes_per_token,
-        "max_seq_len": manifest.limits.max_seq_len,
-    }
-
-
-def describe(plan: Any) -> dict[str, Any]:
-    """A plan as plain data: every linear, and the totals."""
-    return {
-        "checkpoint": plan.located.source,
-        "dtype": plan.dtype,
-        "model_type": plan.config.model_type,
-        "linears": [
-            {
-                "name": linear.name,
-                "out_features": linear.out_features,
-                "in_features": linear.in_features,
-                **vars(linear.quantization),
-                "stored_bytes": linear.stored_bytes,
-            }
-            for linear in plan.linears
-        ],
-        "tied": plan.head_is_shared,
-        "weights_bytes": plan.layout.size_bytes,
-        "cache_bytes_per_token": plan.cache_bytes_per_token,
-        "max_seq_len": plan.max_seq_len,
-        "build_memory_bytes": plan.build_memory_bytes,
-    }
-
-
-def print_table(description: dict[str, Any]) -> None:
-    """Show a dry run to a person."""
-    linears = description["linears"]
-    schemes = [Quantization(**{f.name: linear[f.name] for f in fields(Quantization)}).words for linear in linears]
-    width, words = max(len(linear["name"]) for linear in linears), max(map(len, schemes))
-    click.echo(f"{'linear':{width}}  {'shape':>15}  {'scheme':{words}}  {'MiB':>9}")
-    for linear, scheme in zip(linears, schemes, strict=True):
-        shape = f"{linear['out_features']}x{linear['in_features']}"
-        shared = "  shared with the embedding" if description["tied"] and linear["name"] == "lm_head" else ""
-        size = f"{linear['stored_bytes'] / MIB:9.2f}"
-        click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:{words}}  {size}{shared}")
-    token_bytes, tokens = description["cache_bytes_per_token"], description["max_seq_len"]
-    click.echo(
-        f"\nweights       {description['weights_bytes'] / MIB:,.1f} MiB\n"
-        f"cache         {token_bytes / 2**10:,.1f} KiB a token, {token_bytes * tokens / MIB:,.0f} MiB for {tokens}\n"
-        f"build memory  about {description['build_memory_bytes'] / MIB:,.0f} MiB"
-    )
-
-
-def print_summary(summary: dict[str, Any]) -> None:
-    """Show what was built to a person."""
-    engine, checkpoint = summary["engine_bytes"], summary["checkpoint_bytes"]
-    token_bytes, tokens = summary["cache_bytes_per_token"], summary["max_seq_len"]
-    if not summary["has_tokenizer"]:
-        click.echo("Note: the checkpoint has no tokenizer.json, so this engine takes token ids only.", err=True)
-    click.echo(
-        f"{printable(summary['engine'])}: {engine / MIB:,.1f} MiB, {engine / checkpoint:.0%} of the checkpoint; "
-        f"{summary['seconds']} s, peak memory {summary['peak_memory_bytes'] / MIB:,.0f} MiB\n"
-        f"a sequence may have {tokens} tokens, which take {token_bytes * tokens / MIB:,.0f} MiB of cache; "
-        "run it with --max-seq-len for fewer"
-    )
-    if auto := summary.get("auto"):
-        click.echo(
-            f"{auto['budget']}: mean KL {auto['held_out_kl']:.3g} on {auto['held_out_tokens']:,} tokens of "
-            f"{printable(auto['held_out'])}; {auto['calibration_kl']:.3g} on calibration text, "
-            f"{auto['predicted_kl']:.3g} predicted\nwhat was chosen and why: {printable(auto['page'])} in the engine"
-        )
-
-
 @contextmanager
 def progress(label: str, length: int) -> Iterator[Callable[[int], object]]:
     """A bar on stderr, where that is a terminal, and what to call with the newly done of ``length``."""
     with click.progressbar(length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         yield bar.update
-
-
-def print_json(value: dict[str, Any], engine: Path | None) -> None:
-    """Print what every command's JSON begins with, and ``value``."""
-    rest = {name: each for name, each in value.items() if name != "engine"}
-    click.echo(to_json({**head("qwen-build", engine), **rounded(rest)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
 from qwen_build.graph.weight_map import AnySource, Source, check_layers, map_weights
 from qwen_build.plan.options import BuildOptions, ResolvedOptions
+from qwen_build.plan.rope_options import rope_given, rope_override
 from qwen_build.plan.scheme_plan import as_packed, padding_notes, plan_schemes
 from qwen_build.writing.output import check_output, engine_directory, resolved
 from qwen_build.writing.weights_file import (
@@ -84,6 +85,7 @@ class Plan:
     text: TextFiles
     dtype: str
     max_seq_len: int
+    rope_scaling: str | None  # JSON of the rope object that was asked for in place of the checkpoint's
     notes: tuple[str, ...]  # what of the checkpoint is left unread or read in another way, a sentence each
 
     @property
@@ -151,7 +153,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         CheckpointError, UnsupportedModel, WeightMismatch: the checkpoint is not one that can be built.
         BuildError: an option does not fit it.
     """
-    config = ModelConfig.from_hf(located.path).as_stored(checkpoint)
+    config = ModelConfig.from_hf(located.path, rope_override(options)).as_stored(checkpoint)
     filled = (options if config.packed is None else as_packed(options, config.packed)).resolved()
     check_layers(config, checkpoint)
     text = read_text_files(located.path, config)
@@ -177,6 +179,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         text=text,
         dtype=checkpoint.dtype,
         max_seq_len=max_seq_len,
+        rope_scaling=rope_given(options, located.path),
         notes=(*config.notes, *text.notes, *checkpoint.notes, *mapped.notes),
     )
     return dataclasses.replace(plan, notes=(*plan.notes, *padding_notes(plan.linears)))
@@ -227,10 +230,11 @@ def _states(options: ResolvedOptions, config: ModelConfig) -> Iterator[TensorSpe
 
 
 def _max_seq_len(options: ResolvedOptions, config: ModelConfig) -> int:
-    trained = config.max_position_embeddings
-    chosen = trained if options.max_seq_len is None else options.max_seq_len
-    if chosen > trained:
-        raise BuildError(f"--max-seq-len {chosen} is more than the {trained} tokens the checkpoint was trained for")
+    most, why, trained = config.longest
+    chosen = most if options.max_seq_len is None else options.max_seq_len
+    if chosen > most:
+        advice = f"; --yarn {max(2, math.ceil(chosen / trained))} stretches them" if trained else ""
+        raise BuildError(f"--max-seq-len {chosen} is more than the {most} tokens {why}{advice}")
     some = config.windowed
     if some.window is not None and chosen > some.window:
         raise UnsupportedModel(
@@ -295,6 +299,7 @@ def _manifest(
             revision=plan.located.revision,
             dtype=plan.dtype,
             sha256=digests,
+            rope_scaling=plan.rope_scaling,
             builder_version=__version__,
             command=_utf8(command),
         ),

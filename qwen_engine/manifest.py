@@ -29,7 +29,7 @@ from qwen_engine.graph_io import (
 )
 from qwen_engine.regular_files import read_regular
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 ENGINES = Path("engines")  # where commands put engines, and look for the newest
 MANIFEST_FILE = "engine.json"
@@ -61,7 +61,11 @@ _ACTIVATION_SCALES = {"group": "", "block": " per block", "token": " per token",
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of the model, in Hugging Face's own field names."""
+    """The sizes of the model, in Hugging Face's own field names.
+
+    Attributes:
+        rope_type, rope_factor: ``rope_type`` and ``factor`` of the rope object; "default" and 1 where there is none.
+    """
 
     model_type: str
     vocab_size: int
@@ -73,7 +77,19 @@ class ModelSizes:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
+    rope_type: str
+    rope_factor: float
     tie_word_embeddings: bool
+
+    @property
+    def rope_words(self) -> str | None:
+        """What to know of the rotation of positions; None: nothing."""
+        if self.rope_type != "yarn":
+            return None
+        return (
+            f"positions are stretched by YaRN, {self.rope_factor:g} times: one rotation for every length, "
+            "which changes the answers to short texts a little"
+        )
 
 
 @dataclass(frozen=True)
@@ -187,12 +203,17 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an engine comes from: the checkpoint, the digest of each of its files, who built it."""
+    """Where an engine comes from: the checkpoint, the digest of each of its files, who built it.
+
+    Attributes:
+        rope_scaling: the JSON text of the rope object that was given in place of the checkpoint's; None: its own.
+    """
 
     checkpoint: str
     revision: str | None
     dtype: str
     sha256: Mapping[str, str]
+    rope_scaling: str | None
     builder_version: str
     command: str
 

@@ -52,6 +52,7 @@ FLOORS = (
     ("qwen_build.calibration",),
     ("qwen_build.engine_build",),
     ("qwen_build.auto",),
+    ("qwen_build.cli_output",),
     ("qwen_build.cli",),
     ("qwen_build",),  # the public function
 )

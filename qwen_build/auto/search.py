@@ -29,6 +29,7 @@ from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import BuildOptions
+from qwen_build.plan.rope_options import rope_override
 from qwen_build.plan.rules import write_rules
 from qwen_build.quantization.scheme_table import SCHEMES, make_scheme
 from qwen_build.quantization.schemes import Scheme
@@ -79,7 +80,7 @@ def build_auto(
         BuildError: an option does not go with auto, the text is too short, or no engine is within the budget.
     """
     check_output(output, replace)
-    config = ModelConfig.from_hf(located.path)
+    config = ModelConfig.from_hf(located.path, rope_override(options))
     check_options(options, config, max_kl, max_bytes)
     task = _plan_search(checkpoint, located, options, config)
     with resumable_beside(output, task.key(checkpoint)) as scratch:

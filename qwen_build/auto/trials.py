@@ -21,6 +21,7 @@ from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
+from qwen_build.plan.rope_options import rope_override
 from qwen_build.plan.rules import Rule, excluding
 from qwen_build.quantization.scheme_table import COARSE
 from qwen_build.writing.weights_file import write_graph
@@ -133,7 +134,7 @@ class BuiltEngines:
     def _measure(self, choice: Choice, label: str) -> dict[str, float]:
         directory = self.engine(choice, label)
         engine = Engine.load(directory)
-        config = ModelConfig.from_hf(self.located.path)
+        config = ModelConfig.from_hf(self.located.path, rope_override(self.options))
         kl = []
         for text in self.texts:
             with self.progress(f"{label}, {text.name}", text.token_ids.size) as advance:

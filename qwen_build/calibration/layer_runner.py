@@ -148,7 +148,7 @@ def _layer_graph(config: ModelConfig, layer: int, max_tokens: int, states: Seque
     }
     values = {name: builder.input(name, ir.DataType.INT32, shape) for name, shape in sequences.items()}
     values |= {spec.name: builder.input(spec.name, DTYPES[spec.dtype], list(spec.shape)) for spec in states}
-    cos, sin = rope_tables(config.head_dim, config.rope_theta, max_tokens)
+    cos, sin = rope_tables(config.head_dim, config.rope, max_tokens)
     step = StepTensors(
         values,
         builder.op.initializer(ir.tensor(cos), "cos"),

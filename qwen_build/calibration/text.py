@@ -89,7 +89,7 @@ def _counts(config: ModelConfig, tokens: int | None) -> tuple[int, int]:
 
 
 def _length(config: ModelConfig) -> int:
-    return min(SEQUENCE_TOKENS, config.max_position_embeddings)
+    return min(SEQUENCE_TOKENS, config.longest.tokens)
 
 
 def _sequences(

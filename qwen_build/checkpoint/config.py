@@ -6,32 +6,45 @@ What the config asks for and the graph does not have is refused by name, never i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen_build.architectures import ARCHITECTURES, Architecture
 from qwen_build.checkpoint.config_keys import (
     NO_WINDOW,
     WindowedLayers,
     check_only,
-    check_rope,
     unknown_keys,
     windowed_layers,
 )
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.packed import PackedFormat
+from qwen_build.checkpoint.rope import ROPE_OBJECTS, Rope, read_rope
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 from qwen_engine.manifest import ModelSizes
 
-# where a config says how positions are rotated: transformers 5, and before
-ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
-
 # No size is larger, and none makes the product of two overflow 64 bits; the rotary tables grow with the positions.
 MOST, MOST_POSITIONS = 2**31 - 1, 2**24
+
+# what config.json says -> the rope object in place of its own
+RopeOverride = Callable[["ModelConfig"], Mapping[str, Any]]
+
+
+class Longest(NamedTuple):
+    """The most tokens of a sequence.
+
+    Attributes:
+        why: no more, to be read after "the N tokens".
+        trained: the tokens that YaRN could stretch; None: it cannot.
+    """
+
+    tokens: int
+    why: str
+    trained: int | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class ModelConfig(ModelSizes):
 
     Attributes:
         layer_kinds: those of the layers, by turns.
+        rope: how positions are rotated.
+        longest: the most tokens of a sequence.
         qkv_bias, o_bias: which linears of the attention have biases.
         eos_token_ids: the config's own, maybe none.
         packed: how its linears are stored where they are quantised already.
@@ -51,6 +66,8 @@ class ModelConfig(ModelSizes):
     architecture: Architecture
     layer_kinds: tuple[str, ...]
     max_position_embeddings: int
+    rope: Rope
+    longest: Longest
     qkv_bias: bool
     o_bias: bool
     eos_token_ids: tuple[int, ...] = ()
@@ -72,14 +89,19 @@ class ModelConfig(ModelSizes):
         return (*([unknown] if keys else []), *self.contradictions)
 
     @classmethod
-    def from_hf(cls, checkpoint: Path) -> ModelConfig:
+    def from_hf(cls, checkpoint: Path, override: RopeOverride | None = None) -> ModelConfig:
         """Read ``config.json`` of the directory ``checkpoint``.
+
+        Args:
+            override: makes of it the rope object that counts in place of its own; None: its own counts.
 
         Raises:
             CheckpointError: the file is missing, unreadable, or lacks a field.
             UnsupportedModel: the checkpoint needs something the graph does not have.
         """
-        return cls.from_json(read_json(checkpoint / "config.json"))
+        hf = read_json(checkpoint / "config.json")
+        config = cls.from_json(hf)
+        return config if override is None else cls.from_json(with_rope(hf, config, override(config)))
 
     def as_stored(self, checkpoint: Checkpoint) -> ModelConfig:
         """The config with what the weights of ``checkpoint`` tell about their format."""
@@ -107,12 +129,10 @@ class ModelConfig(ModelSizes):
         architecture = ARCHITECTURES[model_type]
         check_only(hf)
         hf = with_defaults(hf, architecture)
-        ropes = {key: rope_object(hf, key) for key in ROPE_OBJECTS}
-        for key, rope in ropes.items():
-            check_rope(key, rope)
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         positions = integer(hf, "max_position_embeddings", most=MOST_POSITIONS)
         biased = architecture.bias_key is not None and boolean(hf, architecture.bias_key)
+        rope = read_rope(hf, architecture.rope_theta, positions)
         config = cls(
             architecture=architecture,
             layer_kinds=layer_kinds(hf, architecture),
@@ -125,15 +145,21 @@ class ModelConfig(ModelSizes):
             num_key_value_heads=integer(hf, "num_key_value_heads", heads),
             head_dim=integer(hf, "head_dim", architecture.head_dim or hidden_size // heads),
             rms_norm_eps=number(hf, "rms_norm_eps"),
-            rope_theta=rope_theta(hf, architecture.rope_theta),
+            rope_theta=rope.theta,
+            rope_type=rope.kind,
+            rope_factor=rope.factor,
             tie_word_embeddings=boolean(hf, "tie_word_embeddings"),
             max_position_embeddings=positions,
+            rope=rope,
+            longest=longest(hf, rope, architecture, positions),
             qkv_bias=architecture.qkv_bias or biased,
             o_bias=biased,
             eos_token_ids=token_ids(hf.get("eos_token_id")),
             packed=PackedFormat.from_json(quantized) if (quantized := hf.get("quantization_config")) else None,
-            windowed=windowed_layers(hf, architecture.window, integer(hf, "num_hidden_layers"), positions),
-            unknown=unknown_keys(hf, architecture, ropes),
+            windowed=windowed_layers(
+                hf, architecture.window, integer(hf, "num_hidden_layers"), rope.longest(positions)
+            ),
+            unknown=unknown_keys(hf, architecture),
         )
         check_sizes(config)
         return config
@@ -146,6 +172,31 @@ def with_defaults(hf: Mapping[str, Any], architecture: Architecture) -> dict[str
         defaults[architecture.bias_key] = False
     absent = {key for key, value in defaults.items() if hf.get(key) is None and isinstance(value, float | bool)}
     return {**defaults, **{key: value for key, value in hf.items() if key not in absent}}
+
+
+def with_rope(hf: Mapping[str, Any], config: ModelConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """``hf``, read as ``config``, with ``rope`` in place of its rope objects; where that has no theta, it stays."""
+    rest = {key: value for key, value in hf.items() if key not in (*ROPE_OBJECTS, "rope_theta")}
+    return {**rest, ROPE_OBJECTS[0]: {"rope_theta": config.rope.theta} | dict(rope)}
+
+
+def longest(hf: Mapping[str, Any], rope: Rope, architecture: Architecture, positions: int) -> Longest:
+    """The most tokens of a sequence that the config is right for, and why no more."""
+    tokens = rope.longest(positions)
+    if tokens > MOST_POSITIONS:
+        raise UnsupportedModel(f"config.json asks for sequences of {tokens} tokens, expected at most {MOST_POSITIONS}")
+    chunked = hf.get("dual_chunk_attention_config")
+    if chunked is not None:
+        if not isinstance(chunked, dict):
+            raise CheckpointError(f"config.json: dual_chunk_attention_config is {chunked!r}, expected an object")
+        sizes = [integer(chunked, "chunk_size"), integer(chunked, "original_max_position_embeddings", tokens), tokens]
+        return Longest(min(sizes), "of a chunk, up to which dual chunk attention is plain attention", None)
+    trained = architecture.trained.get(positions, positions)
+    if rope.depends_on_length:
+        why = f"beyond which rope type {rope.kind!r} gives a token other numbers in a longer text"
+        return Longest(tokens, why, rope.original or trained)
+    stretched = {"default": trained, "yarn": rope.original}
+    return Longest(tokens, "the checkpoint was trained for", stretched.get(rope.kind))
 
 
 def layer_kinds(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
@@ -168,23 +219,6 @@ def layer_kinds(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str,
         raise CheckpointError(f"config.json: {len(found)} layer_types, num_hidden_layers {count}; make them agree")
     usual = all(kind == expected for kind, expected in zip(found, cycle(architecture.layer_kinds), strict=False))
     return architecture.layer_kinds if usual else tuple(found)
-
-
-def rope_object(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What an object of ``ROPE_OBJECTS`` says, without its null fields."""
-    rope = hf.get(key)
-    if not isinstance(rope, dict | None):
-        raise CheckpointError(f"config.json: {key} is {rope!r}, expected an object")
-    return {name: value for name, value in (rope or {}).items() if value is not None}
-
-
-def rope_theta(hf: Mapping[str, Any], default: float) -> float:
-    """The base of the rotary angles, which transformers has kept in three places over time; they must agree."""
-    holders = (hf, *(rope_object(hf, key) for key in ROPE_OBJECTS))
-    found = {number(holder, "rope_theta") for holder in holders if holder.get("rope_theta") is not None}
-    if len(found) > 1:
-        raise CheckpointError(f"config.json has rope_theta {' and '.join(map(str, sorted(found)))}; keep the right one")
-    return found.pop() if found else default
 
 
 def check_sizes(config: ModelConfig) -> None:

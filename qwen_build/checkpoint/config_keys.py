@@ -6,11 +6,12 @@ row of ``ARCHITECTURES``. A key that is nowhere is named in the build's output: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwen_build.architectures import Architecture, WindowKeys
+from qwen_build.checkpoint.rope import unknown_rope_keys
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 
 # read by ``config.py``
@@ -30,6 +31,8 @@ COMPUTED = frozenset(
         "rope_parameters",
         "rope_scaling",
         "tie_word_embeddings",
+        "original_max_position_embeddings",
+        "dual_chunk_attention_config",
         "layer_types",
         "eos_token_id",
         "quantization_config",
@@ -101,26 +104,6 @@ WITHOUT_EFFECT = frozenset(
 # keys of programs that store weights in a way of their own -> the program
 FOREIGN_QUANTIZATION = {"quantization": "mlx", "compression_config": "compressed-tensors"}
 
-# rope type -> whether what else its object says makes it another than the plain rotation
-_PLAIN_ROPES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "default": lambda rope: True,
-    "linear": lambda rope: bool(rope.get("factor") == 1),
-    "dynamic": lambda rope: bool(rope.get("factor") == 1),
-}
-# mrope_section deals the parts of a head out to three positions, which are all the same for text
-_ROPE_KEYS = frozenset(
-    [
-        "rope_type",
-        "type",
-        "rope_theta",
-        "factor",
-        "partial_rotary_factor",
-        "mrope_section",
-        "mrope_interleaved",
-        "original_max_position_embeddings",
-    ]
-)
-
 
 @dataclass(frozen=True)
 class WindowedLayers:
@@ -145,19 +128,6 @@ def check_only(hf: Mapping[str, Any]) -> None:
                 f"config.json has {key}: the checkpoint is already quantised, by {program}, which cannot be read; "
                 "give the float checkpoint it was made from"
             )
-
-
-def check_rope(key: str, rope: Mapping[str, Any]) -> None:
-    """Raise :class:`UnsupportedModel` unless ``rope``, the object ``key`` of a config, asks for the plain rotation."""
-    for name in ("rope_type", "type"):
-        kind = rope.get(name, "default")
-        if not isinstance(kind, str) or kind not in _PLAIN_ROPES or not _PLAIN_ROPES[kind](rope):
-            raise UnsupportedModel(f"config.json: {key} asks for rope type {kind!r}, only 'default' is supported")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise UnsupportedModel(f"config.json: {key} asks for partial_rotary_factor, only the whole head can be rotated")
-    for name, value in rope.items():
-        if isinstance(value, dict):  # one rotation for each kind of layer
-            raise UnsupportedModel(f"config.json: {key} has {name} {value!r}, only one rotation for all is supported")
 
 
 def windowed_layers(
@@ -201,22 +171,15 @@ def _window(hf: Mapping[str, Any], keys: WindowKeys) -> int | None:
     return window
 
 
-def unknown_keys(
-    hf: Mapping[str, Any], architecture: Architecture, ropes: Mapping[str, Mapping[str, Any]]
-) -> tuple[str, ...]:
-    """The keys of ``hf`` that nothing here has, those of its rope objects ``ropes`` as ``rope_scaling.key``.
+def unknown_keys(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
+    """The keys of ``hf`` that nothing here reads or knows, those of its rope objects as ``rope_scaling.key``.
 
     Null asks for nothing, and what begins with an underscore is private to transformers.
     """
-
-    def unknown() -> Iterator[str]:
-        known = COMPUTED | ONLY.keys() | WITHOUT_EFFECT | FOREIGN_QUANTIZATION.keys()
-        known |= frozenset(architecture.window.keys if architecture.window else ())
-        yield from (key for key, value in hf.items() if value is not None and key not in known and key[:1] != "_")
-        for name, rope in ropes.items():
-            yield from (f"{name}.{key}" for key in rope if key not in _ROPE_KEYS)
-
-    return tuple(unknown())
+    known = COMPUTED | ONLY.keys() | WITHOUT_EFFECT | FOREIGN_QUANTIZATION.keys()
+    known |= frozenset(architecture.window.keys if architecture.window else ())
+    own = (key for key, value in hf.items() if value is not None and key not in known and key[:1] != "_")
+    return (*own, *unknown_rope_keys(hf))
 
 
 def _same(found: Any, value: Any) -> bool:

@@ -118,7 +118,7 @@ def build_graph(
     graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name="qwen")
     builder = GraphBuilder(graph)
     values = {spec.name: builder.input(spec.name, DTYPES[spec.dtype], list(spec.shape)) for spec in inputs}
-    cos, sin = rope_tables(config.head_dim, config.rope_theta, max_seq_len)
+    cos, sin = rope_tables(config.head_dim, config.rope, max_seq_len)
     step = StepTensors(
         values,
         builder.op.initializer(ir.tensor(cos), "rope.cos"),

@@ -52,6 +52,10 @@ def _is_alpha(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
 
 
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 < value < 2**20
+
+
 RULES = {
     "quant": _one_of((*choices.QUANTS, *CALIBRATED, choices.AUTO)),
     "group_size": _one_of(choices.GROUP_SIZES),
@@ -63,6 +67,8 @@ RULES = {
     "embedding_quant": _one_of(choices.QUANTS),
     "kv_cache_dtype": _one_of(choices.CACHE_DTYPES),
     "max_seq_len": _whole("a number of tokens", 1),
+    "yarn": OptionRule("a number more than 1", _is_factor),
+    "rope_scaling": OptionRule("the JSON text of a rope object", lambda value: isinstance(value, str)),
     "block_size": OptionRule(f"a power of two from {KEY_TILE}", _is_block, optional=False),
     "exclude": _tuple_of(str, "a pattern of names or several"),
     "ignore_tensors": _tuple_of(str, "a pattern of names or several"),
@@ -86,6 +92,8 @@ class BuildOptions:
         activations: the default goes with ``kernels``, see ``KERNELS`` in ``quantization/scheme_table.py``.
         weight_scales, activation_scales: of the linears that ``quant`` speaks of; embedding, head and what
             ``quant_config`` names have the usual ones, see ``make_scheme`` there.
+        yarn: by what YaRN stretches the length that the checkpoint was trained for.
+        rope_scaling: the JSON text of a rope object in place of the checkpoint's.
         block_size: tokens of a cache block. Attention over long contexts is a tenth slower with 32 and hardly faster
             with 128, see ``benchmarks/results/attention.md``.
         exclude: patterns of linears to keep float.
@@ -107,6 +115,8 @@ class BuildOptions:
     embedding_quant: str | None = None
     kv_cache_dtype: str | None = None
     max_seq_len: int | None = None
+    yarn: float | None = None
+    rope_scaling: str | None = None
     block_size: int = 64
     exclude: tuple[str, ...] = ()
     ignore_tensors: tuple[str, ...] = ()

@@ -59,12 +59,14 @@ class Recipe:
         quantizations: of every linear and the embedding, by transformers' name.
         cache_dtype: what keys and values are rounded to.
         calibrated: sha256 of the weights where they were calibrated; else they follow from checkpoint and schemes.
+        rope_scaling: what was given in place of the checkpoint's rope object.
     """
 
     engine: Path
     quantizations: Mapping[str, Quantization]
     cache_dtype: str
     calibrated: str | None
+    rope_scaling: str | None
 
     @classmethod
     def read(cls, engine: Path) -> Recipe:
@@ -77,7 +79,7 @@ class Recipe:
         quantizations = {part.name: linear.quantization for linear in manifest.linears for part in linear.parts}
         calibrated = any(linear.output_error is not None for linear in manifest.linears)
         digest = manifest.parts[WEIGHTS_FILE].sha256 if calibrated else None
-        return cls(engine, quantizations, manifest.cache.dtype, digest)
+        return cls(engine, quantizations, manifest.cache.dtype, digest, manifest.origin.rope_scaling)
 
     def with_float_activations(self) -> Recipe:
         """The same without the rounding of what goes into a linear.
@@ -94,7 +96,9 @@ class Recipe:
     def digest(self) -> str:
         """sha256 of everything that the answers depend on besides the checkpoint."""
         rows = sorted((name, *astuple(quantization)) for name, quantization in self.quantizations.items())
-        return hashlib.sha256(json.dumps([rows, self.cache_dtype, self.calibrated]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([rows, self.cache_dtype, self.calibrated, self.rope_scaling]).encode()
+        ).hexdigest()
 
 
 class HuggingFace:
@@ -106,6 +110,7 @@ class HuggingFace:
         recipe: take an engine's weights, and round inputs of linears, keys and values as it does; None for the
             checkpoint's own weights.
         dtype: what it computes in, by torch's name; all but :meth:`stream_batch` is meant for float32.
+        rope_scaling: JSON of the rope object in place of the checkpoint's, see ``Origin`` of the manifest.
 
     Raises:
         RequestError: torch or transformers is not installed.
@@ -113,11 +118,18 @@ class HuggingFace:
         EngineError: the weights of the engine cannot be read.
     """
 
-    def __init__(self, checkpoint: Path, threads: int, recipe: Recipe | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        threads: int,
+        recipe: Recipe | None = None,
+        dtype: str = "float32",
+        rope_scaling: str | None = None,
+    ) -> None:
         self._torch, self._transformers = _import_torch_and_transformers()
         self._torch.set_num_threads(threads)
         try:
-            self._model = self._load(checkpoint, getattr(self._torch, dtype)).eval()
+            self._model = self._load(checkpoint, getattr(self._torch, dtype), rope_scaling).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = first_line(error)
             raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
@@ -244,12 +256,14 @@ class HuggingFace:
             return round_activations(self._torch, x, x.shape[-1], ROUNDING_STEPS["int8"])
         return x.half().float()
 
-    def _load(self, checkpoint: Path, dtype: Any) -> Any:
+    def _load(self, checkpoint: Path, dtype: Any, rope_scaling: str | None) -> Any:
         """The model of ``checkpoint``; transformers itself reads packed weights only with other packages."""
         auto = self._transformers.AutoModelForCausalLM
         config = self._transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        if rope_scaling is not None:
+            config.rope_parameters = json.loads(rope_scaling)
         if getattr(config, "quantization_config", None) is None:
-            return auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+            return auto.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True)
         del config.quantization_config
         model = auto.from_config(config, dtype=dtype)
         with CheckpointWeights(checkpoint) as weights:

@@ -96,7 +96,7 @@ class LiveSources:
         @cache
         def live() -> HuggingFace:
             try:
-                return HuggingFace(self.path, self.threads, recipe)
+                return HuggingFace(self.path, self.threads, recipe, rope_scaling=self.manifest.origin.rope_scaling)
             except RequestError as error:
                 raise RequestError(f"{error}, or use --reference FILE") from error
 

@@ -95,7 +95,10 @@ def _build(located: Located, engine: Path, options: BuildOptions, replace: bool)
 
 
 def build_options(options: Mapping[str, Any]) -> BuildOptions:
-    """``exclude`` may be one pattern, ``quant_config`` and ``calibration`` paths, as on the command line."""
+    """``exclude`` may be one pattern, ``quant_config`` and ``calibration`` paths, as on the command line.
+
+    ``rope_scaling`` may be an object or its JSON text.
+    """
     from qwen_build.plan.options import BuildOptions
     from qwen_build.plan.rules import read_rules
 
@@ -107,6 +110,8 @@ def build_options(options: Mapping[str, Any]) -> BuildOptions:
             given[name] = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if isinstance(given.get("quant_config"), (str, Path)):
         given["quant_config"] = read_rules(Path(given["quant_config"]))
+    if isinstance(given.get("rope_scaling"), Mapping):
+        given["rope_scaling"] = json.dumps(given["rope_scaling"])
     if isinstance(given.get("calibration"), str):
         given["calibration"] = Path(given["calibration"])
     return BuildOptions(**given)

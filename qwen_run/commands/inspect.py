@@ -161,12 +161,16 @@ def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]
         **head("qwen-inspect", engine),
         "linears": rounded([asdict(row) for row in rows]),
         "totals": rounded(asdict(whole)),
+        "rope_type": manifest.model.rope_type,
+        "rope_words": manifest.model.rope_words,
     }
-    return to_json(data, indent=1) if as_json else _table(rows, whole), draw_bits(title, rows)
+    return to_json(data, indent=1) if as_json else _table(rows, whole, manifest.model.rope_words), draw_bits(
+        title, rows
+    )
 
 
-def _table(rows: Sequence[LinearRow], whole: Totals) -> str:
-    """The linears in columns, and what they take together."""
+def _table(rows: Sequence[LinearRow], whole: Totals, rope: str | None) -> str:
+    """The linears in columns, what they take together, and what to know of the rotation of positions."""
     calibrated = any(row.output_error is not None for row in rows)
     head = ["linear", "shape", "scheme", "bits", "MiB", *(["error"] if calibrated else []), ""]
     cells = [head]
@@ -189,6 +193,7 @@ def _table(rows: Sequence[LinearRow], whole: Totals) -> str:
         f"\n\nlinears  {whole.weights / 1e6:,.1f} M weights, {whole.stored_bytes / MIB:,.1f} MiB, "
         f"{whole.bits_per_weight:.2f} bits a weight\n"
         f"others   {whole.other_bytes / MIB:,.1f} MiB: norms, biases, rotary tables, padding"
+        + (f"\n{printable(rope)}" if rope else "")
     )
 
 

@@ -30,6 +30,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "attention_bias": True},
 }
 
+# Families whose positions are rotated in another way; sequences of 300 tokens go beyond what is "original".
+_LONG = {"model_type": "qwen3", "head_dim": 24, "max_position_embeddings": 100}
+ROTATED: dict[str, dict[str, Any]] = {
+    "yarn": _LONG | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}},
+    "yarn-told": _LONG
+    | {"rope_parameters": {"rope_type": "yarn", "factor": 3.7, "original_max_position_embeddings": 90,
+                           "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}},
+    "yarn-mscale": _LONG
+    | {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 50,
+                           "mscale": 0.7, "mscale_all_dim": 1.2}},
+    "linear": _LONG | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": TINY | {"model_type": "qwen2", "rope_parameters": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 80}},
+    "longrope": TINY | {"model_type": "qwen3", "head_dim": 24, "rope_parameters": {
+        "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 320,
+        "short_factor": [1.0 + i / 7 for i in range(12)], "long_factor": [9.0] * 12}},
+    "dynamic": TINY | {"model_type": "qwen2", "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+}  # fmt: skip
+for _rotated in ROTATED.values():
+    _rotated["rope_parameters"]["rope_theta"] = TINY["rope_theta"]
+
 
 @dataclass(frozen=True)
 class TinyCheckpoint:

@@ -52,7 +52,7 @@ def checkpoint(request, tmp_path_factory):
             add_made_up(patch)
             transformers_model()
         else:
-            patch.setitem(ARCHITECTURES, "llama", Architecture("Llama"))  # the whole of a dense family
+            patch.setitem(ARCHITECTURES, "llama", Architecture(("Llama",)))  # the whole of a dense family
         path = write_text_files(tmp_path_factory.mktemp(request.param) / "tiny", eos_token_id=[264, 262])
         generation_config = (path / "generation_config.json").read_text()
         torch.manual_seed(1)

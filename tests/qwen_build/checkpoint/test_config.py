@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from cases.configs import PUBLISHED
 from qwen_build.architectures import ARCHITECTURES
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.config_keys import WindowedLayers, unknown_keys
-from qwen_build.graph.rope import rope_tables
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 
 
@@ -57,13 +55,9 @@ def test_defaults_are_those_of_transformers():
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not one of qwen2, qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling asks for rope type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters asks for rope type 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope type 'yarn'"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "only one rotation for all"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "only one for all"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "rope_scaling asks for rope type 'mrope'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for rope type 'linear'"),
         ({"rope_scaling": {"type": [1]}}, r"rope type \[1\]"),
         ({"model_type": []}, r"model_type \[\] is not one of"),
         ({"max_position_embeddings": 2**31}, "max_position_embeddings is 2147483648, expected at most 16777216"),
@@ -96,6 +90,25 @@ def test_what_the_graph_lacks_is_refused_by_name(change, message):
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"rope_scaling": {"rope_theta": 5000.0}}, "has rope_theta 5000.0 and 1000000.0; keep the right one"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope_type 'default' and 'yarn'; keep the right"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling and rope_parameters has rope_type 'yarn' and 'default'; keep the right one",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is None, expected a positive number"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor is '4', expected a positive number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "truncate": 1}}, "rope_scaling.truncate is 1, expected true"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": "x"}},
+            "original_max_position_embeddings is 'x', expected a number of tokens",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 4, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "low_freq_factor is 4.0, expected less than 4.0",
+        ),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1, 0]}}, "short_factor is .*, expected a list of pos"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}, "rope_theta": 1}, "rope_theta is 1.0, expected more than 1"),
+        ({"dual_chunk_attention_config": 5}, "dual_chunk_attention_config is 5, expected an object"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
         ({"rope_scaling": 0}, "rope_scaling is 0, expected an object"),
         ({"rope_parameters": [4]}, r"rope_parameters is \[4\], expected an object"),
@@ -139,8 +152,6 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4096}
         {"hidden_act": "swish"},
         {"attention_bias": False},
         {"attention_bias": True},
-        {"rope_scaling": {"rope_type": "linear", "factor": 1.0}},
-        {"rope_scaling": {"type": "dynamic", "factor": 1}},
         {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}},
         {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
         {"sliding_window": 8, "max_window_layers": 0},
@@ -186,7 +197,7 @@ def test_every_key_of_the_class_of_transformers_is_known(model_type):
     config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in PUBLISHED.items() if k != "model_type"})
     config.dtype = "bfloat16"
     saved = {name: "?" if value is None else value for name, value in config.to_dict().items()}
-    assert unknown_keys(saved, ARCHITECTURES[model_type], {"rope_parameters": saved["rope_parameters"]}) == ()
+    assert unknown_keys(saved, ARCHITECTURES[model_type]) == ()
 
 
 def test_unknown_keys_are_named_and_those_without_effect_are_not():
@@ -194,15 +205,63 @@ def test_unknown_keys_are_named_and_those_without_effect_are_not():
     assert ModelConfig.from_json(PUBLISHED | change).unknown == ("use_foo", "rope_scaling.beta")
 
 
-@pytest.mark.parametrize(("head_dim", "theta"), [(64, 1e6), (128, 1e6), (64, 1e4), (80, 5000.0)])
-def test_rotary_tables_round_where_transformers_rounds(head_dim, theta):
-    torch = pytest.importorskip("torch")
-    inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    angles = torch.arange(32768).float()[:, None] * inv_freq[None]
-    cos, sin = rope_tables(head_dim, theta, 32768)
-    # A frequency may differ by a unit in the last place where a library's pow is not correctly rounded; its column of
-    # angles then drifts by up to 32768 * 2**-24. All others differ by the last place of the cosine alone.
-    for ours, theirs in ((cos, angles.cos().numpy()), (sin, angles.sin().numpy())):
-        difference = np.abs(ours - theirs).max(axis=0)
-        assert difference.max() < 2.1e-3
-        assert np.mean(difference < 1e-6) > 0.9
+@pytest.mark.parametrize(
+    ("change", "tokens"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 131072),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 262144}, 1048576),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+                "max_position_embeddings": 40960,
+            },
+            131072,
+        ),  # the factor that is written wins over the ratio
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8192},
+                "max_position_embeddings": 65536,
+            },
+            65536,
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 65536),
+        ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, 32768),
+        (
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 1,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            32768,
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1], "original_max_position_embeddings": 4096}},
+            4096,
+        ),
+        (
+            {
+                "dual_chunk_attention_config": {
+                    "chunk_size": 262144,
+                    "local_size": 8192,
+                    "original_max_position_embeddings": 262144,
+                },
+                "max_position_embeddings": 1010000,
+            },
+            262144,
+        ),
+    ],
+    ids=str,
+)
+def test_the_longest_sequence_is_what_the_rotation_serves(change, tokens):
+    assert ModelConfig.from_json(PUBLISHED | change).longest.tokens == tokens
+
+
+def test_what_a_rotation_does_not_read_is_named():
+    rope = {"rope_type": "linear", "factor": 2.0, "beta_fast": 32, "finetuned": True}
+    unknown = ModelConfig.from_json(PUBLISHED | {"rope_scaling": rope}).unknown
+    assert unknown == ("rope_scaling.beta_fast", "rope_scaling.finetuned")

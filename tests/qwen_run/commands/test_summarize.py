@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from cases.processes import run_python
 from cases.scripted import write_text_files
 from cases.tiny import FAMILIES, TINY
+from qwen_build.checkpoint.rope import Rope
 from qwen_build.graph.rope import rope_tables
 from qwen_build.plan.rules import Rule
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
@@ -151,7 +152,7 @@ def scale_by_five_percent(engine: Path) -> None:
 
 def wrong_rotary_base(engine: Path) -> None:
     weights, limit = Weights(engine), Manifest.read(engine)
-    tables = rope_tables(limit.model.head_dim, limit.model.rope_theta * 10, limit.limits.max_seq_len)
+    tables = rope_tables(limit.model.head_dim, Rope("default", limit.model.rope_theta * 10), limit.limits.max_seq_len)
     for name, table in zip(("rope.cos", "rope.sin"), tables, strict=True):
         weights[name][:] = table
 

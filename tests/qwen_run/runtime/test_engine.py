@@ -49,7 +49,7 @@ from qwen_run.sampling.sample import SamplingParams
 
 VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN, BLOCK_SIZE = 13, 6, 100, 32
 STATES = cache_inputs(layers=(0, 1), kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")
-MODEL = ModelSizes("qwen2", VOCAB_SIZE, HIDDEN_SIZE, 7, 2, 4, 2, 8, 1e-6, 10000.0, False)
+MODEL = ModelSizes("qwen2", VOCAB_SIZE, HIDDEN_SIZE, 7, 2, 4, 2, 8, 1e-6, 10000.0, "default", 1.0, False)
 RNG = np.random.default_rng(5)
 EMBEDDING = RNG.normal(size=(VOCAB_SIZE, HIDDEN_SIZE)).astype(np.float32)
 HEAD = RNG.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)).astype(np.float32)
@@ -98,7 +98,7 @@ def write_manifest(directory: Path, **changes: Any) -> None:
         "operators": (),
         "eos_token_ids": (0,),
         "parts": {path.name: measure_part(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE},
-        "origin": Origin("made by a test", None, "float32", {}, "0", ""),
+        "origin": Origin("made by a test", None, "float32", {}, None, "0", ""),
     }
     (directory / MANIFEST_FILE).write_text(Manifest(**{**fields, **changes}).to_json(), encoding="utf-8")
 
@@ -368,8 +368,8 @@ FIRST_STATE = len(BATCH_INPUTS)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], "1", "has format version '1', this runtime reads 4"),
-        (["format_version"], 1, "has format version 1, this runtime reads 4"),
+        (["format_version"], "1", "has format version '1', this runtime reads 5"),
+        (["format_version"], 1, "has format version 1, this runtime reads 5"),
         (["format_version"], True, "has format version True"),
         (["parts", "/etc/passwd"], PART, "has part '/etc/passwd', expected the plain name of a file"),
         (["parts", ".."], PART, r"has part '\.\.'"),

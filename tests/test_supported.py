@@ -1,0 +1,29 @@
+"""README's table of what is supported is made of the tables of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_build.architectures import ARCHITECTURES
+from qwen_build.checkpoint.rope import ROPE_TYPES
+
+ROOT = Path(__file__).parents[1]
+
+# row of README.md, of README.zh-CN.md -> the names it begins with, in order
+SUPPORTED = {
+    ("models", "模型"): [name for row in ARCHITECTURES.values() for name in row.models],
+    ("rotary embeddings", "旋转位置编码"): list(ROPE_TYPES),
+}
+
+
+@pytest.mark.parametrize("labels", SUPPORTED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "column", "comma", "ends"), [("README.md", 0, ", ", ";"), ("README.zh-CN.md", 1, "、", "；")]
+)
+def test_a_row_says_what_the_table_has(name, column, comma, ends, labels):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    (row,) = [line.strip("| ") for line in lines if line.startswith(f"| {labels[column]} |")]
+    said = row.partition(" | ")[2].partition(ends)[0]
+    assert said == comma.join(SUPPORTED[labels])
