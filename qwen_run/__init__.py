@@ -6,6 +6,7 @@ The names below are what a program needs; each is imported when it is first used
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from qwen_engine import __version__
@@ -22,11 +23,11 @@ from qwen_engine.errors import (
 if TYPE_CHECKING:
     from qwen_run.api.async_llm import AsyncLLM
     from qwen_run.api.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
-    from qwen_run.api.causal_lm import QwenForCausalLM
     from qwen_run.api.engine_config import EngineConfig
     from qwen_run.api.llm import LLM
     from qwen_run.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from qwen_run.sampling.params import RequestOutputKind, SamplingParams
+    from qwen_run.torch_model.model import QwenForCausalLM
 
 __all__ = [
     "LLM",
@@ -61,7 +62,6 @@ _MODULES = {
     "CompletionOutput": "api.outputs",
     "EngineConfig": "api.engine_config",
     "Logprob": "api.outputs",
-    "QwenForCausalLM": "api.causal_lm",
     "RequestMetrics": "api.outputs",
     "RequestOutput": "api.outputs",
     "RequestOutputKind": "sampling.params",
@@ -69,7 +69,16 @@ _MODULES = {
 }
 
 
+def _causal_lm() -> Any:
+    """A model of transformers where it is installed, with torch; without them one of arrays."""
+    if all(find_spec(name) for name in ("torch", "transformers")):
+        return importlib.import_module(f"{__name__}.torch_model.model").QwenForCausalLM
+    return importlib.import_module(f"{__name__}.api.causal_lm").EngineForCausalLM
+
+
 def __getattr__(name: str) -> Any:
+    if name == "QwenForCausalLM":
+        return _causal_lm()
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""An engine in Hugging Face's clothes: :class:`QwenForCausalLM`, arrays of token ids in and out."""
+"""``QwenForCausalLM`` where torch or transformers is missing: arrays of token ids in and out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,17 +31,22 @@ from qwen_run.text.text_model import GENERATION_CONFIG_FILE
 
 Ids = NDArray[np.int64]
 Config = EngineConfig | Mapping[str, Any] | None
+Settings = Mapping[str, Any]
 
 DEFAULT_NEW_TOKENS = 20  # what transformers generates where nothing says how many
 
 
-class QwenForCausalLM:
+class EngineForCausalLM:
     """A language model that generates as transformers' models do. Make one with ``from_pretrained`` or ``from_model``.
+
+    ``qwen_run.QwenForCausalLM`` is this class where torch or transformers is missing. Where both are installed it is
+    :class:`qwen_run.torch_model.model.QwenForCausalLM`, which has one of these inside.
 
     Attributes:
         engine: what runs.
         engine_config: how it is run.
         generation_config: what the checkpoint's ``generation_config.json`` says, the defaults of :meth:`generate`.
+        lock: held while the engine runs; a thread may take it twice.
     """
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
@@ -53,10 +58,10 @@ class QwenForCausalLM:
         found = directory / GENERATION_CONFIG_FILE
         self.generation_config = read_json(found) if found.is_file() else {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._lock = threading.Lock()  # an engine serves one core at a time
+        self.lock = threading.RLock()  # an engine serves one core at a time
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, export: bool = False, engine_config: Config = None) -> QwenForCausalLM:
+    def from_pretrained(cls, path: str | Path, export: bool = False, engine_config: Config = None) -> Self:
         """Open the engine ``path``; with ``export`` build it first from the checkpoint ``path``.
 
         Args:
@@ -78,7 +83,7 @@ class QwenForCausalLM:
         return cls(engine_of(path, config.build_options) if export else Path(path), config)
 
     @classmethod
-    def from_model(cls, model: Any, engine_config: Config = None, tokenizer: Any = None) -> QwenForCausalLM:
+    def from_model(cls, model: Any, engine_config: Config = None, tokenizer: Any = None) -> Self:
         """Build an engine from the weights of a transformers model; it lasts as long as the object that is returned.
 
         Args:
@@ -134,7 +139,9 @@ class QwenForCausalLM:
         except OSError as error:
             raise EngineError(f"{directory} cannot be written: {error.strerror}; choose another") from error
 
-    def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+    def generate(
+        self, input_ids: Any = None, attention_mask: Any = None, settings: Settings | None = None, **options: Any
+    ) -> Any:
         """Continue every row of ``input_ids``, with the arguments and defaults of transformers' ``generate``.
 
         A row's answer depends on that row alone, not on the batch nor on how it is padded.
@@ -143,6 +150,7 @@ class QwenForCausalLM:
             input_ids: (rows, length) integers, a NumPy array or a torch tensor, padded left or right.
             attention_mask: (rows, length), 0 where ``input_ids`` is padding. If None, padding is where the pad token
                 stands, provided that it is no end-of-sequence token.
+            settings: what is chosen where no option says so; what ``generation_config`` says if None.
             options: ``max_new_tokens`` and the others of :class:`~qwen_run.api.generate_options.GenerateOptions`.
 
         Returns:
@@ -155,16 +163,17 @@ class QwenForCausalLM:
             EngineError: the engine cannot answer a row.
         """
         asked = GenerateOptions.of(options)
+        defaults = self.generation_config if settings is None else settings
         ids = _to_array("input_ids", input_ids)
         manifest = self.engine.manifest
-        eos = _as_ids("eos_token_id", self._default("eos_token_id", asked.eos_token_id, manifest.eos_token_ids))
-        pad = _first(_as_ids("pad_token_id", self._default("pad_token_id", asked.pad_token_id, eos[:1])))
+        eos = _as_ids("eos_token_id", _default("eos_token_id", asked.eos_token_id, defaults, manifest.eos_token_ids))
+        pad = _first(_as_ids("pad_token_id", _default("pad_token_id", asked.pad_token_id, defaults, eos[:1])))
         mask = _mask(ids, attention_mask, pad, eos)
         length = ids.shape[1]
-        room = self._num_new(length, asked.max_length, asked.max_new_tokens)
+        room = self._num_new(length, asked, defaults)
         stop_ids = [token_id for token_id in eos if 0 <= token_id < manifest.model.vocab_size]
         try:
-            params = asked.sampling_params(self.generation_config, room, stop_ids)
+            params = asked.sampling_params(defaults, room, stop_ids)
             seeds = [None if asked.seed is None else asked.seed + row for row in range(len(ids))]
             prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
             answers = self._answer(prompts, [replace(params, seed=seed) for seed in seeds])
@@ -194,25 +203,18 @@ class QwenForCausalLM:
         rows = [
             llm.prepare(prompt, p, name=f"row {i}") for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
-        with self._lock, llm:
+        with self.lock, llm:
             for output in llm.run(rows, final_only=True):
                 if output.error is not None:
                     raise EngineError(output.error)
         return [sequence.output for row in rows for sequence in row.request.sequences]
 
-    def _default(self, name: str, given: Any, otherwise: Any) -> Any:
-        """An argument of ``generate``: as given, else as ``generation_config`` has it."""
-        if given is not None:
-            return given
-        configured = self.generation_config.get(name)
-        return otherwise if configured is None else configured
-
-    def _num_new(self, length: int, max_length: int | None, max_new_tokens: int | None) -> int:
-        """Most new tokens of a row of ``length``; what is given as an argument goes before ``generation_config``."""
+    def _num_new(self, length: int, asked: GenerateOptions, defaults: Settings) -> int:
+        """Most new tokens of a row of ``length``; what is given as an argument goes before ``defaults``."""
         longest = self.engine.manifest.limits.max_seq_len
+        max_length, max_new_tokens = asked.max_length, asked.max_new_tokens
         if max_new_tokens is None and max_length is None:
-            max_new_tokens = self.generation_config.get("max_new_tokens")
-            max_length = self.generation_config.get("max_length")
+            max_new_tokens, max_length = defaults.get("max_new_tokens"), defaults.get("max_length")
         if max_new_tokens is None:
             max_new_tokens = DEFAULT_NEW_TOKENS if max_length is None else max_length - length
             if max_new_tokens < 1:
@@ -222,6 +224,14 @@ class QwenForCausalLM:
         if length >= longest:
             raise ValueError(f"input_ids has {length} columns, expected less than max_seq_len, which is {longest}")
         return min(max_new_tokens, longest - length)
+
+
+def _default(name: str, given: Any, defaults: Settings, otherwise: Any) -> Any:
+    """An argument of ``generate``: as given, else as ``defaults`` have it."""
+    if given is not None:
+        return given
+    configured = defaults.get(name)
+    return otherwise if configured is None else configured
 
 
 def _save(name: str, value: Any, checkpoint: Path) -> None:

@@ -97,16 +97,27 @@ def climbing(
     return complaints
 
 
-def misplaced(imports: Sequence[Import], exceptions: Mapping[str, Iterable[str]], package: str) -> list[str]:
+def misplaced(
+    imports: Sequence[Import], exceptions: Mapping[str, Iterable[str]], package: str, free: Mapping[str, Iterable[str]]
+) -> list[str]:
     """Complaints about modules of ``package`` that import what is kept for others, or no longer what is kept for them.
 
     Args:
         exceptions: package or library -> all modules of ``package`` that import it, inside functions only.
+        free: room -> libraries that its modules import as they like. Nobody imports such a room at module level.
     """
-    complaints = []
+    complaints = [
+        f"{i.importer} imports {i.target} at module level"
+        for i in imports
+        if room_of(i.target) in free and not i.lazy and room_of(i.importer) != room_of(i.target)
+    ]
     for library, allowed in exceptions.items():
         found = [
-            i for i in imports if i.target.partition(".")[0] == library and i.importer.partition(".")[0] == package
+            i
+            for i in imports
+            if i.target.partition(".")[0] == library
+            and i.importer.partition(".")[0] == package
+            and library not in free.get(room_of(i.importer), ())
         ]
         importers = {i.importer for i in found}
         complaints += [f"{i.importer} imports {library} at module level" for i in found if not i.lazy]

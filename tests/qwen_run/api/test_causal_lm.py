@@ -1,4 +1,4 @@
-"""QwenForCausalLM: equal to transformers' generate, and every rule of its settings."""
+"""EngineForCausalLM, which needs no torch: equal to transformers' generate, and every rule of its settings."""
 
 import dataclasses
 import doctest
@@ -14,8 +14,9 @@ from cases.tiny import FAMILIES, TINY
 from qwen_engine.choices import QUANTS
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import Manifest
-from qwen_run import EngineConfig, QwenForCausalLM
+from qwen_run import EngineConfig
 from qwen_run.api import causal_lm, generate_options
+from qwen_run.api.causal_lm import EngineForCausalLM
 from qwen_run.runtime.capacity import Capacity
 from qwen_run.text.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ def engine(checkpoint, build_engine):
 
 @pytest.fixture(scope="module")
 def model(engine):
-    return QwenForCausalLM.from_pretrained(engine, engine_config={"batch_size": 3})
+    return EngineForCausalLM.from_pretrained(engine, engine_config={"batch_size": 3})
 
 
 def hf_generate(checkpoint, ids, mask, **options):
@@ -109,16 +110,18 @@ def test_samples_differ_by_row_and_seed_and_come_back(model):
 
 
 def test_more_rows_than_the_batch(engine, model):
-    small = QwenForCausalLM.from_pretrained(engine)
+    small = EngineForCausalLM.from_pretrained(engine)
     ids, mask = padded(ROWS * 3)
     expected = model.generate(*padded(ROWS), pad_token_id=PAD).tolist() * 3
     assert small.generate(ids, mask, pad_token_id=PAD).tolist() == expected
 
 
 def test_defaults_of_the_checkpoint(model, monkeypatch):
-    eos = int(model.generate(np.array(ROWS[:1]))[0, 9])
-    monkeypatch.setattr(model, "generation_config", {"max_new_tokens": 5, "eos_token_id": [eos], "pad_token_id": 1})
-    assert model.generate(np.array(ROWS[:1])).shape == (1, 10)
+    answer = model.generate(np.array(ROWS[:1]))[0]
+    first = next(place for place in (10, 9, 8) if answer[place] not in answer[7:place])  # of five new tokens
+    config = {"max_new_tokens": 5, "eos_token_id": [int(answer[first])], "pad_token_id": 1}
+    monkeypatch.setattr(model, "generation_config", config)
+    assert model.generate(np.array(ROWS[:1])).shape == (1, first + 1)
     assert model.generate(np.array(ROWS[:1]), eos_token_id=129).shape == (1, 12)
     assert model.generate(np.array(ROWS[:1]), eos_token_id=129, max_length=9).shape == (1, 9)
 
@@ -160,11 +163,11 @@ def test_wrong_arguments_are_value_errors(model, options, says):
 
 def test_what_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="path is 3, expected the path of an engine or a checkpoint"):
-        QwenForCausalLM.from_pretrained(3)
+        EngineForCausalLM.from_pretrained(3)
     with pytest.raises(ValueError, match="engine_config is 3, expected an EngineConfig"):
-        QwenForCausalLM.from_pretrained(tmp_path, engine_config=3)
+        EngineForCausalLM.from_pretrained(tmp_path, engine_config=3)
     with pytest.raises(ValueError, match="model is 3, expected a transformers model"):
-        QwenForCausalLM.from_model(3)
+        EngineForCausalLM.from_model(3)
 
 
 def test_a_disk_that_is_full_for_a_model(checkpoint, monkeypatch, tmp_path):
@@ -174,14 +177,14 @@ def test_a_disk_that_is_full_for_a_model(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint.model, "save_pretrained", save_pretrained)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(EngineError, match=r"cannot be saved to .*: .*No space left on device; set TMPDIR"):
-        QwenForCausalLM.from_model(checkpoint.model)
+        EngineForCausalLM.from_model(checkpoint.model)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_is_exported_once(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = {"quantization": "none", "max_seq_len": 64, "kvcache_block_size": 32, "kvcache_num_blocks": 2}
-    model = QwenForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
+    model = EngineForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
     ids, mask = padded(ROWS)
     assert (
         model.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist()
@@ -190,12 +193,12 @@ def test_a_checkpoint_is_exported_once(checkpoint, tmp_path, monkeypatch):
     assert model.engine.manifest.cache.block_size == 32
     (engine,) = (tmp_path / "qwen-engine" / "engines").glob("[!.]*")
     before = engine.stat().st_ino
-    QwenForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
+    EngineForCausalLM.from_pretrained(checkpoint.path, export=True, engine_config=config)
     assert [path.stat().st_ino for path in engine.parent.glob("[!.]*")] == [before]
 
 
 def test_a_model_is_built_from_memory_and_saved(checkpoint, tmp_path):
-    model = QwenForCausalLM.from_model(checkpoint.model, EngineConfig(quantization="none", max_seq_len=100))
+    model = EngineForCausalLM.from_model(checkpoint.model, EngineConfig(quantization="none", max_seq_len=100))
     ids, mask = padded(ROWS)
     expected = hf_generate(checkpoint, ids, mask).tolist()
     assert model.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist() == expected
@@ -206,7 +209,7 @@ def test_a_model_is_built_from_memory_and_saved(checkpoint, tmp_path):
     assert scratch.exists()
     model.close()
     assert not scratch.exists()
-    again = QwenForCausalLM.from_pretrained(tmp_path / "new" / "saved")
+    again = EngineForCausalLM.from_pretrained(tmp_path / "new" / "saved")
     assert again.generate(ids, mask, pad_token_id=PAD, max_new_tokens=12).tolist() == expected
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]
 
@@ -217,23 +220,23 @@ def test_a_model_is_built_with_its_tokenizer(checkpoint, tmp_path):
     core = core_tokenizer()
     config = transformers.AutoConfig.for_model(**TINY | FAMILIES["qwen2"] | {"vocab_size": 283})
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
-    model = QwenForCausalLM.from_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer=tokenizer)
+    model = EngineForCausalLM.from_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer=tokenizer)
     found = Tokenizer.load(model.engine.directory)
     assert list(found.encode("the cache")) == core.encode("the cache", add_special_tokens=False).ids
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
     model.close()
     with pytest.raises(ValueError, match="tokenizer is 'qwen2', expected a transformers tokenizer"):
-        QwenForCausalLM.from_model(checkpoint.model, tokenizer="qwen2")
+        EngineForCausalLM.from_model(checkpoint.model, tokenizer="qwen2")
 
 
 def test_export_says_what_the_path_is(checkpoint, engine, tmp_path):
     with pytest.raises(ValueError, match=r"export is True and .* is an engine already"):
-        QwenForCausalLM.from_pretrained(engine, export=True)
+        EngineForCausalLM.from_pretrained(engine, export=True)
     with pytest.raises(ValueError, match="is a checkpoint, expected an engine; pass export=True"):
-        QwenForCausalLM.from_pretrained(checkpoint.path)
+        EngineForCausalLM.from_pretrained(checkpoint.path)
     with pytest.raises(EngineError, match="does not exist"):
-        QwenForCausalLM.from_pretrained(tmp_path / "absent")
+        EngineForCausalLM.from_pretrained(tmp_path / "absent")
 
 
 # -- the rules of engine_config
@@ -288,11 +291,11 @@ def test_fields_and_defaults():
 )
 def test_an_engine_and_its_config_agree(engine, config, rule):
     with pytest.raises(ValueError, match=rule):
-        QwenForCausalLM.from_pretrained(engine, engine_config=config)
+        EngineForCausalLM.from_pretrained(engine, engine_config=config)
 
 
 def test_rows_may_be_shorter_than_the_engine_was_built_for(engine):
-    small = QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 3, "max_seq_len": 64})
+    small = EngineForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 3, "max_seq_len": 64})
     assert small.engine.cache.num_blocks == 3
     ids = np.array(ROWS[:1])
     assert small.generate(ids, max_length=64).shape[1] <= 64
@@ -303,10 +306,10 @@ def test_rows_may_be_shorter_than_the_engine_was_built_for(engine):
 def test_more_blocks_than_memory_holds_warn(engine, monkeypatch):
     monkeypatch.setattr(causal_lm, "choose_capacity", lambda *_, **__: Capacity(30, 640))
     with pytest.warns(UserWarning, match="kvcache_num_blocks is 90, more than the 30"):
-        QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 90})
+        EngineForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 90})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = QwenForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 30})
+        model = EngineForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 30})
     assert model.engine.cache.num_blocks == 30
 
 
@@ -325,7 +328,7 @@ def test_quantizations_are_the_builders():
 
 def test_options_have_the_names_of_transformers_in_messages_too(tiny_checkpoint, build_engine):
     directory = build_engine(tiny_checkpoint("qwen3-tied").path, quant="none")
-    model = QwenForCausalLM.from_pretrained(directory)
+    model = EngineForCausalLM.from_pretrained(directory)
     for options, says in (
         (
             {"min_new_tokens": 9, "max_new_tokens": 8},
