@@ -1,9 +1,9 @@
 #include "operator/threads.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "operator/fetch_window.h"
+#include "operator/waiting.h"
 
 namespace {
 
@@ -12,35 +12,21 @@ constexpr uint64_t kRound = uint64_t(1) << 32, kOpen = uint64_t(1) << 31, kInsid
 // A thread fetches as much of what comes next.
 constexpr int64_t kFetchBytes = 512 << 10, kWindowLines = kWindowBytes / kLineBytes;
 
-// Who waits spins, then lets others have the core, then sleeps. A token of the demo engine (int4, 2 threads) takes 7.1
-// ms so, 7.3 with 20 us of spinning, 8.1 with sleep after 500 us, 8.3 after 20; beside two busy processes 15 ms, and 19
-// with 2000 us of spinning.
-constexpr std::chrono::microseconds kSpin(200), kYield(2000);
+// In ns. A thread waits awake for the next round, which comes after microseconds within a step and after a fraction of
+// a millisecond between two; the caller for the others' last items. Measured with `python -m benchmarks.contention`.
+constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
+constexpr int64_t kAwake = 2 * kMillisecond, kCallerAwake = 50 * kMicrosecond;
 
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
+// A thread rests that lost its processor while the caller waited for it, or the caller lost its own. It rests twice as
+// long as before if that has cost more than a part of the time since, half as long otherwise.
+constexpr int64_t kLate = 100 * kMicrosecond, kLongRound = kMillisecond, kPart = 4;
+constexpr int64_t kLeastRest = kMillisecond / 4, kMostRest = 256 * kMillisecond;
 
-class Patience {
- public:
-  // Waits for a moment; false after many.
-  bool Wait() {
-    for (int i = 0; i < 4; ++i) Pause();
-    if (++moments_ % 8 != 0) return true;
-    const auto now = std::chrono::steady_clock::now();
-    if (moments_ == 8) began_ = now;
-    if (now - began_ > kSpin) std::this_thread::yield();
-    return now - began_ < kYield;
-  }
+// A thread changes the processor no more often than so.
+constexpr int64_t kMove = kMillisecond;
 
- private:
-  int64_t moments_ = 0;
-  std::chrono::steady_clock::time_point began_;
-};
+using waiting::Now;
+using waiting::Patience;
 
 }  // namespace
 
@@ -49,47 +35,106 @@ Threads::Threads(int count) : count_(count), shares_(new Share[size_t(count)]) {
 }
 
 Threads::~Threads() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ends_ = true;
+  ends_ = true;
+  for (int t = 1; t < count_; ++t) {
+    shares_[t].sleeps = 0;
+    waiting::Wake(shares_[t].sleeps);
   }
-  wake_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
 
 void Threads::For(int64_t count, int64_t least, int64_t most, Task task, void* data,
                   const std::shared_ptr<Order>& order, const Weight& weight) {
-  const bool is_short = count_ == 1 || count <= least;
-  if (is_short || has_caller_.exchange(true, std::memory_order_acquire)) {
+  const auto alone = [&] {
     for (int64_t i = 0; i < count; i += most) task(data, i, std::min(count, i + most));
+  };
+  const bool is_short = count_ == 1 || count <= least;
+  if (is_short || has_caller_.exchange(true, std::memory_order_acquire)) return alone();
+  if (order != nullptr) NoteOrder(order, weight);
+  if (AllRest()) {
+    alone();
+    has_caller_.store(false, std::memory_order_release);
     return;
   }
+  const int64_t began = Now();
   task_ = task, data_ = data, least_ = least, most_ = most;
   for (int t = 0; t < count_; ++t)
     shares_[t].items.store(uint64_t(count * t / count_) << 32 | uint64_t(count * (t + 1) / count_),
                            std::memory_order_relaxed);
+  caller_processor_.store(waiting::Processor(), std::memory_order_relaxed);
   // Both in the one order of all such: a thread that goes to sleep either sees this round, or is seen here.
   round_.store((round_.load(std::memory_order_relaxed) / kRound + 1) * kRound | kOpen);
-  if (sleepers_.load() > 0) {
-    mutex_.lock();  // who has counted itself a sleeper holds this until it is asleep
-    mutex_.unlock();
-    wake_.notify_all();
-  }
-  if (order != nullptr) AnnounceNext(order, weight);
+  if (sleepers_.load() > 0) WakeSleepers();
+  if (order != nullptr) AnnounceNext(*order);
   Work(0);
   round_.fetch_and(~kOpen, std::memory_order_relaxed);
-  Patience patience;
-  while ((round_.load(std::memory_order_acquire) & kInside) != 0)
-    if (!FetchLines(shares_[0], fetched_)) patience.Wait();
+  AwaitWorkers();
+  NoteLoss(began);
   has_caller_.store(false, std::memory_order_release);
 }
 
-// Notes the order, and tells all threads what comes next, if that is known.
-void Threads::AnnounceNext(const std::shared_ptr<Order>& order, const Weight& weight) {
+bool Threads::RestsAt(const Share& share, int64_t now) {
+  return share.rests.load(std::memory_order_relaxed) != 0 && share.rests_until.load(std::memory_order_relaxed) > now;
+}
+
+// Whether all others sleep and have time to.
+bool Threads::AllRest() const {
+  if (sleepers_.load(std::memory_order_relaxed) < count_ - 1) return false;
+  const int64_t now = Now();
+  for (int t = 1; t < count_; ++t)
+    if (!RestsAt(shares_[t], now)) return false;
+  return true;
+}
+
+// Wakes who sleeps and does not rest.
+void Threads::WakeSleepers() {
+  const int64_t now = Now();
+  for (int t = 1; t < count_; ++t) {
+    Share& share = shares_[t];
+    if (share.sleeps.load() == 0 || RestsAt(share, now)) continue;
+    share.rests.store(0, std::memory_order_relaxed);
+    if (share.sleeps.exchange(0) == 0) continue;
+    sleepers_.fetch_sub(1);
+    waiting::Wake(share.sleeps);
+  }
+}
+
+// Waits until all have left the round.
+void Threads::AwaitWorkers() {
+  const auto are_inside = [&](std::memory_order order) { return (round_.load(order) & kInside) != 0; };
+  Patience patience(kCallerAwake);
+  while (are_inside(std::memory_order_acquire)) {
+    if (FetchLines(shares_[0], fetched_) || patience.Wait()) continue;
+    caller_waits_since_.store(patience.began(), std::memory_order_relaxed);
+    for (;;) {
+      caller_sleeps_.store(1);
+      if (!are_inside(std::memory_order_seq_cst)) break;
+      waiting::SleepWhileSet(caller_sleeps_);
+    }
+    caller_sleeps_.store(0, std::memory_order_relaxed);
+  }
+}
+
+// Has the others rest if the calling thread has lost its processor in a round: where all processors have other work,
+// each thread takes from the caller's part of them.
+void Threads::NoteLoss(int64_t began) {
+  thread_local int64_t preemptions = 0;
+  const int64_t took = Now() - began;
+  if (took < kLongRound) return;
+  const int64_t before = preemptions;
+  preemptions = waiting::Preemptions();
+  for (int t = 1; t < count_ && preemptions != before; ++t) Rest(shares_[t], took);
+}
+
+void Threads::NoteOrder(const std::shared_ptr<Order>& order, const Weight& weight) {
   order->weight = weight;
   if (const std::shared_ptr<Order> last = last_.lock()) last->next = order;
   last_ = order;
-  const std::shared_ptr<Order> next = order->next.lock();
+}
+
+// Tells all threads what comes next, if that is known.
+void Threads::AnnounceNext(const Order& order) {
+  const std::shared_ptr<Order> next = order.next.lock();
   if (next == nullptr) return;
   for (int t = 0; t < count_; ++t) {
     const uint8_t *begin = next->weight.ShareBegin(t, count_), *end = next->weight.ShareBegin(t + 1, count_);
@@ -128,33 +173,91 @@ void Threads::Work(int thread) {
     while (Take(shares_[(thread + i) % count_], i == 0, &first, &last)) task_(data_, first, last);
 }
 
-// Waits for a round after `round` and enters it; false at the end of the object.
-bool Threads::Join(const Share& share, Fetched& fetched, uint64_t& round) {
-  Patience patience;
-  for (;;) {
-    uint64_t now = round_.load(std::memory_order_acquire);
-    while (now / kRound != round && (now & kOpen) != 0)
-      if (round_.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) {
-        round = now / kRound;
-        return true;
-      }
-    if (FetchLines(share, fetched) || patience.Wait()) continue;
-    std::unique_lock<std::mutex> lock(mutex_);
-    sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return ends_ || ((now = round_.load()) / kRound != round && (now & kOpen) != 0); });
-    sleepers_.fetch_sub(1);
-    if (ends_) return false;
-    patience = Patience();
+void Threads::Serve(int thread) {
+  Worker self = {shares_[thread]};
+  while (Join(self)) {
+    Work(thread);
+    Leave(self);
   }
 }
 
-void Threads::Serve(int thread) {
-  Fetched fetched;
-  uint64_t round = 0;
-  while (Join(shares_[thread], fetched, round)) {
-    Work(thread);
-    round_.fetch_sub(1, std::memory_order_release);
+// Waits for a round and enters it; false at the end of the object.
+bool Threads::Join(Worker& self) {
+  while (!ends_.load(std::memory_order_relaxed)) {
+    Patience patience(kAwake);
+    while (self.share.rests.load(std::memory_order_relaxed) == 0) {
+      if (Comes(self) && IsOnCallersProcessor()) {
+        LeaveCaller(self);
+      } else if (Enter(self)) {
+        return true;
+      } else if (ends_.load(std::memory_order_relaxed)) {
+        return false;
+      } else if (!FetchLines(self.share, self.fetched) && !patience.Wait()) {
+        break;
+      }
+    }
+    Sleep(self);
   }
+  return false;
+}
+
+// Whether a round is open in which the thread was not yet.
+bool Threads::Comes(const Worker& self) const {
+  const uint64_t now = round_.load();
+  return now / kRound != self.round && (now & kOpen) != 0;
+}
+
+bool Threads::IsOnCallersProcessor() const {
+  const int processor = waiting::Processor();
+  return processor >= 0 && processor == caller_processor_.load(std::memory_order_relaxed);
+}
+
+bool Threads::Enter(Worker& self) {
+  uint64_t now = round_.load(std::memory_order_acquire);
+  while (now / kRound != self.round && (now & kOpen) != 0)
+    if (round_.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) {
+      self.round = now / kRound;
+      return true;
+    }
+  return false;
+}
+
+void Threads::Leave(Worker& self) {
+  if (caller_sleeps_.load(std::memory_order_acquire) != 0) {
+    const int64_t preemptions = waiting::Preemptions();
+    const bool was_preempted = preemptions != self.preemptions;
+    self.preemptions = preemptions;
+    const int64_t late = Now() - caller_waits_since_.load(std::memory_order_relaxed);
+    if (was_preempted && late > kLate) Rest(self.share, late);
+  }
+  const bool is_last = (round_.fetch_sub(1) & (kOpen | kInside)) == 1;
+  if (is_last && caller_sleeps_.exchange(0) != 0) waiting::Wake(caller_sleeps_);
+}
+
+// Leaves the processor of the caller, as only one of the two can work there; rests where that is of no use.
+void Threads::LeaveCaller(Worker& self) {
+  const int64_t now = Now();
+  if (now - self.moved < kMove || !waiting::LeaveProcessor(waiting::Processor())) Rest(self.share, now);
+  self.moved = now;
+}
+
+// Sleeps until the caller wakes it.
+void Threads::Sleep(Worker& self) {
+  Share& share = self.share;
+  sleepers_.fetch_add(1);
+  share.sleeps.store(1);
+  const bool rests = share.rests.load(std::memory_order_relaxed) != 0;
+  if (((Comes(self) && !rests) || ends_.load()) && share.sleeps.exchange(0) != 0) sleepers_.fetch_sub(1);
+  while (share.sleeps.load() != 0) waiting::SleepWhileSet(share.sleeps);
+}
+
+void Threads::Rest(Share& share, int64_t lost) {
+  const int64_t now = Now(), last = share.rest.load(std::memory_order_relaxed);
+  const bool soon = kPart * lost > now - share.rests_until.load(std::memory_order_relaxed);
+  const int64_t rest = std::min(kMostRest, std::max(kLeastRest, soon ? 2 * last : std::min(last / 2, kPart * lost)));
+  share.rest.store(rest, std::memory_order_relaxed);
+  share.rests_until.store(now + rest, std::memory_order_relaxed);
+  share.rests.store(1, std::memory_order_relaxed);
 }
 
 std::shared_ptr<Threads> SessionThreads::Get() {

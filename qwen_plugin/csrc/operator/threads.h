@@ -1,9 +1,12 @@
 // The threads that kernels divide their work among. The plugin has its own, as those of ONNX Runtime only wait between
 // two nodes: decoding is bound by memory, which would idle while the thread that runs the nodes is at work alone, or
 // waits for the other ones. Here whoever has nothing to do fetches what is multiplied next.
+//
+// Beside other programs a thread may wait for its processor while it has work that the others then wait for. Who waits
+// sleeps soon, and leaves a processor on which that thread can go on. A thread that others had to wait for rests: the
+// caller works without it, for longer each time that it comes back in vain.
 #pragma once
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -47,6 +50,8 @@ class Threads {
   struct alignas(128) Share {
     std::atomic<uint64_t> items{0};  // first << 32 | last
     std::atomic<const uint8_t*> next{nullptr}, next_end{nullptr};
+    std::atomic<uint32_t> sleeps{0}, rests{0};     // flags; the caller ends both
+    std::atomic<int64_t> rest{0}, rests_until{0};  // ns of its last rest, and of the clock at its end
   };
 
   // What a thread has fetched of its share's next bytes.
@@ -55,11 +60,37 @@ class Threads {
     int64_t lines = 0;
   };
 
+  // A thread beside the caller, as it sees itself.
+  struct Worker {
+    Share& share;
+    Fetched fetched = {};
+    uint64_t round = 0;                  // its last
+    int64_t preemptions = 0, moved = 0;  // the latter: ns of the clock
+  };
+
+  // Of the caller.
+  bool AllRest() const;
+  void WakeSleepers();
+  void AwaitWorkers();
+  void NoteLoss(int64_t began);
+  void NoteOrder(const std::shared_ptr<Order>& order, const Weight& weight);
+  void AnnounceNext(const Order& order);
+
+  // Of the others.
   void Serve(int thread);
-  bool Join(const Share& share, Fetched& fetched, uint64_t& round);
+  bool Join(Worker& self);
+  bool Comes(const Worker& self) const;
+  bool IsOnCallersProcessor() const;
+  void LeaveCaller(Worker& self);
+  bool Enter(Worker& self);
+  void Leave(Worker& self);
+  void Sleep(Worker& self);
+
+  // Of all.
+  static void Rest(Share& share, int64_t lost);
+  static bool RestsAt(const Share& share, int64_t now);
   void Work(int thread);
   bool Take(Share& share, bool own, int64_t* first, int64_t* last) const;
-  void AnnounceNext(const std::shared_ptr<Order>& order, const Weight& weight);
   static bool FetchLines(const Share& share, Fetched& fetched);
 
   const int count_;
@@ -75,12 +106,12 @@ class Threads {
   void* data_ = nullptr;
   int64_t least_ = 1, most_ = 1;
   alignas(128) std::atomic<uint64_t> round_{0};  // number << 32 | open << 31 | threads in it beside the caller
+  std::atomic<int> caller_processor_{-1};
+  std::atomic<uint32_t> caller_sleeps_{0};
+  std::atomic<int64_t> caller_waits_since_{0};  // while it sleeps
 
-  // Threads that have waited long sleep.
   alignas(128) std::atomic<int> sleepers_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  bool ends_ = false;
+  std::atomic<bool> ends_{false};
   std::vector<std::thread> threads_;
 };
 
