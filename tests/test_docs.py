@@ -34,6 +34,7 @@ from qwen_run.commands.prompt_file import parse_prompts
 from qwen_run.commands.run import main as run_command
 from qwen_run.commands.summarize import main as summarize_command
 from qwen_run.runtime.core import CoreOptions
+from qwen_serve.cli import main as serve_command
 
 ROOT = Path(__file__).parents[1]
 README = Page.read(ROOT / "README.md", ROOT)
@@ -51,6 +52,7 @@ COMMANDS: dict[str, click.Command] = {
     "qwen-summarize": summarize_command,
     "qwen-bench": bench_command,
     "qwen-inspect": inspect_command,
+    "qwen-serve": serve_command,
 }
 ENGINE = "engines/SmolLM2-135M-Instruct-int4"
 # Commands of other programs stand in this page's left column.
@@ -136,7 +138,8 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_the_design_names_every_folder() -> None:
-    parts = (path.parent for name in ("qwen_run", "qwen_build") for path in (ROOT / name).glob("*/__init__.py"))
+    packages = ("qwen_run", "qwen_build", "qwen_serve")
+    parts = (path.parent for name in packages for path in (ROOT / name).glob("*/__init__.py"))
     assert {str(folder.relative_to(ROOT)) for folder in parts} - set(PAGES["docs/design.md"].codes) == set()
 
 

@@ -22,14 +22,16 @@ HEAVY = {
     "huggingface_hub",
     "gguf",
 }
+SERVER = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "jinja2", "click", "prompt_toolkit", "tqdm"}
 
 # package -> top-level modules that must not be there after importing all of it
 FORBIDDEN = {
-    "qwen_engine": {"qwen_plugin", "qwen_run", "qwen_build", *RUNTIME, *HEAVY},
-    "qwen_plugin": {"qwen_run", "qwen_build", *(RUNTIME - {"numpy"}), *HEAVY},
-    "qwen_run": {"qwen_build", *HEAVY},
-    "qwen_build": {"torch", "transformers"},
+    "qwen_engine": {"qwen_plugin", "qwen_run", "qwen_build", "qwen_serve", *RUNTIME, *HEAVY},
+    "qwen_plugin": {"qwen_run", "qwen_build", "qwen_serve", *(RUNTIME - {"numpy"}), *HEAVY},
+    "qwen_run": {"qwen_build", "qwen_serve", *HEAVY, *SERVER},
+    "qwen_serve": {"qwen_build", *HEAVY},
+    "qwen_build": {"torch", "transformers", "qwen_serve", *SERVER},
 }
 
 # From the lowest floor to the highest: a module imports from its own room and from lower floors, also inside functions.
@@ -46,6 +48,12 @@ FLOORS = (
     ("qwen_run.bench", "qwen_run.inspection"),
     ("qwen_run.commands",),
     ("qwen_run",),  # the public names
+    ("qwen_serve.common", "qwen_serve.answers"),
+    ("qwen_serve.engine",),
+    ("qwen_serve.openai",),
+    ("qwen_serve.http",),
+    ("qwen_serve.cli",),
+    ("qwen_serve",),
     ("qwen_build.architectures", "qwen_build.quantization"),
     ("qwen_build.checkpoint",),
     ("qwen_build.graph",),
@@ -77,6 +85,7 @@ INSIDE_FUNCTIONS = {
         "gguf": ("qwen_build.checkpoint.demo",),
         "huggingface_hub": ("qwen_build.checkpoint.locate",),
     },
+    "qwen_serve": dict.fromkeys(["qwen_build", *HEAVY], ()),
     "qwen_plugin": dict.fromkeys(HEAVY, ()),
     "qwen_engine": dict.fromkeys(HEAVY, ()),
 }

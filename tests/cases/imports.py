@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 # Packages whose sub-packages are rooms of their own. Any other package is one room.
-DIVIDED = ("qwen_run", "qwen_build")
+DIVIDED = ("qwen_run", "qwen_build", "qwen_serve")
 
 
 @dataclass(frozen=True)

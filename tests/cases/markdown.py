@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 MOST_CHARACTERS = 120  # of a line; rows of tables cannot be broken
-PACKAGES = ("qwen_engine", "qwen_plugin", "qwen_run", "qwen_build")
+PACKAGES = ("qwen_engine", "qwen_plugin", "qwen_run", "qwen_build", "qwen_serve")
 SOURCES = ("py", "cc", "h", "sh")  # what ends a path, also without a folder before it
 
 

@@ -1,0 +1,1 @@
+"""What a model wrote, told apart: thinking, text, and calls of tools."""

@@ -1,0 +1,1 @@
+"""What every part of the server speaks of: errors as clients read them, settings, events of a stream."""

@@ -1,0 +1,148 @@
+"""The engine that a server has, or does not have yet: :class:`Serving`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwen_engine.errors import EngineError, QwenError
+from qwen_run.api.async_llm import AsyncLLM
+from qwen_run.runtime.request import message_of
+from qwen_serve.common.errors import ServeError
+from qwen_serve.common.settings import Settings
+from qwen_serve.engine.admission import Admission
+from qwen_serve.engine.metrics import Metrics
+
+Result = TypeVar("Result")
+
+QUEUE_PER_PLACE = 4  # answers that wait for each that is made
+_TOKENIZING = 2  # texts that are tokenized at once
+
+
+class Status(Enum):
+    """Where a server stands."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Serving:
+    """A server's engine, and who waits for it.
+
+    Attributes:
+        name: what the model is called in answers.
+        created: seconds since the epoch.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = settings.served_names[0] if settings.served_names else Path(settings.model).name
+        self.created = int(time.time())
+        self.metrics = Metrics(settings.metrics_prefix, self.name, self._statistics)
+        self.admission = Admission(1, 0)
+        self.failure: BaseException | None = None
+        self._llm: AsyncLLM | None = None
+        self._is_draining = False
+        self._tokenizing = asyncio.Semaphore(_TOKENIZING)
+
+    @property
+    def status(self) -> Status:
+        if self.failure is not None:
+            return Status.STOPPED
+        if self._llm is None:
+            return Status.LOADING
+        return Status.DRAINING if self._is_draining else Status.READY
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything the model is called."""
+        return self.settings.served_names or (self.name,)
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """
+        Raises:
+            ServeError: there is no engine yet, or no longer.
+        """
+        if self._llm is not None and self.failure is None and not self._is_draining:
+            return self._llm
+        raise self.unavailable()
+
+    @property
+    def opened(self) -> AsyncLLM | None:
+        """The engine, also while the server ends."""
+        return self._llm
+
+    def unavailable(self) -> ServeError:
+        """Why there is no answer."""
+        if self.failure is not None:
+            return ServeError("engine_stopped", f"the engine has stopped: {message_of(self.failure)}")
+        if self._is_draining:
+            return ServeError("draining", "the server is about to end and takes no more requests", retry_after=5)
+        return ServeError("loading", "the engine is being loaded; try again in a few seconds", retry_after=1)
+
+    def open(self) -> None:
+        """Load the engine; takes a while, and may be called by any thread.
+
+        Raises:
+            EngineError, BuildError: it cannot be loaded.
+        """
+        try:
+            llm = AsyncLLM(self.settings.model, max_requests=1 << 20, **self.settings.options)
+        except BaseException as error:
+            self.failure = error
+            raise
+        batch_size = llm.llm.core.options.max_batch_size
+        max_queue = self.settings.max_queue
+        self.admission = Admission(batch_size, QUEUE_PER_PLACE * batch_size if max_queue is None else max_queue)
+        self._llm = llm
+
+    async def check(self) -> None:
+        """
+        Raises:
+            ServeError: the engine is not there, or has failed.
+        """
+        llm = self.llm
+        try:
+            await llm.check_health()
+        except EngineError as error:
+            self.failure = error.__cause__ or error
+            raise self.unavailable() from None
+
+    async def tokenizing(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """``function`` of a text, in a thread; few at a time, so that the model keeps its cores."""
+        async with self._tokenizing:
+            return await asyncio.to_thread(function, *arguments)
+
+    async def drain(self) -> None:
+        """Take no more requests, let those that there are end, and end what has not when the time is up."""
+        self._is_draining = True
+        if self._llm is not None:
+            await self._llm.drain(self.settings.drain_timeout_s)
+            await self._llm.close()
+
+    def check_model(self, name: str | None) -> None:
+        """
+        Raises:
+            ServeError: another model is asked for, and that matters.
+        """
+        if self.settings.strict_model and name not in (None, *self.names):
+            expected = ", ".join(self.names)
+            raise ServeError("model_not_found", f"there is no model {name!r:.80}, expected {expected}", "model")
+
+    def _statistics(self) -> Any:
+        return None if self._llm is None else self._llm.statistics
+
+
+def refused(error: QwenError, param: str | None = None) -> ServeError:
+    """What a client is told of an error of the runtime's."""
+    if isinstance(error, ServeError):
+        return error
+    code = "engine_error" if isinstance(error, EngineError) else "invalid_request"
+    return ServeError(code, str(error), param)

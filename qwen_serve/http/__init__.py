@@ -1,0 +1,1 @@
+"""Connections: routes, who may ask, the process."""

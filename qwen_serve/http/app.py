@@ -1,0 +1,215 @@
+"""The routes: which address leads to what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from qwen_engine import __version__
+from qwen_engine.errors import QwenError
+from qwen_run.runtime.request import message_of
+from qwen_serve.common.errors import ServeError
+from qwen_serve.common.sse import ClientGone, EventStream, unless_gone
+from qwen_serve.engine.job import RequestJob
+from qwen_serve.engine.metrics import CONTENT_TYPE
+from qwen_serve.engine.serving import Serving, Status, refused
+from qwen_serve.http.middleware import Door, Log, error_response, log_line, read_body
+from qwen_serve.openai.chat import ChatAnswer
+from qwen_serve.openai.completions import CompletionAnswer
+from qwen_serve.openai.fields import ApplyTemplate, Body, Chat, Completion, Detokenize, SampledBody, Tokenize, parsed
+from qwen_serve.openai.tokens import apply_template, detokenize, tokenize
+
+_PARSED_BESIDE = 64 << 10  # bytes of JSON from which it is read in a thread
+
+Answering = Callable[[Serving, Any], Coroutine[Any, Any, dict[str, Any]]]
+
+
+def make_app(serving: Serving, log: Log = log_line) -> ASGIApp:
+    """The application that answers for ``serving``, whose engine is opened and closed by others."""
+    app = FastAPI(title="qwen-serve", version=__version__, summary=f"One engine, {serving.name}")
+    _Answers(serving).add_to(app)
+    _States(serving).add_to(app)
+    for kind, handler in (
+        (ServeError, _told),
+        (QwenError, _refused),
+        (HTTPException, _no_route),
+        (ClientGone, _nobody),
+    ):
+        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _ours)
+    inner: ASGIApp = app
+    if serving.settings.origins:
+        inner = CORSMiddleware(app, allow_origins=serving.settings.origins, allow_methods=["*"], allow_headers=["*"])
+    return Door(inner, serving.settings, log)
+
+
+class _Answers:
+    """The routes that take a request in JSON."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    def add_to(self, app: FastAPI) -> None:
+        sampled: dict[str, tuple[type[SampledBody], Any]] = {
+            "/v1/chat/completions": (Chat, ChatAnswer),
+            "/v1/completions": (Completion, CompletionAnswer),
+        }
+        for path, (kind, answer) in sampled.items():
+            _add(app, path, kind, self._sampled(kind, answer))
+        others: dict[str, tuple[type[Body], Answering]] = {
+            "/tokenize": (Tokenize, tokenize),
+            "/detokenize": (Detokenize, detokenize),
+            "/apply-template": (ApplyTemplate, apply_template),
+        }
+        for path, (kind_, answering) in others.items():
+            _add(app, path, kind_, self._plain(kind_, answering))
+
+    def _sampled(self, kind: type[SampledBody], answer: Any) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            body = await self._body(request, kind)
+            await self._serving.check()
+            job = RequestJob(self._serving, self._timeout(request))
+            request.state.job = job
+            salt = request.state.api_key if self._serving.settings.cache_per_key else None
+            with ExitStack() as stack:
+                stack.callback(job.close)
+                begun = await unless_gone(request.receive, answer.begin(job, body, salt))
+                if not body.stream:
+                    return JSONResponse(await unless_gone(request.receive, begun.whole()))
+                stack.pop_all()  # the stream closes the job
+                return EventStream(begun.chunks(), self._serving.settings.keep_alive_s, job.close)
+
+        return endpoint
+
+    def _plain(self, kind: type[Body], answering: Answering) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            body = await self._body(request, kind)
+            await self._serving.check()
+            return JSONResponse(await unless_gone(request.receive, answering(self._serving, body)))
+
+        return endpoint
+
+    async def _body(self, request: Request, kind: type[Any]) -> Any:
+        settings = self._serving.settings
+        try:
+            async with asyncio.timeout(settings.read_timeout_s):
+                data = await read_body(request.receive, request.headers, settings.max_body_bytes)
+        except TimeoutError:
+            message = f"the request has not come within {settings.read_timeout_s:g} s"
+            raise ServeError("request_timeout", message) from None
+        return await asyncio.to_thread(parsed, kind, data) if len(data) > _PARSED_BESIDE else parsed(kind, data)
+
+    def _timeout(self, request: Request) -> float | None:
+        most = self._serving.settings.request_timeout_s
+        given = request.headers.get("x-request-timeout-ms", "")
+        if not given:
+            return most
+        if not given.isdecimal() or not 0 < int(given) <= 10**9:
+            message = f"x-request-timeout-ms is {given!r:.80}, expected milliseconds, 1 or more"
+            raise ServeError("invalid_request", message, "x-request-timeout-ms")
+        return min(int(given) / 1000, most or float("inf"))
+
+
+class _States:
+    """The routes that tell how the server is."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    def add_to(self, app: FastAPI) -> None:
+        for path, endpoint in (
+            ("/health", self._health),
+            ("/ready", self._ready),
+            ("/metrics", self._metrics),
+            ("/version", self._version),
+            ("/v1/models", self._models),
+            ("/v1/models/{name:path}", self._one),
+        ):
+            app.add_api_route(path, endpoint, description=endpoint.__doc__)
+
+    async def _health(self) -> Response:
+        """200 while requests are answered, also while the last ones are."""
+        if self._serving.status is not Status.DRAINING:
+            await self._serving.check()
+        return JSONResponse({"status": self._serving.status.value})
+
+    async def _ready(self) -> Response:
+        """200 while requests are taken."""
+        await self._serving.check()
+        return JSONResponse({"status": self._serving.status.value})
+
+    async def _metrics(self) -> Response:
+        """Figures for Prometheus."""
+        return Response(self._serving.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _version(self) -> Response:
+        """The version of the server."""
+        return JSONResponse({"version": __version__})
+
+    async def _models(self) -> Response:
+        """The names of the model."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._serving.names]})
+
+    async def _one(self, name: str) -> Response:
+        """The model, and its sampling defaults."""
+        if name not in self._serving.names:
+            expected = ", ".join(self._serving.names)
+            raise ServeError("model_not_found", f"there is no model {name!r:.80}, expected {expected}", "model")
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        serving = self._serving
+        found: dict[str, Any] = {"id": name, "object": "model", "created": serving.created, "owned_by": "qwen-engine"}
+        if serving.opened is not None:
+            params = serving.opened.default_params
+            names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            found["max_model_len"] = serving.opened.llm.max_seq_len
+            found["meta"] = {"default_sampling_params": {each: getattr(params, each) for each in names}}
+        return found
+
+
+def _add(app: FastAPI, path: str, kind: type[Body], endpoint: Callable[[Request], Awaitable[Response]]) -> None:
+    """A route whose request ``/docs`` shows."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    content = {"required": True, "content": {"application/json": {"schema": schema}}}
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        name=kind.__name__,
+        description=kind.__doc__,
+        openapi_extra={"requestBody": content},
+        response_model=None,
+    )
+
+
+async def _told(request: Request, error: ServeError) -> Response:
+    return error_response(error)
+
+
+async def _refused(request: Request, error: QwenError) -> Response:
+    return error_response(refused(error))
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    message = f"{request.method} {request.url.path:.200} is not served; GET /openapi.json lists what is"
+    response = error_response(ServeError(code, message))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _nobody(request: Request, error: ClientGone) -> Response:
+    return error_response(ServeError("client_closed_request", "the client has gone"))
+
+
+async def _ours(request: Request, error: Exception) -> Response:
+    return error_response(ServeError("internal_error", f"a mistake of the server's: {message_of(error)}"))

@@ -1,0 +1,1 @@
+"""OpenAI's interfaces: requests in, answers out; nothing here knows of connections."""

@@ -1,0 +1,27 @@
+"""The Python of docs/server.md runs as it stands, against a server that answers from a script."""
+
+import re
+
+from cases import ROOT
+from cases.scripted import last_question, scripted_model, write_text_files
+from cases.serving import running
+
+EXAMPLES = re.findall(r"^```py\n(.*?)^```$", (ROOT / "docs" / "server.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+
+
+def reply(prompt):
+    if "<tool_response>" in prompt:
+        return "It is 7 degrees."
+    return CALL if "weather" in last_question(prompt) else "Paris"
+
+
+def test_the_examples_run(tmp_path, capsys):
+    model, _ = scripted_model(write_text_files(tmp_path, "qwen3"), reply)
+    with running(model) as server:
+        text = "\n".join(EXAMPLES).replace("http://127.0.0.1:8000", server.url)
+        assert text.count(server.url) == 1
+        scope = {}
+        exec(compile(text, "docs/server.md", "exec"), scope)
+        scope["client"].close()
+    assert capsys.readouterr().out.split("\n")[0] == "ParisIt is 7 degrees."
