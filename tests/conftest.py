@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cases.packed import Case, PackedCheckpoint, random_packed
+from cases.scripted import write_text_files
 from cases.tiny import FAMILIES, ROTATED, TINY, TinyCheckpoint
 
 # A shell's background job ignores the key that interrupts, and so would the commands that tests interrupt.
@@ -86,6 +87,21 @@ def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return output
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chat_engine(tmp_path_factory: pytest.TempPathFactory, build_engine: Callable[..., Path]) -> Path:
+    """A tiny Qwen3 with random weights, quantised, and the tokenizer and template of the scripted model."""
+    import torch
+    import transformers
+
+    path = write_text_files(tmp_path_factory.mktemp("tiny") / "tiny", "qwen3", eos_token_id=[264, 262])
+    generation_config = (path / "generation_config.json").read_text("utf-8")
+    torch.manual_seed(3)
+    sizes = TINY | {"model_type": "qwen3", "head_dim": 16, "vocab_size": 283, "max_position_embeddings": 2048}
+    transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**sizes)).save_pretrained(path)
+    (path / "generation_config.json").write_text(generation_config, "utf-8")
+    return build_engine(path, quant="int8")
 
 
 @pytest.fixture

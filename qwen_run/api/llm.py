@@ -23,6 +23,7 @@ from qwen_run.runtime.core import Core
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_run.text.chat_template import CONFIG_FILE, Message, read_json
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -180,6 +181,7 @@ class LLM(RequestLoop):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        response_format: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several.
 
@@ -190,6 +192,7 @@ class LLM(RequestLoop):
             chat_template_kwargs: passed to the chat template, such as ``enable_thinking``.
             add_generation_prompt: end the prompt with the opening of an answer.
             continue_final_message: go on with the last message instead; the answer is what comes after it.
+            response_format: OpenAI's: ``{"type": "json_object"}``, or a JSON schema that answers keep to.
 
         Returns:
             One result a conversation; ``prompt`` is its text as the template wrote it.
@@ -203,6 +206,11 @@ class LLM(RequestLoop):
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         options |= chat_template_kwargs or {}
         prompts = [self.chat_prompt(each, tools, **options) for each in conversations]  # type: ignore[arg-type]
+        form = StructuredOutputsParams.of_response_format(response_format)
+        if form is not None:
+            given: Any = sampling_params
+            each_params = given if isinstance(given, list | tuple) else [given] * len(prompts)
+            sampling_params = [replace(each or self.default_params, structured_outputs=form) for each in each_params]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def beam_search(self, prompts: Prompt | List[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:

@@ -80,6 +80,11 @@ if TYPE_CHECKING:
 @click.option(
     "--logprobs", type=int, metavar="N", help="Report how likely tokens were, and the N likeliest.  [default: none]"
 )
+@click.option(
+    "--json-schema",
+    metavar="FILE",
+    help="Answers are JSON that keeps to this schema, from where thinking ends; needs llguidance.",
+)
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of a run.  [default: physical cores]")
 @kv_cache_memory_option
 @max_seq_len_option
@@ -115,10 +120,12 @@ def main(**given: Any) -> None:
     for excluded, message in CONTRADICTIONS:
         if excluded(asked):
             raise click.UsageError(message)
-    from qwen_run.commands.run_files import check_written, prompt_text
+    from qwen_run.commands.run_files import check_written, prompt_text, read_schema
     from qwen_run.runtime.engine import newest_engine
 
     sampling = _checked_sampling(asked.sampling)
+    if asked.json_schema is not None:
+        sampling["structured_outputs"] = read_schema(asked.json_schema)
     text = None if asked.interactive else prompt_text(asked)
     _check_not_empty(text)
     engine = asked.engine or newest_engine()

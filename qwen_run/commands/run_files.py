@@ -17,6 +17,7 @@ from qwen_engine.errors import RequestError
 from qwen_run.commands.answer_file import AnswerFile, AnswerStream, key_of
 from qwen_run.commands.prompt_file import FilePrompt
 from qwen_run.commands.run_options import RunOptions
+from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_run.text.encoding import decode_utf8
 
 SILENCE_S = 2  # of a pipe beside a prompt, after which a user is told what is waited for
@@ -50,13 +51,25 @@ def _piped() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _read_bytes(name: str) -> bytes:
+def read_schema(name: str) -> StructuredOutputsParams:
+    """The form of answers that keep to the JSON schema in a file.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no schema.
+    """
+    try:
+        return StructuredOutputsParams(json=decode_utf8(_read_bytes(name, "--json-schema"), name), strict=False)
+    except RequestError as error:
+        raise RequestError(str(error).replace("json is", f"{name} holds", 1)) from None
+
+
+def _read_bytes(name: str, option: str = "--input-file") -> bytes:
     if name == "-":
         return sys.stdin.buffer.read()
     try:
         return Path(name).read_bytes()
     except OSError as error:
-        raise RequestError(f"{name} cannot be read: {error.strerror}; choose another --input-file") from error
+        raise RequestError(f"{name} cannot be read: {error.strerror}; choose another {option}") from error
 
 
 def check_written(engine: Path, asked: RunOptions) -> None:

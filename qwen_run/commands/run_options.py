@@ -25,6 +25,7 @@ class RunOptions:
     system: str | None
     raw: bool
     thinking: bool | None
+    json_schema: str | None
     threads: int | None
     cache_bytes: int | None
     max_seq_len: int | None
@@ -82,6 +83,10 @@ CONTRADICTIONS: tuple[tuple[Callable[[RunOptions], bool], str], ...] = (
     (
         lambda asked: asked.interactive and bool(asked.as_json or asked.output_logits or asked.output_file),
         "--json, --output-file and --output-logits need a prompt, --input-file or a pipe.",
+    ),
+    (
+        lambda asked: asked.json_schema is not None and asked.sampling["ignore_eos"] is not None,
+        "--json-schema and --ignore-eos exclude each other: such an answer ends by itself.",
     ),
     (
         lambda asked: asked.prompt is not None and os.path.isfile(os.path.join(asked.prompt, MANIFEST_FILE)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from enum import Enum, auto
 from typing import Protocol, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 # Qwen's documentation (getting_started/thinking_budget) has models end their thinking with these words.
 END_OF_THINKING = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
-    "</think>\n\n"
+    "</think>"
 )
 
 
@@ -70,16 +71,26 @@ class ThinkingBudget:
         return copy(self)
 
 
-def is_thinking_at_end(prompt: Sequence[int], begin: int, end: int) -> bool:
-    """Whether the last of the tokens ``begin`` and ``end`` in ``prompt`` is ``begin``, near the end: it is open.
+class Thinking(Enum):
+    """Whether a prompt has begun to think, has been told not to, or says nothing of it."""
 
-    >>> is_thinking_at_end([5, 1, 9], begin=1, end=2), is_thinking_at_end([1, 5, 2], begin=1, end=2)
-    (True, False)
+    OPEN = auto()
+    CLOSED = auto()
+    UNSAID = auto()
+
+
+def thinking_at_end(prompt: Sequence[int], begin: int | None, end: int | None) -> Thinking:
+    """What the last of the tokens ``begin`` and ``end`` near the end of ``prompt`` says.
+
+    >>> thinking_at_end([5, 1, 9], begin=1, end=2), thinking_at_end([1, 5, 2], begin=1, end=2)
+    (<Thinking.OPEN: 1>, <Thinking.CLOSED: 2>)
     """
     for token_id in reversed(prompt[-_NEAR_END:]):
-        if token_id in (begin, end):
-            return token_id == begin
-    return False
+        if token_id == begin:
+            return Thinking.OPEN
+        if token_id == end:
+            return Thinking.CLOSED
+    return Thinking.UNSAID
 
 
 _NEAR_END = 4  # templates write <think> and a line end behind the opening of an answer

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from qwen_engine.errors import RequestError, shown
 from qwen_run.sampling.custom import LogitsProcessor, is_processor
+from qwen_run.sampling.structured import StructuredOutputsParams
 
 # Limits of what one request may ask for; RULES has those that belong to one option. No vocabulary is as large as these.
 MAX_NUMBER = 2**31 - 1
@@ -70,6 +71,7 @@ class SamplingParams:
         output_kind: what each output of a stream holds.
         extra_args: anything; a request keeps it, and nothing reads it.
         thinking_token_budget: tokens after which thinking is brought to its end; None for no such bound.
+        structured_outputs: the form of an answer, a StructuredOutputsParams or an object with its fields.
         cache_salt: prompts share what is in the cache with those of the same salt alone.
 
     Raises:
@@ -107,6 +109,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     extra_args: Mapping[str, Any] | None = field(default=None, hash=False)
     thinking_token_budget: int | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     cache_salt: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -316,6 +319,9 @@ RULES = {
         lambda value: None if value is None else dict(value.items()),
     ),
     "thinking_token_budget": _whole_or_none("a whole number, 0 or more"),
+    "structured_outputs": FieldRule(
+        "None or a StructuredOutputsParams", lambda value: True, StructuredOutputsParams.of
+    ),
     "cache_salt": FieldRule(
         f"None or a text of 1 to {MAX_STOP_CHARACTERS} characters, none of them a lone surrogate",
         lambda value: value is None or _is_stop_text(value),
@@ -352,6 +358,11 @@ CONTRADICTIONS: tuple[tuple[Callable[[SamplingParams], bool], str], ...] = (
     (
         lambda params: bool(params.stop) and not params.detokenize,
         "stop is {stop} with detokenize False: stop texts are found in the text; leave one out",
+    ),
+    (
+        lambda params: params.structured_outputs is not None and (params.num_beams > 1 or params.ignore_eos),
+        "structured_outputs are given with num_beams {num_beams} and ignore_eos {ignore_eos}: such an answer is "
+        "sampled, and ends by itself; leave them out",
     ),
     (
         lambda params: params.num_beams > 1 and params.thinking_token_budget is not None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request
-from qwen_run.sampling.constraint import END_OF_THINKING, Constraint, ThinkingBudget, is_thinking_at_end
+from qwen_run.sampling.constraint import END_OF_THINKING, Constraint, Thinking, ThinkingBudget, thinking_at_end
 from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_run.text.chat_template import ChatTemplate, Conversation, Message, read_json
+from qwen_run.text.grammar import Grammars
 from qwen_run.text.stops import StopTexts, TextStopper
 from qwen_run.text.tokenizer import Tokenizer
 
@@ -120,7 +122,9 @@ class TextModel:
         """A request for an answer to ``prompt``; nothing of the prompt is checked.
 
         Raises:
-            RequestError: ``params`` bounds the thinking of a model that does not think.
+            RequestError: ``params`` bounds the thinking of a model that does not think, or has a form that cannot be
+                kept to.
+            EngineError: a form is asked for, and llguidance is not installed.
         """
         new_stopper = partial(
             TextStopper,
@@ -135,17 +139,41 @@ class TextModel:
         return Request(tuple(prompt), params, self.eos_token_ids, stopper, bad_words, self._constraints(prompt, params))
 
     def _constraints(self, prompt: Sequence[int], params: SamplingParams) -> tuple[Constraint, ...]:
-        if params.thinking_token_budget is None:
+        budget, form = params.thinking_token_budget, StructuredOutputsParams.of(params.structured_outputs)
+        if budget is None and form is None:
             return ()
         begin, end = self.tokenizer.token_id("<think>"), self.tokenizer.token_id("</think>")
-        if begin is None or end is None:
-            raise RequestError(
-                f"thinking_token_budget is {params.thinking_token_budget}, and the engine's tokenizer has no <think>; "
-                "leave it out"
-            )
-        is_thinking = is_thinking_at_end(prompt, begin, end)
-        words = self.tokenizer.encode(END_OF_THINKING)
-        return (ThinkingBudget(params.thinking_token_budget, begin, end, words, is_thinking),)
+        thinking, found = thinking_at_end(prompt, begin, end), list[Constraint]()
+        if budget is not None:
+            if begin is None or end is None:
+                raise RequestError(
+                    f"thinking_token_budget is {budget}, and the engine's tokenizer has no <think>; leave it out"
+                )
+            words = self.tokenizer.encode(END_OF_THINKING)
+            found.append(ThinkingBudget(budget, begin, end, words, thinking is Thinking.OPEN))
+        if form is not None:
+            thinks_first = thinking is Thinking.UNSAID and self._may_think_after(prompt)
+            found.append(self.grammars.constraint(form, thinks_first, thinking is Thinking.OPEN))
+        return tuple(found)
+
+    def _may_think_after(self, prompt: Sequence[int]) -> bool:
+        """Whether ``prompt`` ends with the opening of an answer, and the template knows of thinking."""
+        opening = self._opening
+        return bool(opening) and list(prompt[-len(opening) :]) == opening
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """What the template writes before an answer; empty where it knows nothing of thinking."""
+        if self.template is None or "<think>" not in self.template.source:
+            return []
+        asked = [{"role": "user", "content": "A question."}]
+        without = self.template.render(asked, add_generation_prompt=False)
+        return self.tokenizer.encode(self.template.render(asked).removeprefix(without))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles the forms of answers."""
+        return Grammars(self.tokenizer, self.engine.manifest.model.vocab_size, self.eos_token_ids)
 
     def _spellings(self, word: str) -> list[tuple[int, ...]]:
         """``word`` as it stands at the beginning and, where it has as many tokens there, after a space."""

@@ -88,6 +88,10 @@ class Tokenizer:
         """Ids the tokenizer knows, added tokens included; a model's vocabulary may be padded beyond it."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """What ``tokenizer.json`` says, for libraries that read it themselves."""
+        return str(self._core.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = False, most: int | None = None) -> list[int]:
         """Token ids of ``text``; what reads like a special token becomes one, as in transformers.
 

@@ -117,7 +117,7 @@ class XmlCall:
         self._key, self._value, self._state, self._is_first = key, "", _XmlState.VALUE, True
         self.arguments += f"{', ' if self._num_values else ''}{json.dumps(key, ensure_ascii=False)}: "
         self._num_values += 1
-        self._is_text = _is_text(self._schema())
+        self._is_text = is_text_schema(self._schema())
         if self._is_text:
             self.arguments += '"'
         return True
@@ -171,7 +171,7 @@ class XmlCall:
         return properties.get(self._key) if isinstance(properties, Mapping) else None
 
 
-def _is_text(schema: Any) -> bool:
+def is_text_schema(schema: Any) -> bool:
     """Whether a value is taken as it stands: of type string, or of none that is known."""
     kinds = _kinds(schema)
     return not kinds or kinds == {"string"}

@@ -16,6 +16,8 @@ from starlette.types import ASGIApp
 from qwen_engine import __version__
 from qwen_engine.errors import QwenError
 from qwen_run.runtime.request import message_of
+from qwen_serve.anthropic.fields import Counting, Messages
+from qwen_serve.anthropic.messages import MessagesAnswer, count_tokens
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.sse import ClientGone, EventStream, unless_gone
 from qwen_serve.engine.job import RequestJob
@@ -25,10 +27,13 @@ from qwen_serve.http.middleware import Door, Log, error_response, log_line, read
 from qwen_serve.openai.chat import ChatAnswer
 from qwen_serve.openai.completions import CompletionAnswer
 from qwen_serve.openai.fields import ApplyTemplate, Body, Chat, Completion, Detokenize, SampledBody, Tokenize, parsed
+from qwen_serve.openai.response_fields import Responses
+from qwen_serve.openai.responses import ResponsesAnswer
 from qwen_serve.openai.tokens import apply_template, detokenize, tokenize
 
 _PARSED_BESIDE = 64 << 10  # bytes of JSON from which it is read in a thread
 
+Sampling = SampledBody | Responses | Messages
 Answering = Callable[[Serving, Any], Coroutine[Any, Any, dict[str, Any]]]
 
 
@@ -37,13 +42,14 @@ def make_app(serving: Serving, log: Log = log_line) -> ASGIApp:
     app = FastAPI(title="qwen-serve", version=__version__, summary=f"One engine, {serving.name}")
     _Answers(serving).add_to(app)
     _States(serving).add_to(app)
-    for kind, handler in (
-        (ServeError, _told),
-        (QwenError, _refused),
-        (HTTPException, _no_route),
-        (ClientGone, _nobody),
-    ):
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+    handlers: dict[Any, Any] = {
+        ServeError: _told,
+        QwenError: _refused,
+        HTTPException: _no_route,
+        ClientGone: _nobody,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, _ours)
     inner: ASGIApp = app
     if serving.settings.origins:
@@ -58,9 +64,11 @@ class _Answers:
         self._serving = serving
 
     def add_to(self, app: FastAPI) -> None:
-        sampled: dict[str, tuple[type[SampledBody], Any]] = {
+        sampled: dict[str, tuple[type[Sampling], Any]] = {
             "/v1/chat/completions": (Chat, ChatAnswer),
             "/v1/completions": (Completion, CompletionAnswer),
+            "/v1/responses": (Responses, ResponsesAnswer),
+            "/v1/messages": (Messages, MessagesAnswer),
         }
         for path, (kind, answer) in sampled.items():
             _add(app, path, kind, self._sampled(kind, answer))
@@ -68,11 +76,12 @@ class _Answers:
             "/tokenize": (Tokenize, tokenize),
             "/detokenize": (Detokenize, detokenize),
             "/apply-template": (ApplyTemplate, apply_template),
+            "/v1/messages/count_tokens": (Counting, count_tokens),
         }
         for path, (kind_, answering) in others.items():
             _add(app, path, kind_, self._plain(kind_, answering))
 
-    def _sampled(self, kind: type[SampledBody], answer: Any) -> Callable[[Request], Awaitable[Response]]:
+    def _sampled(self, kind: type[Sampling], answer: Any) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             body = await self._body(request, kind)
             await self._serving.check()
@@ -192,24 +201,25 @@ def _add(app: FastAPI, path: str, kind: type[Body], endpoint: Callable[[Request]
 
 
 async def _told(request: Request, error: ServeError) -> Response:
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _refused(request: Request, error: QwenError) -> Response:
-    return error_response(refused(error))
+    return error_response(refused(error), request.scope)
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     message = f"{request.method} {request.url.path:.200} is not served; GET /openapi.json lists what is"
-    response = error_response(ServeError(code, message))
+    response = error_response(ServeError(code, message), request.scope)
     response.headers.update(error.headers or {})
     return response
 
 
 async def _nobody(request: Request, error: ClientGone) -> Response:
-    return error_response(ServeError("client_closed_request", "the client has gone"))
+    return error_response(ServeError("client_closed_request", "the client has gone"), request.scope)
 
 
 async def _ours(request: Request, error: Exception) -> Response:
-    return error_response(ServeError("internal_error", f"a mistake of the server's: {message_of(error)}"))
+    ours = ServeError("internal_error", f"a mistake of the server's: {message_of(error)}")
+    return error_response(ours, request.scope)

@@ -20,9 +20,11 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_serve.anthropic.messages import anthropic_error
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.settings import LOOPBACK, Settings
 
+_ANTHROPICS = "/v1/messages"
 OPEN_PATHS = frozenset(["/health", "/ready"])  # for probes, which have no key
 _NAMES_OF_REQUESTS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -63,7 +65,7 @@ class Door:
         try:
             self._check(scope, headers)
         except ServeError as error:
-            await error_response(error)(scope, receive, told)
+            await error_response(error, scope)(scope, receive, told)
         else:
             await self._app(scope, receive, told)
         finally:
@@ -123,9 +125,11 @@ async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
             return bytes(body)
 
 
-def error_response(error: ServeError) -> JSONResponse:
-    """``error`` as a client reads it."""
-    return JSONResponse(error.body(), error.kind.status, error.headers())
+def error_response(error: ServeError, scope: Scope) -> JSONResponse:
+    """``error`` as a client of the route reads it."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    body = anthropic_error(error) if path.startswith(_ANTHROPICS) else error.body()
+    return JSONResponse(body, error.kind.status, error.headers())
 
 
 def log_line(record: dict[str, Any]) -> None:

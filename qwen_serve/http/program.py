@@ -104,7 +104,7 @@ class _Protocol(H11Protocol):
 
     read_timeout_s = 30.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._first_request = self.loop.call_later(self.read_timeout_s, self._reap)
 

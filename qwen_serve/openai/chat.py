@@ -12,15 +12,16 @@ from qwen_engine.errors import RequestError, shown
 from qwen_run.api.async_llm import RequestStream
 from qwen_run.api.llm import ChatPrompt
 from qwen_run.api.outputs import CompletionOutput, RequestOutput
-from qwen_run.sampling.constraint import is_thinking_at_end
+from qwen_run.sampling.constraint import Thinking, thinking_at_end
 from qwen_run.sampling.params import RequestOutputKind, SamplingParams
+from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_serve.answers.events import Answer, CallArguments, CallBegin, Content, Event, Reasoning
 from qwen_serve.answers.parser import END_THINK, THINK, AnswerParser, Reading
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.sse import DONE, event
 from qwen_serve.engine.job import RequestJob, timings
 from qwen_serve.engine.serving import Serving, refused
-from qwen_serve.openai.fields import Chat, sampling_params
+from qwen_serve.openai.fields import Chat, form_of, sampling_params
 from qwen_serve.openai.logprobs import chat_logprobs
 from qwen_serve.openai.tools import Tools, tools_of
 
@@ -32,6 +33,7 @@ class ChatAnswer:
     Attributes:
         stream: from the engine.
         reading: how its answers are told apart.
+        tools: those of the request.
         num_logprobs: likeliest tokens to report; None for no log probabilities.
     """
 
@@ -39,6 +41,7 @@ class ChatAnswer:
     body: Chat
     stream: RequestStream
     reading: Reading
+    tools: Tools
     num_logprobs: int | None
     warnings: list[str]
 
@@ -61,14 +64,21 @@ class ChatAnswer:
         serving = job.serving
         serving.check_model(body.model)
         tools = tools_of(body)
-        params = _params(serving, body, cache_salt)
+        params = _params(serving, body, tools, cache_salt)
         job.enter(params.n)
         prompt, warnings = await rendered(serving, body, tools.shown, _variables(body))
+        if body.tools and not writes_tools(template_of(serving)):
+            warnings.append("tools have no effect: the model's chat template does not write them")
         ids = await job.encode(prompt, "the conversation", cut=params.truncate_prompt_tokens is not None)
         reading = _reading(serving, body, tools, prompt, ids, params)
         stream = await job.begin(ids, params)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return cls(job, body, stream, reading, top, [*body.warnings, *warnings])
+        return cls(job, body, stream, reading, tools, top, [*body.warnings, *warnings])
+
+    def _finish_reason(self, answer: CompletionOutput, num_calls: int) -> str | None:
+        """As OpenAI has it: ``stop`` where the request named the tool."""
+        called = num_calls and answer.finish_reason == "stop" and not self.tools.is_named
+        return "tool_calls" if called else answer.finish_reason
 
     async def whole(self) -> dict[str, Any]:
         """The answer at once.
@@ -123,7 +133,7 @@ class ChatAnswer:
             self.job.counted.reasoning_tokens += parser.num_reasoning_tokens
             more = {"stop_reason": answer.stop_reason}
             last = {} if parsers else self._last(output)
-            reason = _finish_reason(answer, parser.num_calls)
+            reason = self._finish_reason(answer, parser.num_calls)
             chunks.append(self._chunk(answer.index, {}, None, reason, more, last))
         return chunks
 
@@ -190,7 +200,7 @@ class ChatAnswer:
                 for call in found.calls
             ]
         choice = {"index": answer.index, "message": message, "logprobs": self._logprobs(answer)}
-        choice |= {"finish_reason": _finish_reason(answer, len(found.calls)), "stop_reason": answer.stop_reason}
+        choice |= {"finish_reason": self._finish_reason(answer, len(found.calls)), "stop_reason": answer.stop_reason}
         return {**choice, "token_ids": answer.token_ids} if self.body.return_token_ids else choice
 
     def _logprobs(self, answer: CompletionOutput) -> dict[str, Any] | None:
@@ -252,7 +262,7 @@ def _check_variables(given: Mapping[str, Any]) -> None:
             raise ServeError("invalid_request", message, "chat_template_kwargs")
 
 
-def _params(serving: Serving, body: Chat, cache_salt: str | None) -> SamplingParams:
+def _params(serving: Serving, body: Chat, tools: Tools, cache_salt: str | None) -> SamplingParams:
     llm = serving.llm
     fixed: dict[str, Any] = {
         "output_kind": RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
@@ -260,12 +270,44 @@ def _params(serving: Serving, body: Chat, cache_salt: str | None) -> SamplingPar
     }
     if body.max_tokens is None and body.max_completion_tokens is None:
         fixed["max_tokens"] = None
+    if (form := _form(serving, body, tools)) is not None:
+        fixed["structured_outputs"] = form
     if cache_salt is not None:
         fixed["cache_salt"] = cache_salt + (body.cache_salt or "")
     budget = serving.settings.thinking_budget
     if budget is not None and body.thinking_token_budget is None and body.reasoning_budget_tokens is None:
         fixed["thinking_token_budget"] = budget
     return sampling_params(body, llm.default_params, fixed)
+
+
+def _form(serving: Serving, body: Chat, tools: Tools) -> StructuredOutputsParams | None:
+    """The form of the answer: what is asked for, or the calls that must come.
+
+    Raises:
+        ServeError: both are asked for, or the model's template has no tools.
+    """
+    form, template = form_of(body), template_of(serving)
+    if not tools.forced:
+        return form
+    if form is not None:
+        message = "tool_choice forces a call, and a form of the answer is asked for; leave one out"
+        raise ServeError("invalid_request", message, "tool_choice")
+    if not writes_tools(template):
+        message = "tool_choice forces a call, and the model's chat template does not write tools; leave it out"
+        raise ServeError("invalid_request", message, "tool_choice")
+    grammar = tools.grammar(serving.llm.llm.tokenizer, template, body.parallel_tool_calls is not False)
+    return StructuredOutputsParams(grammar=grammar)
+
+
+def template_of(serving: Serving) -> str:
+    """The chat template's text; empty where there is none."""
+    template = serving.llm.llm.text.template
+    return "" if template is None else template.source
+
+
+def writes_tools(template: str) -> bool:
+    """Whether a chat template writes the tools of a request."""
+    return "tools" in template
 
 
 def _reading(
@@ -276,17 +318,13 @@ def _reading(
     if begin is None or end is None:
         is_thinking = prompt.rstrip().endswith(THINK)
     else:
-        is_thinking = is_thinking_at_end(ids, begin, end)
+        is_thinking = thinking_at_end(ids, begin, end) is Thinking.OPEN
     return Reading(
         starts_thinking=is_thinking,
         calls=tools.may_call,
         schemas=tools.schemas,
         skip_special_tokens=params.skip_special_tokens,
     )
-
-
-def _finish_reason(answer: CompletionOutput, num_calls: int) -> str | None:
-    return "tool_calls" if num_calls and answer.finish_reason == "stop" else answer.finish_reason
 
 
 def new_call_id() -> str:

@@ -18,7 +18,7 @@ from qwen_serve.common.errors import ServeError
 from qwen_serve.common.sse import DONE, event
 from qwen_serve.engine.job import RequestJob, timings
 from qwen_serve.engine.serving import Serving
-from qwen_serve.openai.fields import MAX_PROMPTS, Completion, sampling_params
+from qwen_serve.openai.fields import MAX_PROMPTS, Completion, form_of, sampling_params
 from qwen_serve.openai.logprobs import completion_logprobs
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
@@ -210,6 +210,8 @@ def _params(serving: Serving, body: Completion, cache_salt: str | None, no_answe
         "logprobs": body.logprobs,
         "prompt_logprobs": body.logprobs if body.echo else None,
     }
+    if (form := form_of(body)) is not None:
+        fixed["structured_outputs"] = form
     if cache_salt is not None:
         fixed["cache_salt"] = cache_salt + (body.cache_salt or "")
     if body.max_tokens is None or no_answers:

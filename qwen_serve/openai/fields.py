@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwen_engine.errors import RequestError, shown
 from qwen_run.sampling.params import SamplingParams, checked
+from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_serve.common.errors import ServeError
 
 MAX_CHOICES, MAX_STOP_TEXTS, MAX_LOGPROBS, MAX_PROMPTS = 16, 16, 20, 128
@@ -61,6 +62,12 @@ class SampledBody(Body):
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # read by others, and without effect on an answer here
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -98,7 +105,6 @@ class Chat(SampledBody):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    response_format: dict[str, Any] | None = None
     verbosity: str | None = None
 
 
@@ -156,6 +162,15 @@ def parsed(kind: type[Model], body: bytes) -> Model:
         raise ServeError("invalid_request", f"the request is not JSON: {_first_words(error)}") from None
     if not isinstance(value, dict):
         raise ServeError("invalid_request", f"the request is a {type(value).__name__}, expected a JSON object")
+    return validated(kind, value)
+
+
+def validated(kind: type[Model], value: Mapping[str, Any]) -> Model:
+    """The request that ``value`` says.
+
+    Raises:
+        ServeError: a field is missing, or of another type.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -217,6 +232,27 @@ SAMPLING: tuple[tuple[str, str], ...] = (
     ("thinking_token_budget", "thinking_token_budget"),
     ("cache_salt", "cache_salt"),
 )
+
+
+def form_of(body: SampledBody) -> StructuredOutputsParams | None:
+    """The form that an answer is to have; vLLM's old names do, too.
+
+    Raises:
+        ServeError: what asks for it is none, or there are several.
+    """
+    old = ("json", "regex", "choice", "grammar")
+    given = {f"guided_{each}": {each: getattr(body, f"guided_{each}")} for each in old}
+    given = {name: value for name, value in given.items() if None not in value.values()}
+    given |= {} if body.structured_outputs is None else {"structured_outputs": body.structured_outputs}
+    try:
+        forms = {name: StructuredOutputsParams.of(value) for name, value in given.items()}
+        forms["response_format"] = StructuredOutputsParams.of_response_format(body.response_format)
+    except RequestError as error:
+        raise ServeError("invalid_request", str(error)) from None
+    found = {name: form for name, form in forms.items() if form is not None}
+    if len(found) > 1:
+        raise ServeError("invalid_request", f"{' and '.join(found)} are given, expected one of them", list(found)[1])
+    return next(iter(found.values()), None)
 
 
 def sampling_params(body: SampledBody, defaults: SamplingParams, fixed: Mapping[str, Any]) -> SamplingParams:

@@ -13,6 +13,8 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool
 def reply(prompt):
     if "<tool_response>" in prompt:
         return "It is 7 degrees."
+    if "JSON" in last_question(prompt):
+        return '{"city": "Bern"}'
     return CALL if "weather" in last_question(prompt) else "Paris"
 
 
@@ -20,8 +22,8 @@ def test_the_examples_run(tmp_path, capsys):
     model, _ = scripted_model(write_text_files(tmp_path, "qwen3"), reply)
     with running(model) as server:
         text = "\n".join(EXAMPLES).replace("http://127.0.0.1:8000", server.url)
-        assert text.count(server.url) == 1
+        assert text.count(server.url) == 2
         scope = {}
         exec(compile(text, "docs/server.md", "exec"), scope)
         scope["client"].close()
-    assert capsys.readouterr().out.split("\n")[0] == "ParisIt is 7 degrees."
+    assert capsys.readouterr().out.split("\n")[:3] == ["ParisIt is 7 degrees.", '{"city": "Bern"}', "Paris"]

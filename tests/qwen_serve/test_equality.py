@@ -4,11 +4,7 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
-from cases.scripted import write_text_files
 from cases.serving import running
-from cases.tiny import TINY
 from qwen_run import LLM, SamplingParams
 
 NUM_REQUESTS = 64
@@ -16,20 +12,11 @@ WORDS = ["cache", "block", "token", "Köln", "你好", "sum", " ", "\n", "the", 
 VOLATILE = ("id", "created", "timings", "usage")
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory, build_engine):
-    """A tiny Qwen3 with random weights, quantised, and the tokenizer and template of the scripted model."""
-    import torch
-    import transformers
-
-    path = write_text_files(tmp_path_factory.mktemp("tiny") / "tiny", "qwen3", eos_token_id=[264, 262])
-    generation_config = (path / "generation_config.json").read_text("utf-8")
-    torch.manual_seed(3)
-    sizes = TINY | {"model_type": "qwen3", "head_dim": 16, "vocab_size": 283}
-    transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**sizes)).save_pretrained(path)
-    (path / "generation_config.json").write_text(generation_config, "utf-8")
-    return build_engine(path, quant="int8")
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "maxLength": 5}, "b": {"type": "array", "items": {"enum": [1, 2, "x"]}}},
+    "required": ["a", "b"],
+}
 
 
 def requests():
@@ -48,6 +35,10 @@ def requests():
             yield "/v1/completions", {**body, "prompt": text, "logprobs": 3}
         else:
             tools = {"tools": TOOLS} if index % 4 == 1 else {"thinking_token_budget": 5}
+            if index % 6 == 1:
+                tools = {"tools": TOOLS, "tool_choice": "required"}
+            elif index % 8 == 2:
+                tools = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}
             chat = {"messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": 2}
             yield "/v1/chat/completions", {**body, **tools, **chat}
 
@@ -72,9 +63,9 @@ def answer(server, path, body):
     return json.dumps([ids, texts, logprobs, reasons], sort_keys=True)
 
 
-def test_answers_do_not_depend_on_each_other(engine):
+def test_answers_do_not_depend_on_each_other(chat_engine):
     asked = list(requests())
-    with running(engine, options={"max_batch_size": 16, "max_seq_len": 640, "threads": 2}) as server:
+    with running(chat_engine, options={"max_batch_size": 16, "max_seq_len": 640, "threads": 2}) as server:
         alone = [answer(server, path, body) for path, body in asked]
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             together = list(pool.map(lambda each: answer(server, *each), asked))
@@ -83,12 +74,12 @@ def test_answers_do_not_depend_on_each_other(engine):
     assert len(set(alone)) > NUM_REQUESTS // 2  # they are not all the same
 
 
-def test_an_answer_is_that_of_llm(engine):
+def test_an_answer_is_that_of_llm(chat_engine):
     body = {"messages": [{"role": "user", "content": "Same?"}], "max_tokens": 40, "temperature": 1.0, "seed": 5}
-    with running(engine, options={"max_seq_len": 640}) as server:
+    with running(chat_engine, options={"max_seq_len": 640}) as server:
         served = server.post("/v1/chat/completions", {**body, "return_token_ids": True}).json()
         defaults = server.serving.opened.default_params
-    llm = LLM(engine, max_seq_len=640)
+    llm = LLM(chat_engine, max_seq_len=640)
     params = SamplingParams(**{**vars(defaults), "max_tokens": 40, "temperature": 1.0, "seed": 5})
     (expected,) = llm.chat(body["messages"], params, use_tqdm=False)
     assert served["choices"][0]["token_ids"] == expected.outputs[0].token_ids

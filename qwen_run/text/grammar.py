@@ -1,0 +1,192 @@
+"""Answers that keep to a form: what was asked for, compiled by llguidance for a tokenizer, as a constraint."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_engine.errors import EngineError, RequestError
+from qwen_run.sampling.structured import StructuredOutputsParams
+from qwen_run.text.tokenizer import Tokenizer
+
+_KEPT = 64  # compiled forms
+_LONGEST_PROBLEM = 300  # characters of what llguidance says
+
+
+class Grammars:
+    """Compiles forms for one tokenizer, and keeps those of late. Any thread may call it.
+
+    Args:
+        vocab_size: of the model, which may have more tokens than the tokenizer.
+        eos_token_ids: what ends an answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._ends = sorted(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
+        self._guard = threading.Lock()
+        self._vocabulary: Any = None
+        self._compiled: OrderedDict[tuple[str, str, bool], Any] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Read the vocabulary, which takes a second for Qwen's: else the first form pays for it.
+
+        Raises:
+            EngineError: llguidance is not installed, or does not know such a tokenizer.
+        """
+        with self._guard:
+            self._read_vocabulary()
+
+    def constraint(self, form: StructuredOutputsParams, thinks_first: bool, is_thinking: bool) -> GrammarConstraint:
+        """A constraint for an answer of this form, which begins where thinking ends.
+
+        Args:
+            thinks_first: an answer may begin with ``<think>``.
+            is_thinking: the prompt has begun to think.
+
+        Raises:
+            RequestError: the form cannot be compiled; says why.
+            EngineError: llguidance is not installed.
+        """
+        matcher = self._matcher(form)
+        begin, end, break_ = (self._tokenizer.token_id(token) for token in ("<think>", "</think>", "ĊĊ"))
+        return GrammarConstraint(
+            matcher.deep_copy(),
+            self._vocab_size,
+            np.array(self._ends, np.int64),
+            begin if thinks_first and end is not None else None,
+            end if end is not None else -1,
+            is_thinking,
+            break_,
+        )
+
+    def _matcher(self, form: StructuredOutputsParams) -> Any:
+        key = (form.kind, form.text, form.strict)
+        with self._guard:
+            vocabulary = self._read_vocabulary()
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+        import llguidance
+
+        grammar = _grammar_of(form)
+        problem = llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
+        matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
+        if problem or matcher.is_error():
+            said = " ".join((problem or matcher.get_error()).split())
+            raise RequestError(f"{form.kind} cannot be kept to: {said[:_LONGEST_PROBLEM]}; change it")
+        with self._guard:
+            self._compiled[key] = matcher
+            while len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return matcher
+
+    def _read_vocabulary(self) -> Any:
+        if self._vocabulary is None:
+            try:
+                import llguidance
+            except ImportError as error:
+                message = "llguidance is not installed, and forms of answers need it; run pip install llguidance"
+                raise EngineError(message) from error
+            self._vocabulary = llguidance.LLTokenizer(
+                self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._ends or None
+            )
+        return self._vocabulary
+
+
+def json_style(strict: bool) -> dict[str, Any]:
+    """How JSON is written: as Python writes it, which is what models have read most of, with no other white space."""
+    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return style if strict else {**style, "lenient": True}
+
+
+def _grammar_of(form: StructuredOutputsParams) -> str:
+    """The form as llguidance reads it; JSON without white space in which models may lose themselves."""
+    import llguidance
+
+    matcher = llguidance.LLMatcher
+    if form.kind in ("json", "json_object"):
+        schema = json.loads(form.text) if form.kind == "json" else {"type": "object"}
+        return str(matcher.grammar_from_json_schema(json.dumps({**schema, "x-guidance": json_style(form.strict)})))
+    if form.kind == "regex":
+        return str(matcher.grammar_from_regex(form.text))
+    if form.kind == "choice":
+        choices = " | ".join(json.dumps(each, ensure_ascii=False) for each in form.choice or ())
+        return str(matcher.grammar_from_lark(f"start: {choices}"))
+    return str(matcher.grammar_from_lark(form.text))
+
+
+class GrammarConstraint:
+    """Keeps an answer to a form; see :class:`~qwen_run.sampling.constraint.Constraint`.
+
+    Args:
+        matcher: llguidance's, at the beginning.
+        ends: ids that end an answer.
+        begin, end: ``<think>``, None where the answer does not begin with it, and ``</think>``.
+        break_: the token of an empty line, which models write after thinking.
+    """
+
+    def __init__(
+        self,
+        matcher: Any,
+        vocab_size: int,
+        ends: NDArray[np.int64],
+        begin: int | None,
+        end: int,
+        is_thinking: bool,
+        break_: int | None,
+    ) -> None:
+        self._matcher, self._vocab_size, self._ends = matcher, vocab_size, ends
+        self._begin, self._end, self._break = begin, end, break_
+        self._is_thinking, self._is_first, self._may_break = is_thinking, not is_thinking, False
+
+    def allowed(self) -> NDArray[np.int64] | None:
+        """Ids that may come next; None within thinking.
+
+        Raises:
+            RequestError: the form has grown beyond what can be followed.
+        """
+        if self._is_thinking:
+            return None
+        if self._matcher.is_stopped():
+            self._check()
+            return self._ends
+        import llguidance.numpy
+
+        mask = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, mask, 0)
+        self._check()
+        bits = np.unpackbits(mask[0].view(np.uint8), bitorder="little")[: self._vocab_size]
+        for token_id in (self._begin if self._is_first else None, self._break if self._may_break else None):
+            if token_id is not None:
+                bits[token_id] = 1
+        return np.flatnonzero(bits)
+
+    def append(self, token_id: int) -> None:
+        """Note the next token of the answer."""
+        is_first, may_break = self._is_first, self._may_break
+        self._is_first = self._may_break = False
+        if self._is_thinking:
+            self._is_thinking = token_id != self._end
+            self._may_break = not self._is_thinking
+        elif is_first and token_id == self._begin:
+            self._is_thinking = True
+        elif not (may_break and token_id == self._break) and not self._matcher.is_stopped():
+            self._matcher.consume_token(token_id)
+
+    def fork(self) -> GrammarConstraint:
+        """A copy that goes its own way."""
+        copy: GrammarConstraint = object.__new__(GrammarConstraint)
+        copy.__dict__.update(self.__dict__)
+        copy._matcher = self._matcher.deep_copy()
+        return copy
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RequestError(f"the form of the answer cannot be kept to: {self._matcher.get_error()[:200]}")
