@@ -15,6 +15,7 @@ from qwen_run.commands.command import Command, SvgFile, kv_cache_memory_option, 
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
 if TYPE_CHECKING:
+    from qwen_run.bench.load import Load
     from qwen_run.bench.measure import Setting
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -105,6 +106,7 @@ def main() -> None:
       qwen-bench latency --input-length 2000 --compare hf  transformers beside it, in turns
       qwen-bench throughput --batch 1,4,16 --plot grows.svg
       qwen-bench serve-trace --rate 1,2,4 --plot load.svg  requests that come as time goes by
+      qwen-bench serve --url http://127.0.0.1:8000         a server, ours or another
     """
 
 
@@ -186,6 +188,69 @@ def serve_trace(
     if options["plot"] and settings[0].rate is None:
         raise RequestError("all requests of the trace arrive at once: there is no rate to draw latency against")
     run("serve-trace", settings, 1, max_batch_size, **options)
+
+
+@main.command()
+@click.option("--url", default="http://127.0.0.1:8000", help="Where the server is.")
+@click.option("--model", default="any", help="The name that requests carry.")
+@click.option("--api-key", envvar="QWEN_API_KEY", help="What the server asks for.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=1, help="Requests at once, each after another.")
+@click.option("--requests", type=click.IntRange(min=1), help="How many.  [default: 8 for each at once; the trace's]")
+@length_options(128, 64)
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE.csv", help="Send them as a trace says instead.")
+@click.option("--rate", type=float, help="Requests a second of the trace.  [default: as the trace has it]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the random prompts.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object, with vLLM's names.")
+def serve(**given: Any) -> None:
+    """Times of a server that speaks OpenAI's interface: qwen-serve, vLLM, llama-server.
+
+    \b
+    Examples:
+      qwen-bench serve --concurrency 16
+      qwen-bench serve --url http://127.0.0.1:8080 --trace AzureLLMInferenceTrace_conv.csv --requests 100 --rate 0.5
+    """
+    from qwen_engine.json_output import head, rounded, to_json
+    from qwen_run.bench.load import TIMES, run_load
+    from qwen_run.commands.command import print_table
+
+    load = _load_of(**given)
+    figures = run_load(load)
+    found = figures.to_dict()
+    if given["as_json"]:
+        asked = {"url": given["url"], "model_id": load.model, "num_prompts": len(load.arrivals)}
+        asked |= {"max_concurrency": load.concurrency, "request_rate": given["rate"]}
+        click.echo(to_json(rounded({**head("qwen-bench", None), "benchmark": "serve", **asked, **found}), indent=2))
+        return
+    failed = f", {found['failed']} failed" if found["failed"] else ""
+    click.echo(
+        f"{found['completed']} requests in {found['duration']:.1f} s{failed}; "
+        f"{found['output_throughput']:.1f} output tokens/s, {found['request_throughput']:.2f} requests/s\n"
+    )
+    print_table(figures.table())
+    for shown, meaning in TIMES.values():
+        click.echo(f"{shown}: {meaning}")
+
+
+def _load_of(**given: Any) -> Load:
+    """What is asked of the server.
+
+    Raises:
+        RequestError: the URL or the trace is none.
+    """
+    from qwen_run.bench.http_client import Address
+    from qwen_run.bench.load import Load
+    from qwen_run.bench.trace import at_once, at_rate, read_trace
+
+    if given["rate"] is not None and given["trace"] is None:
+        raise click.UsageError("--rate needs a --trace.")
+    address = Address.of(given["url"])
+    if given["trace"] is None:
+        count = given["requests"] or 8 * given["concurrency"]
+        arrivals, concurrency = at_once(count, given["input_length"], given["output_length"]), given["concurrency"]
+    else:
+        arrivals, concurrency = read_trace(given["trace"], given["requests"]), None
+        arrivals = arrivals if given["rate"] is None else at_rate(arrivals, given["rate"])
+    return Load(address, arrivals, concurrency, given["model"], given["api_key"], given["seed"])
 
 
 def run(
