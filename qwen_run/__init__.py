@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from qwen_run.api.engine_config import EngineConfig
     from qwen_run.api.llm import LLM
     from qwen_run.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from qwen_run.sampling.params import RequestOutputKind, SamplingParams
+    from qwen_run.sampling.params import SamplingParams
+    from qwen_run.sampling.rules import RequestOutputKind
     from qwen_run.sampling.structured import StructuredOutputsParams
     from qwen_run.torch_model.model import QwenForCausalLM
 
@@ -66,7 +67,7 @@ _MODULES = {
     "Logprob": "api.outputs",
     "RequestMetrics": "api.outputs",
     "RequestOutput": "api.outputs",
-    "RequestOutputKind": "sampling.params",
+    "RequestOutputKind": "sampling.rules",
     "SamplingParams": "sampling.params",
     "StructuredOutputsParams": "sampling.structured",
 }

@@ -1,7 +1,6 @@
 """Several questions at once: python batch.py ENGINE_OR_CHECKPOINT"""
 
 import sys
-from dataclasses import replace
 
 from qwen_run import LLM
 
@@ -10,6 +9,6 @@ QUESTIONS = ["Name three colours.", "What is the largest planet?", "Write one se
 llm = LLM(sys.argv[1])
 conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
 for question, result in zip(
-    QUESTIONS, llm.chat(conversations, replace(llm.default_params, max_tokens=60)), strict=True
+    QUESTIONS, llm.chat(conversations, llm.default_params.with_options(max_tokens=60)), strict=True
 ):
     print(f"> {question}\n{result.outputs[0].text}\n")

@@ -1,17 +1,19 @@
 """The defaults of an engine's answers: what ``generation_config.json`` asks for and engines have.
 
 What is decided here is written into the engine's own ``generation_config.json`` in the ranges that requests take, so
-that no request is ever refused for a default. Whatever else the file asks for is named when the engine is built, with
-the option that asks for the same.
+that no request is ever refused for a default. What the file asks for and some or all answers do not have is named when
+the engine is built, with the option that asks for the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from qwen_engine.errors import CheckpointError
+from qwen_engine.errors import CheckpointError, RequestError, shown
+from qwen_run.sampling.rules import RULES, checked
 
 
 class Default(NamedTuple):
@@ -38,11 +40,6 @@ def _top_k(value: Any) -> int | None:
     return None if whole is None or whole < -1 else max(whole, 0)
 
 
-def _count(value: Any) -> int | None:
-    whole = _whole(value)
-    return None if whole is None or whole < 1 else whole
-
-
 def _whole(value: Any) -> int | None:
     return int(value) if _is_number(value) and math.isfinite(value) and value == int(value) else None
 
@@ -55,6 +52,20 @@ def _switch(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
+def _whole_from(low: int, value: Any) -> int | None:
+    whole = _whole(value)
+    return None if whole is None or whole < low else whole
+
+
+def _request_option(name: str, value: Any) -> Any:
+    """What requests take of it; lists in the form of JSON."""
+    try:
+        kept = checked(name, value)
+    except RequestError:
+        return None
+    return [list(item) if isinstance(item, tuple) else item for item in kept] if isinstance(kept, tuple) else kept
+
+
 def _token_id(value: Any) -> int | None:
     return value if type(value) is int else None
 
@@ -64,6 +75,10 @@ def _token_ids(value: Any) -> int | list[int] | None:
     return value if all(type(token_id) is int for token_id in ids) else None
 
 
+def _same_as(option: str) -> Default:
+    return Default(RULES[option].expected, partial(_request_option, option))
+
+
 DEFAULTS = {
     "do_sample": Default("true or false", _switch),
     "temperature": Default("a number from 0 to 100", _temperature),
@@ -71,27 +86,38 @@ DEFAULTS = {
     "top_p": Default("a number from 0 to 1", _number(0, 1)),
     "min_p": Default("a number from 0 to 1", _number(0, 1)),
     "repetition_penalty": Default("a number from 0.01 to 100", _number(0.01, 100)),
-    "max_new_tokens": Default("a whole number, 1 or more", _count),
+    "max_new_tokens": Default("a whole number, 1 or more", partial(_whole_from, 1)),
+    "max_length": Default("a whole number, 1 or more", partial(_whole_from, 1)),
+    "min_new_tokens": Default("a whole number, 0 or more", partial(_whole_from, 0)),
+    "min_length": Default("a whole number, 0 or more", partial(_whole_from, 0)),
+    "no_repeat_ngram_size": Default("a whole number, 0 or more", partial(_whole_from, 0)),
+    "stop_strings": _same_as("stop"),
+    "suppress_tokens": _same_as("suppress_tokens"),
+    "begin_suppress_tokens": _same_as("begin_suppress_tokens"),
+    "bad_words_ids": _same_as("bad_words_ids"),
+    "forced_bos_token_id": _same_as("forced_bos_token_id"),
+    "forced_eos_token_id": _same_as("forced_eos_token_id"),
+    "num_beams": _same_as("num_beams"),
+    "length_penalty": _same_as("length_penalty"),
+    "early_stopping": _same_as("early_stopping"),
+    "num_return_sequences": _same_as("n"),
     "eos_token_id": Default("a token id or a list of them", _token_ids),
     "bos_token_id": Default("a token id", _token_id),
     "pad_token_id": Default("a token id", _token_id),
 }
 
-# what engines leave to each request -> the values with which it asks for nothing, and the option that asks for it
-LEFT_TO_REQUESTS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_length": ((20,), "--max-new-tokens"),
-    "min_new_tokens": ((0,), "--min-tokens"),
-    "min_length": ((0,), "--min-tokens"),
-    "num_beams": ((1,), "--num-beams"),
-    "num_return_sequences": ((1,), "-n"),
-    "stop_strings": (([], ""), "--stop"),
-    "suppress_tokens": (([],), "logit_bias"),
+# of transformers' interface alone -> the value with which it asks for nothing, and why it is no default of the others
+OF_GENERATE: dict[str, tuple[Any, str]] = {
+    "num_beams": (1, "excludes streams, drawing and stop texts; requests ask for it with --num-beams"),
+    "num_return_sequences": (1, "is one answer elsewhere; requests ask for more with -n"),
 }
+OF_BEAMS = ("length_penalty", "early_stopping")
+
+# lists of token ids, of which those that the model has are kept
+OF_THE_VOCABULARY = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_eos_token_id")
 
 # what engines do not have -> the values with which it asks for nothing
 MISSING: dict[str, tuple[Any, ...]] = {
-    "begin_suppress_tokens": ([],),
-    "bad_words_ids": ([],),
     "constraints": ([],),
     "diversity_penalty": (0,),
     "dola_layers": (),
@@ -101,12 +127,9 @@ MISSING: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0,),
     "exponential_decay_length_penalty": (),
     "force_words_ids": ([],),
-    "forced_bos_token_id": (),
     "forced_decoder_ids": ([],),
-    "forced_eos_token_id": (),
     "guidance_scale": (1,),
     "max_time": (),
-    "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
     "remove_invalid_values": (False,),
@@ -118,7 +141,7 @@ MISSING: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
 }
 
-# of beam search alone, or how transformers runs the model
+# how transformers runs the model
 WITHOUT_EFFECT = frozenset(
     [
         "assistant_confidence_threshold",
@@ -132,9 +155,7 @@ WITHOUT_EFFECT = frozenset(
         "continuous_batching_config",
         "decoder_start_token_id",
         "disable_compile",
-        "early_stopping",
         "is_assistant",
-        "length_penalty",
         "low_memory",
         "max_cache_len",
         "max_matching_ngram_size",
@@ -159,8 +180,8 @@ WITHOUT_EFFECT = frozenset(
 FILE = "generation_config.json"
 
 
-def generation_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The engine's defaults, and a sentence about each thing that ``config`` asks for beside them.
+def generation_defaults(config: Mapping[str, Any], vocab_size: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The engine's defaults, and a sentence about each thing that ``config`` asks for and not all answers have.
 
     Raises:
         CheckpointError: the tokens that end an answer are not token ids: an engine without them would not stop.
@@ -177,15 +198,49 @@ def generation_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], tupl
             elif name == "eos_token_id":
                 raise CheckpointError(f"{FILE}: eos_token_id is {value!r}, expected {DEFAULTS[name].expected}")
             else:
-                notes.append(f"{FILE}: {name} {value!r} is left out, expected {DEFAULTS[name].expected}.")
-        elif name in LEFT_TO_REQUESTS:
-            neutral, option = LEFT_TO_REQUESTS[name]
-            if name == "max_length" and (kept := _count(value)) is not None:
-                defaults[name] = kept  # of QwenForCausalLM.generate, which counts as transformers does
-            if value not in neutral:
-                notes.append(f"{FILE}: {name} {value!r} is no default; requests ask for it with {option}.")
+                notes.append(f"{FILE}: {name} {shown(value)} is left out, expected {DEFAULTS[name].expected}.")
         elif name not in MISSING:
             notes.append(f"{FILE}: {name} is unknown and left unread.")
         elif value not in MISSING[name]:
-            notes.append(f"{FILE}: {name} {value!r} is left out, engines do not have it.")
+            notes.append(f"{FILE}: {name} {shown(value)} is left out, engines do not have it.")
+    notes += _without_beams_that_draw(defaults)
+    notes += _within(defaults, vocab_size)
+    for name, (neutral, why) in OF_GENERATE.items():
+        if defaults.get(name, neutral) != neutral:
+            notes.append(f"{FILE}: {name} {defaults[name]} is a default of QwenForCausalLM.generate alone: it {why}.")
     return defaults, tuple(notes)
+
+
+def _without_beams_that_draw(defaults: dict[str, Any]) -> list[str]:
+    """Leave out what belongs to beam search where there is none, or where its beams would be drawn."""
+    beams, notes = defaults.get("num_beams", 1), []
+    if beams > 1 and defaults.get("do_sample"):
+        notes.append(f"{FILE}: num_beams {beams} is left out: with do_sample it draws its beams, which engines do not.")
+        beams = 1
+    if beams == 1:
+        for name in ("num_beams", *OF_BEAMS):
+            defaults.pop(name, None)
+    return notes
+
+
+def _within(defaults: dict[str, Any], vocab_size: int) -> list[str]:
+    """Leave out the ids that the model does not have."""
+
+    def known(item: int | Sequence[int]) -> bool:
+        return all(token_id < vocab_size for token_id in ([item] if isinstance(item, int) else item))
+
+    notes = []
+    for name in OF_THE_VOCABULARY:
+        found = defaults.get(name, [])
+        if beyond := [item for item in found if not known(item)]:
+            defaults[name] = [item for item in found if known(item)]
+            notes.append(
+                f"{FILE}: {shown(beyond)} of {name} is left out, expected token ids from 0 to {vocab_size - 1}."
+            )
+    first = defaults.get("forced_bos_token_id")
+    if first is not None and not known(first):
+        del defaults["forced_bos_token_id"]
+        notes.append(
+            f"{FILE}: forced_bos_token_id {first} is left out, expected a token id from 0 to {vocab_size - 1}."
+        )
+    return notes

@@ -58,7 +58,7 @@ def read_text_files(checkpoint: Path, config: ModelConfig) -> TextFiles:
                 notes += tokenizer.notes
         elif path.is_file():
             if name == generation_defaults.FILE:
-                defaults, said = generation_defaults.generation_defaults(read_json(path))
+                defaults, said = generation_defaults.generation_defaults(read_json(path), config.vocab_size)
                 contents[name] = (json.dumps(defaults, indent=2) + "\n").encode()
                 notes += said
             else:

@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from qwen_build.checkpoint.files import read_bytes, read_json, read_optional_json
 from qwen_engine.errors import CheckpointError, EngineError
-from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer, panics_as
+from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from qwen_run.text.tokenizer_file import QWEN_WORDS, open_tokenizer, panics_as
 
 CONFIG_FILE, ADDED_FILE, SPECIAL_FILE = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -36,11 +37,6 @@ SWITCHES = {
     "add_prefix_space": "a text begins as tokenizer.json says",
 }
 OF_VOCABULARIES = ("add_prefix_space",)
-
-# how Qwen2Tokenizer cuts text into words
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
     content: bytes | None
     if path.is_file():
         found = read_bytes(path)
-        content, core, where = found, _load(path, found), path
+        content, core, where = found, open_tokenizer(found, path, CheckpointError, "download it again"), path
     elif (checkpoint / VOCABULARY_FILE).is_file() and (checkpoint / MERGES_FILE).is_file():
         content, core, where = None, _from_vocabulary(checkpoint), checkpoint / VOCABULARY_FILE
     else:
@@ -99,11 +95,6 @@ def _left_out(checkpoint: Path, has_file: bool) -> Iterator[str]:
             yield f"{CONFIG_FILE}: {name} is left out, {consequence}."
 
 
-def _load(path: Path, content: bytes) -> tokenizers.Tokenizer:
-    with panics_as(CheckpointError, f"{path} is no tokenizer", "download it again"):
-        return tokenizers.Tokenizer.from_buffer(content)
-
-
 def _from_vocabulary(checkpoint: Path) -> tokenizers.Tokenizer:
     """The tokenizer that Qwen2Tokenizer makes of ``vocab.json`` and ``merges.txt``."""
     vocabulary = read_json(checkpoint / VOCABULARY_FILE)
@@ -117,7 +108,7 @@ def _from_vocabulary(checkpoint: Path) -> tokenizers.Tokenizer:
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=prefixed, use_regex=False),
         ]
     )

@@ -25,7 +25,8 @@ from qwen_run.api.pending_request import PendingRequest
 from qwen_run.api.places import Places
 from qwen_run.runtime.core import CoreStatistics
 from qwen_run.runtime.engine import Engine
-from qwen_run.sampling.params import RequestOutputKind, SamplingParams
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.rules import RequestOutputKind
 from qwen_run.text.chat_template import Message
 
 _DRAIN_POLL_S = 0.01

@@ -20,7 +20,7 @@ from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_engine.whole_files import whole_directory
 from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
 from qwen_run.api.engine_config import EngineConfig
-from qwen_run.api.generate_options import GenerateOptions, in_names_of_transformers
+from qwen_run.api.generate_options import GenerateOptions, in_names_of_transformers, with_generate_options
 from qwen_run.api.llm import LLM
 from qwen_run.runtime.capacity import choose_capacity
 from qwen_run.runtime.engine import Engine
@@ -139,6 +139,7 @@ class EngineForCausalLM:
         except OSError as error:
             raise EngineError(f"{directory} cannot be written: {error.strerror}; choose another") from error
 
+    @with_generate_options
     def generate(
         self, input_ids: Any = None, attention_mask: Any = None, settings: Settings | None = None, **options: Any
     ) -> Any:
@@ -173,14 +174,14 @@ class EngineForCausalLM:
         room = self._num_new(length, asked, defaults)
         stop_ids = [token_id for token_id in eos if 0 <= token_id < manifest.model.vocab_size]
         try:
-            params = asked.sampling_params(defaults, room, stop_ids)
+            params = asked.sampling_params(defaults, length, room, stop_ids)
             seeds = [None if asked.seed is None else asked.seed + row for row in range(len(ids))]
             prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
             answers = self._answer(prompts, [replace(params, seed=seed) for seed in seeds])
         except RequestError as error:
             raise ValueError(in_names_of_transformers(str(error))) from error
         rows = np.full((len(answers), length + max(map(len, answers))), 0 if pad is None else pad, np.int64)
-        rows[:, :length] = np.repeat(ids, asked.num_return_sequences, axis=0)
+        rows[:, :length] = np.repeat(ids, params.n, axis=0)
         for row, answer in zip(rows, answers, strict=True):
             row[length : length + len(answer)] = answer
         return input_ids.new_tensor(rows) if _is_tensor(input_ids) else rows
@@ -195,7 +196,7 @@ class EngineForCausalLM:
         width = max(self.engine_config.batch_size, *(each.num_beams for each in params))
         llm = LLM(
             self.engine,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not params[0].stop,
             max_batch_size=width,
             max_batch_tokens=width + self.engine_config.prefill_chunk_size,
             max_drafts=0,

@@ -10,7 +10,7 @@ import numpy as np
 from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestMetrics, RequestOutput
 from qwen_run.runtime.request import Request, Sequence, message_of
 from qwen_run.sampling.logprobs import TokenLogprobs
-from qwen_run.sampling.params import RequestOutputKind
+from qwen_run.sampling.rules import RequestOutputKind
 from qwen_run.text.stops import TextStopper
 from qwen_run.text.tokenizer import Tokenizer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,9 @@ SETTINGS = {
         "max_new_tokens",
     )
 }
+
+# what None is called
+UNSET = {"seed": "drawn", "max_new_tokens": "open"}
 
 _CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
 
@@ -161,7 +163,7 @@ class Console:
 
 def _setting(params: SamplingParams, key: str) -> str:
     value = getattr(params, SETTINGS[key])
-    return f"{key}={'drawn' if value is None else value}"
+    return f"{key}={UNSET[key] if value is None else value}"
 
 
 class ConsoleCommand(NamedTuple):
@@ -208,7 +210,7 @@ def changed(params: SamplingParams, assignments: list[str]) -> SamplingParams:
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise RequestError(f"{key} is {text!r}, expected {expected}") from None
-    return dataclasses.replace(params, **values)
+    return params.with_options(**values)
 
 
 def completions(text: str) -> Iterator[str]:

@@ -19,7 +19,6 @@ from qwen_run.api.pending_request import PendingRequest
 from qwen_run.commands.answer_file import record_of
 from qwen_run.commands.terminal import TerminalText, visible
 from qwen_run.runtime.machine import peak_memory_bytes
-from qwen_run.sampling.params import SamplingParams
 
 MIB = 1 << 20
 
@@ -55,20 +54,20 @@ def answer_one(
     elif streams:
         shown.end()
     else:
-        shown.all(output, answering.request.params)
+        shown.all(output, answering.request.max_tokens)
     if logits_file is not None:
         _save_logits(logits_file, answering.logits)
-    if streams and (cut := cut_at(output.outputs[0], answering.request.params)):
+    if streams and (cut := cut_at(output.outputs[0], answering.request.max_tokens)):
         click.echo(f"The answer is {cut}", err=True)
     _tell(output, figures)
 
 
-def cut_at(answer: CompletionOutput, params: SamplingParams) -> str:
-    """Where an answer was cut that did not end by itself, and what to do; empty for one that did."""
+def cut_at(answer: CompletionOutput, max_tokens: int) -> str:
+    """Where an answer of at most ``max_tokens`` was cut, and what to do; empty for one that ended by itself."""
     if answer.finish_reason != "length":
         return ""
     count = len(answer.token_ids)
-    if count < params.max_tokens:
+    if count < max_tokens:
         return f"cut at {count} tokens, where the engine's room for prompt and answer ends"
     return f"cut at {count} tokens; set another limit with --max-new-tokens"
 
@@ -98,11 +97,11 @@ class _Shown:
         """End the line of what was streamed."""
         self._write("\n")
 
-    def all(self, output: RequestOutput, params: SamplingParams) -> None:
+    def all(self, output: RequestOutput, max_tokens: int) -> None:
         """Show every answer; where they are several, each below its number."""
         for number, answer in enumerate(output.outputs, start=1):
             if len(output.outputs) > 1:
-                cut = cut_at(answer, params)
+                cut = cut_at(answer, max_tokens)
                 head = f"Answer {number} of {len(output.outputs)}{f' ({cut})' if cut else ''}:"
                 self._write(f"{'' if number == 1 else chr(10)}{head}\n")
             self._write(f"{answer.text}\n")

@@ -73,9 +73,12 @@ if TYPE_CHECKING:
 @click.option("-n", "--n", "n", type=int, help="Answers to each prompt.  [default: 1]")
 @click.option("--num-beams", type=int, help="Width of a beam search.  [default: 1, off]")
 @click.option(
-    "--stop", multiple=True, metavar="TEXT", help="End an answer before this text; may be given again.  [default: none]"
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End an answer before this text; may be given again.  [default: the engine's]",
 )
-@click.option("--min-tokens", type=int, help="Tokens an answer has before it may end.  [default: 0]")
+@click.option("--min-tokens", type=int, help="Tokens an answer has before it may end.  [default: the engine's, else 0]")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Answers end at --max-new-tokens or --stop alone.")
 @click.option(
     "--logprobs", type=int, metavar="N", help="Report how likely tokens were, and the N likeliest.  [default: none]"
@@ -153,7 +156,7 @@ def _options(given: dict[str, Any]) -> RunOptions:
 
 def _checked_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of SamplingParams that options set; what is out of range is refused as the option parser does."""
-    from qwen_run.sampling.params import checked
+    from qwen_run.sampling.rules import checked
 
     fields = {}
     for name, value in sampling.items():
@@ -172,7 +175,7 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
     from qwen_run.text.text_model import TextModel
 
     model = TextModel.load(engine, asked.threads, asked.raw, asked.cache_bytes, asked.max_seq_len)
-    params = dataclasses.replace(model.defaults, **sampling)
+    params = model.defaults.with_options(**sampling)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
     if params.greedy and idle:
         click.echo(f"Note: {' and '.join(idle)} without effect at temperature 0; add --temperature.", err=True)
@@ -232,7 +235,7 @@ def _prepare(llm: LLM, prompt: FilePrompt, params: SamplingParams, asked: RunOpt
     if prompt.error is not None:
         raise RequestError(prompt.error)
     _check_not_empty(prompt.text)
-    params = dataclasses.replace(params, **prompt.params)
+    params = params.with_options(**prompt.params)
     if llm.has_template:
         messages = [{"role": "user", "content": prompt.text}] if prompt.messages is None else list(prompt.messages)
         if asked.system is not None and messages and messages[0].get("role") not in ("system", "developer"):

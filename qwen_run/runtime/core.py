@@ -75,7 +75,7 @@ class Core:
         """
         self.check(request, name)
         if request.params.num_beams > 1:
-            limits = request.params.max_tokens, self.engine.manifest.limits.max_seq_len - len(request.prompt)
+            limits = request.max_tokens, self.engine.manifest.limits.max_seq_len - len(request.prompt)
             request.beam_search = BeamSearch(request.params, request.stop_token_ids, min(limits))
         request.number = self._num_added
         self._num_added += 1
@@ -326,7 +326,7 @@ class Core:
         if token_id in request.stop_token_ids or (sequence.stopper and sequence.stopper.push(token_id)):
             return "stop"
         if (
-            sequence.num_output >= request.params.max_tokens
+            sequence.num_output >= request.max_tokens
             or len(sequence.token_ids) >= self.engine.manifest.limits.max_seq_len
         ):
             return "length"
@@ -344,7 +344,7 @@ class Core:
             raise RequestError(
                 f"num_beams is {num_beams}, expected at most the {self.options.max_batch_size} sequences of a batch"
             )
-        longest = min(len(request.prompt) + request.params.max_tokens, self.engine.manifest.limits.max_seq_len)
+        longest = min(len(request.prompt) + request.max_tokens, self.engine.manifest.limits.max_seq_len)
         if num_beams * cache.blocks_for(longest) > cache.num_blocks:
             raise RequestError(
                 f"{num_beams} beams of {longest} tokens need {num_beams * cache.blocks_for(longest)} cache blocks, "

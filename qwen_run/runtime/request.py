@@ -61,6 +61,7 @@ class Request:
         new_stopper: makes a stopper for each sequence.
         bad_words: ids of the texts that may not come.
         constraints: what bounds the answer, for its first sequence; others fork them.
+        max_tokens: most tokens of an answer, as ``params`` say for this prompt.
         prompt_logprobs: if ``params`` asks for it, of each prompt token as far as it is fed; None for the first.
         beam_search: the choice among beams.
         seed: what its random numbers are made from: that of ``params``, or one drawn for it.
@@ -76,6 +77,7 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     constraints: tuple[Constraint, ...] = ()
     seed: int = field(init=False)
+    max_tokens: int = field(init=False)
     sequences: list[Sequence] = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
     beam_search: BeamSearch | None = field(init=False, default=None)
@@ -86,6 +88,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.stop_token_ids = self.params.stop_ids(self.stop_token_ids)
+        self.max_tokens = self.params.most_tokens(len(self.prompt))
         self.seed = secrets.randbits(SEED_BITS) if self.params.seed is None else self.params.seed
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
@@ -144,7 +147,12 @@ class Sequence:
         """What sampling knows of the sequence; made of ids that :func:`check_request` has seen."""
         request = self.request
         return SamplingContext(
-            request.params, request.prompt, request.stop_token_ids, request.bad_words, request.constraints
+            request.params,
+            request.prompt,
+            request.stop_token_ids,
+            request.bad_words,
+            request.constraints,
+            request.max_tokens,
         )
 
     def fork(self, index: int, *token_ids: int) -> Sequence:
@@ -197,15 +205,21 @@ def check_request(request: Request, manifest: Manifest, name: str = "the prompt"
             f"{name} has {len(request.prompt)} tokens, the engine takes {longest} and an answer of one; "
             "shorten it, or run or build the engine with a larger --max-seq-len if its model was trained for more"
         )
+    if request.max_tokens < 1:
+        raise RequestError(
+            f"{name} has {len(request.prompt)} tokens, and max_length is {request.params.max_length} for it and the "
+            "answer together; set max_tokens, or --max-new-tokens, to what the answer may have"
+        )
     for token_id in (min(request.prompt), max(request.prompt)):
         if not 0 <= token_id < vocab_size:
             raise RequestError(
                 f"{name} holds token {token_id}, expected 0 to {vocab_size - 1}; "
                 "the tokenizer does not belong to this engine"
             )
-    if request.params.min_tokens and len(request.stop_token_ids.intersection(range(vocab_size))) == vocab_size:
+    least = request.params.least_tokens(len(request.prompt))
+    if least and len(request.stop_token_ids.intersection(range(vocab_size))) == vocab_size:
         raise RequestError(
-            f"min_tokens is {request.params.min_tokens} and each of the {vocab_size} tokens ends an answer, "
+            f"min_tokens is {least} and each of the {vocab_size} tokens ends an answer, "
             "expected one that does not; leave min_tokens out"
         )
     _ = request.sequences[0].context  # made by the thread that prepares the request, not by the engine's

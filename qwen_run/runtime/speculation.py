@@ -67,7 +67,7 @@ class Speculator:
                 lookup = self._lookups.get(sequence)
                 if lookup is None:
                     lookup = self._lookups[sequence] = PromptLookup(self._max_drafts, self._probability)
-                left = sequence.request.params.max_tokens - sequence.num_output - 1
+                left = sequence.request.max_tokens - sequence.num_output - 1
                 left = min(left, self._max_seq_len - len(sequence.token_ids) - 1)
                 guess = lookup.propose(sequence.token_ids)[: max(0, min(lookup.worthwhile(price), left, limit))]
                 limit -= len(guess)

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Self
 
 from qwen_engine.errors import RequestError, shown
-from qwen_run.sampling.custom import LogitsProcessor, is_processor
+from qwen_run.sampling.custom import LogitsProcessor
+from qwen_run.sampling.rules import MAX_NUMBER, RULES, RequestOutputKind, bias_pairs, checked, strings, token_ids
 from qwen_run.sampling.structured import StructuredOutputsParams
 
-# Limits of what one request may ask for; RULES has those that belong to one option. No vocabulary is as large as these.
-MAX_NUMBER = 2**31 - 1
-MAX_TOKEN_IDS = 2**20
-MAX_STOP_TEXTS, MAX_STOP_CHARACTERS = 64, 1024
-MAX_PROCESSORS, MAX_EXTRA_ARGS = 64, 64
-
-_ID_LISTS = ("stop_token_ids", "allowed_token_ids")
+_ID_LISTS = (
+    "stop_token_ids",
+    "allowed_token_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_eos_token_id",
+)
 
 # what transformers' GenerationConfig uses where generation_config.json is silent
 TRANSFORMERS_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "min_p": 0.0}
 
-
-class RequestOutputKind(IntEnum):
-    """What an output of a stream holds: all so far, what is new since the last, or nothing before the end."""
-
-    CUMULATIVE = 0
-    DELTA = 1
-    FINAL_ONLY = 2
+# what of generation_config.json are defaults of a request, and the option that has them
+OF_GENERATION_CONFIG = {
+    **{name: name for name in TRANSFORMERS_DEFAULTS},
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_length",
+    "min_new_tokens": "min_tokens",
+    "min_length": "min_length",
+    "stop_strings": "stop",
+    "suppress_tokens": "suppress_tokens",
+    "begin_suppress_tokens": "begin_suppress_tokens",
+    "bad_words_ids": "bad_words_ids",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "forced_bos_token_id": "forced_bos_token_id",
+    "forced_eos_token_id": "forced_eos_token_id",
+}
 
 
 @dataclass(unsafe_hash=True)
 class SamplingParams:
-    """How one request is answered. Names are vLLM's, those of beam search transformers'.
+    """How one request is answered. Names are vLLM's; those of beam search, and those from ``max_length`` on,
+    transformers'.
 
     Lists are kept as hashable tuples; None stands for none. A value is checked when it is set, and values that exclude
     each other when they are given together or a request is made; a request keeps those it was made with.
@@ -44,7 +54,7 @@ class SamplingParams:
         top_k: 0 is off.
         repetition_penalty: of tokens in the prompt or the answer; 1 is off (arXiv 1909.05858, section 4.1).
         seed: what the random numbers of this request are made from; None draws one, which the result tells.
-        max_tokens: most tokens of an answer; None for as many as the engine's length leaves.
+        max_tokens: most tokens of an answer; None for ``max_length``, or as many as the engine has room for.
         min_p: least probability of a token, as a share of the likeliest token's; 0 is off.
         presence_penalty: taken from the logits of tokens that are in the answer.
         frequency_penalty: taken from the logit of a token for each time it is in the answer.
@@ -73,6 +83,14 @@ class SamplingParams:
         thinking_token_budget: tokens after which thinking is brought to its end; None for no such bound.
         structured_outputs: the form of an answer, a StructuredOutputsParams or an object with its fields.
         cache_salt: prompts share what is in the cache with those of the same salt alone.
+        max_length: most tokens of prompt and answer together, where ``max_tokens`` is None.
+        min_length: tokens that prompt and answer have before a token may end it, where ``min_tokens`` is 0.
+        suppress_tokens: tokens that do not come.
+        begin_suppress_tokens: tokens that do not begin an answer.
+        bad_words_ids: sequences of tokens that do not come, not even where the prompt begins them.
+        no_repeat_ngram_size: no so many tokens in a row come twice in prompt and answer; 0 is off.
+        forced_bos_token_id: what follows a prompt of one token.
+        forced_eos_token_id: the only tokens, one or several, that may be the last of ``max_tokens``.
 
     Raises:
         RequestError: a value is out of range, or excludes another; the message says which and what it may be.
@@ -83,7 +101,7 @@ class SamplingParams:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    max_tokens: int = 512  # None, when it is set, becomes MAX_NUMBER
+    max_tokens: int | None = 512
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -111,6 +129,14 @@ class SamplingParams:
     thinking_token_budget: int | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     cache_salt: str | None = None
+    max_length: int | None = None
+    min_length: int = 0
+    suppress_tokens: Collection[int] = ()
+    begin_suppress_tokens: Collection[int] = ()
+    bad_words_ids: Collection[Sequence[int]] = ()
+    no_repeat_ngram_size: int = 0
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | Collection[int] | None = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in RULES:
@@ -118,9 +144,9 @@ class SamplingParams:
         object.__setattr__(self, name, checked(name, value))
 
     def __post_init__(self) -> None:
-        for excluded, message in CONTRADICTIONS:
-            if excluded(self):
-                raise RequestError(message.format_map({name: shown(value) for name, value in vars(self).items()}))
+        for rule in CONTRADICTIONS:
+            if rule.excluded(self):
+                raise RequestError(rule.message.format_map({name: shown(value) for name, value in vars(self).items()}))
 
     @property
     def greedy(self) -> bool:
@@ -129,17 +155,22 @@ class SamplingParams:
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
         """``logit_bias`` as pairs of token id and bias, ids rising."""
-        return _bias_pairs(self.logit_bias)
+        return bias_pairs(self.logit_bias)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as a tuple."""
-        return _strings(self.stop)
+        return strings(self.stop)
 
     @property
     def bad_word_texts(self) -> tuple[str, ...]:
         """``bad_words`` as a tuple."""
-        return _strings(self.bad_words)
+        return strings(self.bad_words)
+
+    @property
+    def forced_last(self) -> tuple[int, ...]:
+        """``forced_eos_token_id`` as a tuple."""
+        return token_ids(self.forced_eos_token_id)
 
     def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """The tokens that end an answer of a model whose ends of sequence are ``eos_token_ids``."""
@@ -151,10 +182,39 @@ class SamplingParams:
         Raises:
             RequestError: ``logit_bias`` or a list of ids names a token that the model does not have.
         """
-        named = ("logit_bias", dict(self.biases)), *((name, getattr(self, name) or ()) for name in _ID_LISTS)
+        named: list[tuple[str, Collection[int]]] = [(name, getattr(self, name) or ()) for name in _ID_LISTS]
+        named += [("logit_bias", dict(self.biases)), *(("bad_words_ids", word) for word in self.bad_words_ids)]
+        named += [("forced_bos_token_id", () if self.forced_bos_token_id is None else (self.forced_bos_token_id,))]
         for name, ids in named:
             if max(ids, default=0) >= vocab_size:
                 raise RequestError(f"{name} holds token {max(ids)}, expected 0 to {vocab_size - 1}")
+
+    def most_tokens(self, prompt_length: int) -> int:
+        """Most tokens of the answer to a prompt of ``prompt_length``; less than 1 where ``max_length`` leaves none."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return MAX_NUMBER if self.max_length is None else self.max_length - prompt_length
+
+    def least_tokens(self, prompt_length: int) -> int:
+        """Tokens that the answer to a prompt of ``prompt_length`` has before a token may end it."""
+        return self.min_tokens or max(0, self.min_length - prompt_length)
+
+    def with_options(self, **given: Any) -> Self:
+        """These as the defaults of a request that says ``given``, for which they give way where both cannot be.
+
+        Raises:
+            RequestError: a value is out of range, or ``given`` exclude each other.
+        """
+        off = {each.name: each.default for each in fields(self)}
+        values: dict[str, Any] = {partner: off[partner] for name, partner in REPLACED.items() if name in given} | given
+        for rule in CONTRADICTIONS:
+            if rule.gives_way is not None and rule.gives_way not in given:
+                merged = copy(self)
+                for name, value in values.items():
+                    setattr(merged, name, value)
+                if rule.excluded(merged):
+                    values[rule.gives_way] = rule.instead(merged)
+        return replace(self, **values)
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> Self:
@@ -162,214 +222,78 @@ class SamplingParams:
 
         Without ``do_sample`` the temperature is 0; what chooses among tokens is kept for a user who sets one.
         """
-        given = {name: config[name] for name in TRANSFORMERS_DEFAULTS if config.get(name) is not None}
+        given = {to: config[name] for name, to in OF_GENERATION_CONFIG.items() if config.get(name) is not None}
         values = {**TRANSFORMERS_DEFAULTS, **given}
         if not config.get("do_sample"):
             values["temperature"] = 0.0
-        if config.get("max_new_tokens") is not None:
-            values["max_tokens"] = config["max_new_tokens"]
-        return cls(**values)
+        if "max_length" in given and "max_tokens" not in given:
+            values["max_tokens"] = None
+        least = values.pop("min_tokens", 0)
+        most = cls(**values).max_tokens
+        return cls(**values, min_tokens=least if most is None else min(least, most))
 
 
-class FieldRule(NamedTuple):
-    """What an option may be. ``normal`` makes what users write into what is kept; ``allowed`` sees the latter."""
+class Contradiction(NamedTuple):
+    """Options that make no sense together, and the message about it.
 
-    expected: str
-    allowed: Callable[[Any], bool]
-    normal: Callable[[Any], Any] = lambda value: value
-
-
-def checked(name: str, value: Any) -> Any:
-    """``value`` of one option as :class:`SamplingParams` keeps it, whatever the other options are.
-
-    Raises:
-        RequestError: it is out of range.
+    ``gives_way`` is the one of them that a checkpoint may set: where a request asks for the other, it becomes
+    ``instead``.
     """
-    rule = RULES[name]
-    try:
-        kept = rule.normal(value)
-        if rule.allowed(kept):  # NaN is in no range
-            return kept
-    except (TypeError, ValueError, AttributeError, OverflowError):
-        pass
-    raise RequestError(f"{name} is {shown(value)}, expected {rule.expected}")
+
+    excluded: Callable[[SamplingParams], bool]
+    message: str
+    gives_way: str | None = None
+    instead: Callable[[SamplingParams], Any] = lambda params: ()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(expected: str, low: float, high: float) -> FieldRule:
-    return FieldRule(expected, lambda value: _is_number(value) and low <= value <= high)
-
-
-def _whole(expected: str, low: int, high: int = MAX_NUMBER) -> FieldRule:
-    return FieldRule(expected, lambda value: _is_whole(value) and low <= value <= high)
-
-
-def _switch() -> FieldRule:
-    return FieldRule("True or False", lambda value: isinstance(value, bool))
-
-
-def _whole_or_none(expected: str, high: int = MAX_NUMBER) -> FieldRule:
-    return FieldRule(f"None or {expected}", lambda value: value is None or (_is_whole(value) and 0 <= value <= high))
-
-
-def _bias_pairs(value: Any) -> tuple[tuple[int, float], ...]:
-    pairs = dict(value or ()).items()
-    return tuple(sorted((int(key) if isinstance(key, str) else key, bias) for key, bias in pairs))  # JSON's keys
-
-
-def _is_token_id(value: Any) -> bool:
-    return _is_whole(value) and 0 <= value <= MAX_NUMBER
-
-
-def _is_bias(pair: tuple[Any, Any]) -> bool:
-    token_id, bias = pair
-    return _is_token_id(token_id) and _is_number(bias) and -100 <= bias <= 100
-
-
-def _is_stop_text(value: Any) -> bool:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_STOP_CHARACTERS:
-        return False
-    value.encode()  # a lone surrogate, which JSON can write, is a UnicodeEncodeError, a ValueError
-    return True
-
-
-def _texts(longest: int) -> FieldRule:
-    return FieldRule(
-        f"at most {MAX_STOP_TEXTS} texts of 1 to {longest} characters, none of them a lone surrogate",
-        lambda texts: len(texts) <= MAX_STOP_TEXTS and all(map(_is_stop_text, texts)),
-        _strings,
-    )
-
-
-def _kind(value: Any) -> Any:
-    return RequestOutputKind(value) if _is_whole(value) else value
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-RULES = {
-    "temperature": FieldRule(
-        "0 (greedy) or from 1e-6 to 100", lambda value: _is_number(value) and (value == 0 or 1e-6 <= value <= 100)
-    ),
-    "top_p": _number("a number from 0 to 1", 0, 1),
-    "top_k": _whole("a whole number, 0 (off) or more", 0),
-    "repetition_penalty": _number("a number from 0.01 to 100", 0.01, 100),
-    "seed": _whole_or_none("a whole number from 0 to 2^64 - 1", 2**64 - 1),
-    "max_tokens": FieldRule(
-        "a whole number, 1 or more, or None for what is left",
-        lambda value: _is_whole(value) and 1 <= value <= MAX_NUMBER,
-        lambda value: MAX_NUMBER if value is None else value,
-    ),
-    "min_p": _number("a number from 0 to 1", 0, 1),
-    "presence_penalty": _number("a number from -2 to 2", -2, 2),
-    "frequency_penalty": _number("a number from -2 to 2", -2, 2),
-    "logit_bias": FieldRule(
-        f"at most {MAX_TOKEN_IDS} token ids from 0 to {MAX_NUMBER}, each with a number from -100 to 100",
-        lambda pairs: len(pairs) <= MAX_TOKEN_IDS and all(map(_is_bias, pairs)),
-        _bias_pairs,
-    ),
-    "n": _whole("a whole number from 1 to 1024", 1, 1024),
-    "stop": _texts(MAX_STOP_CHARACTERS),
-    "stop_token_ids": FieldRule(
-        f"at most {MAX_TOKEN_IDS} token ids from 0 to {MAX_NUMBER}",
-        lambda ids: len(ids) <= MAX_TOKEN_IDS and all(map(_is_token_id, ids)),
-        lambda value: tuple(value or ()),
-    ),
-    "include_stop_str_in_output": _switch(),
-    "ignore_eos": _switch(),
-    "min_tokens": _whole("a whole number, 0 (off) or more", 0),
-    "logprobs": _whole_or_none("a whole number, 0 or more"),
-    "prompt_logprobs": _whole_or_none("a whole number, 0 or more"),
-    "num_beams": _whole("a whole number from 1 (off) to 128", 1, 128),
-    "length_penalty": _number("a number from -5 to 5", -5, 5),
-    "early_stopping": FieldRule("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
-    "bad_words": _texts(MAX_STOP_CHARACTERS),
-    "allowed_token_ids": FieldRule(
-        "None or token ids, at least one",
-        lambda ids: ids is None or (0 < len(ids) <= MAX_TOKEN_IDS and all(map(_is_token_id, ids))),
-        lambda value: None if value is None else tuple(value),
-    ),
-    "skip_special_tokens": _switch(),
-    "spaces_between_special_tokens": _switch(),
-    "detokenize": _switch(),
-    "truncate_prompt_tokens": FieldRule(
-        "None, -1 (what the engine takes) or a whole number, 1 or more",
-        lambda value: value is None or (_is_whole(value) and (value == -1 or 1 <= value <= MAX_NUMBER)),
-    ),
-    "logits_processors": FieldRule(
-        f"at most {MAX_PROCESSORS} functions of (answer's ids, logits) or (prompt's ids, answer's ids, logits)",
-        lambda functions: len(functions) <= MAX_PROCESSORS and all(map(is_processor, functions)),
-        lambda value: tuple(value or ()),
-    ),
-    "output_kind": FieldRule(
-        "a RequestOutputKind", lambda value: isinstance(value, RequestOutputKind), lambda value: _kind(value)
-    ),
-    "extra_args": FieldRule(
-        f"None or at most {MAX_EXTRA_ARGS} values by name",
-        lambda value: value is None or (len(value) <= MAX_EXTRA_ARGS and all(isinstance(name, str) for name in value)),
-        lambda value: None if value is None else dict(value.items()),
-    ),
-    "thinking_token_budget": _whole_or_none("a whole number, 0 or more"),
-    "structured_outputs": FieldRule(
-        "None or a StructuredOutputsParams", lambda value: True, StructuredOutputsParams.of
-    ),
-    "cache_salt": FieldRule(
-        f"None or a text of 1 to {MAX_STOP_CHARACTERS} characters, none of them a lone surrogate",
-        lambda value: value is None or _is_stop_text(value),
-    ),
-}
-
-# what of two or more options makes no sense together, and the message about it
-CONTRADICTIONS: tuple[tuple[Callable[[SamplingParams], bool], str], ...] = (
-    (
-        lambda params: params.min_tokens > params.max_tokens,
+CONTRADICTIONS = (
+    Contradiction(
+        lambda params: params.max_tokens is not None and params.min_tokens > params.max_tokens,
         "min_tokens is {min_tokens}, expected at most max_tokens, which is {max_tokens}",
+        "min_tokens",
+        lambda params: params.max_tokens,
     ),
-    (
+    Contradiction(
         lambda params: params.num_beams > 1 and not params.greedy,
         "num_beams is {num_beams} at temperature {temperature}: beam search draws nothing; set temperature to 0",
     ),
-    (
+    Contradiction(
         lambda params: params.num_beams > 1 and params.n > params.num_beams,
         "n is {n}, expected at most num_beams, which is {num_beams}",
     ),
-    (
+    Contradiction(
         lambda params: params.num_beams > 1 and params.logprobs is not None,
         "logprobs is {logprobs} with num_beams {num_beams}: beam search reports scores only; leave one out",
     ),
-    (
+    Contradiction(
         lambda params: params.num_beams > 1 and bool(params.stop),
         "stop is {stop} with num_beams {num_beams}: beam search ends at tokens only; use stop_token_ids",
+        "stop",
     ),
-    (
+    Contradiction(
         lambda params: params.num_beams == 1 and (params.length_penalty != 1 or params.early_stopping is not False),
         "length_penalty is {length_penalty} and early_stopping {early_stopping} without beam search; "
         "set num_beams to 2 or more",
     ),
-    (
+    Contradiction(
         lambda params: bool(params.stop) and not params.detokenize,
         "stop is {stop} with detokenize False: stop texts are found in the text; leave one out",
+        "stop",
     ),
-    (
+    Contradiction(
         lambda params: params.structured_outputs is not None and (params.num_beams > 1 or params.ignore_eos),
         "structured_outputs are given with num_beams {num_beams} and ignore_eos {ignore_eos}: such an answer is "
         "sampled, and ends by itself; leave them out",
     ),
-    (
+    Contradiction(
         lambda params: params.num_beams > 1 and params.thinking_token_budget is not None,
         "thinking_token_budget is {thinking_token_budget} with num_beams {num_beams}; leave one out",
     ),
-    (
+    Contradiction(
         lambda params: params.num_beams > 1 and bool(params.allowed_token_ids or params.logits_processors),
         "allowed_token_ids or logits_processors are given with num_beams {num_beams}; leave one out",
     ),
 )
+
+# an option that a request gives -> the checkpoint's other word for the same, which then is off
+REPLACED = {"max_tokens": "max_length", "min_tokens": "min_length"}

@@ -17,6 +17,8 @@ from qwen_engine.errors import EngineError
 from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.custom import apply_processors, forbidden_tokens
 from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.rules import MAX_NUMBER
+from qwen_run.sampling.token_rules import TokenRules
 
 # values of which the largest stands for all when the k-th largest of many is looked for: three times as quick
 GROUP_SIZE = 32
@@ -39,6 +41,7 @@ class SamplingContext:
         stop_token_ids: Collection[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
         constraints: Sequence[Constraint] = (),
+        max_tokens: int = MAX_NUMBER,
     ) -> None:
         """The context of a sequence that begins with ``prompt``.
 
@@ -46,12 +49,14 @@ class SamplingContext:
             stop_token_ids: what may not come before the answer has ``params.min_tokens`` tokens.
             bad_words: ids of ``params.bad_words``.
             constraints: this sequence's own.
+            max_tokens: most tokens of the answer.
         """
         self.num_prompt, self.num_output = len(prompt), 0
         self._counts_tokens = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
-        self._min_tokens = params.min_tokens
+        self._min_tokens = params.least_tokens(len(prompt))
+        self._rules = TokenRules(params, prompt, stop_token_ids, max_tokens)
         self.stop_token_ids = np.array(sorted(stop_token_ids), np.int64)
         self.bias_ids = np.array([token_id for token_id, _ in params.biases], np.int64)
         self.biases = np.array([bias for _, bias in params.biases], np.float32)
@@ -95,7 +100,13 @@ class SamplingContext:
             or self.bad_words
             or self.processors
             or self.constraints
+            or self._rules.is_active
         )
+
+    def apply_rules(self, scores: NDArray[np.float32]) -> None:
+        """Change ``scores`` (vocab_size,) as the rules of the checkpoint's ``generation_config.json`` do."""
+        if self._rules.is_active:
+            self._rules.apply(scores)
 
     def append(self, token_id: int) -> None:
         """Note the next token of the answer."""
@@ -104,6 +115,7 @@ class SamplingContext:
             constraint.append(token_id)
         if self.bad_words or self.processors:
             self.output.append(token_id)
+        self._rules.append(token_id)
         if not self._counts_tokens:
             return
         slot = self._slots.setdefault(token_id, len(self._slots))
@@ -119,6 +131,7 @@ class SamplingContext:
         copy.__dict__.update(self.__dict__)
         copy.output = self.output.copy()
         copy.constraints = tuple(constraint.fork() for constraint in self.constraints)
+        copy._rules = self._rules.fork()
         if self._counts_tokens:
             copy._slots = self._slots.copy()
             copy._token_ids, copy._counts = self._token_ids.copy(), self._counts.copy()
@@ -155,6 +168,7 @@ def process(logits: NDArray[np.float32], params: SamplingParams, context: Sampli
         scores[ids[(ids >= 0) & (ids < len(scores))]] = -np.inf
     if context.bad_words:
         scores[forbidden_tokens(context.bad_words, context.output)] = -np.inf
+    context.apply_rules(scores)
     for bound in (context.allowed_ids, *(constraint.allowed() for constraint in context.constraints)):
         if bound is not None:
             allowed = scores[bound]

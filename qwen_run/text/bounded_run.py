@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 CPU_S = 5  # a template takes a millisecond
 WALL_S = 60.0  # also where the machine has other work
-MEMORY_BYTES = 256 << 20  # beside what the process has
+MEMORY_BYTES = 256 << 20  # beside what the process has, where nothing else is said
 OUTPUT_BYTES = 1 << 20
 
 _FAILED = 1  # exit status where the function raised
@@ -24,7 +25,7 @@ class BoundsError(Exception):
     """The function took more time or memory, or gave more text, than it may."""
 
 
-def run_bounded(function: Callable[[], str]) -> str | None:
+def run_bounded(function: Callable[[], str], memory_bytes: int = MEMORY_BYTES) -> str | None:
     """What ``function`` returns; None where it raises. Without forks (Windows, macOS) it runs in this process.
 
     Raises:
@@ -41,7 +42,7 @@ def run_bounded(function: Callable[[], str]) -> str | None:
         child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_and_exit(function, writer)
+        _run_and_exit(function, writer, memory_bytes)
     os.close(writer)
     try:
         output = _read_all(reader)
@@ -54,15 +55,17 @@ def run_bounded(function: Callable[[], str]) -> str | None:
     if status == _FAILED:
         return None
     if status:
-        raise BoundsError(f"more than {CPU_S} s or {MEMORY_BYTES >> 20} MiB")
+        raise BoundsError(f"more than {CPU_S} s or {memory_bytes >> 20} MiB")
     return output.decode("utf-8", "surrogatepass")
 
 
-def _run_and_exit(function: Callable[[], str], writer: int) -> None:
+def _run_and_exit(function: Callable[[], str], writer: int, memory_bytes: int) -> None:
     """In the child: write what ``function`` returns, and end."""
     status = _FAILED
     try:
-        _limit_resources()
+        faulthandler.disable()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native code complains there before it aborts
+        _limit_resources(memory_bytes)
         output = function().encode("utf-8", "surrogatepass")[: OUTPUT_BYTES + 1]
         while output:
             output = output[os.write(writer, output) :]
@@ -75,14 +78,14 @@ def _run_and_exit(function: Callable[[], str], writer: int) -> None:
         os._exit(status)
 
 
-def _limit_resources() -> None:
+def _limit_resources(memory_bytes: int) -> None:
     import resource
 
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
     with contextlib.suppress(OSError, ValueError):  # a limit that is lower already stays
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        most = pages * resource.getpagesize() + MEMORY_BYTES
+        most = pages * resource.getpagesize() + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 

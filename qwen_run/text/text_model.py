@@ -189,7 +189,8 @@ class TextModel:
         Returns:
             The ids, and how many turns are left out of them. The last question always stays.
         """
-        room, dropped = min(params.max_tokens, self.max_seq_len // 4), 0
+        quarter = self.max_seq_len // 4
+        room, dropped = quarter if params.max_tokens is None else min(params.max_tokens, quarter), 0
         while True:
             ids = self.encode_chat(conversation.messages, **variables)
             if len(ids) + room <= self.max_seq_len or conversation.num_questions < 2:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
-from qwen_engine.errors import EngineError, QwenError, RequestError
+from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.regular_files import read_regular
 from qwen_run.runtime.native_calls import NATIVE_CALLS
 from qwen_run.text.control_texts import ControlTexts
+from qwen_run.text.tokenizer_file import MOST_BYTES, open_tokenizer, panics_as
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -68,20 +68,19 @@ class Tokenizer:
         """Read the tokenizer of an engine.
 
         Raises:
-            EngineError: ``tokenizer.json`` is missing or cannot be read.
+            EngineError: ``tokenizer.json`` is missing, cannot be read, or takes too much time or memory.
         """
         path = engine_directory / TOKENIZER_FILE
         remedy = "download it again and build the engine again"
         try:
-            content = read_regular(path)
+            content = read_regular(path, MOST_BYTES)
         except FileNotFoundError:
             raise EngineError(
                 f"{path} does not exist; build the engine from a checkpoint that has {TOKENIZER_FILE}"
             ) from None
         except OSError as error:
             raise EngineError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
-        with panics_as(EngineError, f"{path} is no tokenizer", remedy):
-            return cls(tokenizers.Tokenizer.from_buffer(content))
+        return cls(open_tokenizer(content, path, EngineError, remedy))
 
     @property
     def vocab_size(self) -> int:
@@ -163,19 +162,6 @@ class Tokenizer:
             return bytes(BYTES_OF_CHARACTERS[character] for character in token)
         except KeyError:  # an added token in plain letters
             return token.encode()
-
-
-@contextmanager
-def panics_as(kind: type[QwenError], what: str, remedy: str) -> Iterator[None]:
-    """Turn what tokenizers raises into an error of ``kind``: bare Exception, and PanicException, which is none."""
-    try:
-        yield
-    except QwenError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise kind(f"{what}: {' '.join(str(error).split())}; {remedy}") from error
 
 
 class StreamDecoder:

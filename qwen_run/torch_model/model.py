@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qwen_engine.manifest import ModelSizes
 from qwen_run.api.causal_lm import Config, EngineForCausalLM
+from qwen_run.api.generate_options import with_generate_options
 from qwen_run.runtime.engine import Engine
 from qwen_run.torch_model.loading import EngineArguments
 from qwen_run.torch_model.paged_cache import PagedCache
@@ -167,6 +168,7 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
         return output if return_dict is not False else output.to_tuple()
 
+    @with_generate_options
     def generate(self, inputs: Any = None, attention_mask: Any = None, **options: Any) -> Any:
         """Continue every row, with all arguments of transformers' ``generate``.
 

@@ -13,9 +13,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from cases.configs import PUBLISHED
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.text_files import read_text_files
-from qwen_build.checkpoint.tokenizer_files import WORDS, engine_tokenizer
+from qwen_build.checkpoint.tokenizer_files import engine_tokenizer
 from qwen_engine.errors import CheckpointError
 from qwen_run.text.tokenizer import BYTES_OF_CHARACTERS
+from qwen_run.text.tokenizer_file import QWEN_WORDS
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("i", "m")]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -32,7 +33,7 @@ def whole_tokenizer() -> Tokenizer:
     core = Tokenizer(models.BPE(vocabulary(), MERGES))
     core.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"), byte_level])
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     return core

@@ -2,6 +2,8 @@
 
 import dataclasses
 import doctest
+import inspect
+import pydoc
 import warnings
 from pathlib import Path
 
@@ -324,6 +326,13 @@ def test_quantizations_are_the_builders():
     from qwen_build.quantization.scheme_table import SCHEMES
 
     assert set(QUANTS) == set(SCHEMES)
+
+
+def test_help_shows_every_option_of_generate():
+    shown = inspect.signature(QwenForCausalLM.generate).parameters
+    options = [field.name for field in dataclasses.fields(generate_options.GenerateOptions)]
+    assert list(shown) == ["self", "input_ids", "attention_mask", *options]
+    assert "max_new_tokens: 'int | None' = None" in pydoc.render_doc(QwenForCausalLM.generate).replace("\n", " ")
 
 
 def test_options_have_the_names_of_transformers_in_messages_too(tiny_checkpoint, build_engine):

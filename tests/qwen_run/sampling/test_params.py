@@ -6,11 +6,11 @@ import re
 import pytest
 
 from qwen_engine.errors import RequestError
-from qwen_run.sampling.params import (
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.rules import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_TEXTS,
     RULES,
-    SamplingParams,
     checked,
 )
 
@@ -30,7 +30,10 @@ def test_every_option_has_a_rule_and_every_default_keeps_it():
         ("top_p", 1.1), ("top_p", -0.1), ("top_k", -1), ("top_k", 2.5), ("top_k", True),
         ("repetition_penalty", 0), ("repetition_penalty", float("inf")),
         ("repetition_penalty", 1e-46), ("repetition_penalty", 1e300), ("seed", -1), ("seed", 2**64), ("seed", "1"),
-        ("max_tokens", 0), ("max_tokens", 1.0), ("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan")),
+        ("max_tokens", 0), ("max_tokens", 1.0), ("max_length", 0), ("min_length", -1), ("no_repeat_ngram_size", -1),
+        ("suppress_tokens", 5), ("begin_suppress_tokens", [-1]), ("bad_words_ids", [5]), ("bad_words_ids", [[]]),
+        ("bad_words_ids", [[1] * 257]), ("forced_bos_token_id", [1]), ("forced_eos_token_id", ["1"]),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan")),
         ("presence_penalty", 2.1), ("presence_penalty", "1"), ("frequency_penalty", -2.1),
         ("logit_bias", {3: 101}), ("logit_bias", {3: float("nan")}), ("logit_bias", {-1: 1}), ("logit_bias", {"x": 1}),
         ("logit_bias", {1.5: 1}), ("logit_bias", {3: None}), ("logit_bias", [3]), ("logit_bias", 3),
@@ -81,7 +84,7 @@ def test_no_number_and_no_list_is_without_bounds(name):
 
 
 def test_lists_have_a_most_length(monkeypatch):
-    monkeypatch.setattr("qwen_run.sampling.params.MAX_TOKEN_IDS", 100)
+    monkeypatch.setattr("qwen_run.sampling.rules.MAX_TOKEN_IDS", 100)
     for name, most, item in (("stop", MAX_STOP_TEXTS, "x"), ("stop_token_ids", 100, 7), ("logit_bias", 100, None)):
         longest = [item] * most if item else [(i, 1.0) for i in range(most)]
         SamplingParams(**{name: longest})
@@ -140,7 +143,40 @@ def test_tokens_the_model_does_not_have():
          SamplingParams(0.7, 0.8, 20, 1.05)),
         ({"do_sample": True, "top_k": 0, "top_p": None, "max_new_tokens": 2048}, SamplingParams(1.0, max_tokens=2048)),
         ({"do_sample": True, "top_k": 0, "min_p": 0.1}, SamplingParams(1.0, min_p=0.1)),
+        ({"max_length": 30}, SamplingParams(0, top_k=50, max_tokens=None, max_length=30)),
+        ({"max_length": 30, "max_new_tokens": 9}, SamplingParams(0, top_k=50, max_tokens=9, max_length=30)),
+        ({"min_new_tokens": 600}, SamplingParams(0, top_k=50, min_tokens=512)),
+        ({"stop_strings": ["x"], "min_new_tokens": 3, "bad_words_ids": [[1, 2]], "forced_eos_token_id": 4},
+         SamplingParams(0, top_k=50, stop="x", min_tokens=3, bad_words_ids=((1, 2),), forced_eos_token_id=(4,))),
     ],
 )  # fmt: skip
 def test_generation_config(config, expected):
     assert SamplingParams.from_generation_config(config) == expected
+
+
+def test_what_a_request_says_goes_before_the_defaults_that_it_excludes():
+    defaults = SamplingParams(
+        0, max_tokens=None, max_length=30, min_tokens=20, min_length=9, stop="x", suppress_tokens=[3]
+    )
+    for given, expected in (
+        ({}, {}),
+        ({"max_tokens": 5}, {"max_tokens": 5, "max_length": None, "min_tokens": 5}),
+        ({"max_tokens": 25}, {"max_tokens": 25, "max_length": None}),
+        ({"min_tokens": 0}, {"min_tokens": 0, "min_length": 0}),
+        ({"num_beams": 3}, {"num_beams": 3, "stop": ()}),
+        ({"detokenize": False}, {"detokenize": False, "stop": ()}),
+        ({"stop": None}, {"stop": ()}),
+        ({"suppress_tokens": []}, {"suppress_tokens": ()}),
+    ):
+        assert defaults.with_options(**given) == dataclasses.replace(defaults, **expected)
+    for given in ({"max_tokens": 5, "min_tokens": 6}, {"num_beams": 3, "stop": "y"}, {"temperature": -1}):
+        with pytest.raises(RequestError, match=f"^{list(given)[-1]} is "):
+            defaults.with_options(**given)
+
+
+def test_lengths_of_prompt_and_answer_together():
+    params = SamplingParams(max_tokens=None, max_length=30, min_length=10)
+    assert (params.most_tokens(12), params.least_tokens(4), params.least_tokens(12)) == (18, 6, 0)
+    assert dataclasses.replace(params, max_tokens=7).most_tokens(12) == 7
+    assert dataclasses.replace(params, min_tokens=2).least_tokens(4) == 2
+    assert SamplingParams(max_tokens=None).most_tokens(12) > 2**30
