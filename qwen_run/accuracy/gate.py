@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_engine.errors import RequestError
+from qwen_engine.regular_files import read_regular
 from qwen_run.accuracy.metrics import METRIC_NAMES, Metric
 
 Kind = Literal["at_most", "at_least"]
@@ -179,7 +180,7 @@ def load_thresholds(path: Path) -> tuple[Threshold, ...]:
             metric that does not exist.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_regular(path, _MOST_BYTES).decode())
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}; choose another --thresholds") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -190,6 +191,7 @@ def load_thresholds(path: Path) -> tuple[Threshold, ...]:
     return thresholds
 
 
+_MOST_BYTES = 1 << 20  # of a file of thresholds
 _EXAMPLE = '"original.kl_mean" = { at_most = 0.01, reason = "why" }'
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from qwen_engine import strict_json
 from qwen_engine.errors import RequestError
+from qwen_engine.regular_files import read_regular
 from qwen_run.accuracy.gate import Verdict
 from qwen_run.accuracy.metrics import Metric
 from qwen_run.accuracy.number_words import format_value
@@ -242,7 +243,7 @@ class Report:
             RequestError: it cannot be read, or as :meth:`from_json` says.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode()
         except OSError as error:
             raise RequestError(f"{path} cannot be read: {error.strerror}; give a report.json") from error
         except UnicodeDecodeError as error:

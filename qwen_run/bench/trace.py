@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from qwen_engine.errors import RequestError
+from qwen_engine.regular_files import read_regular
 
 SAMPLE_TRACE = Path(__file__).parent / "data" / "sample_trace.csv"
 
@@ -43,20 +45,21 @@ def read_trace(path: Path, most: int | None = None) -> list[Arrival]:
         RequestError: the file cannot be read, lacks a column or a request, or holds something else than numbers.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            found = reader.fieldnames or ()
-            columns = next((names for names in COLUMNS if set(names) <= set(found)), None)
-            if columns is None:
-                wanted = " or ".join(",".join(names) for names in COLUMNS)
-                raise RequestError(f"{path} has columns {','.join(found)[:80]!r}, expected {wanted}")
-            arrivals: list[Arrival] = []
-            for row in reader:
-                if len(arrivals) == most:
-                    break
-                arrivals.append(_arrival([row[name] for name in columns], f"{path}:{reader.line_num}"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from error
+        reader = csv.DictReader(io.StringIO(read_regular(path).decode("utf-8-sig"), newline=""))
+        found = reader.fieldnames or ()
+        columns = next((names for names in COLUMNS if set(names) <= set(found)), None)
+        if columns is None:
+            wanted = " or ".join(",".join(names) for names in COLUMNS)
+            raise RequestError(f"{path} has columns {','.join(found)[:80]!r}, expected {wanted}")
+        arrivals: list[Arrival] = []
+        for row in reader:
+            if len(arrivals) == most:
+                break
+            arrivals.append(_arrival([row[name] for name in columns], f"{path}:{reader.line_num}"))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}; choose another --trace") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"{path} is no CSV in UTF-8: {error}; choose another --trace") from error
     if not arrivals:
         raise RequestError(f"{path} has no requests, expected one a line")
     arrivals.sort(key=lambda arrival: arrival.arrived_s)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import click
 
 from qwen_engine.errors import RequestError
+from qwen_engine.regular_files import MOST_BYTES, read_regular
 from qwen_run.commands.answer_file import AnswerFile, AnswerStream, key_of
 from qwen_run.commands.prompt_file import FilePrompt
 from qwen_run.commands.run_options import RunOptions
@@ -42,13 +43,13 @@ def _piped() -> bytes:
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except OSError:  # no file, but an object of a program's
-        return sys.stdin.buffer.read()
+        return _read_stdin()
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         if not select.select([sys.stdin], [], [], SILENCE_S)[0]:
             click.echo("Waiting for the end of standard input; < /dev/null does without it.", err=True)
     elif not stat.S_ISREG(mode):
         return b""
-    return sys.stdin.buffer.read()
+    return _read_stdin()
 
 
 def read_schema(name: str) -> StructuredOutputsParams:
@@ -65,11 +66,19 @@ def read_schema(name: str) -> StructuredOutputsParams:
 
 def _read_bytes(name: str, option: str = "--input-file") -> bytes:
     if name == "-":
-        return sys.stdin.buffer.read()
+        return _read_stdin()
     try:
-        return Path(name).read_bytes()
+        return read_regular(Path(name))
     except OSError as error:
-        raise RequestError(f"{name} cannot be read: {error.strerror}; choose another {option}") from error
+        piped = f", or {option} - < {name}" if Path(name).is_fifo() else ""
+        raise RequestError(f"{name} cannot be read: {error.strerror}; choose another {option}{piped}") from error
+
+
+def _read_stdin() -> bytes:
+    content = sys.stdin.buffer.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise RequestError(f"standard input has more than {MOST_BYTES} bytes; give it in several parts")
+    return content
 
 
 def check_written(engine: Path, asked: RunOptions) -> None:

@@ -1,4 +1,4 @@
-"""The operators of an ONNX file and the tensors they read, without onnx: a reader of the few protobuf fields needed.
+"""The operators of an ONNX file and the tensors they read, without onnx.
 
 Numbers of fields are those of onnx.proto. ONNX Runtime has no way to ask a session for its operators.
 """
@@ -6,12 +6,12 @@ Numbers of fields are those of onnx.proto. ONNX Runtime has no way to ask a sess
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_engine.errors import EngineError
 from qwen_engine.regular_files import read_regular
+from qwen_run.engine_files.protobuf import fields, varints
 
 # TensorProto.DataType
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
@@ -57,8 +57,8 @@ def read_graph(path: Path) -> OnnxGraph:
         EngineError: it cannot be read, or is not ONNX.
     """
     try:
-        (graph,) = (value for number, value in _fields(read_regular(path)) if number == 7 and isinstance(value, bytes))
-        parts = [(number, value) for number, value in _fields(graph) if isinstance(value, bytes)]
+        (graph,) = (value for number, value in _bytes_of(read_regular(path)) if number == 7)
+        parts = _bytes_of(graph)
         initializers = [_tensor(value) for number, value in parts if number == 5]
         nodes = tuple(_node(value) for number, value in parts if number == 1)
     except OSError as error:
@@ -69,13 +69,12 @@ def read_graph(path: Path) -> OnnxGraph:
 
 
 def _node(message: bytes) -> Node:
-    fields: dict[int, list[bytes]] = {}
-    for number, value in _fields(message):
-        if isinstance(value, bytes):
-            fields.setdefault(number, []).append(value)
+    values: dict[int, list[bytes]] = {}
+    for number, value in _bytes_of(message):
+        values.setdefault(number, []).append(value)
 
     def texts(number: int) -> tuple[str, ...]:
-        return tuple(value.decode() for value in fields.get(number, []))
+        return tuple(value.decode() for value in values.get(number, []))
 
     return Node(
         name="".join(texts(3)),
@@ -83,14 +82,14 @@ def _node(message: bytes) -> Node:
         op_type="".join(texts(4)),
         inputs=texts(1),
         outputs=texts(2),
-        attributes=dict(_attribute(value) for value in fields.get(5, [])),
+        attributes=dict(_attribute(value) for value in values.get(5, [])),
     )
 
 
 def _attribute(message: bytes) -> tuple[str, Attribute]:
     """Name and value; one that is no number and no text reads as an empty text."""
     name, result = "", ""  # type: str, Attribute
-    for number, value in _fields(message):
+    for number, value, *_ in fields(message):
         if number == 1 and isinstance(value, bytes):
             name = value.decode()
         elif number == 2 and isinstance(value, bytes):
@@ -104,9 +103,9 @@ def _attribute(message: bytes) -> tuple[str, Attribute]:
 
 def _tensor(message: bytes) -> Tensor:
     name, dtype, shape, raw, offset = "", "", list[int](), b"", None
-    for number, value in _fields(message):
+    for number, value, *_ in fields(message):
         if number == 1:
-            shape += [value] if isinstance(value, int) else _varints(value)
+            shape += [value] if isinstance(value, int) else varints(value)
         elif number == 2 and isinstance(value, int):
             dtype = _DTYPES.get(value, f"type {value}")
         elif number == 8 and isinstance(value, bytes):
@@ -114,48 +113,12 @@ def _tensor(message: bytes) -> Tensor:
         elif number == 9 and isinstance(value, bytes):
             raw = value
         elif number == 13 and isinstance(value, bytes):  # external_data: a key and its value, both text
-            entry = dict(_fields(value))
+            entry = dict(_bytes_of(value))
             if entry[1] == b"offset":
                 offset = int(entry[2])
     return Tensor(name, dtype, tuple(shape), raw, offset)
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of every field: an int, or the bytes of anything else.
-
-    Raises:
-        IndexError: the message ends in the middle of a field, or has one of an unknown kind.
-    """
-    end = 0
-    while end < len(message):
-        tag, end = _varint(message, end)
-        kind = tag & 7
-        if kind == 0:
-            value, end = _varint(message, end)
-            yield tag >> 3, value
-            continue
-        length = {1: 8, 5: 4}.get(kind, len(message) + 1)
-        if kind == 2:
-            length, end = _varint(message, end)
-        if end + length > len(message):
-            raise IndexError
-        yield tag >> 3, message[end : end + length]
-        end += length
-
-
-def _varints(message: bytes) -> list[int]:
-    values, end = [], 0
-    while end < len(message):
-        value, end = _varint(message, end)
-        values.append(value)
-    return values
-
-
-def _varint(message: bytes, start: int) -> tuple[int, int]:
-    """The number at ``start``, seven bits a byte from the lowest, and where it ends."""
-    value = 0
-    for end in range(start, start + 10):
-        value |= (message[end] & 0x7F) << 7 * (end - start)
-        if message[end] < 0x80:
-            return value, end + 1
-    raise IndexError
+def _bytes_of(message: bytes) -> list[tuple[int, bytes]]:
+    """The fields that are no plain numbers."""
+    return [(number, value) for number, value, *_ in fields(message) if isinstance(value, bytes)]

@@ -16,6 +16,9 @@ MAX_TOKEN_IDS = 2**20
 MAX_STOP_TEXTS, MAX_STOP_CHARACTERS = 64, 1024
 MAX_PROCESSORS, MAX_EXTRA_ARGS = 64, 64
 MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 2**14, 256
+# of a conversation: characters are those of all its texts, or of all tools; the longest contexts hold fewer
+MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 2**14, 2**14, 2**10
+MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 2**25, 2**20, 64
 
 
 class RequestOutputKind(IntEnum):
@@ -186,7 +189,9 @@ RULES = {
         lambda value: None if value is None else dict(value.items()),
     ),
     "thinking_token_budget": _whole_or_none("a whole number, 0 or more"),
-    "structured_outputs": FieldRule("None or a StructuredOutputsParams", lambda value: True, StructuredOutputsParams.of),
+    "structured_outputs": FieldRule(
+        "None or a StructuredOutputsParams", lambda value: True, StructuredOutputsParams.of
+    ),
     "cache_salt": FieldRule(
         f"None or a text of 1 to {MAX_STOP_CHARACTERS} characters, none of them a lone surrogate",
         lambda value: value is None or _is_stop_text(value),

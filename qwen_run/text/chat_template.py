@@ -23,7 +23,7 @@ from qwen_engine.regular_files import read_regular
 from qwen_run.text.bounded_run import BoundsError, run_bounded
 from qwen_run.text.control_texts import ControlTexts
 from qwen_run.text.messages import Message as Message
-from qwen_run.text.messages import normalized_messages, with_object_arguments
+from qwen_run.text.messages import check_tools, normalized_messages, with_object_arguments
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -139,6 +139,7 @@ class ChatTemplate:
         Raises:
             RequestError: as in :meth:`render`.
         """
+        check_tools(tools)
         normalized = normalized_messages(messages)
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         for index, message in enumerate(normalized):

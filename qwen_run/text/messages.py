@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_engine.errors import RequestError
+from qwen_run.sampling.rules import MAX_CHARACTERS, MAX_DEPTH, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, MAX_VALUES
 
 Message = Mapping[str, Any]
 
@@ -28,7 +29,46 @@ def normalized_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """
     if not messages:
         raise RequestError("the conversation is empty, expected at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"messages has {len(messages)}, expected at most {MAX_MESSAGES}")
+    _check_size("messages", messages)
     return [_normalized(index, message) for index, message in enumerate(messages)]
+
+
+def check_tools(tools: Any) -> None:
+    """Refuse what templates cannot write as tools.
+
+    Raises:
+        RequestError: ``tools`` is no list of objects, or is too large.
+    """
+    if tools is None:
+        return
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RequestError(f"tools is {reprlib.repr(tools)}, expected a list of objects")
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"tools has {len(tools)}, expected at most {MAX_TOOLS}")
+    _check_size("tools", tools)
+
+
+def _check_size(name: str, values: Any) -> None:
+    """Refuse nested lists and objects that are larger or deeper than any conversation."""
+    characters, count, level, depth = 0, 0, [values], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise RequestError(f"{name} are nested deeper than {MAX_DEPTH} levels")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                characters += len(value)
+            elif isinstance(value, Mapping):
+                count += len(value)
+                below += (*value, *value.values())
+            elif isinstance(value, list | tuple):
+                count += len(value)
+                below += value
+            if count > MAX_VALUES or characters > MAX_CHARACTERS:
+                raise RequestError(f"{name} hold more than {MAX_VALUES} values or {MAX_CHARACTERS} characters")
+        level, depth = below, depth + 1
 
 
 def _normalized(index: int, message: Message) -> dict[str, Any]:
@@ -56,6 +96,8 @@ def _text(where: str, content: Any) -> str:
     if not isinstance(content, list | tuple):
         found = "null" if content is None else type(content).__name__
         raise RequestError(f"{where}: content is {found}, expected text or a list of text parts")
+    if len(content) > MAX_PARTS:
+        raise RequestError(f"{where}: content has {len(content)} parts, expected at most {MAX_PARTS}")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text":

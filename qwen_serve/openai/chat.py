@@ -13,7 +13,8 @@ from qwen_run.api.async_llm import RequestStream
 from qwen_run.api.llm import ChatPrompt
 from qwen_run.api.outputs import CompletionOutput, RequestOutput
 from qwen_run.sampling.constraint import Thinking, thinking_at_end
-from qwen_run.sampling.params import RequestOutputKind, SamplingParams
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.rules import RequestOutputKind
 from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_serve.answers.events import Answer, CallArguments, CallBegin, Content, Event, Reasoning
 from qwen_serve.answers.parser import END_THINK, THINK, AnswerParser, Reading

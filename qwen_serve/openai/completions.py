@@ -13,7 +13,8 @@ from typing import Any
 from qwen_engine.errors import shown
 from qwen_run.api.async_llm import RequestStream
 from qwen_run.api.outputs import CompletionOutput, Logprobs, RequestOutput
-from qwen_run.sampling.params import RequestOutputKind, SamplingParams
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.rules import RequestOutputKind
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.sse import DONE, event
 from qwen_serve.engine.job import RequestJob, timings

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwen_engine.errors import RequestError, shown
-from qwen_run.sampling.params import SamplingParams, checked
+from qwen_run.sampling.params import SamplingParams
+from qwen_run.sampling.rules import checked
 from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_serve.common.errors import ServeError
 

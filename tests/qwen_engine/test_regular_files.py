@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cases.scripted import write_text_files
 from qwen_build.checkpoint.files import read_json
+from qwen_build.checkpoint.text_files import read_text_files
 from qwen_build.plan.rules import read_rules
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
 from qwen_engine.regular_files import read_regular
 from qwen_run.accuracy.datasets import load_dataset
+from qwen_run.accuracy.gate import load_thresholds
+from qwen_run.accuracy.report import Report
+from qwen_run.bench.trace import read_trace
+from qwen_run.commands.run_files import prompt_text
 from qwen_run.engine_files.onnx_file import read_graph
 from qwen_run.text.chat_template import ChatTemplate
 from qwen_run.text.text_model import TextModel
@@ -29,6 +35,11 @@ READERS: dict[str, Callable[[Path], object]] = {
     "model.onnx": read_graph,
     "rules.json": read_rules,
     "calibration.txt": lambda path: load_dataset(str(path)),
+    "merges.txt": lambda path: read_text_files(path.parent, SimpleNamespace(vocab_size=9, eos_token_ids=())),
+    "thresholds.toml": load_thresholds,
+    "report.json": Report.read,
+    "trace.csv": read_trace,
+    "prompts.txt": lambda path: prompt_text(SimpleNamespace(input_file=str(path))),
 }
 
 
@@ -38,6 +49,9 @@ def test_what_is_no_regular_file_is_an_error_that_names_it(tmp_path: Path, name:
     write_text_files(tmp_path)
     path = tmp_path / name
     path.unlink(missing_ok=True)
+    if name == "merges.txt":  # is read where there is no tokenizer.json
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.json").write_text("{}")
     if kind == "pipe":
         os.mkfifo(path)
     else:

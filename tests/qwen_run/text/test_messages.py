@@ -8,6 +8,7 @@ import pytest
 import qwen_run.text.messages
 from cases.scripted import TEMPLATES
 from qwen_engine.errors import RequestError
+from qwen_run.sampling import rules
 from qwen_run.text.chat_template import ChatTemplate
 from qwen_run.text.messages import normalized_messages
 
@@ -134,3 +135,37 @@ def test_reasoning_goes_by_every_name():
 def test_doctests():
     results = doctest.testmod(qwen_run.text.messages)
     assert (results.attempted > 0, results.failed) == (True, 0)
+
+
+TURN = {"role": "user", "content": "Hi"}
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "says"),
+    [
+        ([TURN] * (rules.MAX_MESSAGES + 1), None, "^messages has 16385, expected at most 16384$"),
+        (
+            [TURN | {"content": "x" * (rules.MAX_CHARACTERS + 1)}],
+            None,
+            "^messages hold more than .* 33554432 characters",
+        ),
+        ([TURN | {"content": [{"type": "text", "text": ""}] * (rules.MAX_PARTS + 1)}], None, "has 16385 parts"),
+        ([TURN | {"extra": nested(70)}], None, "^messages are nested deeper than 64 levels$"),
+        ([TURN | {"extra": [[0] * 1024] * 1025}], None, "^messages hold more than 1048576 values"),
+        ([TURN], [{"name": "f"}] * (rules.MAX_TOOLS + 1), "^tools has 1025, expected at most 1024$"),
+        ([TURN], [{"name": nested(10**5)}], "^tools are nested deeper"),
+        ([TURN], [{"name": "x" * (rules.MAX_CHARACTERS + 1)}], "^tools hold more than"),
+        ([TURN], ["f"], r"^tools is \['f'\], expected a list of objects$"),
+        ([TURN], "f", "^tools is 'f', expected a list of objects$"),
+    ],
+)
+def test_a_conversation_has_limits(messages, tools, says):
+    with pytest.raises(RequestError, match=says):
+        ChatTemplate({"default": HUB}, {}).render(messages, tools)
