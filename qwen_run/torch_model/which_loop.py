@@ -19,11 +19,13 @@ _USUAL: Mapping[str, Any] = {
     "output_hidden_states": False,
     "synced_gpus": False,
 }
-KNOWN = frozenset(GenerateOptions.__dataclass_fields__) - {"inputs_embeds"}
+# What transformers computes of padding too, and the engine's loop of a row's own tokens.
+_OF_PADDING = frozenset({"no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id"})
+KNOWN = frozenset(GenerateOptions.__dataclass_fields__) - {"inputs_embeds"} - _OF_PADDING
 
 
 def engine_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of the engine's loop; None where only transformers' loop does what is asked.
+    """Those of ``options`` that the engine's loop has; None where only transformers' loop does what is asked.
 
     Args:
         settings: what a ``GenerationConfig`` says that differs from the defaults.
@@ -36,4 +38,6 @@ def engine_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> d
         if name not in _WITHOUT_EFFECT and not (name in _USUAL and value == _USUAL[name])
     }
     draws = bool(left.get("do_sample")) and ("seed" not in left or left.get("num_beams", 1) > 1)
-    return None if draws or not left.keys() <= KNOWN else left
+    if draws or not left.keys() <= KNOWN:
+        return None
+    return {name: value for name, value in left.items() if name in options}
