@@ -140,7 +140,7 @@ RULES = {
     "repetition_penalty": _number("a number from 0.01 to 100", 0.01, 100),
     "seed": _whole_or_none("a whole number from 0 to 2^64 - 1", 2**64 - 1),
     "max_tokens": FieldRule(
-        "None (as many as there is room for) or a whole number, 1 or more",
+        "a whole number, 1 or more, or None for what is left",
         lambda value: value is None or (_is_whole(value) and 1 <= value <= MAX_NUMBER),
     ),
     "min_p": _number("a number from 0 to 1", 0, 1),

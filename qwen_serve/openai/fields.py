@@ -274,7 +274,7 @@ def sampling_params(body: SampledBody, defaults: SamplingParams, fixed: Mapping[
         except RequestError as error:
             raise ServeError("invalid_request", str(error).replace(target, field, 1), field) from None
     try:
-        return defaults.with_options(**given | fixed)
+        return defaults.with_options(**{**given, **fixed})
     except RequestError as error:
         raise ServeError("invalid_request", str(error)) from None
 
