@@ -27,7 +27,8 @@ from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest
 from qwen_run.accuracy.both_sides import engine_logits, following_tokens
 from qwen_run.accuracy.logits import FullLogits, compare
-from qwen_run.accuracy.reference import HuggingFace, Recipe
+from qwen_run.accuracy.recipe import Recipe
+from qwen_run.accuracy.reference import HuggingFace
 from qwen_run.bench.measure import processor_name
 from qwen_run.runtime.engine import Engine
 from qwen_run.text.tokenizer import Tokenizer

@@ -42,11 +42,11 @@ from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.both_sides import answer_text, engine_logits, following_tokens, greedy, make_prompt, one_sequence
+from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.datasets import Document, built_in_documents, load_dataset
 from qwen_run.accuracy.journal import Journal
 from qwen_run.accuracy.logits import FullLogits, Positions, compare
 from qwen_run.accuracy.metrics import Metric, rouge, summarise_positions
-from qwen_run.accuracy.weight_checks import CheckpointWeights
 from qwen_run.api.llm import LLM
 from qwen_run.bench.measure import processor_name
 from qwen_run.engine_files.weights import EngineWeights
@@ -267,15 +267,14 @@ def weight_error(engine: Path, checkpoint: Path) -> float | None:
     if any(linear.quantization.method in ("awq", "smoothquant", "folded") for linear in found.manifest.linears):
         return None
     error = norm = 0.0
-    with CheckpointWeights(checkpoint) as expected:
-        for name, part in found.parts.items():
-            if not name.startswith("model.layers."):
-                continue
-            shape = (part.stop - part.start, found.linears[part.owner].record.in_features)
-            for rows, values in found.pieces(name):
-                weight = expected.rows(name, shape, rows)
-                error += float(np.square(values - weight).sum())
-                norm += float(np.square(weight).sum())
+    expected = CheckpointWeights(checkpoint)
+    for name in found.parts:
+        if not name.startswith("model.layers."):
+            continue
+        for rows, values in found.pieces(name):
+            weight = expected.rows(name, rows)
+            error += float(np.square(values - weight).sum())
+            norm += float(np.square(weight).sum())
     return float(np.sqrt(error / norm))
 
 

@@ -72,7 +72,6 @@ INSIDE_FUNCTIONS = {
         "qwen_build": (
             "qwen_run.accuracy.origin_checks",
             "qwen_run.accuracy.reference_sources",
-            "qwen_run.accuracy.weight_checks",
             "qwen_run.api.build_on_demand",
         ),
         **dict.fromkeys(HEAVY, ()),

@@ -19,7 +19,7 @@ from qwen_engine.graph_io import LOGITS
 from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.logits import FullLogits, Positions, ReferenceLogits, compare, logit_pairs
 from qwen_run.accuracy.metrics import first_jump
-from qwen_run.accuracy.reference import CHUNK_TOKENS
+from qwen_run.accuracy.reference import CHUNK_TOKENS, following_tokens, positions_of
 from qwen_run.accuracy.report import LayerError
 from qwen_run.api.llm import LLM
 from qwen_run.runtime.engine import Batch, Engine
@@ -91,15 +91,49 @@ def one_sequence(token_ids: Sequence[int], past: int, blocks: Sequence[int], fir
     )
 
 
-def engine_logits(engine: Engine, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
-    """Logits of every token of one sequence, in chunks (up to 128, vocab_size) float32, in order."""
+def engine_logits(engine: Engine, token_ids: Sequence[int], every: int = 1) -> Iterator[np.ndarray]:
+    """Logits of positions of one sequence: chunks (up to 128, vocab_size) float32, in order.
+
+    Args:
+        every: a divisor of 128; of every so many positions the last, see :func:`positions_of`.
+    """
     blocks = engine.cache.allocate(engine.cache.blocks_for(len(token_ids)))
     assert blocks is not None, "a sequence of the engine's length fits an empty cache"
+    wanted = np.arange(len(token_ids))[positions_of(len(token_ids), every)]
+    pieces: list[np.ndarray] = []
     try:
         for start in range(0, len(token_ids), CHUNK_TOKENS):
-            yield engine.run(one_sequence(token_ids[start : start + CHUNK_TOKENS], start, blocks))
+            batch = one_sequence(token_ids[start : start + CHUNK_TOKENS], start, blocks)
+            inside = wanted[(wanted >= start) & (wanted < start + CHUNK_TOKENS)]
+            pieces.append(engine.run(replace(batch, logits_indices=inside - start)))
+            if sum(map(len, pieces)) == CHUNK_TOKENS or start + CHUNK_TOKENS >= len(token_ids):
+                yield np.concatenate(pieces)
+                pieces.clear()
     finally:
         engine.cache.free(blocks)
+
+
+class Beside:
+    """The logits of an engine whose activations are float, and on the way what the engine as it runs says beside them.
+
+    Attributes:
+        positions: of the comparison KL(float activations || as it runs), once all logits were asked for.
+    """
+
+    def __init__(self, exact: Iterator[np.ndarray], as_it_runs: Iterator[np.ndarray], token_ids: Sequence[int]) -> None:
+        self._exact, self._as_it_runs, self._following = exact, as_it_runs, following_tokens(token_ids)
+        self._pieces: list[Positions] = []
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        start = 0
+        for exact, found in zip(self._exact, self._as_it_runs, strict=True):
+            self._pieces.append(compare(FullLogits(exact), found, self._following[start : start + len(found)]))
+            start += len(found)
+            yield exact
+
+    @property
+    def positions(self) -> Positions:
+        return Positions.concatenate(self._pieces)
 
 
 @dataclass(frozen=True)
@@ -135,11 +169,6 @@ def compare_sequence(
     )
 
 
-def following_tokens(token_ids: Sequence[int]) -> np.ndarray:
-    """The token after each position, (T,) int64; -1 after the last, of which nothing is known."""
-    return np.array([*token_ids[1:], -1], np.int64)
-
-
 def first_choice(reference: ReferenceLogits, t: int) -> int:
     """The token the reference ranks first at position ``t`` of a chunk."""
     return int(reference.values[t].argmax() if isinstance(reference, FullLogits) else reference.top_ids[t, 0])
@@ -162,11 +191,19 @@ def greedy(llm: LLM, prompt: Sequence[int], max_new_tokens: int, ignore_eos: boo
     Raises:
         EngineError: the engine cannot answer it.
     """
+    return greedy_together(llm, [prompt], max_new_tokens, ignore_eos)[0]
+
+
+def greedy_together(
+    llm: LLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, ignore_eos: bool = False
+) -> list[list[int]]:
+    """As :func:`greedy`, of several prompts at once."""
     params = SamplingParams(temperature=0, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
-    output = llm.generate([prompt], params, use_tqdm=False)[0]
-    if output.error is not None:
-        raise EngineError(output.error)
-    return output.outputs[0].token_ids
+    outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    for output in outputs:
+        if output.error is not None:
+            raise EngineError(output.error)
+    return [output.outputs[0].token_ids for output in outputs]
 
 
 def answer_text(model: TextModel, token_ids: Sequence[int]) -> str:

@@ -14,14 +14,18 @@ from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.logits import Positions
 from qwen_run.accuracy.metrics import (
     Metric,
+    RoundedDocument,
     continuation_agreement,
     first_divergence,
     rouge,
+    rounding_metrics,
     summarise_positions,
     worst_position,
 )
+from qwen_run.accuracy.reference import RoundingCost
 from qwen_run.accuracy.report import Cost, LayerError, LogitPairs, SampleResult, WorstPosition
 from qwen_run.accuracy.rouge import rouge_scores
+from qwen_run.accuracy.step_checks import Difference
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import Tokenizer
 
@@ -60,16 +64,24 @@ class Findings:
         original: a comparison with the original weights for each, see
             :class:`qwen_run.accuracy.both_sides.Comparison`, as plain data.
         as_built: the same with the weights as they are stored.
+        rounded: what rounding costs the reference that rounds what the engine rounds, on the first samples.
         layers: errors of sub-blocks on the first sample.
         answers: ids that the engine wrote, for each sample that is continued.
+        together: the same of prompts that were asked at once; empty where they were not.
+        ways: how far other ways of feeding a text are from one run of it, by name.
+        window: KL in one long sequence, see :meth:`qwen_run.accuracy.phases.Assessment.window`.
         costs: what answers cost on each side.
     """
 
     samples: Sequence[Sample]
     original: Sequence[Mapping[str, Any]]
     as_built: Sequence[Mapping[str, Any]]
+    rounded: Sequence[RoundingCost]
     layers: tuple[LayerError, ...]
     answers: Sequence[Sequence[int]]
+    together: Sequence[Sequence[int]]
+    ways: Mapping[str, Difference]
+    window: Mapping[str, Any] | None
     costs: tuple[Cost, ...]
 
     @property
@@ -92,6 +104,21 @@ class Findings:
         """Some logits of both sides, to be plotted."""
         return LogitPairs(*(tuple(x for found in self.original for x in found["pairs"][side]) for side in (0, 1)))
 
+    @property
+    def rounded_documents(self) -> list[RoundedDocument]:
+        """Engine and reference, both rounding alike, on the first samples."""
+        found = zip(self.rounded, self.original_positions, self.as_built, strict=False)
+        return [
+            RoundedDocument(
+                positions=len(original.kl),
+                tokens=len(original.log_likelihood),
+                rounding_kl=(sum(as_built.get("rounding", ())), reference.rounding_kl),
+                original_kl=(float(original.kl.sum()), reference.original_kl),
+                log_likelihood=(float(original.log_likelihood.sum()), reference.log_likelihood),
+            )
+            for reference, original, as_built in found
+        ]
+
     def texts(self, model: TextModel) -> list[Texts]:
         """What was written of each sample that is continued."""
         return [
@@ -105,6 +132,7 @@ class Findings:
         return [
             *summarise_positions("original", self.original_positions),
             *summarise_positions("as_built", [_positions(found) for found in self.as_built]),
+            *rounding_metrics(self.rounded_documents),
             *continuation_agreement(self.answers, [sample.continuation for sample in self.continued]),
             *rouge(engine, summary, "rouge.engine"),
             *rouge(reference, summary, "rouge.reference"),

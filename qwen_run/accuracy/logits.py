@@ -29,6 +29,9 @@ LOWEST = float(np.finfo(np.float32).min)
 
 LARGEST_EXPONENT = 700.0
 
+# Values of a row that are looked at together where the largest are sought.
+_STRETCH = 64
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -88,7 +91,7 @@ class FullLogits:
         row, weights = np.empty((2, vocab_size))
         for t, values in enumerate(self.values):
             _float64(values, row)
-            ids = np.argpartition(row, -top)[-top:]
+            ids = _largest(row, top)
             top_ids[t] = ids[np.argsort(-row[ids], kind="stable")]
             logsumexp[t], norm[t] = _logsumexp(row, weights), math.sqrt(_dot(row, row))
             row[ids] = LOWEST
@@ -117,7 +120,7 @@ class FullLogits:
         kl -= logsumexp - engine_logsumexp
         np.abs(difference, out=difference)
         first, best = _best(engine)
-        fifth = np.partition(self.values[t], -len(best))[-len(best)]  # in float32: twice as fast, and the same number
+        fifth = reference[_largest(reference, len(best))].min()
         return {
             "kl": max(kl, 0.0),  # rounding may leave a sum of nothing at -1e-16
             "max_difference": difference.max(),
@@ -254,8 +257,10 @@ def logit_pairs(reference: ReferenceLogits, logits: NDArray[np.float32], every: 
 
 
 def _float64(logits: NDArray[np.float32], out: Floats | None = None) -> Floats:
-    floored: Floats = np.maximum(logits, LOWEST, out=out, dtype=np.float64)
-    return floored
+    if out is None:
+        out = np.empty(logits.shape)
+    np.copyto(out, logits)  # and then in place: a fifth of the time that one conversion with a limit takes
+    return np.maximum(out, LOWEST, out=out)
 
 
 def _logsumexp(row: Floats, weights: Floats | None = None) -> float:
@@ -273,9 +278,22 @@ def _dot(row: Floats, other: Floats) -> float:
 
 def _best(row: Floats) -> tuple[int, NDArray[np.intp]]:
     """The index of the largest value, and those of the five largest in any order."""
-    count = min(5, len(row))
-    five: NDArray[np.intp] = np.argpartition(row, -count)[-count:]
-    return int(row.argmax()), five
+    return int(row.argmax()), _largest(row, min(5, len(row)))
+
+
+def _largest(row: Floats, count: int) -> NDArray[np.intp]:
+    """The indices of the ``count`` largest values, in any order.
+
+    Each of the largest is in a stretch whose largest is among the ``count`` largest of stretches, so that few values
+    are left to sort: a tenth of the time that sorting them all takes.
+    """
+    stretches = len(row) // _STRETCH
+    if stretches > count:
+        largest = row[: stretches * _STRETCH].reshape(stretches, _STRETCH).max(axis=1)
+        candidates = np.flatnonzero(row >= np.partition(largest, -count)[-count])
+        if len(candidates) >= count:  # fewer where there are NaNs
+            return candidates[np.argpartition(row[candidates], -count)[-count:]]
+    return np.argpartition(row, -count)[-count:]
 
 
 def _cosine(product: Any, square: Any, other_square: Any) -> float:

@@ -13,6 +13,8 @@ from qwen_run.accuracy.rouge import ROUGE_TYPES, rouge_scores
 
 RESAMPLES = 1000
 INTERVAL = (0.025, 0.975)
+# A mean KL that is no rounding of weights or inputs: sums in another order, keys and values in float16.
+NO_ROUNDING = 1e-6
 SEED = 0
 
 # Every metric that a comparison may measure, by group.
@@ -26,6 +28,8 @@ METRIC_NAMES = tuple(
                 "perplexity", "reference_perplexity", "perplexity_ratio",
             ),
         ),
+        (("original",), ("kl_ratio",)),
+        (("rounding",), ("kl_mean", "kl_ratio", "perplexity_ratio")),
         (("greedy",), ("identical", "first_divergence")),
         (("rouge.engine", "rouge.reference", "rouge.agreement"), ROUGE_TYPES),
     )
@@ -100,6 +104,50 @@ def summarise_positions(prefix: Literal["original", "as_built"], sequences: Sequ
             mean("perplexity", surprise, of=_exp),
             mean("reference_perplexity", reference_surprise, of=_exp),
             mean("perplexity_ratio", excess, of=_exp),
+        ]
+    return metrics
+
+
+@dataclass(frozen=True)
+class RoundedDocument:
+    """Sums over the positions of one document of what an engine says, and of what the reference says that rounds alike.
+
+    Attributes:
+        positions, tokens: how many positions there are, and how many tokens follow them.
+        rounding_kl: KL(its own float activations || as it runs), of engine and reference.
+        original_kl: KL(the original weights || as it runs), of engine and reference.
+        log_likelihood: of the tokens that follow, by engine and reference.
+    """
+
+    positions: int
+    tokens: int
+    rounding_kl: tuple[float, float]
+    original_kl: tuple[float, float]
+    log_likelihood: tuple[float, float]
+
+
+def rounding_metrics(documents: Sequence[RoundedDocument]) -> list[Metric]:
+    """How an engine that rounds compares with the reference that rounds alike, on the same documents.
+
+    Ratios are of sums over all documents, engine over reference, both resampled together; one of nothing is left out.
+    """
+    if not documents:
+        return []
+
+    def ratio(name: str, pairs: Sequence[tuple[float, float]]) -> list[Metric]:
+        engine, reference = np.array(pairs, np.float64).T
+        return [_metric(name, np.asarray, engine, reference, "")] if (reference > least).all() else []
+
+    positions, tokens = np.array([(one.positions, one.tokens) for one in documents], np.float64).T
+    least = NO_ROUNDING * positions
+    rounding, reference_rounding = np.array([one.rounding_kl for one in documents], np.float64).T
+    excess = np.array([reference - engine for engine, reference in (one.log_likelihood for one in documents)])
+    metrics = ratio("original.kl_ratio", [one.original_kl for one in documents])
+    if (reference_rounding > least).all():  # what rounds no inputs has nothing to compare
+        metrics += [
+            _metric("rounding.kl_mean", np.asarray, rounding, positions, "nats"),
+            *ratio("rounding.kl_ratio", [one.rounding_kl for one in documents]),
+            _metric("rounding.perplexity_ratio", _exp, excess, tokens, ""),
         ]
     return metrics
 

@@ -9,10 +9,11 @@ This is the only module that imports torch and transformers, inside functions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import astuple, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -21,10 +22,11 @@ import numpy as np
 
 from qwen_engine.errors import CheckpointError, RequestError, first_line
 from qwen_engine.graph_io import HEAD, LOGITS
-from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
+from qwen_engine.manifest import Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
-from qwen_run.accuracy.logits import FullLogits, ReferenceLogits
-from qwen_run.accuracy.weight_checks import CheckpointWeights
+from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
+from qwen_run.accuracy.logits import FullLogits, ReferenceLogits, compare
+from qwen_run.accuracy.recipe import Recipe
 from qwen_run.engine_files.weights import EngineWeights, StoredLinear, slices
 
 # Positions whose logits are in memory at a time.
@@ -40,65 +42,40 @@ ROUNDING_STEPS = {"int8": 127, "int8x2": 127 * 256}
 Pieces = Iterable[tuple[str, slice, np.ndarray]]
 
 
+@dataclass(frozen=True)
+class RoundingCost:
+    """A reference with an engine's weights that rounds the inputs of linears as the engine does, on one sequence.
+
+    Attributes:
+        rounding_kl: sum over positions of KL(inputs as they are || rounded), in nats; 0 where none are rounded.
+        original_kl: the same of KL(the checkpoint's weights || rounded).
+        log_likelihood: sum of those of the tokens that follow.
+    """
+
+    rounding_kl: float
+    original_kl: float
+    log_likelihood: float
+
+
 class Reference(Protocol):
     """Somebody who knows the right answer, live or from a file."""
 
-    def logits(self, token_ids: Sequence[int]) -> Iterator[ReferenceLogits]:
-        """The logits of every position of one sequence, ``CHUNK_TOKENS`` positions at a time, in order."""
+    def logits(self, token_ids: Sequence[int], every: int = 1) -> Iterator[ReferenceLogits]:
+        """The logits of the positions of one sequence, ``CHUNK_TOKENS`` at a time, in order.
+
+        Args:
+            every: of every so many positions the last, see :func:`positions_of`.
+        """
+
+    def rounded(self, token_ids: Sequence[int], original: Sequence[ReferenceLogits]) -> RoundingCost:
+        """What rounding as the engine is meant to round costs one sequence.
+
+        Args:
+            original: the logits of the checkpoint's own weights at every position, in chunks.
+        """
 
     def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
         """The greedy continuation of ``prompt``; a stop token that ends it is its last."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an engine computes, and with what.
-
-    Attributes:
-        engine: its directory.
-        quantizations: of every linear and the embedding, by transformers' name.
-        cache_dtype: what keys and values are rounded to.
-        calibrated: sha256 of the weights where they were calibrated; else they follow from checkpoint and schemes.
-        rope_scaling: what was given in place of the checkpoint's rope object.
-    """
-
-    engine: Path
-    quantizations: Mapping[str, Quantization]
-    cache_dtype: str
-    calibrated: str | None
-    rope_scaling: str | None
-
-    @classmethod
-    def read(cls, engine: Path) -> Recipe:
-        """The recipe that the manifest in the directory ``engine`` records.
-
-        Raises:
-            EngineError: it cannot be read.
-        """
-        manifest = Manifest.read(engine)
-        quantizations = {part.name: linear.quantization for linear in manifest.linears for part in linear.parts}
-        calibrated = any(linear.output_error is not None for linear in manifest.linears)
-        digest = manifest.parts[WEIGHTS_FILE].sha256 if calibrated else None
-        return cls(engine, quantizations, manifest.cache.dtype, digest, manifest.origin.rope_scaling)
-
-    def with_float_activations(self) -> Recipe:
-        """The same without the rounding of what goes into a linear.
-
-        Rounding is a step function: two sums that differ in the last bit land on two sides of a step now and then, and
-        within a few layers sides that agree in everything else are as far apart as rounding itself is large. From
-        end to end only weights, graph and cache can be held to float thresholds; rounded inputs can be one
-        sub-block at a time, see :meth:`HuggingFace.hidden_outputs`.
-        """
-        unrounded = {name: replace(row, activations="float32") for name, row in self.quantizations.items()}
-        return replace(self, quantizations=unrounded)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of everything that the answers depend on besides the checkpoint."""
-        rows = sorted((name, *astuple(quantization)) for name, quantization in self.quantizations.items())
-        return hashlib.sha256(
-            json.dumps([rows, self.cache_dtype, self.calibrated, self.rope_scaling]).encode()
-        ).hexdigest()
 
 
 class HuggingFace:
@@ -107,8 +84,8 @@ class HuggingFace:
     Args:
         checkpoint: the directory; its weights are held in memory once, in ``dtype``.
         threads: threads torch uses, in all of this process.
-        recipe: take an engine's weights, and round inputs of linears, keys and values as it does; None for the
-            checkpoint's own weights.
+        recipe: take an engine's weights, and round keys and values as it does, and inputs of linears while
+            ``rounds_inputs`` is True; None for the checkpoint's own weights.
         dtype: what it computes in, by torch's name; all but :meth:`stream_batch` is meant for float32.
         rope_scaling: JSON of the rope object in place of the checkpoint's, see ``Origin`` of the manifest.
 
@@ -134,15 +111,35 @@ class HuggingFace:
             reason = first_line(error)
             raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
         self._cache_dtype = "float32"
+        self.rounds_inputs = True
+        self._kept: dict[tuple[tuple[int, ...], bool], Any] = {}
         if recipe is not None:
             self._cache_dtype = recipe.cache_dtype
             self._compute_as(recipe)
 
-    def logits(self, token_ids: Sequence[int]) -> Iterator[FullLogits]:
+    def logits(self, token_ids: Sequence[int], every: int = 1) -> Iterator[FullLogits]:
         """See :meth:`Reference.logits`: chunks of (up to ``CHUNK_TOKENS``, vocab_size) float32."""
-        hidden = self._hidden(token_ids, self._new_cache())  # (T, H)
-        for start in range(0, len(token_ids), CHUNK_TOKENS):
+        hidden = self._states(token_ids)[positions_of(len(token_ids), every)]
+        for start in range(0, len(hidden), CHUNK_TOKENS):
             yield FullLogits(self._head(hidden[start : start + CHUNK_TOKENS]))
+
+    def rounded(self, token_ids: Sequence[int], original: Sequence[ReferenceLogits]) -> RoundingCost:
+        following = following_tokens(token_ids)
+        sums = np.zeros(3)
+        with self._rounding(False):
+            exact = self._states(token_ids)
+        with self._rounding(True):
+            states = self._states(token_ids)
+        for start, beside in zip(range(0, len(token_ids), CHUNK_TOKENS), original, strict=True):
+            rows = slice(start, start + CHUNK_TOKENS)
+            with self._rounding(False):
+                unrounded = FullLogits(self._head(exact[rows]))
+            with self._rounding(True):
+                found = self._head(states[rows])
+            to_original = compare(beside, found, following[rows])
+            sums += compare(unrounded, found, following[rows]).kl.sum(), to_original.kl.sum(), 0.0
+            sums[2] += to_original.log_likelihood.sum()
+        return RoundingCost(*sums.tolist())
 
     def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
         return list(self.stream(prompt, max_new_tokens, stop_token_ids))
@@ -231,6 +228,21 @@ class HuggingFace:
                 hook.remove()
         return seen | {LOGITS: self._head(hidden)}
 
+    @contextmanager
+    def _rounding(self, inputs: bool) -> Iterator[None]:
+        before, self.rounds_inputs = self.rounds_inputs, inputs
+        try:
+            yield
+        finally:
+            self.rounds_inputs = before
+
+    def _states(self, token_ids: Sequence[int]) -> Any:
+        """The last norm's output for a whole sequence, a tensor (tokens, hidden_size); the last one is kept."""
+        asked = tuple(token_ids), self.rounds_inputs
+        if asked not in self._kept:
+            self._kept = {asked: self._hidden(token_ids, self._new_cache())}
+        return self._kept[asked]
+
     def _hidden(self, token_ids: Sequence[int], cache: Any) -> Any:
         """The last norm's output for new tokens, a tensor (tokens, hidden_size)."""
         with self._torch.inference_mode():
@@ -266,8 +278,7 @@ class HuggingFace:
             return auto.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True)
         del config.quantization_config
         model = auto.from_config(config, dtype=dtype)
-        with CheckpointWeights(checkpoint) as weights:
-            self._fill(model, _checkpoint_pieces(model, weights))
+        self._fill(model, _checkpoint_pieces(model, CheckpointWeights(checkpoint)))
         return model
 
     def _compute_as(self, recipe: Recipe) -> None:
@@ -280,7 +291,11 @@ class HuggingFace:
             module = self._model.get_submodule(name)
             if quantization.activations in ROUNDING_STEPS and isinstance(module, self._torch.nn.Linear):
                 stored = weights.linears[weights.parts[name].owner]
-                module.register_forward_pre_hook(_rounding_hook(self._torch, quantization, stored))
+                hook = _rounding_hook(self._torch, quantization, stored)
+                module.register_forward_pre_hook(partial(self._round_input, hook))
+
+    def _round_input(self, hook: Any, module: Any, arguments: tuple[Any, ...]) -> Any:
+        return hook(module, arguments) if self.rounds_inputs else None
 
     def _fill(self, model: Any, pieces: Pieces) -> None:
         """Set all parameters of ``model``, each piece of which comes once."""
@@ -291,13 +306,27 @@ class HuggingFace:
         assert not any(unset.values()), [name for name, elements in unset.items() if elements]
 
 
+def positions_of(length: int, every: int) -> slice:
+    """Of every ``every`` positions of a sequence the last, counted from its end.
+
+    >>> list(range(10))[positions_of(10, 4)]
+    [1, 5, 9]
+    """
+    return slice((length - 1) % every, length, every)
+
+
+def following_tokens(token_ids: Sequence[int]) -> np.ndarray:
+    """The token after each position, (T,) int64; -1 after the last, of which nothing is known."""
+    return np.array([*token_ids[1:], -1], np.int64)
+
+
 def _checkpoint_pieces(model: Any, weights: CheckpointWeights) -> Pieces:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             yield name, slice(None), weights.vector(name)
             continue
         for rows in slices(*parameter.shape):
-            yield name, rows, weights.rows(name.removesuffix(".weight"), tuple(parameter.shape), rows)
+            yield name, rows, weights.rows(name.removesuffix(".weight"), rows)
 
 
 def _engine_pieces(weights: EngineWeights) -> Pieces:

@@ -17,7 +17,8 @@ from qwen_run.accuracy.answer_cost import measure_cost
 from qwen_run.accuracy.both_sides import ComparedPrompt
 from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.origin_checks import check_checkpoint, compare_text_facts, compare_text_files, read_text_facts
-from qwen_run.accuracy.reference import HuggingFace, Recipe, Reference
+from qwen_run.accuracy.recipe import Recipe
+from qwen_run.accuracy.reference import HuggingFace, Reference
 from qwen_run.accuracy.report import Check, CheckpointInfo, Cost
 from qwen_run.accuracy.saved_reference import (
     Answers,
@@ -28,6 +29,7 @@ from qwen_run.accuracy.saved_reference import (
     save_reference,
 )
 from qwen_run.accuracy.weight_checks import compare_weights
+from qwen_run.runtime.machine import available_bytes
 
 Phase = Literal["original", "as_built"]
 OpenReference = Callable[[], Reference]
@@ -45,6 +47,12 @@ class Sources(Protocol):
 
     def prompt(self, document: Document) -> ComparedPrompt | None:
         """The prompt the reference was asked then; None where the engine's own tokenizer makes it now."""
+
+    def window(self, token_ids: Sequence[int], max_seq_len: int) -> tuple[Sequence[int], str]:
+        """So many of ``token_ids`` as the reference and an engine can be compared on in one sequence, and why no more.
+
+        None of them where the reference was not asked.
+        """
 
     def checks(self, engine: Path) -> list[Check]:
         """What can be compared without running anything."""
@@ -90,13 +98,16 @@ class LiveSources:
 
     @contextmanager
     def open(self, phase: Phase) -> Iterator[tuple[OpenReference, Layers]]:
-        recipe = None if phase == "original" else Recipe.read(self.engine).with_float_activations()
+        recipe = None if phase == "original" else Recipe.read(self.engine)
         answers = self.recorded.setdefault(phase, Answers())
 
         @cache
         def live() -> HuggingFace:
             try:
-                return HuggingFace(self.path, self.threads, recipe, rope_scaling=self.manifest.origin.rope_scaling)
+                scaling = self.manifest.origin.rope_scaling
+                reference = HuggingFace(self.path, self.threads, recipe, rope_scaling=scaling)
+                reference.rounds_inputs = False  # but where it is asked what that costs
+                return reference
             except RequestError as error:
                 raise RequestError(f"{error}, or use --reference FILE") from error
 
@@ -111,6 +122,24 @@ class LiveSources:
 
     def prompt(self, document: Document) -> ComparedPrompt | None:
         return None
+
+    def window(self, token_ids: Sequence[int], max_seq_len: int) -> tuple[Sequence[int], str]:
+        free = available_bytes()
+        affordable = max_seq_len if free is None else free // 2 // self._token_bytes
+        bounds = {
+            "the engine's full length": max_seq_len,
+            "as many as the documents have": len(token_ids),
+            "as many as half of the free memory takes": affordable,
+        }
+        words = min(bounds, key=bounds.__getitem__)
+        return token_ids[: bounds[words]], words
+
+    @property
+    def _token_bytes(self) -> int:
+        """What one token of a sequence takes in the reference: keys and values of all layers, activations of one."""
+        sizes = self.manifest.model
+        kept = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
+        return 4 * (kept + 10 * sizes.hidden_size + 4 * sizes.intermediate_size)
 
     def checks(self, engine: Path) -> list[Check]:
         return [*compare_text_files(engine, self.path), compare_weights(engine, self.path)]
@@ -144,6 +173,10 @@ class SavedSources:
 
     def prompt(self, document: Document) -> ComparedPrompt | None:
         return ComparedPrompt(tuple(self.saved.prompts[document.id]), continues=document.summary is not None)
+
+    def window(self, token_ids: Sequence[int], max_seq_len: int) -> tuple[Sequence[int], str]:
+        asked = [asked for asked, every in self.saved.as_built.sequences if every > 1 and len(asked) <= max_seq_len]
+        return (max(asked, key=len), "as many as the saved reference was asked") if asked else ((), "")
 
     def checks(self, engine: Path) -> list[Check]:
         return compare_text_facts(engine, self.saved.text_facts)

@@ -266,6 +266,7 @@ class Meaning:
 # By the last part of a metric's name.
 MEANINGS: dict[str, Meaning] = {
     "kl_mean": Meaning("KL divergence, mean", "lower"),
+    "kl_ratio": Meaning("KL, engine / reference that rounds alike", "one"),
     "kl_p99": Meaning("KL divergence, 99th percentile", "lower"),
     "kl_max": Meaning("KL divergence, worst position", "lower"),
     "top1": Meaning("Same first choice (top-1)", "higher", "share"),

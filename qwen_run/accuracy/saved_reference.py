@@ -21,12 +21,14 @@ from qwen_engine.errors import RequestError, first_line
 from qwen_engine.whole_files import whole_file
 from qwen_run.accuracy.logits import ReferenceLogits, TopLogits
 from qwen_run.accuracy.origin_checks import TextFacts
-from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace
+from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace, RoundingCost, following_tokens, positions_of
 from qwen_run.accuracy.report import Cost
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Ids = tuple[int, ...]
+# token ids, and of every how many positions the logits of the last were asked for
+Asked = tuple[Ids, int]
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,31 @@ class Identity:
 class Answers:
     """What one reference said: a :class:`~qwen_run.accuracy.reference.Reference` that knows nothing else."""
 
-    sequences: dict[Ids, TopLogits] = field(default_factory=dict)
+    sequences: dict[Asked, TopLogits] = field(default_factory=dict)
     continuations: dict[Ids, list[int]] = field(default_factory=dict)
+    roundings: dict[Ids, RoundingCost] = field(default_factory=dict)
 
-    def logits(self, token_ids: Sequence[int]) -> Iterator[ReferenceLogits]:
+    def logits(self, token_ids: Sequence[int], every: int = 1) -> Iterator[ReferenceLogits]:
         """See :meth:`qwen_run.accuracy.reference.Reference.logits`.
 
         Raises:
             RequestError: these ids were not asked when the file was saved.
         """
-        saved = self.sequences.get(tuple(token_ids))
+        saved = self.sequences.get((tuple(token_ids), every))
         if saved is None:
             raise RequestError(_unknown(token_ids))
-        return _chunks(saved, len(token_ids))
+        return _chunks(saved)
+
+    def rounded(self, token_ids: Sequence[int], original: Sequence[ReferenceLogits]) -> RoundingCost:
+        """What was measured then.
+
+        Raises:
+            RequestError: these ids were not asked when the file was saved.
+        """
+        saved = self.roundings.get(tuple(token_ids))
+        if saved is None:
+            raise RequestError(_unknown(token_ids))
+        return saved
 
     def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
         """What was said then; ``max_new_tokens`` and ``stop_token_ids`` are part of the file's identity.
@@ -83,16 +97,24 @@ class Recording:
     live: HuggingFace
     answers: Answers = field(default_factory=Answers)
 
-    def logits(self, token_ids: Sequence[int]) -> Iterator[ReferenceLogits]:
-        if tuple(token_ids) in self.answers.sequences:
-            yield from self.answers.logits(token_ids)
+    def logits(self, token_ids: Sequence[int], every: int = 1) -> Iterator[ReferenceLogits]:
+        asked = tuple(token_ids), every
+        if asked in self.answers.sequences:
+            yield from self.answers.logits(token_ids, every)
             return
-        following = np.array([*token_ids[1:], -1], np.int64)
+        following = following_tokens(token_ids)[positions_of(len(token_ids), every)]
         chunks: list[TopLogits] = []
-        for start, full in zip(range(0, len(token_ids), CHUNK_TOKENS), self.live.logits(token_ids), strict=True):
+        for number, full in enumerate(self.live.logits(token_ids, every)):
+            start = number * CHUNK_TOKENS
             chunks.append(full.top(following[start : start + len(full)]))
             yield full
-        self.answers.sequences[tuple(token_ids)] = _join(chunks)
+        self.answers.sequences[asked] = _join(chunks)
+
+    def rounded(self, token_ids: Sequence[int], original: Sequence[ReferenceLogits]) -> RoundingCost:
+        known = self.answers.roundings
+        if tuple(token_ids) not in known:
+            known[tuple(token_ids)] = self.live.rounded(token_ids, original)
+        return known[tuple(token_ids)]
 
     def continuation(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Set[int]) -> list[int]:
         known = self.answers.continuations
@@ -129,12 +151,18 @@ def save_reference(path: Path, saved: SavedReference) -> None:
     arrays: dict[str, np.ndarray] = {}
     roles: dict[str, Any] = {}
     for role, answers in (("original", saved.original), ("as_built", saved.as_built)):
-        for index, (token_ids, logits) in enumerate(answers.sequences.items()):
+        for index, ((token_ids, _), logits) in enumerate(answers.sequences.items()):
             arrays[f"{role}.{index}.token_ids"] = np.array(token_ids, np.int32)
             arrays |= {f"{role}.{index}.{name}": getattr(logits, name) for name in _array_names(logits)}
         vocab_size = next((logits.vocab_size for logits in answers.sequences.values()), 0)
         continuations = [[prompt, answer] for prompt, answer in answers.continuations.items()]
-        roles[role] = {"sequences": len(answers.sequences), "vocab_size": vocab_size, "continuations": continuations}
+        roundings = [[token_ids, asdict(rounded)] for token_ids, rounded in answers.roundings.items()]
+        roles[role] = {
+            "every": [every for _, every in answers.sequences],
+            "vocab_size": vocab_size,
+            "continuations": continuations,
+            "roundings": roundings,
+        }
     header = {
         "format_version": FORMAT_VERSION,
         "identity": asdict(saved.identity),
@@ -190,11 +218,12 @@ def load_reference(path: Path, identity: Identity, document_ids: Sequence[str] =
 
 def _read_answers(file: Mapping[str, np.ndarray], role: str, content: Mapping[str, Any]) -> Answers:
     answers = Answers(continuations={tuple(prompt): answer for prompt, answer in content["continuations"]})
-    for index in range(content["sequences"]):
+    answers.roundings = {tuple(token_ids): RoundingCost(**rounded) for token_ids, rounded in content["roundings"]}
+    for index, every in enumerate(content["every"]):
         names = [item.name for item in fields(TopLogits) if item.name != "vocab_size"]
         arrays: dict[str, Any] = {name: file[f"{role}.{index}.{name}"] for name in names}
         token_ids = tuple(file[f"{role}.{index}.token_ids"].tolist())
-        answers.sequences[token_ids] = TopLogits(vocab_size=content["vocab_size"], **arrays)
+        answers.sequences[token_ids, every] = TopLogits(vocab_size=content["vocab_size"], **arrays)
     return answers
 
 
@@ -241,8 +270,8 @@ def _join(chunks: Sequence[TopLogits]) -> TopLogits:
     return replace(chunks[0], **joined)
 
 
-def _chunks(logits: TopLogits, length: int) -> Iterator[TopLogits]:
-    for start in range(0, length, CHUNK_TOKENS):
+def _chunks(logits: TopLogits) -> Iterator[TopLogits]:
+    for start in range(0, len(logits), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         arrays: dict[str, Any] = {name: getattr(logits, name)[part] for name in _array_names(logits)}
         yield replace(logits, **arrays)

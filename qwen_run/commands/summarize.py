@@ -55,7 +55,7 @@ def _check_thresholds(context: click.Context, option: click.Parameter, texts: tu
 @click.option("--max-samples", type=click.IntRange(min=1), default=20, help="Documents to compare.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest summary.")
 @click.option("--report", type=click.Path(path_type=Path), help="Directory to write.  [default: reports/<engine>]")
-@click.option("--check", is_flag=True, help="Judge with the thresholds of the engine's scheme.")
+@click.option("--check", is_flag=True, help="Judge whether the engine is healthy.")
 @click.option("--thresholds", type=click.Path(path_type=Path), metavar="FILE.toml", help="Judge with these instead.")
 @click.option(
     "--threshold",
@@ -89,7 +89,7 @@ def main(
     \b
     Examples:
       qwen-summarize                                     the newest engine against the checkpoint it was built from
-      qwen-summarize --check                             the same as a gate: exit code 3 if it is not close enough
+      qwen-summarize --check                             the same as a gate: exit code 3 if it is not healthy
       qwen-summarize --max-samples 50 --save-reference ref.npz
       qwen-summarize --reference ref.npz --check         without torch, transformers and the checkpoint
       qwen-summarize --layers                            where does an error start?

@@ -12,10 +12,10 @@ import numpy as np
 from qwen_engine.errors import EngineError, shown
 from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, LinearRecord, Manifest
-from qwen_plugin.layout import PANEL
+from qwen_plugin.layout import PANEL, ZERO_POINTS
 from qwen_run.engine_files.checksums import check_operators
 from qwen_run.engine_files.onnx_file import Tensor, read_graph
-from qwen_run.engine_files.stored_rows import read_rows
+from qwen_run.engine_files.stored_rows import READERS, read_rows
 
 # elements of a weight that are dequantised at a time: bounds the memory that takes to some tens of megabytes
 SLICE_ELEMENTS = 1 << 20
@@ -55,11 +55,25 @@ class StoredLinear:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the weight, float32 (rows, in_features), the columns in the order of the inputs."""
         shape = self.record.out_features, self.record.in_features
-        weight = read_rows(self.record.quantization, shape, self.tensors, start, stop)
+        return self._in_order(read_rows(self.record.quantization, shape, self.tensors, start, stop))
+
+    def integers(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows [start, stop) of a weight that is (q - zero point) * scale: these three, each (rows, in_features)."""
+        stored, shape = self.record.quantization, (self.record.out_features, self.record.in_features)
+        q, scales, zero_points = READERS[stored.layout](stored, shape, self.tensors, start, stop)
+        if zero_points is None:
+            zero_points = np.full(scales.shape, ZERO_POINTS[stored.bits], np.uint8)
+        spread = (values.repeat(stored.group_size, axis=1) for values in (scales, zero_points))
+        scales, zero_points = (self._in_order(values) for values in spread)
+        return self._in_order(q), scales, zero_points
+
+    def _in_order(self, stored: np.ndarray) -> np.ndarray:
+        """Stored columns (R, padded) in the order of the inputs, (R, in_features)."""
+        stored = stored[:, : self.record.in_features]
         if self.permutation is None:
-            return weight
-        ordered = np.empty_like(weight)
-        ordered[:, self.permutation] = weight
+            return stored
+        ordered = np.empty_like(stored)
+        ordered[:, self.permutation] = stored
         return ordered
 
 

@@ -28,10 +28,12 @@ REFERENCES = {
     "original": "the original weights",
     "as_built": "the weights as built",
 }
+ROUNDING = "rounding inputs"
 FIDELITY_NOTE = (
     "Both sides read the same tokens. Against the original weights: what rounding costs. Against the weights as built "
     "(read from the engine, in float32 arithmetic): whether it computes what was meant. That they are those of the "
-    "checkpoint, rounded as the engine records it, is a check of its own."
+    "checkpoint, rounded as the engine records it, is a check of its own. Of rounding inputs: the engine as it runs "
+    "beside itself with float32 activations, and beside the reference that rounds alike."
 )
 ROUGE_NOTE = (
     "ROUGE counts words shared with a summary a person wrote. It can rise when quality falls, so it is never the "
@@ -98,6 +100,8 @@ def _shout(outcome: Outcome) -> str:
 def full_label(name: str) -> str:
     """A metric in words: ``KL divergence, mean, against the original weights``."""
     group, _, _ = name.rpartition(".")
+    if group == "rounding":
+        return f"{meaning(name).label}, of {ROUNDING}"
     against = REFERENCES.get(group)
     side = ROUGE_SIDES.get(group)
     label = meaning(name).label
@@ -133,12 +137,13 @@ def _outcome(outcome: Outcome) -> str:
 def check_table(report: Report) -> Table:
     checks = sorted(report.checks, key=lambda check: check.passed)
     rows = tuple((_outcome("passed" if c.passed else "failed"), c.name, c.message) for c in checks)
-    return Table(("Verdict", "Check against the checkpoint", "Found"), rows)
+    return Table(("Verdict", "Check", "Found"), rows)
 
 
 def fidelity_table(report: Report) -> Table:
-    """One row a metric, one column a reference."""
-    return _grid(report, "Metric", {group: f"Against {words}" for group, words in REFERENCES.items()})
+    """One row a metric, one column a reference, and one of what rounding inputs costs."""
+    columns = {group: f"Against {words}" for group, words in REFERENCES.items()}
+    return _grid(report, "Metric", columns | {"rounding": f"Of {ROUNDING}"})
 
 
 def rouge_table(report: Report) -> Table:

@@ -8,7 +8,8 @@ import numpy as np
 
 from qwen_build.plan.rules import Rule
 from qwen_engine.manifest import LAYERS_GRAPH_FILE
-from qwen_run.accuracy.reference import HuggingFace, Recipe
+from qwen_run.accuracy.recipe import Recipe
+from qwen_run.accuracy.reference import HuggingFace
 from qwen_run.runtime.engine import Batch, Engine
 
 

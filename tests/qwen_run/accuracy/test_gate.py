@@ -3,19 +3,21 @@
 import doctest
 import math
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import qwen_run.accuracy.gate
-from qwen_build.quantization.scheme_table import SCHEMES
 from qwen_engine.errors import RequestError
-from qwen_run.accuracy.gate import THRESHOLDS, Threshold, exit_code, judge, load_thresholds, parse_threshold
+from qwen_run.accuracy.gate import Threshold, exit_code, healthy_thresholds, judge, load_thresholds, parse_threshold
 from qwen_run.accuracy.logits import FullLogits, compare
-from qwen_run.accuracy.metrics import METRIC_NAMES, Metric, summarise_positions
+from qwen_run.accuracy.metrics import METRIC_NAMES, Metric, RoundedDocument, rounding_metrics, summarise_positions
 
 AT_MOST = Threshold("original.kl_mean", 0.02, "at_most")
 AT_LEAST = Threshold("original.top1", 0.9, "at_least")
+MEASURED = ("kl_mean", "top1", "perplexity_ratio")  # of one comparison
 
 
 def kl(value: float, low: float | None, high: float | None, n: int = 20) -> Metric:
@@ -102,33 +104,74 @@ def test_messages_say_what_was_found_and_what_to_do():
     )
 
 
-def test_the_table_has_every_scheme_and_only_metrics_there_are():
-    assert THRESHOLDS.keys() == SCHEMES.keys()
-    logits = np.zeros((2, 9), np.float32)
-    positions = [compare(FullLogits(logits), logits, [1, -1])]
-    names = {metric.name for prefix in ("original", "as_built") for metric in summarise_positions(prefix, positions)}
-    for thresholds in THRESHOLDS.values():
-        assert {threshold.metric for threshold in thresholds} <= names
-        assert all(threshold.reason for threshold in thresholds)
-        assert len({(threshold.metric, threshold.kind) for threshold in thresholds}) == len(thresholds)
+def manifest(bits: int, activations: str, cache: str) -> Any:
+    """Of an engine whose linears are all stored alike."""
+    group_size = 32 if bits < 32 else 0
+    stored = SimpleNamespace(quantization=SimpleNamespace(group_size=group_size, activations=activations))
+    return SimpleNamespace(linears=(stored,), cache=SimpleNamespace(dtype=cache))
 
 
-@pytest.mark.parametrize("scheme", THRESHOLDS)
-@pytest.mark.parametrize("saved", [False, True])
-def test_the_built_in_thresholds_pass_a_perfect_engine_and_fail_a_random_one(scheme, saved):
+KINDS = {
+    "float": manifest(32, "float32", "float32"),
+    "float weights": manifest(32, "float32", "float16"),
+    "rounded weights": manifest(4, "float32", "float16"),
+    "rounded inputs": manifest(8, "int8", "float16"),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_kind
+def test_bounds_name_metrics_that_there_are_and_say_why(kind):
+    thresholds = healthy_thresholds(KINDS[kind])
+    assert {threshold.metric for threshold in thresholds} <= set(METRIC_NAMES)
+    assert all(threshold.reason for threshold in thresholds)
+    assert len({(threshold.metric, threshold.kind) for threshold in thresholds}) == len(thresholds)
+    rounds = {threshold.metric.partition(".")[0] for threshold in thresholds}
+    assert ("rounding" in rounds) == (kind == "rounded inputs")
+
+
+def judged(kind: str, noise: float, saved: bool, own: float) -> set[str]:
+    """Outcomes of an engine whose logits are off by ``noise``, beside a reference that is off by ``own``."""
     rng = np.random.default_rng(0)
-    for engine_noise, expected in ((0, "passed"), (5, "failed")):
-        documents = []
-        for _ in range(8):
-            logits = rng.normal(0, 3, (40, 500)).astype(np.float32)
-            following = np.append(logits[:-1].argmax(1), -1)  # the reference knows best
-            reference = FullLogits(logits).top(following) if saved else FullLogits(logits)
-            engine = logits + rng.normal(0, engine_noise, logits.shape).astype(np.float32)
-            documents.append(compare(reference, engine, following))
-        metrics = [metric for prefix in ("original", "as_built") for metric in summarise_positions(prefix, documents)]
-        verdicts = judge(metrics, THRESHOLDS[scheme])
-        lower_ratio = [v for v in verdicts if v.threshold.kind == "at_least" and "ratio" in v.threshold.metric]
-        assert {verdict.outcome for verdict in verdicts if verdict not in lower_ratio} == {expected}
+    original, as_built, rounded = [], [], []
+    for _ in range(8):
+        logits = rng.normal(0, 3, (60, 500)).astype(np.float32)
+        following = np.append(logits[:-1].argmax(1), -1)  # the reference knows best
+        error = rng.normal(0, 1, logits.shape)
+        engine, alike = ((logits + size * error).astype(np.float32) for size in (noise, own))
+        reference = FullLogits(logits).top(following) if saved else FullLogits(logits)
+        original.append(compare(reference, engine, following))
+        as_built.append(compare(reference, logits, following))
+        beside = compare(FullLogits(logits), alike, following)
+        kl, likelihood = ((each.sum(), other.sum()) for each, other in (
+            (original[-1].kl, beside.kl), (original[-1].log_likelihood, beside.log_likelihood),
+        ))  # fmt: skip
+        rounded.append(RoundedDocument(60, 59, kl, kl, likelihood))
+    metrics = [*summarise_positions("original", original), *summarise_positions("as_built", as_built)]
+    verdicts = judge([*metrics, *rounding_metrics(rounded)], healthy_thresholds(KINDS[kind]))
+    return {verdict.outcome for verdict in verdicts}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_perfect_engine_passes_and_a_random_one_fails(saved):
+    for kind in ("float", "float weights"):
+        assert judged(kind, 0.0, saved, 0.0) == {"passed"}
+        assert "failed" in judged(kind, 5.0, saved, 0.0)
+
+
+@pytest.mark.parametrize("own", [0.02, 0.3])
+@pytest.mark.parametrize("kind", ["rounded weights", "rounded inputs"])
+def test_what_is_healthy_depends_on_the_model(kind, own):
+    """The same noise is healthy beside a reference that has it too, and a fault beside one that has less."""
+    assert judged(kind, own, False, own) == {"passed"}
+    assert "failed" in judged(kind, 1.3 * own, False, own)
+    assert "failed" in judged(kind, 0.7 * own, False, own)
+
+
+def test_one_counterexample_fails_where_nothing_may_differ():
+    metric = Metric("original.top1", 0.9999, 0.9997, 1.0, 20)
+    (verdict,) = judge([metric], [Threshold("original.top1", 1.0, "at_least")])
+    assert verdict.outcome == "failed"
 
 
 @pytest.mark.parametrize("noise", [1e-5, 0.03, 0.1, 0.3, 1.0])
@@ -144,8 +187,9 @@ def test_a_saved_reference_gives_the_same_verdicts(noise):
         saved.append(compare(reference.top(following), engine, following))
     thresholds = [
         Threshold(f"original.{threshold.metric.partition('.')[2]}", threshold.bound, threshold.kind)
-        for scheme in THRESHOLDS.values()
-        for threshold in scheme
+        for kind in KINDS.values()
+        for threshold in healthy_thresholds(kind)
+        if threshold.metric.partition(".")[2] in MEASURED
     ]
     outcomes = [
         [verdict.outcome for verdict in judge(summarise_positions("original", positions), thresholds)]
@@ -251,10 +295,6 @@ def test_a_metric_that_does_not_exist_is_refused_before_anything_runs(name, says
         parse_threshold(f"{name}<=1")
     with pytest.raises(RequestError, match=re.escape(says)):
         load_thresholds(tmp_path / "t.toml")
-
-
-def test_every_threshold_of_ours_names_a_metric():
-    assert {threshold.metric for rows in THRESHOLDS.values() for threshold in rows} <= set(METRIC_NAMES)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from qwen_engine.errors import CheckpointError, EngineError
 from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from qwen_plugin import library_path
 from qwen_plugin.layout import GROUP_SIZES
-from qwen_run.accuracy.reference import CHUNK_TOKENS, ROUNDING_STEPS, HuggingFace, Recipe, round_activations
+from qwen_run.accuracy.recipe import Recipe
+from qwen_run.accuracy.reference import CHUNK_TOKENS, ROUNDING_STEPS, HuggingFace, round_activations
 from qwen_run.engine_files.float_activations import with_float_activations
 from qwen_run.runtime.engine import Engine
 

@@ -14,7 +14,8 @@ from cases.processes import run_python
 from cases.saved_reference import IDENTITY, SEQUENCES, positions
 from qwen_engine.errors import RequestError
 from qwen_run.accuracy.origin_checks import TextFacts
-from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace, Recipe
+from qwen_run.accuracy.recipe import Recipe
+from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace
 from qwen_run.accuracy.report import Cost
 from qwen_run.accuracy.saved_reference import (
     Answers,
@@ -49,6 +50,9 @@ def file(live, tmp_path_factory) -> Path:
             for _ in recording.logits(sequence):
                 pass
     recordings["original"].continuation(SEQUENCES[2], 6, {7, 9})
+    originals = list(recordings["original"].logits(SEQUENCES[0]))
+    recordings["as_built"].rounded(SEQUENCES[0], originals)
+    assert len(list(recordings["as_built"].logits(SEQUENCES[0], 8))) == 1
     path = tmp_path_factory.mktemp("saved") / "reference.npz"
     answers = [recordings[role].answers for role in ("original", "as_built")]
     save_reference(path, SavedReference(IDENTITY, *answers, {"doc": tuple(SEQUENCES[2])}, FACTS, COST))
@@ -78,6 +82,19 @@ def test_everything_else_comes_back(live, file):
     assert saved.cost == COST
 
 
+def test_what_rounding_costs_and_long_sequences_come_back(live, file):
+    saved = load_reference(file, IDENTITY)
+    originals = list(saved.original.logits(SEQUENCES[0]))
+    rounded = saved.as_built.rounded(SEQUENCES[0], [])
+    assert rounded == live["as_built"].rounded(SEQUENCES[0], originals)
+    assert 0 < rounded.rounding_kl < rounded.original_kl  # int8 weights besides
+    (some,) = saved.as_built.logits(SEQUENCES[0], 8)
+    every = np.concatenate([chunk.top_ids for chunk in saved.as_built.logits(SEQUENCES[0])])
+    assert np.array_equal(some.top_ids[:, 0], every[4::8, 0])  # 261 positions, the last among them
+    with pytest.raises(RequestError, match="the saved reference has no text of these 9 tokens"):
+        saved.as_built.rounded(SEQUENCES[2], [])
+
+
 def test_chunks_are_those_of_the_live_reference(file):
     saved = load_reference(file, IDENTITY).original
     assert [len(chunk) for chunk in saved.logits(SEQUENCES[0])] == [CHUNK_TOKENS, CHUNK_TOKENS, 5]
@@ -88,9 +105,9 @@ def test_a_recording_does_not_ask_again(live):
     class Counting:
         asked = 0
 
-        def logits(self, token_ids):
+        def logits(self, token_ids, every=1):
             Counting.asked += 1
-            return live["original"].logits(token_ids)
+            return live["original"].logits(token_ids, every)
 
         def continuation(self, *arguments):
             Counting.asked += 1
@@ -153,7 +170,7 @@ def test_a_truncated_or_changed_file_is_refused(file, tmp_path):
 def test_another_version_is_refused(tmp_path):
     header = np.frombuffer(json.dumps({"format_version": 99}).encode(), np.uint8)
     np.savez(tmp_path / "x.npz", header=header)
-    with pytest.raises(RequestError, match="format version 99, this runtime reads 2"):
+    with pytest.raises(RequestError, match="format version 99, this runtime reads 3"):
         load_reference(tmp_path / "x.npz", IDENTITY)
 
 
@@ -208,7 +225,7 @@ from qwen_engine.errors import RequestError
 from qwen_run.accuracy.reference_sources import LiveSources
 from qwen_run.bench import measure
 from qwen_run.bench.measure import _transformers
-manifest = SimpleNamespace(origin=SimpleNamespace(sha256={{}}), linears=[])
+manifest = SimpleNamespace(origin=SimpleNamespace(sha256={{}}, rope_scaling=None), linears=[])
 engine, options = SimpleNamespace(manifest=manifest), SimpleNamespace(hf_dtype="float32", checkpoint=".")
 measure.find_checkpoint = lambda *_: Path(".")
 measure.HuggingFaceSide.__init__.__globals__["dense_reads"] = lambda *_: None

@@ -1,0 +1,162 @@
+"""The weights of a checkpoint, read for a comparison: nothing of the builder is used, so that its faults show.
+
+What is read is what transformers reads: safetensors files (https://github.com/huggingface/safetensors#format), and in
+them the packed integers of GPTQ and AWQ, unpacked as AutoGPTQ's ``qlinear`` and AutoAWQ's ``gemm`` unpack them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_engine.errors import CheckpointError
+from qwen_engine.graph_io import EMBEDDING, HEAD
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# what a file calls a type -> how its bytes lie; bfloat16 is the upper half of a float32
+_ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4"}
+
+# AWQ: the place in an int32 of each of eight outputs side by side
+_AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a mapped file."""
+
+    stored: np.ndarray
+    is_bfloat16: bool
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        """``part`` of it in a new array: float32, or int32 as it is."""
+        values = self.stored[part]
+        if self.is_bfloat16:
+            return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
+        return np.array(values, np.int32 if values.dtype.kind == "i" else np.float32)
+
+
+class CheckpointWeights:
+    """Weights of a checkpoint, float32 and by Hugging Face's names, whether they are stored packed or not.
+
+    Args:
+        directory: of the checkpoint; its files are mapped, and read a slice at a time.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            self._tensors = _open_tensors(directory)
+            config = json.loads((directory / "config.json").read_bytes())
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"the weights of {directory} cannot be read: {error}; download it again") from error
+        self._packing: dict[str, Any] = config.get("quantization_config") or {}
+
+    def is_packed(self, linear: str) -> bool:
+        """Whether the checkpoint stores ``linear`` as small integers."""
+        return f"{linear}.qweight" in self._tensors
+
+    def vector(self, name: str) -> np.ndarray:
+        """A norm's weight or a bias.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return self._tensor(name)[...]
+
+    def rows(self, linear: str, rows: slice) -> np.ndarray:
+        """Some rows of the weight of ``linear``, (rows, in_features). A head that is not there is the embedding.
+
+        Raises:
+            CheckpointError: there is no such weight.
+        """
+        if self.is_packed(linear):
+            return self._unpacked(linear, rows)
+        if linear == HEAD and f"{HEAD}.weight" not in self._tensors:
+            linear = EMBEDDING
+        return self._tensor(f"{linear}.weight")[rows]
+
+    def _tensor(self, name: str) -> _Tensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"the checkpoint lacks {name}, which the engine has; name the one it was built from")
+        return self._tensors[name]
+
+    def _unpacked(self, linear: str, rows: slice) -> np.ndarray:
+        """(q - zero point) * scale, the latter two of the group of each input."""
+        outputs, mask = np.arange(rows.start, rows.stop), (1 << self._bits) - 1
+        places = _AWQ_PLACES if self._is_awq else np.arange(32 // self._bits)
+        words, shifts = outputs // len(places), self._bits * places[outputs % len(places)]
+        zeros = ((self._tensor(f"{linear}.qzeros")[:, words] >> shifts) & mask) + self._zero_offset
+        if self._is_awq:  # an int32 holds outputs of one input
+            q = (self._tensor(f"{linear}.qweight")[:, words] >> shifts) & mask
+        else:  # inputs of one output
+            packed = self._tensor(f"{linear}.qweight")[:, rows]
+            q = ((packed[:, None] >> self._bits * places[:, None]) & mask).reshape(-1, len(outputs))
+        groups = self._group_of(linear, len(q))
+        scales = self._tensor(f"{linear}.scales")[:, rows]
+        return np.ascontiguousarray(((q - zeros[groups]).astype(np.float32) * scales[groups]).T)
+
+    def _group_of(self, linear: str, inputs: int) -> np.ndarray:
+        """The group of each input of ``linear``."""
+        size = int(self._packing.get("group_size", self._packing.get("q_group_size", -1)))
+        if size == -1:
+            return np.zeros(inputs, np.int64)
+        if f"{linear}.g_idx" in self._tensors:
+            return self._tensor(f"{linear}.g_idx")[...]
+        return np.asarray(np.arange(inputs) // size)
+
+    @property
+    def _is_awq(self) -> bool:
+        return bool(self._packing["quant_method"] == "awq")
+
+    @property
+    def _bits(self) -> int:
+        return int(self._packing.get("bits", self._packing.get("w_bit", 4)))
+
+    @cached_property
+    def _zero_offset(self) -> int:
+        """What is added to a stored zero point: the first version of GPTQ's format has them less one.
+
+        Where all of them are the middle of the grid, the version is the second, whatever the checkpoint says.
+        """
+        version = self._packing.get("checkpoint_format") or self._packing.get("format") or "gptq"
+        if self._is_awq or version != "gptq":
+            return 0
+        middle = 0x88888888 if self._bits == 4 else 0x80808080
+        stored = [tensor.stored for name, tensor in self._tensors.items() if name.endswith(".qzeros")]
+        return 0 if all((values.view("<u4") == middle).all() for values in stored) else 1
+
+
+def _open_tensors(directory: Path) -> dict[str, _Tensor]:
+    """Every tensor of the files in ``directory``, by the name transformers saves it with."""
+    names = [_WEIGHTS]
+    if not (directory / _WEIGHTS).is_file():
+        names = sorted(set(json.loads((directory / _INDEX).read_bytes())["weight_map"].values()))
+    tensors: dict[str, _Tensor] = {}
+    for path in (directory / name for name in names):
+        file = np.memmap(path, np.uint8, "r")
+        begin = 8 + int(file[:8].view("<u8")[0])
+        for name, entry in json.loads(file[8:begin].tobytes()).items():
+            if name == "__metadata__" or entry["dtype"] not in _ELEMENTS:
+                continue
+            element = np.dtype(_ELEMENTS[entry["dtype"]])
+            place = begin + int(entry["data_offsets"][0])
+            stored = np.ndarray(entry["shape"], element, file, place)
+            tensors[name] = _Tensor(stored, entry["dtype"] == "BF16")
+    embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), f"{EMBEDDING}.weight")
+    prefix = embedding.removesuffix("embed_tokens.weight")
+    return {_plain_name(name, prefix): tensor for name, tensor in tensors.items()}
+
+
+def _plain_name(name: str, prefix: str) -> str:
+    """``name`` without what a program put before the decoder's and the head's names."""
+    if name.endswith(f"{HEAD}.weight"):
+        return f"{HEAD}.weight"
+    return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
