@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from qwen_run.runtime.machine import physical_cores
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int32]
@@ -28,6 +31,9 @@ TOP, TAIL_SAMPLE, SPREAD_SAMPLE = 64, 64, 64
 LOWEST = float(np.finfo(np.float32).min)
 
 LARGEST_EXPONENT = 700.0
+
+# Threads that compare positions: more wait for memory.
+MOST_THREADS = 8
 
 # Values of a row that are looked at together where the largest are sought.
 _STRETCH = 64
@@ -221,15 +227,23 @@ def compare(reference: ReferenceLogits, logits: NDArray[np.float32], following: 
     assert logits.shape == (len(reference), reference.vocab_size), "the same positions and vocabulary"
     assert len(following) == len(logits)
 
-    rows = []
-    # memory for one position, taken once: taking it anew for each costs as much as the arithmetic
-    engine, *scratch = np.empty((4, reference.vocab_size))
-    for t, row in enumerate(logits):
-        _float64(row, engine)
-        finite = np.isfinite(engine).all()
-        rows.append(
-            reference._compare_row(t, engine, following[t], scratch) if finite else dict.fromkeys(_FIELDS, np.nan)
-        )
+    def compare_rows(part: slice) -> list[dict[str, float]]:
+        # memory for one position, taken once: taking it anew for each costs as much as the arithmetic
+        engine, *scratch = np.empty((4, reference.vocab_size))
+        rows = []
+        for t in range(len(logits))[part]:
+            _float64(logits[t], engine)
+            finite = np.isfinite(engine).all()
+            rows.append(
+                reference._compare_row(t, engine, following[t], scratch) if finite else dict.fromkeys(_FIELDS, np.nan)
+            )
+        return rows
+
+    threads = min(physical_cores(), MOST_THREADS, len(logits))
+    step = -(-len(logits) // max(threads, 1))
+    parts = [slice(start, start + step) for start in range(0, len(logits), step)] if step else []
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        rows = [row for part in pool.map(compare_rows, parts) for row in part]
     columns = {name: np.array([row[name] for row in rows], np.float64) for name in _FIELDS}
     for name in ("log_likelihood", "reference_log_likelihood"):
         columns[name] = columns[name][following >= 0]

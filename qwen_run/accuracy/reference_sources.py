@@ -128,7 +128,7 @@ class LiveSources:
         affordable = max_seq_len if free is None else free // 2 // self._token_bytes
         bounds = {
             "the engine's full length": max_seq_len,
-            "as many as the documents have": len(token_ids),
+            "half as many as the documents have": len(token_ids) // 2,
             "as many as half of the free memory takes": affordable,
         }
         words = min(bounds, key=bounds.__getitem__)
