@@ -63,7 +63,7 @@ def read_graph(path: Path) -> OnnxGraph:
         nodes = tuple(_node(value) for number, value in parts if number == 1)
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror}; build the engine again") from error
-    except (IndexError, ValueError, TypeError, AttributeError, struct.error) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise EngineError(f"{path} is not ONNX; build the engine again") from error
     return OnnxGraph(nodes, {tensor.name: tensor for tensor in initializers})
 

@@ -8,19 +8,23 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import click
+
 from fuzz.checkpoint import write_checkpoint
 from fuzz.mutations import mutate_bytes, mutate_tree
 from fuzz.rounds import Attempt, in_child, main, preload, run_command
+from qwen_run.commands.command import Command
 
 PARTS = (
     "engine.json",
     "model.onnx",
+    "layers.onnx",
     "weights.bin",
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
 )
-WEIGHTS = (6, 3, 1, 3, 2, 1)  # how often each is damaged
+WEIGHTS = (6, 3, 2, 1, 3, 2, 1)  # how often each is damaged
 
 
 def prepare(directory: Path) -> dict[str, Path]:
@@ -53,7 +57,7 @@ def make(engines: dict[str, Path], rng: random.Random, folder: Path) -> Attempt:
         path.write_bytes(data)
     if name != "engine.json" and rng.random() < 0.9:
         forge(engine, name)
-    return Attempt(f"{quant}, {name}: {note}", partial(use, engine, rng.random() < 0.3))
+    return Attempt(f"{quant}, {name}: {note}", partial(use, engine, name == "layers.onnx" or rng.random() < 0.3))
 
 
 def forge(engine: Path, name: str) -> None:
@@ -71,7 +75,10 @@ def use(engine: Path, checks: bool) -> str:
     from qwen_run.commands.inspect import main as inspect
     from qwen_run.commands.run import main as run
 
-    looks = [(inspect, engine, "--json"), (inspect, engine, "--graph"), (inspect, engine, "--verify")] if checks else []
+    looks: list[tuple[object, ...]] = []
+    if checks:
+        looks = [(inspect, engine, "--json"), (inspect, engine, "--graph"), (inspect, engine, "--verify")]
+        looks += [(compare_layers, engine)]
     asks = [
         run,
         "--engine",
@@ -88,6 +95,23 @@ def use(engine: Path, checks: bool) -> str:
     said = [run_command(*words) for words in (*looks, asks)]
     wrong = [text for text in said if not text.startswith(("answered", "refused: "))]
     return wrong[0] if wrong else said[-1]
+
+
+@click.command(cls=Command)
+@click.argument("engine", type=click.Path(path_type=Path))
+def compare_layers(engine: Path) -> None:
+    """Read what qwen-summarize reads of an engine: every sub-block's output, and every weight."""
+    from qwen_engine.manifest import LAYERS_GRAPH_FILE
+    from qwen_run.accuracy.both_sides import engine_layers
+    from qwen_run.engine_files.weights import EngineWeights
+    from qwen_run.runtime.engine import Engine
+
+    loaded = Engine.load(engine, 1, graph=LAYERS_GRAPH_FILE, cache_bytes=4 << 20, float_activations=True)
+    engine_layers(loaded, [1, 2, 3])
+    weights = EngineWeights(engine)
+    for name in weights.parts:
+        for _ in weights.pieces(name):
+            pass
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cases.processes import run_async
-from cases.scripted import Script, scripted_model, write_text_files
-from qwen_engine.errors import EngineError
+from cases.scripted import ADDED, IM_END, Script, scripted_model, write_text_files
+from qwen_engine.errors import EngineError, QwenError
 from qwen_run import AsyncLLM, SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -132,3 +132,39 @@ def test_a_closed_one_refuses_in_every_loop(model):
     for _ in range(2):
         with pytest.raises(EngineError, match="the engine is closed"):
             run_async(text_of(llm.generate("a", GREEDY)))
+
+
+VOCABULARY = range(IM_END + len(ADDED) + 1)
+# what redteaming has found to end everybody's requests
+HOSTILE = {
+    "beams, and every token stops": {"temperature": 0, "num_beams": 2, "stop_token_ids": VOCABULARY},
+    "a least number of tokens, and every token stops": {"min_tokens": 1, "stop_token_ids": VOCABULARY},
+    "no token is left": {"allowed_token_ids": [5], "suppress_tokens": [5]},
+    "a processor that fails": {"logits_processors": [lambda output, logits: 1 / 0]},
+    "an id beyond every vocabulary": {"logit_bias": {2**31 - 1: 1.0}},
+    "a bad word beyond the vocabulary": {"bad_words_ids": [[5, 2**31 - 1]]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_ends_alone(model, slow, name):
+    async def everyone():
+        async with AsyncLLM(model) as llm:
+            others = [asyncio.create_task(text_of(llm.generate(f"{LONG}{i}", GREEDY))) for i in range(5)]
+            await asyncio.sleep(0.05)
+            hostile = llm.generate("abc", SamplingParams(**{"temperature": 0} | HOSTILE[name]))
+            (ended,) = await asyncio.gather(last_of(hostile), return_exceptions=True)
+            texts = await asyncio.gather(*others)
+            return ended, texts, await text_of(llm.generate("next", GREEDY))
+
+    ended, texts, following = run_async(everyone())
+    assert isinstance(ended, QwenError) or ended.finished
+    assert texts == [f"{LONG.upper()}{i}" for i in range(5)]
+    assert following == "NEXT"
+    assert model.engine.is_idle
+
+
+async def last_of(outputs):
+    async for output in outputs:
+        final = output
+    return final

@@ -7,11 +7,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders
+from tokenizers import Regex, decoders, pre_tokenizers
 
 from cases.scripted import ENDOFTEXT, IM_END, IM_START, core_tokenizer, write_text_files
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.text.tokenizer import LONG_TEXT, StreamDecoder, Tokenizer
+from qwen_run.text.tokenizer_file import panics_as
 
 TOKENIZER = Tokenizer(core_tokenizer())
 IDS = st.lists(st.integers(0, TOKENIZER.vocab_size + 5))  # a model's vocabulary is padded beyond the tokenizer's
@@ -137,3 +138,19 @@ def test_a_long_text_is_encoded_as_a_short_one_is(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(RequestError, match="not UTF-8"):
         tokenizer.encode("a" * LONG_TEXT + "\udcff")
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_of_the_request():
+    core = core_tokenizer()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"(?:a|aa|a)+[bcd]{3}"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    tokenizer = Tokenizer(core)
+    with pytest.raises(RequestError, match=r"cannot encode the prompt: .*retry-limit-in-match over; build the engine"):
+        tokenizer.encode("a" * 64 + "x")
+    assert tokenizer.decode(tokenizer.encode("the")) == " the"
+
+
+def test_what_ends_a_program_is_no_panic():
+    with pytest.raises(KeyboardInterrupt), panics_as(RequestError, "it", "again"):
+        raise KeyboardInterrupt

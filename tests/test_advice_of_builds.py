@@ -1,0 +1,389 @@
+"""Advice of qwen-build and qwen-bench: each is given here, and what it says is done; or why that cannot be, is said."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from click.testing import CliRunner
+
+from cases import ROOT
+from cases.calibration import letters, with_tokenizer
+from qwen_build.cli import main as build
+from qwen_run.commands.bench import main as bench
+
+Act = Callable[[], object]
+
+
+def config(**changes: Any) -> Act:
+    """Change keys of the checkpoint's config.json; None takes one out."""
+
+    def act() -> None:
+        path = Path("C/config.json")
+        merged = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in merged.items() if value is not None}))
+
+    return act
+
+
+def write(path: str, text: str) -> Act:
+    return lambda: Path(path).write_text(text)
+
+
+def rules(**patterns: Any) -> Act:
+    return write("rules.json", json.dumps(patterns))
+
+
+def remove(path: str) -> Act:
+    return lambda: Path(path).unlink()
+
+
+def move(source: str, target: str) -> Act:
+    return lambda: Path(source).rename(target)
+
+
+def nothing() -> None:
+    pass
+
+
+class Row(NamedTuple):
+    """``before`` is done and ``typed``; the error says ``advice``; ``followed`` is done, and ``then`` goes well."""
+
+    typed: str
+    advice: str
+    then: str
+    before: Act = nothing
+    followed: Act = nothing
+
+
+DRY = "C --dry-run"
+BUILDS = [
+    Row(f"{DRY} --max-kl 0.1", "is a budget for --quant auto to choose within; add that, or leave it out", DRY),
+    Row(f"{DRY} --quant auto", "--quant auto chooses by what it measures; leave one out", DRY),
+    Row(
+        f"{DRY} --quant none --exclude lm_head",
+        "as --quant none keeps all of them; leave one out",
+        f"{DRY} --quant none",
+    ),
+    Row(f"{DRY} --quant none --weight-scales channel", "--quant none has none; leave one out", f"{DRY} --quant none"),
+    Row(
+        f"{DRY} --kernels stock --activations int8x2",
+        "; choose int8 or float32",
+        f"{DRY} --kernels stock --activations int8",
+    ),
+    Row(
+        f"{DRY} --weight-scales channel --quant int8 --asymmetric",
+        "; leave --asymmetric out",
+        f"{DRY} --weight-scales channel --quant int8",
+    ),
+    Row(
+        f"{DRY} --activations float32 --activation-scales token",
+        "; choose int8 or int8x2",
+        f"{DRY} --activations int8 --activation-scales token",
+    ),
+    Row(
+        f"{DRY} --quant int8 --activation-scales block",
+        "; choose group, or leave it out",
+        f"{DRY} --quant int8 --activation-scales group",
+    ),
+    Row(
+        f"{DRY} --kernels stock --quant int8 --weight-scales channel",
+        "; use --kernels native",
+        f"{DRY} --kernels native --quant int8 --weight-scales channel",
+    ),
+    Row(f"{DRY} --alpha 0.5", "nothing is smoothed; add --quant smoothquant", f"{DRY} --alpha 0.5 --quant smoothquant"),
+    Row(f"{DRY} --calibration-tokens 999", "nothing calibrates; add --int4-method gptq or leave it out", DRY),
+    Row(
+        f"{DRY} --quant int8 --int4-method gptq",
+        "; leave it out or choose --quant int4",
+        f"{DRY} --quant int4 --int4-method gptq",
+    ),
+    Row(
+        f"{DRY} --quant smoothquant --activations float32",
+        "; leave --activations, --exclude and --quant-config out",
+        f"{DRY} --quant smoothquant",
+    ),
+    Row(
+        f"{DRY} --int4-method gptq",
+        "which calibration needs; add it, or leave calibration out",
+        f"{DRY} --int4-method gptq",
+        move("C/tokenizer.json", "tokenizer.json"),
+        move("tokenizer.json", "C/tokenizer.json"),
+    ),
+    Row(
+        f"{DRY} --quant int4 --weight-scales tensor",
+        "needs calibration; add --quant smoothquant",
+        f"{DRY} --weight-scales tensor --quant smoothquant",
+    ),
+    Row("C --quant auto --max-kl 1 --max-size 9MB", "keeps to either --max-kl or --max-size", DRY),
+    Row(
+        "C --int4-method gptq --calibration short.txt --output other",
+        "; give a longer text with --calibration",
+        "C --int4-method gptq --calibration long.txt --calibration-tokens 2048 --output other",
+        lambda: (write("short.txt", "abc")(), write("long.txt", letters(40_000))()),
+    ),
+    Row(DRY, "outside the vocabulary", DRY, config(eos_token_id=[1, 999]), config(eos_token_id=[1])),
+    Row(f"{DRY} --ignore-tensors nope", "matches no tensor of the checkpoint; leave it out", DRY),
+    Row(
+        f"{DRY} --quant-config rules.json",
+        "quant none has no",
+        f"{DRY} --quant-config rules.json",
+        rules(lm_head={"quant": "none", "group_size": 64}),
+        rules(lm_head={"quant": "none"}),
+    ),
+    Row(
+        f"{DRY} --quant-config rules.json",
+        "matches no linear; their names are such as",
+        f"{DRY} --quant-config rules.json",
+        rules(nope={"quant": "int8"}),
+        rules(**{"model.layers.0.self_attn.q_proj": {"quant": "int8"}}),
+    ),
+    Row(
+        f"{DRY} --quant-config rules.json",
+        "earlier patterns match the same linears; remove one",
+        f"{DRY} --quant-config rules.json",
+        rules(**{"*": {"quant": "int8"}, "*.q_proj": {"quant": "int4"}}),
+        rules(**{"*": {"quant": "int8"}}),
+    ),
+    Row(f"{DRY} --quant-config absent.json", "; choose another --quant-config", DRY),
+    Row(
+        f"{DRY} --yarn 2 --rope-scaling rope.json",
+        "both say how positions are rotated; leave one out",
+        f"{DRY} --yarn 2",
+        write("rope.json", "{}"),
+    ),
+    Row(
+        "C --output taken",
+        "; use --force to replace it",
+        "C --output taken --force",
+        lambda: typed(build, "C --output taken"),
+    ),
+    Row(
+        "C --output taken --force",
+        "; move it away or choose another --output",
+        "C --output taken --force",
+        lambda: (typed(build, "C --output taken"), write("taken/mine.txt", "x")()),
+        move("taken/mine.txt", "mine.txt"),
+    ),
+    Row(
+        "C --output notes.txt --force",
+        "is not an engine, which --force could replace; choose another --output",
+        "C --output other",
+        write("notes.txt", "x"),
+    ),
+    Row("C --output notes.txt/inside", "cannot be written: ", "C --output other", write("notes.txt", "x")),
+    Row("C/config.json --dry-run", "is a file; give the directory it is in", DRY),
+    Row(
+        "empty --dry-run",
+        "has no config.json; give a complete Hugging Face directory",
+        DRY,
+        lambda: (Path("empty").mkdir(), shutil.copy("C/model.safetensors", "empty")),
+    ),
+    Row("absent --dry-run", "; give a Hugging Face directory, or a Hub id such as", DRY),
+    Row(
+        DRY,
+        "are outside the vocabulary of 131; correct eos_token_id there",
+        DRY,
+        config(eos_token_id=999),
+        config(eos_token_id=1),
+    ),
+    Row(
+        DRY,
+        "layer_types, num_hidden_layers 3; make them agree",
+        DRY,
+        config(layer_types=["full_attention"] * 2),
+        config(layer_types=["full_attention"] * 3),
+    ),
+    Row(
+        DRY,
+        "attend to all; build with --max-seq-len 64, where this is the same",
+        f"{DRY} --max-seq-len 64",
+        config(use_sliding_window=True, sliding_window=64, max_window_layers=0, layer_types=None),
+    ),
+    Row(
+        DRY,
+        "outside the checkpoint; put the file itself there, or remove the link",
+        DRY,
+        lambda: (
+            write("private.json", "{}")(),
+            Path("C/generation_config.json").unlink(missing_ok=True),
+            Path("C/generation_config.json").symlink_to(Path("private.json").resolve()),
+        ),
+        remove("C/generation_config.json"),
+    ),
+    Row(
+        DRY,
+        "is not a file; download it again or remove it",
+        DRY,
+        lambda: (Path("C/generation_config.json").unlink(missing_ok=True), Path("C/generation_config.json").mkdir()),
+        lambda: Path("C/generation_config.json").rmdir(),
+    ),
+    Row(
+        DRY,
+        "; download the index, or rename the file",
+        DRY,
+        move("C/model.safetensors", "C/other.safetensors"),
+        move("C/other.safetensors", "C/model.safetensors"),
+    ),
+    Row("C/x.gguf --dry-run", "GGUF is not supported; give a Hugging Face directory", DRY, write("C/x.gguf", "GGUF")),
+]
+
+BENCH = "latency --input-length 9 --output-length 3 --repeat 1 --threads 1"
+MANY = "throughput --batch 1,2 --input-length 9 --output-length 3 --repeat 1 --threads 1"
+BENCHES = [
+    Row(f"{BENCH} --hf-dtype float32", "say how transformers runs; give them with --compare hf", BENCH),
+    Row(f"{MANY} --plot a.png", "pictures are SVG; name it", f"{MANY} --plot a.svg"),
+    Row(
+        f"{MANY} --plot absent/a.svg",
+        "is no directory; make it first",
+        f"{MANY} --plot absent/a.svg",
+        followed=lambda: Path("absent").mkdir(),
+    ),
+    Row("latency --input-length 600 --output-length 99 --repeat 1 --threads 1", "together; ask for fewer", BENCH),
+    Row(
+        "serve-trace --threads 1 --trace absent.csv",
+        "; choose another --trace",
+        "serve-trace --threads 1 --trace few.csv",
+    ),
+    Row(
+        "serve-trace --threads 1 --trace latin1.csv",
+        "is no CSV in UTF-8",
+        "serve-trace --threads 1 --trace few.csv",
+        lambda: Path("latin1.csv").write_bytes(b"arrival_s,input_tokens,output_tokens\n0,\xe9,2\n"),
+    ),
+    Row(
+        "serve-trace --threads 1 --trace few.csv --rate 1",
+        "arrive at once; leave out --rate, or use a trace with pauses",
+        "serve-trace --threads 1 --trace few.csv",
+    ),
+    Row(
+        "serve-trace --threads 1 --trace odd.csv",
+        "expected seconds or a date and time, and two whole numbers from 1",
+        "serve-trace --threads 1 --trace odd.csv",
+        write("odd.csv", "arrival_s,input_tokens,output_tokens\n0,0,2\n"),
+        write("odd.csv", "arrival_s,input_tokens,output_tokens\n0,1,2\n"),
+    ),
+]
+
+
+def typed(command: Any, line: str) -> Any:
+    return CliRunner().invoke(command, line.split())
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Any, build_engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a checkpoint C, an engine under engines/ and a short trace."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen_run.bench.measure.PAUSE_S", 0.0)
+    with_tokenizer(tiny_checkpoint("qwen2").path, Path("C"))
+    shutil.copytree(build_engine(tiny_checkpoint("qwen2").path, quant="int8"), "engines/tiny")
+    Path("few.csv").write_text("arrival_s,input_tokens,output_tokens\n0,5,2\n0,5,2\n")
+    return tmp_path
+
+
+def follow(command: Any, row: Row) -> None:
+    row.before()
+    refused = typed(command, row.typed)
+    assert refused.exit_code in (1, 2), refused.output
+    assert row.advice in " ".join(refused.stderr.split())
+    row.followed()
+    done = typed(command, row.then)
+    assert done.exit_code == 0, done.stderr
+    assert row.advice not in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("row", BUILDS, ids=lambda row: f"{row.typed}: {row.advice}"[:70])
+def test_advice_of_a_build_works_when_it_is_followed(folder: Path, row: Row) -> None:
+    follow(build, row)
+
+
+@pytest.mark.parametrize("row", BENCHES, ids=lambda row: f"{row.typed}: {row.advice}"[:70])
+def test_advice_of_a_benchmark_works_when_it_is_followed(folder: Path, row: Row) -> None:
+    follow(bench, row)
+
+
+# what is not followed here: a piece of the message -> why, or where it is
+ELSEWHERE = {
+    'quant="auto"': "of Python; the command line's is the first row",
+    "twice; keep one": "tests/qwen_build/plan/test_rules.py",
+    "download": "a sound copy of the file is what tests/fuzz/checkpoint.py starts from; a test has no Hub",
+    "git lfs pull": "needs a server of Git LFS",
+    "changed while it was read; build again": "building again is what every other row does",
+    "cannot be downloaded": "needs the Hub",
+    "Hugging Face Hub": "needs the Hub",
+    "pip install --force-reinstall": "would replace the package whose data are damaged",
+    "cannot be written to": "tests/qwen_build/checkpoint/test_demo.py sets XDG_CACHE_HOME",
+    "float checkpoint": "building the float checkpoint is what every row without quantization_config does",
+    "float one": "as above",
+    "it was made from": "as above",
+    "merge_and_unload": "needs peft",
+    "save_pretrained": "what save_pretrained writes is the checkpoint of every row",
+    "GGUF": "the directory of the model is what every row gives",
+    "is not a directory; give": "as above",
+    "old AutoGPTQ": "tests/qwen_build/checkpoint/test_shards.py",
+    "no quantization_config that says": "as above",
+    "remove the copies": "tests/qwen_build/checkpoint/test_shards.py",
+    "remove the file that is left over": "which file is left over its owner alone knows",
+    "set tie_word_embeddings to false": "tests/qwen_build/checkpoint/test_packed.py",
+    "keep the right one": "tests/qwen_build/checkpoint/test_config.py",
+    "save the checkpoint whole": "what save_pretrained writes is the checkpoint of every row",
+    "use --kernels stock": "tests/qwen_build/test_cli.py builds with it where a native kernel cannot hold a number",
+    "use the model's own": "the model's own tokenizer is the one of every row",
+    "wait for it or choose another --output": "tests/qwen_build/calibration/test_calibrate.py",
+    "is no directory that a build of yours made": "choosing another --output is a row above",
+    "cannot be reached: the most accurate engine": "tests/qwen_build/auto/test_search.py allows as much",
+    "the smallest engine has": "tests/qwen_build/auto/test_search.py allows as much",
+    "has nothing to choose": "without it this is a build of another row",
+    "makes the choice of": "without it: tests/qwen_build/auto/test_search.py",
+    "are needed to calibrate and to": "the row of a text that is too short gives a longer one",
+    "which the checkpoint has quantised already; leave it out": "without it: tests/qwen_build/checkpoint/test_packed.py",
+    "cannot be chosen, the checkpoint is stored as": "tests/qwen_build/checkpoint/test_packed.py",
+    "needs weight scales of its own": "without it: tests/qwen_build/checkpoint/test_packed.py",
+    "python -m qwen_plugin.compile": "make test compiles what the tests run on",
+    "leave out --compare hf": "every row of BENCHES does without",
+    "there is no window": "the row of a window that is one builds with --max-seq-len",
+}
+LEAST_PIECE = len("; choose")  # of a message, that tells it from others
+ADVICE = re.compile(
+    r"; (?:or )?(?:add|allow|ask|build|check|choose|correct|download|give|keep|leave|make|merge|move|name|put|remove"
+    r"|rename|run|save|set|use|wait)\b"
+)
+
+
+def advice_of(folder: Path) -> Iterator[str]:
+    """Every message with advice, ``{}`` for what is filled in."""
+    for path in sorted(folder.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            text = ""
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+                text = node.value
+            if ADVICE.search(text) and not text.startswith("\n") and "\n\n" not in text:
+                yield text
+
+
+def is_followed(message: str) -> bool:
+    """A row has seen the message, or ``ELSEWHERE`` explains it."""
+    pieces = [piece.strip() for piece in message.split("{}") if len(piece.strip()) >= LEAST_PIECE]
+    seen = any(piece in row.advice or row.advice in piece for row in (*BUILDS, *BENCHES) for piece in pieces)
+    return seen or any(piece in message for piece in ELSEWHERE)
+
+
+@pytest.mark.parametrize("folder_name", ["qwen_build", "qwen_run/bench"])
+def test_every_advice_is_followed_or_says_why_not(folder_name: str) -> None:
+    assert [message for message in advice_of(ROOT / folder_name) if not is_followed(message)] == []
+
+
+def test_advice_that_nobody_followed_is_found(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text('x = f"{y} is odd; give an even one"\nz = "it is odd; odd it is"\n')
+    assert list(advice_of(tmp_path)) == ["{} is odd; give an even one"]
+    assert not is_followed("{} is odd; give an even one")
