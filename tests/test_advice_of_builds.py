@@ -342,7 +342,7 @@ ELSEWHERE = {
     "has nothing to choose": "without it this is a build of another row",
     "makes the choice of": "without it: tests/qwen_build/auto/test_search.py",
     "are needed to calibrate and to": "the row of a text that is too short gives a longer one",
-    "which the checkpoint has quantised already; leave it out": "without it: tests/qwen_build/checkpoint/test_packed.py",
+    "which the checkpoint has quantised already": "without it: tests/qwen_build/checkpoint/test_packed.py",
     "cannot be chosen, the checkpoint is stored as": "tests/qwen_build/checkpoint/test_packed.py",
     "needs weight scales of its own": "without it: tests/qwen_build/checkpoint/test_packed.py",
     "python -m qwen_plugin.compile": "make test compiles what the tests run on",

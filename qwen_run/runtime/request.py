@@ -208,7 +208,7 @@ def check_request(request: Request, manifest: Manifest, name: str = "the prompt"
     if request.max_tokens < 1:
         raise RequestError(
             f"{name} has {len(request.prompt)} tokens, and max_length is {request.params.max_length} for it and the "
-            "answer together; set max_tokens, or --max-new-tokens, to what the answer may have"
+            "answer together; ask for a number of new tokens, which counts before it"
         )
     for token_id in (min(request.prompt), max(request.prompt)):
         if not 0 <= token_id < vocab_size:

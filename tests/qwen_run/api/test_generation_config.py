@@ -136,7 +136,7 @@ def test_a_prompt_that_fills_the_length_says_what_to_set(asking):
     engine, _ = asking(max_length=LENGTH)
     llm = LLM(engine)
     with pytest.raises(
-        RequestError, match=f"the prompt has {LENGTH} tokens, and max_length is {LENGTH} .* set max_tok"
+        RequestError, match=f"the prompt has {LENGTH} tokens, and max_length is {LENGTH} .* ask for a number of new tok"
     ):
         llm.generate({"prompt_token_ids": PROMPT}, use_tqdm=False)
     params = llm.default_params.with_options(max_tokens=3)
