@@ -26,7 +26,7 @@ all schemes run in turn. build: seconds, calibration included."""
 def family(name: str) -> str:
     """The series of the plot that a scheme belongs to."""
     if name.startswith("int4"):
-        return next((f"int4 {method}" for method in ("awq", "gptq") if f" {method}" in name), "int4 rtn")
+        return next((f"int4 {method}" for method in ("awq", "gptq", "auto") if f" {method}" in name), "int4 rtn")
     return name.split()[0].rstrip(",")
 
 

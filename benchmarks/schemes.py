@@ -38,6 +38,7 @@ import numpy as np
 
 from benchmarks.command import run, say
 from benchmarks.scheme_report import write_report
+from benchmarks.texts import HELD_OUT
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
@@ -55,7 +56,6 @@ from qwen_run.runtime.engine import Engine
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import Tokenizer
 
-HELD_OUT = Path(__file__).parent / "data" / "wikitext2-evaluation.jsonl"
 RESULTS = Path(__file__).parent / "results"
 WINDOW = 1024
 SUMMARY_TOKENS = 64
@@ -83,7 +83,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "int4": {
         f"int4 g{size} {grid} {method}": f"--quant int4 --group-size {size} --{grid} --int4-method {method}"
-        for method in ("rtn", "awq", "gptq")
+        for method in ("rtn", "awq", "gptq", "auto")
         for grid in ("symmetric", "asymmetric")
         for size in GROUP_SIZES
     },

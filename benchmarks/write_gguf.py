@@ -1,9 +1,10 @@
-"""A Qwen2 checkpoint as GGUF, for the peers that read nothing else.
+"""A Qwen2 or Qwen3 checkpoint as GGUF, for the peers that read nothing else.
 
     python -m benchmarks.write_gguf CHECKPOINT FILE.gguf [--linears Q4_0] [--head Q8_0]
 
-Rows stay in Hugging Face's order: a reader of ``qwen2`` rotates the two halves of a head, as Hugging Face does (only
-``llama`` files hold them interleaved). GGUF's Q4_0 and Q8_0 are groups of 32 with a float16 scale and no zero point.
+Rows stay in Hugging Face's order: a reader of ``qwen2`` and ``qwen3`` rotates the two halves of a head, as Hugging Face
+does (only ``llama`` files hold them interleaved). Q4_0 and Q8_0 are groups of 32 with a float16 scale and no zero
+point.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.safetensors import Checkpoint
 
-STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+STEMS = {module: stem for stem, module in (LAYER_MODULES | HEAD_NORMS | MODULES).items()}
+FAMILIES = ("qwen2", "qwen3")
 KINDS = ("F32", "F16", "Q8_0", "Q4_0")  # how a matrix may be stored
 ROWS_AT_A_TIME = 1 << 14
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
@@ -33,20 +36,24 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     """Write ``checkpoint`` as ``file``, its matrices as the type ``linears``, embedding and head as ``head``.
 
     Raises:
-        ValueError: it is of another family than Qwen2.
+        ValueError: it is of another family than Qwen2 and Qwen3.
     """
     import gguf
 
     config = read_json(checkpoint / "config.json")
-    if config["model_type"] != "qwen2":
-        raise ValueError(f"its model_type is {config['model_type']!r}; GGUF is written of 'qwen2' alone")
-    writer = gguf.GGUFWriter(file, "qwen2")
+    family = config["model_type"]
+    if family not in FAMILIES:
+        raise ValueError(f"its model_type is {family!r}; GGUF is written of {' and '.join(FAMILIES)} alone")
+    writer = gguf.GGUFWriter(file, family)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope_theta(config))
     writer.add_quantization_version(2)

@@ -149,7 +149,7 @@ class Size(click.ParamType[Any]):
     "--int4-method",
     type=click.Choice(INT4_METHODS),
     help="How the weights of int4 layers are rounded, and those of int8 ones beside them: to the nearest, or with what "
-    "they are multiplied with on a text; gptq is the most accurate and takes longest.  [default: rtn; gptq with "
+    "they are multiplied with on a text; auto is gptq as far as it helps on text held out.  [default: rtn; gptq with "
     "--quant auto]",
 )
 @click.option(

@@ -44,9 +44,9 @@ SCALE_FACTOR = 2.0**10
 # Columns of a block, and the largest multiple of its unit that a scale in it can be.
 BLOCK_COLUMNS, MOST_UNITS = 128, 16
 # The same by zero point: (q - zero point) * multiple stays between -128 and 127.
-_MOST_UNITS_AT = np.array([min(128 // max(z, 1), 127 // max(15 - z, 1), MOST_UNITS) for z in range(16)], np.float32)
+MOST_UNITS_AT = np.array([min(128 // max(z, 1), 127 // max(15 - z, 1), MOST_UNITS) for z in range(16)], np.float32)
 # Significant bits of a unit, of which float16 holds all multiples, and the largest unit of that kind.
-_UNIT_BITS, _LARGEST_UNIT = 7, 127 * 2.0**5 / SCALE_FACTOR
+UNIT_BITS, LARGEST_UNIT = 7, 127 * 2.0**5 / SCALE_FACTOR
 # The least scale above 0 that can be stored, and the least unit.
 LEAST_SCALE = 2.0**-24 / SCALE_FACTOR
 
@@ -89,8 +89,8 @@ def round_block_scales(scales: Floats, group_size: int, zero_points: Bytes | Non
     largest = _largest_of_block(needed, group_size)
     finite = np.where(np.isfinite(largest), largest, 0)
     _, exponent = np.frexp(finite)
-    step = np.ldexp(np.float32(1), exponent - _UNIT_BITS).clip(min=LEAST_SCALE)
-    unit = (np.rint(finite / step).clip(min=1) * step).clip(max=_LARGEST_UNIT)
+    step = np.ldexp(np.float32(1), exponent - UNIT_BITS).clip(min=LEAST_SCALE)
+    unit = (np.rint(finite / step).clip(min=1) * step).clip(max=LARGEST_UNIT)
     multiples = np.where(needed == largest, most, np.rint(np.where(storable, scales, 0) / unit).clip(1, most))
     return np.asarray(np.where(storable, multiples * unit, np.inf), np.float32)
 
@@ -103,7 +103,7 @@ def block_units(scales: Floats, group_size: int, zero_points: Bytes | None) -> t
 
 
 def _most_units(zero_points: Bytes | None) -> Floats | np.float32:
-    return _MOST_UNITS_AT[ZERO_POINTS[4] if zero_points is None else zero_points]
+    return MOST_UNITS_AT[ZERO_POINTS[4] if zero_points is None else zero_points]
 
 
 def _largest_of_block(scales: Floats, group_size: int) -> Floats:

@@ -38,6 +38,9 @@ from qwen_run.runtime.machine import physical_cores
 # In a layer's directory: what the layer puts out, and the squared output errors and outputs of its linears.
 _OUTPUT, _ERRORS = "output.npy", "errors.json"
 
+# One sequence in so many is held out, where a method chooses between ways to round.
+_HELD_OUT = 4
+
 # Elements of the widest activations in memory at a time, and how many arrays of them a run makes at its peak.
 _RUN_ELEMENTS, _RUN_ARRAYS = 1 << 23, 8
 
@@ -56,6 +59,15 @@ class Calibration:
     methods: Mapping[int, Method]
     sequences: np.ndarray
     schemes: Mapping[str, IntScheme]
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """bool (S, L), the tokens that choose between ways to round: every fourth sequence where a method asks."""
+        apart = np.zeros(self.sequences.shape, bool)
+        if any(self.methods[scheme.grid.bits].needs_held_out for scheme in self.schemes.values()):
+            apart[_HELD_OUT - 1 :: _HELD_OUT] = True
+            apart[-1] |= not apart.any()
+        return apart
 
     @property
     def needs_second_moment(self) -> bool:
@@ -213,9 +225,9 @@ class _LayerRounding:
         self, runner: LayerRunner, hidden: np.ndarray, advance: Callable[[int], object]
     ) -> dict[str, InputStatistics]:
         """Of every input that a linear of ``schemes`` reads, where the layer runs on ``hidden`` (S, L, hidden_size)."""
-        tokens, with_second_moment = math.prod(hidden.shape[:2]), self.calibration.needs_second_moment
+        held_out, with_second_moment = self.calibration.held_out.reshape(-1), self.calibration.needs_second_moment
         collectors = {
-            name: Collector(read.size(self.config), tokens, with_second_moment)
+            name: Collector(read.size(self.config), held_out, with_second_moment)
             for name, read in self.kind.inputs.items()
             if not self.schemes.keys().isdisjoint(self.kind.reader_names[name])
         }

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qwen_build.calibration.input_statistics import InputStatistics
 from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.calibration.scale_search import search_scales
 from qwen_build.quantization.grid import Grid, Rounded
@@ -38,19 +39,24 @@ class Gptq(Method):
     needs_second_moment = True
 
     def round(self, readers: InputReaders) -> dict[str, Rounded]:
-        statistics = readers.statistics
-        moment = statistics.second_moment
-        assert moment is not None
-        order = np.argsort(statistics.mean_square, kind="stable")
-        permute(moment, order)
-        moment[np.diag_indices_from(moment)] += DAMPING * moment.diagonal().mean() or 1
-        factorise(moment)
-        rounded = {}
+        statistics, rounded = readers.statistics, {}
+        factor, order = factorised(statistics)
         for name, weight in readers.weights.items():
             scheme = readers.schemes[name]
             scales = search_scales(weight, statistics.mean_square, scheme)
-            rounded[name] = round_with_feedback(weight, moment, order, scheme.grid, scales)
+            rounded[name] = round_with_feedback(weight, factor, order, scheme.grid, scales)
         return rounded
+
+
+def factorised(statistics: InputStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """L of the damped second moment, which it takes the memory of, and the order of its columns."""
+    moment = statistics.second_moment
+    assert moment is not None
+    order = np.argsort(statistics.mean_square, kind="stable")
+    permute(moment, order)
+    moment[np.diag_indices_from(moment)] += DAMPING * moment.diagonal().mean() or 1
+    factorise(moment)
+    return moment, order
 
 
 def permute(matrix: np.ndarray, order: np.ndarray) -> None:
@@ -118,12 +124,13 @@ def _divide(rows: np.ndarray, lower: np.ndarray) -> None:
 
 
 def round_with_feedback(
-    weight: np.ndarray, factor: np.ndarray, order: np.ndarray, grid: Grid, scales: Rounded
+    weight: np.ndarray, factor: np.ndarray, order: np.ndarray, grid: Grid, scales: Rounded, share: float = 1
 ) -> Rounded:
     """Round ``weight`` (N, K) float32 on the grids of ``scales``, column ``order[i]`` as number K - 1 - i.
 
     Args:
         factor: L of the second moment of the columns in ``order``, below its diagonal.
+        share: of an error, what later columns take away.
     """
     outputs, inputs = weight.shape
     groups = scales.scales.shape[1]
@@ -140,12 +147,19 @@ def round_with_feedback(
             grid.most,
             np.ascontiguousarray(scales.scales[rows].T),
             np.ascontiguousarray(zero_points[rows].T, np.float32),
+            np.float32(share),
         ).T
     return Rounded(q, scales.scales, scales.zero_points)
 
 
 def _round_rows(
-    weight: np.ndarray, factor: np.ndarray, group_of: np.ndarray, most: int, scales: np.ndarray, zero_points: np.ndarray
+    weight: np.ndarray,
+    factor: np.ndarray,
+    group_of: np.ndarray,
+    most: int,
+    scales: np.ndarray,
+    zero_points: np.ndarray,
+    share: np.float32,
 ) -> np.ndarray:
     """q, uint8 (K, N), of ``weight`` (K, N), the last row first. ``scales`` and ``zero_points`` are (groups, N)."""
     errors, rounded = np.zeros_like(weight), np.empty(weight.shape, np.uint8)
@@ -166,6 +180,8 @@ def _round_rows(
             q -= zero
             q *= scale
             np.subtract(weight[i], q, out=errors[i])
+            if share != 1:
+                errors[i] *= share
         # The largest power of two of blocks that starts with this one and is rounded now feeds back to as many before
         # it: so each block reaches each before it once, and nearly all of the work is in products of large matrices.
         width = (block & -block) * _COLUMNS

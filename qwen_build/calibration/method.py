@@ -45,7 +45,7 @@ class InputReaders:
 class Method:
     """Nothing is divided, and each weight becomes the nearest value: other methods change one of the two, or both."""
 
-    needs_second_moment = False
+    needs_second_moment, needs_held_out = False, False
 
     def factors(self, readers: InputReaders) -> np.ndarray | None:
         """What the input is divided by, float32 (K), see :mod:`qwen_build.calibration.folding`; None: nothing."""

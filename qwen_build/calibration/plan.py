@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qwen_build.calibration.awq import Awq
+from qwen_build.calibration.best import Best
 from qwen_build.calibration.calibrate import Calibration
 from qwen_build.calibration.gptq import Gptq
 from qwen_build.calibration.method import Method
@@ -24,6 +25,7 @@ METHODS: dict[str, Callable[[ResolvedOptions], Method]] = {
     "rtn": lambda options: Method(),
     "awq": lambda options: Awq(),
     "gptq": lambda options: Gptq(),
+    "auto": lambda options: Best(),
     "smoothquant": lambda options: SmoothQuant(DEFAULT_ALPHA if options.alpha is None else options.alpha),
 }
 

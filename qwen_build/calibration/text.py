@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_build.calibration.built_in import built_in_text
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.tokenizer_files import engine_tokenizer
 from qwen_engine.errors import BuildError, EngineError, RequestError
-from qwen_run.accuracy.datasets import BUILT_IN, Document, Half, built_in_documents, half_of, load_dataset
+from qwen_run.accuracy.datasets import BUILT_IN, Document, Half, half_of, load_dataset
 from qwen_run.text.tokenizer import TOKENIZER_FILE
 
 DEFAULT_TOKENS = 16_384
@@ -32,13 +33,13 @@ def read_sequences(
     Args:
         directory: of the checkpoint, whose tokenizer counts.
         text: a file as :func:`load_dataset` reads it, the documents that :func:`read_halves` calibrates with first;
-            None: the calibration half of the built-in samples.
+            None: the calibration half of the built-in text, see :mod:`qwen_build.calibration.built_in`.
         tokens: how many in all, in whole sequences; None: what there is, up to ``DEFAULT_TOKENS``.
 
     Raises:
         BuildError: the text or the tokenizer cannot be read, or does not make as many tokens.
     """
-    calibration, evaluation = _halves(text)
+    calibration, evaluation = _halves(directory, text)
     if text is None:
         return _sequences(directory, config, calibration, "the built-in text", *_counts(config, tokens))
     return _sequences(directory, config, [*calibration, *evaluation], str(text), *_counts(config, tokens))
@@ -61,9 +62,9 @@ def read_halves(
     Raises:
         BuildError: see :func:`read_sequences`.
     """
-    calibration, evaluation = _halves(text)
+    calibration, evaluation = _halves(directory, text)
     if evaluation:
-        name = "the built-in samples" if text is None else str(text)
+        name = "the built-in text" if text is None else str(text)
         first = _sequences(directory, config, calibration, f"one half of {name}", *_counts(config, tokens))
         held_out = _sequences(directory, config, evaluation, f"the other half of {name}", 1, most_held_out)
         return first, held_out, f"the half of {name} whose documents, by their hash, do not calibrate"
@@ -118,10 +119,10 @@ def _sequences(
     return np.array(ids, np.int64).reshape(-1, length)
 
 
-def _halves(text: Path | None) -> tuple[list[Document], list[Document]]:
+def _halves(directory: Path, text: Path | None) -> tuple[list[Document], list[Document]]:
     """The documents to calibrate with and those to verify with; one alone calibrates."""
     if text is None:
-        return list(built_in_documents("default", "calibration")), list(built_in_documents("default", "evaluation"))
+        return built_in_text(directory, "calibration"), built_in_text(directory, "evaluation")
     # of a file by the name of a sample, that sample's evaluation half would be read
     source = f"./{text}" if str(text) in BUILT_IN else str(text)
     try:

@@ -18,10 +18,10 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from qwen_build.quantization.grid import Grid, Rounded
+from qwen_build.quantization.scale_search import is_searched, round_searched
 from qwen_engine.graph_io import PLUGIN_DOMAIN
 from qwen_engine.manifest import Quantization
 from qwen_plugin.layout import (
-    LEAST_SCALE,
     PANEL,
     PANELS,
     pack_panels,
@@ -179,13 +179,17 @@ class StockInt:
 
     def round(self, weight: np.ndarray) -> Rounded:
         """``weight`` (out_features, in_features) float32 on the grid, without calibration."""
-        return self.grid.round(weight, self.storable)
+        if not is_searched(self.grid):
+            return self.grid.round(weight, self.storable)
+        return round_searched(weight, self.grid, False, self.storable)
+
+    def round_weighing(self, weight: np.ndarray, importance: np.ndarray) -> Rounded:
+        """The same, where a squared error in column k counts ``importance[k]``, float32 (in_features)."""
+        return round_searched(weight, self.grid, False, self.storable, importance)
 
     def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
         """The nearest scales that can be stored: all."""
         return scales
-
-    storable_alone = storable
 
     def quantize(self, weight: np.ndarray | Rounded) -> Tensors:
         return self.store(weight if isinstance(weight, Rounded) else self.round(weight))
@@ -253,7 +257,16 @@ class NativeInt:
         Raises:
             OverflowError: a value is larger than the layout can store.
         """
-        rounded = self.grid.round(weight, self.storable)
+        if not is_searched(self.grid):
+            return self._checked(weight, self.grid.round(weight, self.storable))
+        return self._checked(weight, round_searched(weight, self.grid, self._blocks, self.storable))
+
+    def round_weighing(self, weight: np.ndarray, importance: np.ndarray) -> Rounded:
+        """The same, where a squared error in column k counts ``importance[k]``, float32 (in_features)."""
+        return self._checked(weight, round_searched(weight, self.grid, self._blocks, self.storable, importance))
+
+    @staticmethod
+    def _checked(weight: np.ndarray, rounded: Rounded) -> Rounded:
         if not np.isfinite(rounded.scales).all():
             largest = float(np.abs(weight).max())
             raise OverflowError(f"{largest:g} is too large for the native layout's float16 scales")
@@ -264,11 +277,6 @@ class NativeInt:
         if self._blocks:
             return round_block_scales(scales, self.grid.group_size, zero_points)
         return round_scales(scales)
-
-    def storable_alone(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
-        """The nearest scales that can be stored of groups for themselves, whatever others of a block have."""
-        alone = round_scales(scales)
-        return alone.clip(min=LEAST_SCALE) if self._blocks else alone
 
     def quantize(self, weight: np.ndarray | Rounded) -> Tensors:
         return self.store(weight if isinstance(weight, Rounded) else self.round(weight))

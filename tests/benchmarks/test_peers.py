@@ -141,9 +141,9 @@ def test_what_is_made_of_a_checkpoint_that_changed_has_another_name(tmp_path: Pa
 
 
 def test_only_qwen2_becomes_gguf(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     models = Models(tmp_path, tmp_path / "work", "int8", None)
-    with pytest.raises(RuntimeError, match="model_type is 'qwen3'; GGUF is written of 'qwen2' alone"):
+    with pytest.raises(RuntimeError, match="model_type is 'llama'; GGUF is written of qwen2 and qwen3 alone"):
         models.path("gguf")
 
 

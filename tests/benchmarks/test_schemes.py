@@ -82,4 +82,4 @@ def test_weights_on_the_grid_are_told_from_rounded_ones(measured, build_engine):
 
 def test_series_of_the_plot():
     families = {family(name) for name in SCHEMES}
-    assert {"float32", "int8", "smoothquant", "int4 rtn", "int4 awq", "int4 gptq", "auto"} == families
+    assert {"float32", "int8", "smoothquant", "int4 rtn", "int4 awq", "int4 gptq", "int4 auto", "auto"} == families

@@ -19,7 +19,7 @@ INT8 = make_scheme("int8", 32, None, None, "native")
 
 
 def statistics_of(x: np.ndarray) -> InputStatistics:
-    collector = Collector(x.shape[1], len(x), with_second_moment=False)
+    collector = Collector(x.shape[1], np.zeros(len(x), bool), with_second_moment=False)
     collector.add(x)
     return collector.finish()
 

@@ -9,8 +9,11 @@ from qwen_build.calibration import input_statistics as statistics
 from qwen_build.calibration.input_statistics import Collector, InputStatistics
 
 
-def collect(x: np.ndarray, cuts: list[int], second_moment: bool = True) -> InputStatistics:
-    collector = Collector(x.shape[1], len(x), second_moment)
+def collect(
+    x: np.ndarray, cuts: list[int], second_moment: bool = True, held_out: np.ndarray | None = None
+) -> InputStatistics:
+    apart = np.zeros(len(x), bool) if held_out is None else held_out
+    collector = Collector(x.shape[1], apart, second_moment)
     for batch in np.split(x, cuts):
         collector.add(batch)
     return collector.finish()
@@ -37,11 +40,24 @@ def test_few_tokens_are_all_sampled_and_no_second_moment_is_made_unasked():
     assert found.second_moment is None
 
 
+@pytest.mark.parametrize("cuts", [[], [1, 60], [99, 100, 101, 350]])
+def test_tokens_that_are_held_out_are_seen_nowhere_else(cuts):
+    x = np.random.default_rng(0).normal(size=(400, 7)).astype(np.float32)
+    apart = np.arange(400) // 100 % 2 == 1
+    found, alone = collect(x, cuts, held_out=apart), collect(x[~apart], [])
+    np.testing.assert_array_equal(found.held_out, x[apart])
+    assert found.tokens == alone.tokens == 200
+    for name in ("largest", "mean_square", "sample", "second_moment"):
+        np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-5, atol=1e-6, err_msg=name)
+    assert alone.held_out is None
+
+
 def test_divided_is_the_statistics_of_what_is_divided():
     random = np.random.default_rng(0)
     x, factors = random.normal(size=(50, 6)).astype(np.float32), random.uniform(0.1, 9, 6).astype(np.float32)
-    found, expected = collect(x, []).divided(factors), collect(x / factors, [])
-    for name in ("largest", "mean_square", "sample", "second_moment"):
+    apart = np.arange(50) % 5 == 0
+    found, expected = collect(x, [], held_out=apart).divided(factors), collect(x / factors, [], held_out=apart)
+    for name in ("largest", "mean_square", "sample", "second_moment", "held_out"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-7, err_msg=name)
 
 

@@ -38,7 +38,7 @@ W8A8 = {"weight_scales": "channel", "activation_scales": "token"}
 
 
 def statistics_of(x: np.ndarray) -> InputStatistics:
-    collector = Collector(x.shape[1], len(x), with_second_moment=False)
+    collector = Collector(x.shape[1], np.zeros(len(x), bool), with_second_moment=False)
     collector.add(x)
     return collector.finish()
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from cases.calibration import LETTERS, letters, with_tokenizer
+from qwen_build.calibration.built_in import built_in_text
 from qwen_build.calibration.text import DEFAULT_TOKENS, read_halves, read_sequences
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_engine.errors import BuildError
-from qwen_run.accuracy.datasets import built_in_documents, half_of
+from qwen_run.accuracy.datasets import built_in_documents, half_of, overlap
 from qwen_run.text.tokenizer import Tokenizer
 
 
@@ -71,7 +72,7 @@ def test_of_one_document_the_end_verifies(directory, config, tmp_path):
 def test_without_a_file_the_halves_are_those_of_the_samples(directory, config):
     first, held_out, _ = read_halves(directory, config, None, 1024, most_held_out=2)
     for half, found in (("calibration", first), ("evaluation", held_out)):
-        text = "".join(document.document for document in built_in_documents("default", half))
+        text = "".join(document.document for document in built_in_text(directory, half))
         np.testing.assert_array_equal(found.ravel(), ids_of(text)[:1024])
 
 
@@ -101,8 +102,30 @@ def test_so_many_tokens_are_read(tokens, sequences, directory, config, tmp_path)
 
 
 def test_without_a_file_it_is_the_calibration_half(directory, config, tmp_path):
-    texts = "".join(document.document for document in built_in_documents("default", "calibration"))
+    texts = "".join(document.document for document in built_in_text(directory, "calibration"))
     np.testing.assert_array_equal(read_sequences(directory, config, None, 4096).reshape(-1), ids_of(texts)[:4096])
+
+
+def test_the_built_in_text_has_all_kinds_early_and_whole_documents_once(directory):
+    halves = {half: built_in_text(directory, half) for half in ("calibration", "evaluation")}
+    first = "".join(document.document for document in halves["calibration"])[:40_000]
+    for words in ("User: ", "    return ", "，", " @-@ "):
+        assert first.count(words) > 2, words
+    assert not overlap(halves["calibration"], halves["evaluation"])
+    ids = [{document.id for document in half} for half in halves.values()]
+    assert not ids[0] & ids[1]
+    for sample in built_in_documents("default", "calibration"):
+        parts = [document.document for document in halves["calibration"] if document.id == sample.id]
+        assert "".join(parts) == sample.document
+        assert all(len(part) > 0 for part in parts)
+
+
+def test_chats_are_written_by_the_checkpoints_template(directory):
+    config = {"chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    chats = [one.document for one in built_in_text(directory, "calibration") if one.id.startswith("chat-")]
+    assert chats
+    assert all(chat.startswith("<user>") and "<assistant>" in chat for chat in chats)
 
 
 def test_a_file_is_a_file_though_a_sample_has_its_name(directory, config, tmp_path, monkeypatch):

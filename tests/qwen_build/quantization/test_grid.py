@@ -40,6 +40,6 @@ def test_no_other_zero_point_is_nearer_for_the_scale_that_is_stored(bits: int, e
 def test_no_other_zero_point_is_nearer_with_the_scales_of_a_scheme(bits: int, kernels: str) -> None:
     weight = np.random.default_rng(0).normal(0.3, 1, (3000, 32)).astype(np.float32)
     scheme = make_scheme(f"int{bits}", 32, False, None, kernels, "group", "group")
-    rounded = scheme.round(weight)
+    rounded = scheme.grid.round(weight, scheme.storable)
     nearest, own = distances(scheme.grid, weight.min(axis=1, keepdims=True), rounded.scales, rounded.zero_points)
     np.testing.assert_allclose(own, nearest, atol=1e-3)
