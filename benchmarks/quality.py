@@ -296,7 +296,9 @@ def _call(python: Path, *words: object) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"some of: {', '.join(OURS)}; all if none")
+    parser.add_argument(
+        "groups", nargs="*", metavar="GROUP", help=f"some of: {', '.join(OURS)}; all if neither any nor --scheme"
+    )
     parser.add_argument("--checkpoint", help="directory or Hub id; the demo if left out")
     parser.add_argument("--venv", type=Path, action="append", default=[], help="environment with llama-cpp-python")
     parser.add_argument("--scheme", action="append", default=[], metavar="NAME: OPTIONS", help="one more of ours")
@@ -320,7 +322,7 @@ def main() -> None:
         raise QwenError(f"{arguments.venv[0]} has no llama-cpp-python; make one with benchmarks.peers --install")
     quality = Quality(arguments.checkpoint, arguments)
     sides: dict[str, tuple[str, Callable[[], Side]]] = {}
-    schemes = {group: OURS[group] for group in arguments.groups or OURS}
+    schemes = {group: OURS[group] for group in arguments.groups or (() if arguments.scheme else OURS)}
     for scheme in arguments.scheme:
         name, _, options = scheme.partition(":")
         group = "calibrated" if calibrates(options) else "rounded"

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 from benchmarks.command import run
-from qwen_build.checkpoint.config import rope_theta
+from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.safetensors import Checkpoint
@@ -55,7 +55,7 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(rope_theta(config))
+    writer.add_rope_freq_base(ModelConfig.from_hf(checkpoint).rope.theta)
     writer.add_quantization_version(2)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if linears == "F32" else f"MOSTLY_{linears}"])
     _add_tokenizer(writer, checkpoint, config)
