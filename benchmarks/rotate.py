@@ -22,9 +22,10 @@ import numpy as np
 from benchmarks.command import run
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.safetensors import Checkpoint
-from qwen_build.graph.weight_map import EMBEDDING, HEAD
 
 Weights = dict[str, np.ndarray]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def orthogonal(size: int, random: np.random.Generator) -> np.ndarray:

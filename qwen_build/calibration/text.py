@@ -67,7 +67,7 @@ def read_halves(
         name = "the built-in text" if text is None else str(text)
         first = _sequences(directory, config, calibration, f"one half of {name}", *_counts(config, tokens))
         held_out = _sequences(directory, config, evaluation, f"the other half of {name}", 1, most_held_out)
-        return first, held_out, f"the half of {name} whose documents, by their hash, do not calibrate"
+        return first, held_out, f"the half of {name} whose documents do not calibrate"
     sequences = read_sequences(directory, config, text, tokens)
     count, length = sequences.shape
     kept_back = -(-count // _HELD_OUT)

@@ -147,7 +147,7 @@ def test_of_a_long_text_only_the_beginning_is_tokenised(directory, config, tmp_p
 def test_sequences_are_no_longer_than_the_model_takes(directory, config, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(letters(200))
-    config = dataclasses.replace(config, max_position_embeddings=80)
+    config = dataclasses.replace(config, longest=config.longest._replace(tokens=80))
     assert read_sequences(directory, config, path).shape == (2, 80)
 
 
