@@ -51,7 +51,9 @@ FOLDING = ("awq", "smoothquant", "folded")
 # method of rounding -> how many times the error of rounding to the nearest a weight may have; its rows and blocks by
 # chance a little more. Measured of healthy engines of 1M to 135M weights: 0.7 to 1.1, and 1.1 to 1.5 with gptq, which
 # moves errors between columns.
-MOST_EXCESS = {"rtn": 1.5, "awq": 1.5, "smoothquant": 1.5, "gptq": 2.5}
+MOST_EXCESS = {"rtn": 1.5, "awq": 1.5, "smoothquant": 1.5, "gptq": 2.5, "auto": 2.5}
+# methods whose values need not be the nearest
+FEEDING_BACK = ("gptq", "auto")
 _BY_CHANCE = 9.0
 # Share of the values of a weight, of a block of columns and of a row that may be further off than the steps of a grid
 # explain. Measured 0.03, 0.05 and 0.04; of one row with gptq 0.6, where other rows have 0.75.
@@ -248,7 +250,7 @@ def _judge(errors: WeightErrors, stored: Quantization, noise: float, blur: float
         noise: relative error of the factors of its columns.
         blur: relative error of what it was rounded from; 0 where that is known to the last bits.
     """
-    misses, whole, is_nearest = errors.not_nearest, errors.whole, stored.method != "gptq"
+    misses, whole, is_nearest = errors.not_nearest, errors.whole, stored.method not in FEEDING_BACK
     steps = float(np.sqrt(whole.square[0] / max(12 * whole.known[0], 1e-300)))  # of a typical value
     if is_nearest and misses > (_FEW + _BLURRED * blur * steps if blur else 0):
         return f"{misses:.1%} of its values are not the nearest"
