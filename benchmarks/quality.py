@@ -46,11 +46,11 @@ from qwen_build.graph.architecture import LAYER, layer_kind
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.both_sides import following_tokens
+from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.datasets import Document, load_dataset
 from qwen_run.accuracy.journal import Journal
 from qwen_run.accuracy.logits import FullLogits, Positions, compare
 from qwen_run.accuracy.metrics import summarise_positions
-from qwen_run.accuracy.weight_checks import CheckpointWeights
 from qwen_run.bench.measure import processor_name
 from qwen_run.engine_files.weights import EngineWeights
 from qwen_run.inspection.linears import linear_rows, totals
@@ -162,12 +162,12 @@ def errors_by_kind(
         bits: of a weight of each linear, everything counted.
     """
     sums: dict[str, np.ndarray] = {}
-    with CheckpointWeights(checkpoint) as expected:
-        for name, rows, values in stored:
-            weight = expected.rows(name, (rows.stop, values.shape[1]), rows)
-            kind = name.rpartition(".")[2]
-            found = [float(np.square(values - weight).sum(dtype=np.float64)), float(np.square(weight).sum())]
-            sums[kind] = sums.get(kind, 0) + np.array([*found, bits[name] * weight.size, weight.size])
+    expected = CheckpointWeights(checkpoint)
+    for name, rows, values in stored:
+        weight = expected.rows(name, rows)
+        kind = name.rpartition(".")[2]
+        found = [float(np.square(values - weight).sum(dtype=np.float64)), float(np.square(weight).sum())]
+        sums[kind] = sums.get(kind, 0) + np.array([*found, bits[name] * weight.size, weight.size])
     return {kind: [error / square, stored_bits / size] for kind, (error, square, stored_bits, size) in sums.items()}
 
 
