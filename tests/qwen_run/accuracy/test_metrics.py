@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qwen_run.accuracy.logits
 import qwen_run.accuracy.metrics
 from cases.processes import run_python
 from qwen_run.accuracy.logits import FullLogits, Positions, TopLogits, compare, logit_pairs
@@ -406,3 +407,27 @@ def test_importing_it_costs_no_other_library():
 
 def test_doctests():
     assert doctest.testmod(qwen_run.accuracy.metrics).failed == 0
+
+
+@pytest.mark.parametrize("threads", [2, 3, 50])
+def test_positions_are_the_same_from_any_number_of_threads(threads, monkeypatch):
+    reference, engine = random_logits(7, 40, 700, 0.5)
+    following = np.append(reference[1:].argmax(1), -1)
+    alone = compare(FullLogits(reference), engine, following)
+    monkeypatch.setattr(qwen_run.accuracy.logits, "physical_cores", lambda: threads)
+    shared = compare(FullLogits(reference), engine, following)
+    assert all(np.array_equal(getattr(alone, name), getattr(shared, name)) for name in NAMES)
+
+
+@pytest.mark.parametrize("size", [5, 63, 320, 321, 5000])
+@pytest.mark.parametrize("kind", ["any", "ties", "flat", "lowest"])
+def test_the_largest_values_are_found_among_stretches(size, kind):
+    """As sorting all of them finds: the values, since among equal ones any may be taken."""
+    rng = np.random.default_rng(size)
+    row = rng.normal(size=size)
+    row = {"any": row, "ties": np.round(row), "flat": np.zeros(size), "lowest": np.where(row > 1, row, -3e38)}[kind]
+    for count in (1, 5, 64):
+        if count <= size:
+            found = qwen_run.accuracy.logits._largest(row, count)
+            assert len(set(found.tolist())) == count
+            assert np.array_equal(np.sort(row[found]), np.sort(row)[-count:])
