@@ -46,7 +46,7 @@ from qwen_run.runtime.engine import Engine
 # Prompts whose answers are timed.
 TIMED_PROMPTS = 3
 # Documents on which what rounding of inputs costs is compared with what it costs the reference.
-ROUNDED_DOCUMENTS = 6
+ROUNDED_DOCUMENTS = 5
 # Of so many positions of a long sequence one is compared.
 WINDOW_EVERY = 8
 # Where standard error is no terminal, progress is told at the begin of a phase and then so often.

@@ -112,6 +112,7 @@ class HuggingFace:
             raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
         self._cache_dtype = "float32"
         self.rounds_inputs = True
+        self._rounded_input: tuple[Any, Any, Any] = (None, None, None)
         self._kept: dict[tuple[tuple[int, ...], bool], Any] = {}
         if recipe is not None:
             self._cache_dtype = recipe.cache_dtype
@@ -292,10 +293,19 @@ class HuggingFace:
             if quantization.activations in ROUNDING_STEPS and isinstance(module, self._torch.nn.Linear):
                 stored = weights.linears[weights.parts[name].owner]
                 hook = _rounding_hook(self._torch, quantization, stored)
-                module.register_forward_pre_hook(partial(self._round_input, hook))
+                alone = stored.permutation is not None or quantization.activation_scales == "static"
+                kind = name if alone else (
+                    quantization.activations, quantization.activation_scales, quantization.group_size,
+                )  # fmt: skip
+                module.register_forward_pre_hook(partial(self._round_input, hook, kind))
 
-    def _round_input(self, hook: Any, module: Any, arguments: tuple[Any, ...]) -> Any:
-        return hook(module, arguments) if self.rounds_inputs else None
+    def _round_input(self, hook: Any, kind: Any, module: Any, arguments: tuple[Any, ...]) -> Any:
+        """``arguments`` rounded by ``hook``; linears that read one tensor and round it alike (``kind``) share that."""
+        if not self.rounds_inputs:
+            return None
+        if self._rounded_input[0] is not arguments[0] or self._rounded_input[1] != kind:
+            self._rounded_input = arguments[0], kind, hook(module, arguments)
+        return self._rounded_input[2]
 
     def _fill(self, model: Any, pieces: Pieces) -> None:
         """Set all parameters of ``model``, each piece of which comes once."""
