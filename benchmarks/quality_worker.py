@@ -79,6 +79,8 @@ def logits(model, windows, target, threads):
     c = quiet()
     token_ids = np.load(windows)
     loaded = c.llama_model_load_from_file(model.encode(), c.llama_model_default_params())
+    if not loaded:
+        sys.exit(f"llama.cpp does not load {model}; its own log says why")
     vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(loaded))
     params = c.llama_context_default_params()
     params.n_ctx = -(-token_ids.shape[1] // 256) * 256

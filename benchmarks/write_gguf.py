@@ -36,7 +36,7 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     """Write ``checkpoint`` as ``file``, its matrices as the type ``linears``, embedding and head as ``head``.
 
     Raises:
-        ValueError: it is of another family than Qwen2 and Qwen3.
+        ValueError: it is of another family than Qwen2 and Qwen3, or its heads are not as wide as GGUF has them.
     """
     import gguf
 
@@ -44,6 +44,10 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     family = config["model_type"]
     if family not in FAMILIES:
         raise ValueError(f"its model_type is {family!r}; GGUF is written of {' and '.join(FAMILIES)} alone")
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    if family == "qwen2" and heads * head_dim != width:
+        raise ValueError(f"{heads} heads of {head_dim} are not its width {width}, as readers of 'qwen2' want them")
     writer = gguf.GGUFWriter(file, family)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -51,7 +55,6 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])

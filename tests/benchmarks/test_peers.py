@@ -147,6 +147,13 @@ def test_only_qwen2_becomes_gguf(tmp_path: Path) -> None:
         models.path("gguf")
 
 
+def test_heads_that_are_not_as_wide_as_the_model_are_refused(tmp_path: Path) -> None:
+    sizes = {"model_type": "qwen2", "num_attention_heads": 3, "head_dim": 32, "hidden_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match="3 heads of 32 are not its width 128"):
+        write_gguf.write_gguf(tmp_path, tmp_path / "model.gguf")
+
+
 def test_work_of_a_command() -> None:
     linear = [SimpleNamespace(name=n, in_features=2, out_features=o, stored_bytes=o * 10) for n, o in
               (("model.embed_tokens", 1000), ("a", 3), ("b", 5), ("lm_head", 100))]  # fmt: skip
