@@ -127,5 +127,5 @@ def _require_extra() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        extra = "pip install 'qwen-engine[serve]'"
-        raise EngineError(f"{error.name} is not installed, and a server needs it; run {extra}") from error
+        libraries = "pip install fastapi uvicorn prometheus_client llguidance"
+        raise EngineError(f"{error.name} is not installed, and a server needs it; run {libraries}") from error

@@ -80,7 +80,7 @@ class Door:
         if self._settings.is_local and self._settings.unix_socket is None:
             host = headers.get("host", "")
             if _without_port(host) not in LOOPBACK:  # a page whose name was made to mean this machine
-                message = f"the host is {host!r:.80}, expected localhost; start the server with another --host"
+                message = f"the host is {host!r:.80}, expected localhost; behind a proxy, use --unix-socket"
                 raise ServeError("forbidden_host", message)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self._keys and path not in OPEN_PATHS and scope["method"] != "OPTIONS":

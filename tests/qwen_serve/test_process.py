@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import httpx2
@@ -199,3 +200,12 @@ def test_help_is_a_page_of_examples():
     text = CliRunner().invoke(main, ["--help"]).stdout
     for words in ("qwen-serve Qwen/Qwen2.5-0.5B-Instruct", "curl http://127.0.0.1:8000", "from openai import OpenAI"):
         assert words in text
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(
+        "Error: prometheus_client is not installed, and a server needs it; run pip install "
+    )
