@@ -24,6 +24,7 @@ class StructuredOutputsParams:
         grammar: a context-free grammar in the form of Lark, as llguidance reads it.
         json_object: any JSON object.
         strict: of ``json``: a schema with something that cannot be kept is an error; else that is left out.
+        after: a token, such as ``<tool_call>``: what follows it has the form, each time it comes; all else is free.
 
     Raises:
         RequestError: none of them is given, or several, or one is of another type.
@@ -35,6 +36,7 @@ class StructuredOutputsParams:
     grammar: str | None = None
     json_object: bool | None = None
     strict: bool = True
+    after: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) not in (None, False)]

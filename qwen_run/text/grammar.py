@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_engine.errors import EngineError, RequestError
+from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_run.text.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ class Grammars:
         with self._guard:
             self._read_vocabulary()
 
-    def constraint(self, form: StructuredOutputsParams, thinks_first: bool, is_thinking: bool) -> GrammarConstraint:
+    def constraint(self, form: StructuredOutputsParams, thinks_first: bool, is_thinking: bool) -> Constraint:
         """A constraint for an answer of this form, which begins where thinking ends.
 
         Args:
@@ -54,6 +55,8 @@ class Grammars:
             RequestError: the form cannot be compiled; says why.
             EngineError: llguidance is not installed.
         """
+        if form.after is not None:
+            return self._after(form, form.after)
         matcher = self._matcher(form)
         begin, end, break_ = (self._tokenizer.token_id(token) for token in ("<think>", "</think>", "ĊĊ"))
         return GrammarConstraint(
@@ -65,6 +68,13 @@ class Grammars:
             is_thinking,
             break_,
         )
+
+    def _after(self, form: StructuredOutputsParams, token: str) -> AfterToken:
+        token_id = self._tokenizer.token_id(token)
+        if token_id is None:
+            raise RequestError(f"after is {token!r:.80}, which is no token of the model's; leave it out")
+        ends, matcher = np.array(self._ends, np.int64), self._matcher(form).deep_copy()
+        return AfterToken(token_id, GrammarConstraint(matcher, self._vocab_size, ends, None, -1, False, None))
 
     def _matcher(self, form: StructuredOutputsParams) -> Any:
         key = (form.kind, form.text, form.strict)
@@ -180,6 +190,11 @@ class GrammarConstraint:
         elif not (may_break and token_id == self._break) and not self._matcher.is_stopped():
             self._matcher.consume_token(token_id)
 
+    @property
+    def is_complete(self) -> bool:
+        """Nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
     def fork(self) -> GrammarConstraint:
         """A copy that goes its own way."""
         copy: GrammarConstraint = object.__new__(GrammarConstraint)
@@ -190,3 +205,38 @@ class GrammarConstraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RequestError(f"the form of the answer cannot be kept to: {self._matcher.get_error()[:200]}")
+
+
+class AfterToken:
+    """Keeps what follows a token to a form, each time the token comes, until nothing can follow in the form.
+
+    Args:
+        token_id: of the token.
+        form: at its beginning.
+    """
+
+    def __init__(self, token_id: int, form: GrammarConstraint) -> None:
+        self._token_id, self._form = token_id, form
+        self._open: GrammarConstraint | None = None
+
+    def allowed(self) -> NDArray[np.int64] | None:
+        """Ids that may come next; None where all may.
+
+        Raises:
+            RequestError: the form has grown beyond what can be followed.
+        """
+        return None if self._open is None else self._open.allowed()
+
+    def append(self, token_id: int) -> None:
+        """Note the next token of the answer."""
+        if self._open is not None:
+            self._open.append(token_id)
+            self._open = None if self._open.is_complete else self._open
+        elif token_id == self._token_id:
+            self._open = self._form.fork()
+
+    def fork(self) -> AfterToken:
+        """A copy that goes its own way."""
+        copy = AfterToken(self._token_id, self._form)
+        copy._open = None if self._open is None else self._open.fork()
+        return copy

@@ -17,7 +17,7 @@ from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.rules import RequestOutputKind
 from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_serve.answers.events import Answer, CallArguments, CallBegin, Content, Event, Reasoning
-from qwen_serve.answers.parser import END_THINK, THINK, AnswerParser, Reading
+from qwen_serve.answers.parser import CALL, END_THINK, THINK, AnswerParser, Reading
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.sse import DONE, event
 from qwen_serve.engine.job import RequestJob, timings
@@ -282,13 +282,16 @@ def _params(serving: Serving, body: Chat, tools: Tools, cache_salt: str | None) 
 
 
 def _form(serving: Serving, body: Chat, tools: Tools) -> StructuredOutputsParams | None:
-    """The form of the answer: what is asked for, or the calls that must come.
+    """The form of the answer: what is asked for, or that of calls which must come or may, where a tool is strict.
 
     Raises:
         ServeError: both are asked for, or the model's template has no tools.
     """
     form, template = form_of(body), template_of(serving)
+    tokenizer = serving.llm.llm.tokenizer
     if not tools.forced:
+        if form is None and tools.may_call and tools.strict and tokenizer.token_id(CALL) is not None:
+            return StructuredOutputsParams(grammar=tools.grammar_of_rest(tokenizer, template), after=CALL)
         return form
     if form is not None:
         message = "tool_choice forces a call, and a form of the answer is asked for; leave one out"
@@ -296,7 +299,7 @@ def _form(serving: Serving, body: Chat, tools: Tools) -> StructuredOutputsParams
     if not writes_tools(template):
         message = "tool_choice forces a call, and the model's chat template does not write tools; leave it out"
         raise ServeError("invalid_request", message, "tool_choice")
-    grammar = tools.grammar(serving.llm.llm.tokenizer, template, body.parallel_tool_calls is not False)
+    grammar = tools.grammar(tokenizer, template, body.parallel_tool_calls is not False)
     return StructuredOutputsParams(grammar=grammar)
 
 

@@ -40,12 +40,21 @@ class Tools:
 
     def grammar(self, tokenizer: Tokenizer, template: str, parallel: bool) -> str:
         """The calls that must come, in the form that the chat template shows, as a grammar of llguidance."""
-        begin, end = (each if tokenizer.token_id(each) is not None else json.dumps(each) for each in (CALL, END_CALL))
-        rule = _xml_rule if FUNCTION in template else _json_rule
-        rules = [rule(f"f{i}", name, self.schemas[name], name in self.strict) for i, name in enumerate(self.forced)]
-        choices = " | ".join(f"f{i}" for i in range(len(self.forced)))
+        choices, rules = self._rules(template, self.forced)
         start = 'start: call ("\\n" call)*' if parallel else "start: call"
-        return "\n".join([start, f'call: {begin} "\\n" ({choices}) "\\n" {end}', *rules])
+        call = f'call: {_marker(tokenizer, CALL)} "\\n" ({choices}) "\\n" {_marker(tokenizer, END_CALL)}'
+        return "\n".join([start, call, *rules])
+
+    def grammar_of_rest(self, tokenizer: Tokenizer, template: str) -> str:
+        """The same of what follows a ``<tool_call>`` that the model has begun by itself."""
+        choices, rules = self._rules(template, tuple(self.schemas))
+        return "\n".join([f'start: "\\n"? ({choices}) "\\n"? {_marker(tokenizer, END_CALL)}', *rules])
+
+    def _rules(self, template: str, names: Sequence[str]) -> tuple[str, list[str]]:
+        """A choice among calls of the tools ``names``, and the rules of each."""
+        rule = _xml_rule if FUNCTION in template else _json_rule
+        rules = [rule(f"f{i}", name, self.schemas[name], name in self.strict) for i, name in enumerate(names)]
+        return " | ".join(f"f{i}" for i in range(len(names))), rules
 
 
 def tools_of(body: Chat) -> Tools:
@@ -65,7 +74,7 @@ def tools_of(body: Chat) -> Tools:
         strict |= {name} if function.get("strict") else set()
     choice = body.tool_choice
     if choice in ("auto", None):
-        return Tools(tools or None, schemas)
+        return Tools(tools or None, schemas, strict=frozenset(strict))
     if choice == "none":
         return Tools(None, schemas)
     if choice == "required" and schemas:
@@ -76,6 +85,11 @@ def tools_of(body: Chat) -> Tools:
         return Tools(tools, schemas, (named,), True, frozenset(strict))
     expected = f"auto, none, required or one of the tools {', '.join(schemas)}" if schemas else "auto or none: no tools"
     raise ServeError("invalid_request", f"tool_choice is {shown(choice)}, expected {expected}", "tool_choice")
+
+
+def _marker(tokenizer: Tokenizer, token: str) -> str:
+    """A token, or its letters where the tokenizer does not have it."""
+    return token if tokenizer.token_id(token) is not None else json.dumps(token)
 
 
 def _json_rule(rule: str, name: str, schema: Any, strict: bool) -> str:

@@ -8,7 +8,7 @@ import openai
 import pydantic
 import pytest
 
-from cases.scripted import core_tokenizer
+from cases.scripted import core_tokenizer, scripted_model, write_text_files
 from cases.serving import running
 from qwen_run.text.tokenizer import Tokenizer
 from qwen_serve.openai.tools import Tools
@@ -87,6 +87,20 @@ def test_a_call_comes_after_thinking(server):
     for seed in range(4):
         choice = server.chat("x", **body, seed=seed, temperature=1.5, max_tokens=400)["choices"][0]
         assert choice["message"]["tool_calls"]
+
+
+def test_a_call_that_the_model_begins_keeps_to_a_strict_tool(tmp_path):
+    """A model that would call what is not there, with arguments that are none."""
+    said = 'I look.\n<tool_call>\n{"name": "sun", "arguments": {"x": [}}\n</tool_call>\nAnd <b>?'
+    model, _ = scripted_model(write_text_files(tmp_path, "qwen3"), lambda prompt: said, max_seq_len=4000)
+    with running(model) as server:
+        choice = server.chat("x", tools=TOOLS[:1], max_tokens=300)["choices"][0]
+        free = server.chat("x", tools=TOOLS[1:], max_tokens=300)["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER)
+    assert choice["message"]["content"].startswith("I look.")
+    assert free["message"]["tool_calls"][0]["function"] == {"name": "sun", "arguments": '{"x": [}'}
 
 
 @pytest.mark.parametrize(

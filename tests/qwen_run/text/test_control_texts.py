@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases.scripted import ADDED, IM_END, SPECIAL, TEMPLATES, core_tokenizer, scripted_model, write_text_files
@@ -88,11 +88,14 @@ def test_tools_are_described_in_text():
     assert plain == forged
 
 
+FIRST_CONTENT = ChatTemplate({"default": "{{ messages[0].content }}"}, {})
+
+
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL, *ADDED, "<", "|", ">", "im_", "\ufdd0", "\ufdd0\ufdd0", "a", "<|im_"])))
 def test_no_text_becomes_a_control_token(words):
     text = "".join(words)
-    template = ChatTemplate({"default": "{{ messages[0].content }}"}, {})
-    pieces = template.pieces([{"role": "user", "content": text}], control_texts=TOKENIZER.control_texts)
+    pieces = FIRST_CONTENT.pieces([{"role": "user", "content": text}], control_texts=TOKENIZER.control_texts)
     assert "".join(pieces) == text
     assert control_tokens(TOKENIZER.encode_pieces(pieces)) == []
 

@@ -138,6 +138,20 @@ def test_a_form_begins_where_thinking_ends(tmp_path, gap):
     assert thinking(tmp_path, said, {"regex": "[0-9]+"}, thinking_token_budget=3).startswith("<think>\n12")
 
 
+def test_a_form_after_a_token(llm):
+    """Free before it, and again when the form is complete."""
+    form = {"grammar": 'start: /[0-9]{3}/ "!"', "after": "<think>"}
+    bias = {llm.tokenizer.token_id("<think>"): 3.0}
+    found = chat(llm, [form] * 6, temperature=1.0, max_tokens=200, logit_bias=bias)
+    texts = [llm.tokenizer.decode(answer.token_ids, False) for answer in found]
+    pieces = [piece for text in texts for piece in text.split("<think>")[1:]]
+    assert len(pieces) > 3
+    assert [piece for piece in pieces[:-1] if len(piece) > 4 and not re.match("[0-9]{3}!", piece)] == []
+    assert any(len(piece) > 6 for piece in pieces)
+    with pytest.raises(RequestError, match="after is '<none>', which is no token of the model's"):
+        llm.generate("x", SamplingParams(structured_outputs={**form, "after": "<none>"}), use_tqdm=False)
+
+
 def test_a_prompt_that_is_no_chat_is_not_thought_about(tmp_path):
     model, _ = scripted_model(write_text_files(tmp_path, "qwen3"), lambda prompt: "<think>5</think>6")
     params = SamplingParams(temperature=0, structured_outputs={"regex": "[0-9]"})
