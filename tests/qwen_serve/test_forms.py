@@ -100,7 +100,7 @@ def test_a_call_that_the_model_begins_keeps_to_a_strict_tool(tmp_path):
     assert call["function"]["name"] == "weather"
     jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER)
     assert choice["message"]["content"].startswith("I look.")
-    assert free["message"]["tool_calls"][0]["function"] == {"name": "sun", "arguments": '{"x": [}'}
+    assert free["message"]["tool_calls"][0]["function"] == {"name": "sun", "arguments": '{"x": [}}'}
 
 
 @pytest.mark.parametrize(
