@@ -90,5 +90,5 @@ $(VENV)/.dist: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) install --constraint constraints.txt --editable '.[demo,hf,serve,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[demo,hf,serve,eval,dev]'
 	touch $@

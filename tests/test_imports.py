@@ -21,6 +21,7 @@ HEAVY = {
     "ml_dtypes",
     "huggingface_hub",
     "gguf",
+    "lm_eval",
 }
 SERVER = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "jinja2", "click", "prompt_toolkit", "tqdm"}
@@ -42,7 +43,7 @@ FLOORS = (
     ("qwen_run.runtime",),
     ("qwen_run.text",),
     ("qwen_run.api",),
-    ("qwen_run.torch_model",),
+    ("qwen_run.torch_model", "qwen_run.harness"),
     ("qwen_run.accuracy",),
     ("qwen_run.reports",),
     ("qwen_run.bench", "qwen_run.inspection"),
@@ -91,7 +92,7 @@ INSIDE_FUNCTIONS = {
     "qwen_engine": dict.fromkeys(HEAVY, ()),
 }
 # Rooms that are imported only where these libraries are wanted.
-FREE = {"qwen_run.torch_model": {"torch", "transformers"}}
+FREE = {"qwen_run.torch_model": {"torch", "transformers"}, "qwen_run.harness": {"lm_eval"}}
 IMPORTS = find_imports(ROOT, FORBIDDEN)
 
 

@@ -91,7 +91,8 @@ class Request:
         self.max_tokens = self.params.most_tokens(len(self.prompt))
         self.seed = secrets.randbits(SEED_BITS) if self.params.seed is None else self.params.seed
         if self.params.prompt_logprobs is not None:
-            self.prompt_logprobs.append(None)
+            first = min(max(self.params.prompt_logprobs_start, 1), len(self.prompt))  # nothing comes before token 0
+            self.prompt_logprobs += [None] * first
         self.sequences = [Sequence(self)]
 
     @property

@@ -66,6 +66,8 @@ class SamplingParams:
         min_tokens: tokens an answer has before anything but ``max_tokens`` may end it.
         logprobs: how many of the likeliest tokens to report with each token of the answer; 0 for its own only.
         prompt_logprobs: the same for the tokens of the prompt.
+        prompt_logprobs_start: the first token of the prompt that has them; what stands before may be read from the
+            cache.
         num_beams: width of the beam search, 1 is off.
         length_penalty: the exponent of an answer's length by which beam search divides its log probability.
         early_stopping: end a beam search once it has ``num_beams`` answers (True), when its best beam is not likely
@@ -114,6 +116,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False

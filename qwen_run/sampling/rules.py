@@ -159,6 +159,7 @@ RULES = {
     "min_tokens": _whole("a whole number, 0 (off) or more", 0),
     "logprobs": _whole_or_none("a whole number, 0 or more"),
     "prompt_logprobs": _whole_or_none("a whole number, 0 or more"),
+    "prompt_logprobs_start": _whole("a whole number, 0 or more", 0),
     "num_beams": _whole("a whole number from 1 (off) to 128", 1, 128),
     "length_penalty": _number("a number from -5 to 5", -5, 5),
     "early_stopping": FieldRule("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
