@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_small import SPECIAL_TOKENS, VOCAB_SIZE, new_model, train_tokenizer
+from benchmarks.train_small import SPECIAL_TOKENS, new_model, train_tokenizer
 from qwen_run.accuracy.datasets import built_in_documents
 
+VOCAB_SIZE = 3072
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -56,11 +57,11 @@ def make_checkpoint(size: str, seed: int, directory: Path) -> Path:
         "eos_token_id": 0,
         "pad_token_id": None,
     }
-    model = new_model(constant | {"rms_norm_eps": 1e-5} | CONFIGS[size])
+    model = new_model(constant | {"rms_norm_eps": 1e-5} | CONFIGS[size], dropout=0.0)
     with torch.no_grad():
         model.model.embed_tokens.weight *= 0.2  # as small as trained ones: the epsilon of norms counts then
     model.save_pretrained(directory)
-    train_tokenizer(built_in_documents("default", "calibration"), directory)
+    train_tokenizer(built_in_documents("default", "calibration"), VOCAB_SIZE, directory)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL_TOKENS[0], "chat_template": TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return directory
