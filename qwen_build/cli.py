@@ -270,13 +270,13 @@ def main(
 
 def check_budget(automatic: bool, dry_run: bool, budgets: Mapping[str, object]) -> None:
     """Refuse budgets without ``--quant auto``, and what would measure without building."""
-    from qwen_engine.errors import BuildError
+    from qwen_engine.errors import OptionsError
 
     if dry_run and automatic:
-        raise BuildError("--dry-run measures nothing, and --quant auto chooses by what it measures; leave one out")
+        raise OptionsError("--dry-run measures nothing, and --quant auto chooses by what it measures; leave one out")
     for option, value in budgets.items():
         if value is not None and not automatic:
-            raise BuildError(f"{option} is a budget for --quant auto to choose within; add that, or leave it out")
+            raise OptionsError(f"{option} is a budget for --quant auto to choose within; add that, or leave it out")
 
 
 def read_options(chosen: Mapping[str, Any]) -> BuildOptions:

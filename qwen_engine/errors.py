@@ -7,11 +7,23 @@ from typing import Any
 
 
 class QwenError(Exception):
-    """Base of everything a user can cause: says what was found, what was expected and what to do."""
+    """Base of everything a user can cause: says what was found, what was expected and what to do.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+    """
+
+    exit_code = 1
 
 
 class BuildError(QwenError):
     """An engine cannot be built as asked."""
+
+
+class OptionsError(BuildError):
+    """Options of a command, or of a build, exclude each other, whatever the files are."""
+
+    exit_code = 2  # as of every command line that cannot be
 
 
 class CheckpointError(BuildError):

@@ -35,7 +35,7 @@ from qwen_build.quantization.scheme_table import SCHEMES, make_scheme
 from qwen_build.quantization.schemes import Scheme
 from qwen_build.writing.output import check_output, engine_directory, resumable_beside
 from qwen_engine import __version__
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import BuildError, OptionsError
 from qwen_engine.manifest import MANIFEST_FILE, Manifest
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.engine_files.checksums import measure_part
@@ -176,11 +176,11 @@ def check_options(options: BuildOptions, config: ModelConfig, max_kl: float | No
     """
     if (max_kl is None) == (max_bytes is None):
         found = "neither" if max_kl is None else "both"
-        raise BuildError(f"--quant auto keeps to either --max-kl or --max-size, found {found}; give one")
+        raise OptionsError(f"--quant auto keeps to either --max-kl or --max-size, found {found}; give one")
     for name in ("group_size", "symmetric", "embedding_quant", "weight_scales", "activation_scales", "alpha"):
         if (value := getattr(options, name)) is not None:
             option = "--symmetric or --asymmetric" if name == "symmetric" else f"--{name.replace('_', '-')} {value}"
-            raise BuildError(f"--quant auto makes the choice of {option} for each linear; leave it out")
+            raise OptionsError(f"--quant auto makes the choice of {option} for each linear; leave it out")
     if config.packed is not None:
         raise BuildError(
             f"--quant auto has nothing to choose, the checkpoint is stored as {config.packed.method} "

@@ -18,7 +18,7 @@ from qwen_build.graph.layers import Schemes
 from qwen_build.plan.options import CALIBRATED, DEFAULT_ALPHA, ResolvedOptions
 from qwen_build.quantization.scheme_table import COARSE, SCHEMES
 from qwen_build.quantization.schemes import IntScheme
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import OptionsError
 
 # any of them -> the method, as the options want it
 METHODS: dict[str, Callable[[ResolvedOptions], Method]] = {
@@ -49,7 +49,7 @@ def plan_calibration(
     names = {bits: options.quant if bits == smoothed else options.int4_method for bits in found}
     _check_smoothing(options, rounded.values())
     if options.int4_method != "rtn" and not found & {SCHEMES[name].bits for name in COARSE}:
-        raise BuildError(
+        raise OptionsError(
             f"--int4-method {options.int4_method} has nothing to round, no linear layer becomes "
             f"{' or '.join(COARSE)} here; leave it out or choose --quant int4"
         )
@@ -57,7 +57,7 @@ def plan_calibration(
         for option in ("calibration", "calibration_tokens"):
             if getattr(options, option) is not None:
                 name = option.replace("_", "-")
-                raise BuildError(f"--{name} is of no use, nothing calibrates; add --int4-method gptq or leave it out")
+                raise OptionsError(f"--{name} is of no use, nothing calibrates; add --int4-method gptq or leave it out")
         return None
     methods = {bits: METHODS[name](options) for bits, name in names.items()}
     sequences = read_sequences(directory, config, options.calibration, options.calibration_tokens)
@@ -68,10 +68,10 @@ def _check_smoothing(options: ResolvedOptions, schemes: Iterable[IntScheme]) -> 
     """Refuse an ``alpha`` that nobody reads, and smoothing for which no input is rounded."""
     if options.quant != "smoothquant":
         if options.alpha is not None:
-            raise BuildError(f"--alpha {options.alpha} is of no use, nothing is smoothed; add --quant smoothquant")
+            raise OptionsError(f"--alpha {options.alpha} is of no use, nothing is smoothed; add --quant smoothquant")
         return
     if all(scheme.grid.bits != 8 or scheme.activations == "float32" for scheme in schemes):
-        raise BuildError(
+        raise OptionsError(
             "--quant smoothquant has nothing to smooth, no linear layer becomes int8 with rounded inputs here; "
             "leave --activations, --exclude and --quant-config out, or smoothquant"
         )

@@ -11,7 +11,7 @@ from qwen_build.checkpoint.config import ModelConfig, RopeOverride
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.rope import read_rope
 from qwen_build.plan.options import BuildOptions
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import BuildError, OptionsError
 
 # any length, to check a rope object before there is a config
 _SOME_POSITIONS = 32768
@@ -25,7 +25,7 @@ def rope_override(options: BuildOptions) -> RopeOverride | None:
     """
     text, factor = options.rope_scaling, options.yarn
     if text is not None and factor is not None:
-        raise BuildError("--yarn and --rope-scaling both say how positions are rotated; leave one out")
+        raise OptionsError("--yarn and --rope-scaling both say how positions are rotated; leave one out")
     if text is not None:
         rope = _parsed(text)
         return lambda config: rope

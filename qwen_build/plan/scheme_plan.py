@@ -16,7 +16,7 @@ from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
 from qwen_build.quantization.scheme_table import make_scheme
 from qwen_build.quantization.schemes import Scheme
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import BuildError, OptionsError
 from qwen_engine.manifest import LinearRecord
 from qwen_plugin.layout import GROUP_SIZES
 
@@ -63,7 +63,7 @@ def plan_schemes(options: ResolvedOptions, config: ModelConfig, checkpoint: Chec
             raise BuildError(f"{rule.origin}: {rule.pattern!r}: {error}") from error
 
     if options.exclude and options.quant == "none":
-        raise BuildError("--exclude keeps linears float, as --quant none keeps all of them; leave one out")
+        raise OptionsError("--exclude keeps linears float, as --quant none keeps all of them; leave one out")
     _check_scales(options)
     scales = {"weight_scales": options.weight_scales, "activation_scales": options.activation_scales}
     packed = {}
@@ -120,6 +120,6 @@ def _check_scales(options: ResolvedOptions) -> None:
     for name, calibrated in (("weight_scales", "tensor"), ("activation_scales", "static")):
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
         if options.quant == "none" and value not in (None, "group"):
-            raise BuildError(f"{option} {value} says how integers are scaled, --quant none has none; leave one out")
+            raise OptionsError(f"{option} {value} says how integers are scaled, --quant none has none; leave one out")
         if value == calibrated and options.quant not in CALIBRATED:
-            raise BuildError(f"{option} {value} needs calibration; add --quant {' or '.join(CALIBRATED)}")
+            raise OptionsError(f"{option} {value} needs calibration; add --quant {' or '.join(CALIBRATED)}")

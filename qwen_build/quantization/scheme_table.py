@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qwen_build.quantization.grid import Grid
 from qwen_build.quantization.schemes import ACCURACY_LEVELS, Float32, NativeInt, Scheme, StockInt
 from qwen_engine.choices import ACTIVATION_SCALES, WEIGHT_SCALES
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import OptionsError
 from qwen_plugin.layout import BLOCK_COLUMNS, GROUP_SIZES
 
 
@@ -81,11 +81,11 @@ def make_scheme(
         ("activation-scales", activation_scales or "group", ACTIVATION_SCALES),
     ):
         if value not in choices:
-            raise BuildError(f"--{option} {value} is not one of {', '.join(map(str, choices))}")
+            raise OptionsError(f"--{option} {value} is not one of {', '.join(map(str, choices))}")
     row, chosen = SCHEMES[name], KERNELS[kernels]
     precisions = chosen.activations
     if activations is not None and activations not in precisions:
-        raise BuildError(f"--kernels {kernels} has no --activations {activations}; choose {' or '.join(precisions)}")
+        raise OptionsError(f"--kernels {kernels} has no --activations {activations}; choose {' or '.join(precisions)}")
     activations = activations or precisions[0]
     return row.make(row, Asked(group_size, symmetric, activations, chosen, weight_scales, activation_scales))
 
@@ -93,7 +93,7 @@ def make_scheme(
 def _on_grid(row: SchemeRow, asked: Asked) -> Scheme:
     shared = asked.weight_scales != "group"
     if shared and asked.symmetric is False:
-        raise BuildError(
+        raise OptionsError(
             f"--weight-scales {asked.weight_scales} goes with symmetric grids only; leave --asymmetric out"
         )
     symmetric = shared or row.symmetric if asked.symmetric is None else asked.symmetric
@@ -102,18 +102,20 @@ def _on_grid(row: SchemeRow, asked: Asked) -> Scheme:
         scales = ("weight-scales", asked.weight_scales), ("activation-scales", asked.activation_scales)
         for option, chosen in scales:
             if chosen not in (None, "group"):
-                raise BuildError(f"--kernels stock has no --{option} {chosen}; use --kernels native")
+                raise OptionsError(f"--kernels stock has no --{option} {chosen}; use --kernels native")
         return StockInt(grid, asked.activations)
     return _native_int(grid, asked.activations, asked.activation_scales)
 
 
 def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> NativeInt:
     if activations == "float32" and activation_scales not in (None, "group"):
-        raise BuildError(f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2")
+        raise OptionsError(
+            f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2"
+        )
     small_groups = grid.weight_scales == "group" and grid.group_size < BLOCK_COLUMNS
     blocks = grid.bits == 4 and small_groups and activations != "float32"
     if activation_scales == "block" and not blocks:
-        raise BuildError(
+        raise OptionsError(
             "--activation-scales block goes with int4 in groups of 32 or 64 and a scale for each group, found "
             f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, "
             "or leave it out"

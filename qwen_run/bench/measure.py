@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from qwen_engine import __version__, json_output
-from qwen_engine.errors import RequestError
+from qwen_engine.errors import OptionsError, RequestError
 from qwen_run.accuracy.reference_sources import find_checkpoint
 from qwen_run.bench.bandwidth import Reader
 from qwen_run.bench.figures import Figures, Timeline
@@ -60,7 +60,7 @@ def measure(
         QwenError: the engine or the checkpoint cannot be loaded, or a request is longer than the engine takes.
     """
     if not options.compare and (options.checkpoint or options.hf_dtype):
-        raise RequestError("--checkpoint and --hf-dtype say how transformers runs; give them with --compare hf")
+        raise OptionsError("--checkpoint and --hf-dtype say how transformers runs; give them with --compare hf")
     directory = options.engine or newest_engine()
     threads = options.threads or physical_cores()
     engine = Engine.load(directory, threads, max_seq_len=options.max_seq_len, cache_bytes=options.cache_bytes)

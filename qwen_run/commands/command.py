@@ -35,7 +35,8 @@ _FULL = {
 
 
 class Command(click.Command):
-    """A click command with ``-h`` and ``--version``, and with ``Error: ...`` and exit 1 for a :class:`QwenError`.
+    """A click command with ``-h`` and ``--version``, and with ``Error: ...`` and its exit code for a
+    :class:`QwenError`.
 
     Ctrl-C exits 130 without a word, SIGTERM and SIGHUP 128 more than their number, each after everything half-written
     was removed; click itself is as quiet when a reader closes the pipe.
@@ -67,7 +68,7 @@ class Command(click.Command):
                 return result
         except QwenError as error:
             click.echo(f"Error: {printable(str(error))}", err=True)
-            ctx.exit(1)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
 

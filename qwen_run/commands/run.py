@@ -175,7 +175,10 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
     from qwen_run.text.text_model import TextModel
 
     model = TextModel.load(engine, asked.threads, asked.raw, asked.cache_bytes, asked.max_seq_len)
-    params = model.defaults.with_options(**sampling)
+    try:
+        params = model.defaults.with_options(**sampling)
+    except RequestError as error:  # each is in its range
+        raise click.UsageError(f"{error}.") from error
     idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
     if params.greedy and idle:
         click.echo(f"Note: {' and '.join(idle)} without effect at temperature 0; add --temperature.", err=True)

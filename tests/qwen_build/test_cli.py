@@ -44,9 +44,9 @@ def run_build(*arguments: object):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def refused(result, message: str, left: Path) -> None:
+def refused(result, message: str, left: Path, exit_code: int = 1) -> None:
     """The command failed with one line that holds ``message``, and left nothing in the directory ``left``."""
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == exit_code, result.output
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
@@ -260,7 +260,7 @@ def test_what_is_unknown_in_the_config_is_named_once(checkpoint, tmp_path):
 def test_activations_that_the_kernels_lack(checkpoint, tmp_path):
     options = ["--kernels", "stock", "--activations", "int8x2", "--output", tmp_path / "out" / "engine"]
     message = "--kernels stock has no --activations int8x2; choose int8 or float32"
-    refused(run_build(checkpoint, *options), message, tmp_path / "out")
+    refused(run_build(checkpoint, *options), message, tmp_path / "out", exit_code=2)
 
 
 def test_a_weight_too_large_for_the_native_layout(checkpoint, tmp_path):
