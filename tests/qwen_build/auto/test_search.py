@@ -25,6 +25,7 @@ from qwen_build.auto.knapsack import cheapest
 from qwen_build.auto.report import CHOICES_FILE, REPORT_FILE, Trial
 from qwen_build.auto.search import build_auto
 from qwen_build.auto.sensitivity import Probing, Unit
+from qwen_build.calibration.built_in import built_in_text
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.cli import main
@@ -211,7 +212,7 @@ def search_engine(path: Path, output: Path, method: str | None = "rtn", max_kl=N
 def held_out_kl(tiny: TinyCheckpoint, engine: Path) -> float:
     """Measured here from transformers' logits, over the first 512 tokens of the evaluation half."""
     tokenizer, ids = Tokenizer.load(tiny.path), []
-    for document in built_in_documents("default", "evaluation"):
+    for document in built_in_text(tiny.path, "evaluation"):
         ids += tokenizer.encode(document.document)
     found = np.concatenate(list(engine_logits(Engine.load(engine), ids[:512])))
     return float(compare(FullLogits(tiny.logits(ids[:512])), found, np.full(512, -1)).kl.mean())
