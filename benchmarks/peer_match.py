@@ -19,7 +19,7 @@ from benchmarks.int8_peak import int8_peak
 from benchmarks.peer_environments import ROOT
 from benchmarks.write_gguf import write_gguf
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.manifest import ITEM_BYTES, Manifest

@@ -357,7 +357,7 @@ def main() -> None:
     windows = held_out_windows(Tokenizer.load(located.path), arguments.windows, arguments.window)
     papers = [paper for paper in built_in_documents("scitldr") if paper.summary][: arguments.summaries]
     settings = {
-        "checkpoint": dict(Manifest.read(reference).origin.sha256),
+        "checkpoint": Manifest.read(reference).origin.digests,
         "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
         "papers": [paper.id for paper in papers],
     }

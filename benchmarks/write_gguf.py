@@ -22,7 +22,7 @@ from benchmarks.command import run
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.files import read_json
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 STEMS = {module: stem for stem, module in (LAYER_MODULES | HEAD_NORMS | MODULES).items()}

@@ -25,6 +25,7 @@ class BuildChoices(TypedDict, total=False):
     exclude: str | Sequence[str]
     ignore_tensors: str | Sequence[str]
     quant_config: str | Path | None
+    lora: str | Path | Sequence[str | Path]
     kernels: str
     activations: str | None
     weight_scales: str | None
@@ -66,7 +67,7 @@ def build(
     """
     from qwen_build.auto.search import build_auto
     from qwen_build.checkpoint.locate import resolve_checkpoint
-    from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.checkpoint.weights import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
     from qwen_build.writing.output import check_output, resolved
     from qwen_engine.errors import BuildError
@@ -80,7 +81,7 @@ def build(
     check_output(target, force)  # before anything is downloaded
     located = resolve_checkpoint(None if checkpoint is None else str(checkpoint))
     call = _written(checkpoint, directory, {"force": force, "max_kl": max_kl, "max_size": max_size} | options)
-    with Checkpoint.open(located.path) as weights:
+    with Checkpoint.open(located.path, chosen.lora) as weights:
         if is_auto:
             build_auto(weights, located, chosen, target, max_kl, max_size, force, call)
         else:

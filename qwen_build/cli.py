@@ -103,6 +103,13 @@ class Size(click.ParamType[Any]):
     '"group_size": 64}}. Also symmetric and activations; what is left out is as the other options say.',
 )
 @click.option(
+    "--lora",
+    multiple=True,
+    metavar="DIR[=WEIGHT]",
+    help="Merge the LoRA adapter in DIR, as peft saves it, into the weights before they are rounded; WEIGHT multiplies "
+    "what it adds; may be repeated.",
+)
+@click.option(
     "--max-kl",
     type=click.FloatRange(min=0, min_open=True),
     metavar="NATS",
@@ -222,6 +229,7 @@ def main(
       qwen-build ./Qwen3-0.6B --int4-method gptq --calibration texts.jsonl
       qwen-build ./Qwen3-0.6B --quant auto --max-kl 0.02
       qwen-build ./Qwen2.5-7B-Instruct --yarn 4       131072 tokens in place of 32768
+      qwen-build ./Qwen3-0.6B --lora ./my-adapter     with an adapter that peft saved, merged
       qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
 
     A calibration that was interrupted goes on when the same command is run again: finished layers are kept in
@@ -229,7 +237,7 @@ def main(
     """
     started = time.monotonic()
     from qwen_build.checkpoint.locate import resolve_checkpoint
-    from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.checkpoint.weights import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
     from qwen_build.writing.output import check_output, resolved
 
@@ -241,7 +249,7 @@ def main(
     if checkpoint is None:
         click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)
-    with Checkpoint.open(located.path) as weights:
+    with Checkpoint.open(located.path, options.lora) as weights:
         checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
         plan = None if automatic else plan_build(weights, located, options)
         for note in plan.notes if plan else ():
@@ -250,7 +258,8 @@ def main(
             print_json(describe(plan), None) if as_json else print_table(describe(plan))
             return
         if output is None:
-            output = ENGINES / f"{located.name}-{plan.options.quant if plan else AUTO}"
+            names = [located.name, *(choice.directory.name for choice in options.lora)]
+            output = ENGINES / f"{'-'.join(names)}-{plan.options.quant if plan else AUTO}"
             check_output(output, force)
         target, command = resolved(output), shlex.join(["qwen-build", *sys.argv[1:]])
         with told_of_left(target):
@@ -263,6 +272,8 @@ def main(
                 with progress(f"Building {output}", plan.work) as advance:
                     write_engine(plan, weights, target, force, command, advance)
     summary = summarize(output, target, checkpoint_bytes, time.monotonic() - started)
+    if plan and plan.stored_as:
+        summary["stored_as"] = plan.stored_as
     if plan is None:
         summary["auto"] = report.summary()
     print_json(summary, output) if as_json else print_summary(summary)
@@ -281,6 +292,7 @@ def check_budget(automatic: bool, dry_run: bool, budgets: Mapping[str, object]) 
 
 def read_options(chosen: Mapping[str, Any]) -> BuildOptions:
     """The options of a build as click read them, which has sizes as text and the file of rules as a path."""
+    from qwen_build.checkpoint.adapters import LoraChoice
     from qwen_build.plan.options import BuildOptions
     from qwen_build.plan.rules import read_rules
 
@@ -288,6 +300,7 @@ def read_options(chosen: Mapping[str, Any]) -> BuildOptions:
     read = {
         "group_size": None if group_size is None else int(group_size),
         "quant_config": () if rules is None else read_rules(rules),
+        "lora": tuple(LoraChoice.parse(text) for text in chosen["lora"]),
     }
     return BuildOptions(**{**chosen, **read})
 

@@ -91,6 +91,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
     if words := summary["rope_words"]:
         click.echo(words)
+    if stored_as := summary.get("stored_as"):
+        click.echo(stored_as)
     if auto := summary.get("auto"):
         click.echo(
             f"{auto['budget']}: mean KL {auto['held_out_kl']:.3g} on {auto['held_out_tokens']:,} tokens of "

@@ -11,7 +11,8 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,16 +24,15 @@ from qwen_build.calibration.results import CalibratedSource, calibrated_layout
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.files import digest_files
 from qwen_build.checkpoint.locate import Located
-from qwen_build.checkpoint.packed import PackedSource
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.text_files import SOURCES, TextFiles, read_text_files
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import layer_kind, module_parts
 from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
-from qwen_build.graph.weight_map import AnySource, Source, check_layers, map_weights
+from qwen_build.graph.weight_map import Source, check_layers, map_weights
 from qwen_build.plan.options import BuildOptions, ResolvedOptions
 from qwen_build.plan.rope_options import rope_given, rope_override
-from qwen_build.plan.scheme_plan import as_packed, padding_notes, plan_schemes
+from qwen_build.plan.scheme_plan import as_stored, padding_notes, plan_schemes
 from qwen_build.writing.output import check_output, engine_directory, resolved
 from qwen_build.writing.weights_file import (
     ARRAYS_PER_SLICE,
@@ -58,6 +58,7 @@ from qwen_engine.manifest import (
     LinearPart,
     LinearRecord,
     Manifest,
+    MergedAdapter,
     Operator,
     Origin,
 )
@@ -78,7 +79,7 @@ class Plan:
     config: ModelConfig
     schemes: Schemes
     graph: Graph
-    sources: dict[str, AnySource]
+    sources: dict[str, Source]
     layout: Layout
     inputs: tuple[TensorSpec, ...]
     calibration: Calibration | None
@@ -87,6 +88,7 @@ class Plan:
     max_seq_len: int
     rope_scaling: str | None  # JSON of the rope object that was asked for in place of the checkpoint's
     notes: tuple[str, ...]  # what of the checkpoint is left unread or read in another way, a sentence each
+    stored_as: str | None = None  # what became of the linears of a checkpoint that is quantised already
 
     @property
     def linears(self) -> tuple[LinearRecord, ...]:
@@ -106,7 +108,7 @@ class Plan:
 
     def _method(self, name: str) -> str:
         source, method = self.sources[name], self.graph.stored[name].scheme.record.method
-        if isinstance(source, PackedSource):
+        if source.packed:
             return "imported"
         linear = source.shapes[0][0].removesuffix(".weight")
         if self.calibration and linear in self.calibration.schemes:
@@ -153,9 +155,9 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         CheckpointError, UnsupportedModel, WeightMismatch: the checkpoint is not one that can be built.
         BuildError: an option does not fit it.
     """
-    config = ModelConfig.from_hf(located.path, rope_override(options)).as_stored(checkpoint)
-    filled = (options if config.packed is None else as_packed(options, config.packed)).resolved()
+    config = checkpoint.adapted(ModelConfig.from_hf(located.path, rope_override(options)))
     check_layers(config, checkpoint)
+    filled = as_stored(options, config, checkpoint).resolved()
     text = read_text_files(located.path, config)
     max_seq_len = _max_seq_len(filled, config)
     schemes = plan_schemes(filled, config, checkpoint)
@@ -182,7 +184,24 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         rope_scaling=rope_given(options, located.path),
         notes=(*config.notes, *text.notes, *checkpoint.notes, *mapped.notes),
     )
-    return dataclasses.replace(plan, notes=(*plan.notes, *padding_notes(plan.linears)))
+    notes = (*plan.notes, *padding_notes(plan.linears))
+    return dataclasses.replace(plan, notes=notes, stored_as=_stored_as(checkpoint, plan.linears))
+
+
+def _stored_as(checkpoint: Checkpoint, linears: Sequence[LinearRecord]) -> str | None:
+    """How many linears of a quantised checkpoint the engine has bit for bit, and how many otherwise."""
+    if checkpoint.format is None:
+        return None
+    counts: Counter[str] = Counter()
+    for linear in linears:
+        for part in linear.parts:
+            packed = checkpoint.packed.get(f"{part.name}.weight", checkpoint.packed.get(f"{EMBEDDING}.weight"))
+            if linear.quantization.method == "imported":
+                exact = packed is None or packed.exact
+                counts["stored bit for bit" if exact else "with the same integers, scales rounded to float16"] += 1
+            else:
+                counts["rounded as --quant says" if linear.quantization.group_size else "float32"] += 1
+    return f"linears of the {checkpoint.format.name} checkpoint: {', '.join(f'{n} {how}' for how, n in counts.items())}"
 
 
 def write_engine(
@@ -218,7 +237,8 @@ def write_engine(
         write_graph(exposing, plan.layout, scratch / LAYERS_GRAPH_FILE)
         for name, content in plan.text.contents.items():
             (scratch / name).write_bytes(content)
-        manifest = _manifest(plan, _measured(plan, layout, errors), scratch, digests(), command)
+        linears = _measured(plan, layout, errors)
+        manifest = _manifest(plan, linears, scratch, digests(), _adapters(checkpoint), command)
         (scratch / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -277,7 +297,12 @@ def _measured(plan: Plan, layout: Layout, errors: Mapping[str, tuple[float, floa
 
 
 def _manifest(
-    plan: Plan, linears: Iterable[LinearRecord], scratch: Path, digests: dict[str, str], command: str
+    plan: Plan,
+    linears: Iterable[LinearRecord],
+    scratch: Path,
+    digests: dict[str, str],
+    adapters: tuple[MergedAdapter, ...],
+    command: str,
 ) -> Manifest:
     assert plan.options.kv_cache_dtype is not None
     used = {(node.domain, node.op_type) for node in plan.graph.model.graph if node.domain == PLUGIN_DOMAIN}
@@ -300,9 +325,18 @@ def _manifest(
             dtype=plan.dtype,
             sha256=digests,
             rope_scaling=plan.rope_scaling,
+            adapters=adapters,
             builder_version=__version__,
             command=_utf8(command),
         ),
+    )
+
+
+def _adapters(checkpoint: Checkpoint) -> tuple[MergedAdapter, ...]:
+    """The adapters in the weights, as the manifest records them."""
+    return tuple(
+        MergedAdapter(_utf8(str(adapter.directory)), adapter.weight, digest_files(adapter.paths))
+        for adapter in checkpoint.adapters
     )
 
 

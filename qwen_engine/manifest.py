@@ -202,11 +202,21 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class MergedAdapter:
+    """A LoRA adapter in an engine's weights: its folder, the factor of what it added, the digests of its files."""
+
+    directory: str
+    weight: float
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where an engine comes from: the checkpoint, the digest of each of its files, who built it.
 
     Attributes:
         rope_scaling: the JSON text of the rope object that was given in place of the checkpoint's; None: its own.
+        adapters: what was merged into its weights, in this order.
     """
 
     checkpoint: str
@@ -214,8 +224,15 @@ class Origin:
     dtype: str
     sha256: Mapping[str, str]
     rope_scaling: str | None
+    adapters: tuple[MergedAdapter, ...]
     builder_version: str
     command: str
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of every file that the weights come from; an adapter's by its folder and name."""
+        own = {f"{a.directory}/{name}={a.weight:g}": digest for a in self.adapters for name, digest in a.sha256.items()}
+        return {**self.sha256, **own}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
 def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes ``build_engine(checkpoint_directory, **BuildOptions fields)``, the directory of a new engine."""
     from qwen_build.checkpoint.locate import resolve_checkpoint
-    from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.checkpoint.weights import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
     from qwen_build.plan.options import BuildOptions
 

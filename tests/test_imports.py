@@ -72,6 +72,7 @@ INSIDE_FUNCTIONS = {
     "qwen_run": {
         "qwen_build": (
             "qwen_run.accuracy.origin_checks",
+            "qwen_run.accuracy.builder_weights",
             "qwen_run.accuracy.reference_sources",
             "qwen_run.api.build_on_demand",
         ),

@@ -26,7 +26,7 @@ from qwen_build.calibration.text import read_halves
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.files import digest_files
 from qwen_build.checkpoint.locate import Located
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rope_options import rope_override
@@ -80,8 +80,8 @@ def build_auto(
         BuildError: an option does not go with auto, the text is too short, or no engine is within the budget.
     """
     check_output(output, replace)
-    config = ModelConfig.from_hf(located.path, rope_override(options))
-    check_options(options, config, max_kl, max_bytes)
+    config = checkpoint.adapted(ModelConfig.from_hf(located.path, rope_override(options)))
+    check_options(options, checkpoint, max_kl, max_bytes)
     task = _plan_search(checkpoint, located, options, config)
     with resumable_beside(output, task.key(checkpoint)) as scratch:
         kl = _probe(task, checkpoint, scratch, progress)
@@ -168,7 +168,7 @@ def _run_float_model(task: _SearchTask, checkpoint: Checkpoint, progress: Progre
         )
 
 
-def check_options(options: BuildOptions, config: ModelConfig, max_kl: float | None, max_bytes: int | None) -> None:
+def check_options(options: BuildOptions, checkpoint: Checkpoint, max_kl: float | None, max_bytes: int | None) -> None:
     """Refuse what contradicts ``--quant auto``.
 
     Raises:
@@ -181,10 +181,10 @@ def check_options(options: BuildOptions, config: ModelConfig, max_kl: float | No
         if (value := getattr(options, name)) is not None:
             option = "--symmetric or --asymmetric" if name == "symmetric" else f"--{name.replace('_', '-')} {value}"
             raise OptionsError(f"--quant auto makes the choice of {option} for each linear; leave it out")
-    if config.packed is not None:
+    if checkpoint.quant is not None and checkpoint.format is not None:
         raise BuildError(
-            f"--quant auto has nothing to choose, the checkpoint is stored as {config.packed.method} "
-            f"{config.packed.quant} already; leave it out or build from the float checkpoint"
+            f"--quant auto has nothing to choose, the checkpoint is stored as {checkpoint.format.name} "
+            f"{checkpoint.quant} already; leave it out or build from the float checkpoint"
         )
 
 

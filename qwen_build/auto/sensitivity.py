@@ -26,8 +26,7 @@ from qwen_build.calibration.factor_search import as_multiplied
 from qwen_build.calibration.layer_runner import LayerRunner, embed, final_norm, logits, read_layer
 from qwen_build.calibration.results import new_array
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.packed import read_linear
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LAYER, layer_kind
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.quantization.schemes import IntScheme, Scheme
@@ -215,10 +214,10 @@ class Probing:
         unit = next(unit for unit in self.units if HEAD in unit.linears)
         inputs = final_norm(self.checkpoint, self.config, _evenly(self._float_states(), _SAMPLE_TOKENS))
         name = EMBEDDING if self.config.tie_word_embeddings else HEAD
-        rows, columns = self.config.vocab_size, self.config.hidden_size
+        rows = self.config.vocab_size
         weight = np.concatenate(
             [
-                read_linear(self.checkpoint, self.config.packed, name, (rows, columns), int(row), int(row) + 1)
+                self.checkpoint.read(f"{name}.weight", int(row), int(row) + 1)
                 for row in np.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS))
             ]
         )

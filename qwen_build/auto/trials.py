@@ -18,7 +18,7 @@ from qwen_build.auto.sensitivity import Unit, kept, kl_divergence
 from qwen_build.calibration.layer_runner import LayerRunner, embed, logits, read_layer
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import Located
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rope_options import rope_override
@@ -134,7 +134,7 @@ class BuiltEngines:
     def _measure(self, choice: Choice, label: str) -> dict[str, float]:
         directory = self.engine(choice, label)
         engine = Engine.load(directory)
-        config = ModelConfig.from_hf(self.located.path, rope_override(self.options))
+        config = self.checkpoint.adapted(ModelConfig.from_hf(self.located.path, rope_override(self.options)))
         kl = []
         for text in self.texts:
             with self.progress(f"{label}, {text.name}", text.token_ids.size) as advance:

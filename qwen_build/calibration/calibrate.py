@@ -25,8 +25,7 @@ from qwen_build.calibration.method import InputReaders, Method
 from qwen_build.calibration.results import layer_directory, new_array, save_array, save_rounded
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.files import digest_files
-from qwen_build.checkpoint.packed import is_packed
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LayerKind, distinct_kinds, layer_kind
 from qwen_build.quantization.grid import Rounded
 from qwen_build.quantization.schemes import IntScheme
@@ -311,6 +310,6 @@ def _read_rounding(
     """A layer as the checkpoint has it; ``directory`` takes what calibration makes of it."""
     path, names = f"model.layers.{layer}.", layer_kind(config, layer).shapes(config)
     schemes = {n.removeprefix(path): scheme for n, scheme in calibration.schemes.items() if n.startswith(path)}
-    packed = {name for name in names if is_packed(checkpoint, path + name)}
+    packed = {name for name in names if checkpoint.is_packed(path + name)}
     weights = read_layer(checkpoint, config, layer)
     return _LayerRounding(calibration, config, layer, weights, schemes, packed, directory)

@@ -16,8 +16,7 @@ from onnxscript import GraphBuilder
 
 import qwen_plugin
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.packed import read_linear
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LayerKind, layer_kind
 from qwen_build.graph.layers import Schemes, StepTensors
 from qwen_build.graph.model import DTYPES, OPSET, DecoderLayer
@@ -50,10 +49,7 @@ def read_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> Layer
         CheckpointError: one cannot be read or is not finite.
     """
     path, kind = f"model.layers.{layer}", layer_kind(config, layer)
-    weights = {
-        f"{name}.weight": read_linear(checkpoint, config.packed, f"{path}.{name}", shape)
-        for name, shape in kind.shapes(config).items()
-    }
+    weights = {f"{name}.weight": checkpoint.read(f"{path}.{name}.weight") for name in kind.shapes(config)}
     return weights | {name: checkpoint.read(f"{path}.{name}") for name in kind.vectors(config)}
 
 
@@ -204,7 +200,6 @@ def logits(
 
 def _vocabulary(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Embedding or head, some rows at a time: the first one's number and the rows."""
-    shape = (config.vocab_size, config.hidden_size)
     for start in range(0, config.vocab_size, _VOCABULARY_ROWS):
         stop = min(start + _VOCABULARY_ROWS, config.vocab_size)
-        yield start, read_linear(checkpoint, config.packed, name, shape, start, stop)
+        yield start, checkpoint.read(f"{name}.weight", start, stop)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_build.checkpoint.packed import Shape
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.stored import Shape
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LAYER
 from qwen_build.graph.weight_map import row_ranges
 from qwen_build.quantization.grid import Rounded, joined

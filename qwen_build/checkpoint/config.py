@@ -5,7 +5,6 @@ What the config asks for and the graph does not have is refused by name, never i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
@@ -21,9 +20,7 @@ from qwen_build.checkpoint.config_keys import (
     windowed_layers,
 )
 from qwen_build.checkpoint.files import read_json
-from qwen_build.checkpoint.packed import PackedFormat
 from qwen_build.checkpoint.rope import ROPE_OBJECTS, Rope, read_rope
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 from qwen_engine.manifest import ModelSizes
 
@@ -57,10 +54,8 @@ class ModelConfig(ModelSizes):
         longest: the most tokens of a sequence.
         qkv_bias, o_bias: which linears of the attention have biases.
         eos_token_ids: the config's own, maybe none.
-        packed: how its linears are stored where they are quantised already.
         windowed: the layers that do not see the whole of a text as long as ``max_position_embeddings``.
         unknown: keys of the config that nobody here knows.
-        contradictions: what the weights contradict, a sentence each.
     """
 
     architecture: Architecture
@@ -71,10 +66,8 @@ class ModelConfig(ModelSizes):
     qkv_bias: bool
     o_bias: bool
     eos_token_ids: tuple[int, ...] = ()
-    packed: PackedFormat | None = None
     windowed: WindowedLayers = NO_WINDOW
     unknown: tuple[str, ...] = ()
-    contradictions: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> ModelSizes:
@@ -86,7 +79,7 @@ class ModelConfig(ModelSizes):
         """What to say of the config beside what was computed of it."""
         keys = ", ".join(self.unknown)
         unknown = f"config.json has {keys}, unknown to {self.model_type}'s configuration and left unread."
-        return (*([unknown] if keys else []), *self.contradictions)
+        return (unknown,) if keys else ()
 
     @classmethod
     def from_hf(cls, checkpoint: Path, override: RopeOverride | None = None) -> ModelConfig:
@@ -102,23 +95,6 @@ class ModelConfig(ModelSizes):
         hf = read_json(checkpoint / "config.json")
         config = cls.from_json(hf)
         return config if override is None else cls.from_json(with_rope(hf, config, override(config)))
-
-    def as_stored(self, checkpoint: Checkpoint) -> ModelConfig:
-        """The config with what the weights of ``checkpoint`` tell about their format."""
-        if self.packed is None:
-            if packed := next((name for name in checkpoint.tensors if name.endswith(".qweight")), None):
-                raise UnsupportedModel(
-                    f"the checkpoint has {packed}, and config.json no quantization_config that says how it is packed; "
-                    'add what quantize_config.json says, with "quant_method": "gptq", or give the float checkpoint'
-                )
-            return self
-        packed_as, notes = self.packed.as_stored(checkpoint)
-        if self.tie_word_embeddings and "lm_head.qweight" in checkpoint.tensors:
-            raise CheckpointError(
-                "config.json ties the head to the embedding, but the checkpoint has a packed lm_head of its own; "
-                "set tie_word_embeddings to false"
-            )
-        return dataclasses.replace(self, packed=packed_as, contradictions=notes)
 
     @classmethod
     def from_json(cls, hf: Mapping[str, Any]) -> ModelConfig:
@@ -155,7 +131,6 @@ class ModelConfig(ModelSizes):
             qkv_bias=architecture.qkv_bias or biased,
             o_bias=biased,
             eos_token_ids=token_ids(hf.get("eos_token_id")),
-            packed=PackedFormat.from_json(quantized) if (quantized := hf.get("quantization_config")) else None,
             windowed=windowed_layers(
                 hf, architecture.window, integer(hf, "num_hidden_layers"), rope.longest(positions)
             ),

@@ -36,6 +36,7 @@ COMPUTED = frozenset(
         "layer_types",
         "eos_token_id",
         "quantization_config",
+        "compression_config",
     ]
 )
 
@@ -102,7 +103,7 @@ WITHOUT_EFFECT = frozenset(
 )
 
 # keys of programs that store weights in a way of their own -> the program
-FOREIGN_QUANTIZATION = {"quantization": "mlx", "compression_config": "compressed-tensors"}
+FOREIGN_QUANTIZATION = {"quantization": "mlx"}
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,21 @@ STORAGE = {
 }
 
 
-# what the packed linears of ``packed.py`` are made of beside floats: safetensors dtype -> element
-PACKED_STORAGE = {"I32": "<i4"}
-PACKED_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
+# every safetensors dtype that is read -> the element that holds it; what ``formats`` are made of beside floats
+ELEMENTS = {key: storage.element for key, storage in STORAGE.items()} | {
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "|i1",
+    "U8": "|u1",
+    "F8_E4M3": "|u1",
+}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies: safetensors dtype, shape, file, first byte in the file.
 
-    The dtype is a key of ``STORAGE`` or ``PACKED_STORAGE``.
+    The dtype is a key of ``ELEMENTS``, or of no use.
     """
 
     name: str
@@ -151,7 +156,7 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, in
         valid = False
     if not valid or begin < 0 or end < begin or any(size < 0 for size in shape):
         raise CheckpointError(f"{path}: the header entry of {name} is damaged; download the file again")
-    if element := PACKED_STORAGE.get(dtype) or (dtype in STORAGE and STORAGE[dtype].element):
+    if element := ELEMENTS.get(dtype):
         needed = math.prod(shape) * np.dtype(element).itemsize
         if end - begin != needed:
             raise CheckpointError(

@@ -6,6 +6,7 @@ As transformers does, the files are all that the index names, and what counts is
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -38,6 +39,21 @@ class Shards(NamedTuple):
     tensors: dict[str, TensorInfo]
     descriptors: dict[Path, int]
     notes: tuple[str, ...]
+
+
+def open_file(path: Path) -> Shards:
+    """Open one safetensors file by itself, whose names stay as they are.
+
+    Raises:
+        CheckpointError: it is not there, truncated or damaged.
+    """
+    descriptor = _open_file(path, path.parent)
+    try:
+        tensors = {info.name: info for info in read_header(path, descriptor)}
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return Shards(tensors, {path: descriptor}, ())
 
 
 def open_shards(directory: Path) -> Shards:
@@ -115,8 +131,8 @@ def _no_weights(directory: Path) -> str:
     if (directory / ADAPTER_FILE).is_file():
         base = read_json(directory / ADAPTER_FILE).get("base_model_name_or_path") or "its base model"
         return (
-            f"{directory} is a LoRA adapter of {base}, no model; merge it into that one with peft's merge_and_unload "
-            "and save_pretrained, and give what was saved"
+            f"{directory} is a LoRA adapter of {base}, no model; give that one as the checkpoint, and "
+            f"--lora {shlex.quote(str(directory))}"
         )
     for pattern, advice in (
         (
@@ -173,6 +189,18 @@ def _renamed(directory: Path, tensors: dict[str, TensorInfo]) -> tuple[dict[str,
     if len(renamed) < len(tensors):
         raise CheckpointError(f"{directory}: some weights have names with and without {decoder!r}; remove the copies")
     return renamed, (f"the weights' names begin with {decoder!r} in place of 'model.', and are read as if with that.",)
+
+
+def graph_name(name: str) -> str:
+    """The name in the graph of what a program calls ``name``, whichever of ``PREFIXES`` it puts before.
+
+    >>> graph_name("model.language_model.layers.0.mlp.up_proj"), graph_name("layers.1.mlp.up_proj")
+    ('model.layers.0.mlp.up_proj', 'model.layers.1.mlp.up_proj')
+    """
+    for decoder, head in PREFIXES.items():
+        if (renamed := _graph_name(f"{name}.", decoder, head)) != f"{name}.":
+            return renamed.removesuffix(".")
+    return name
 
 
 def _graph_name(name: str, decoder: str, head: str) -> str:

@@ -40,7 +40,7 @@ class SchemeChoice:
 
     Attributes:
         permutation: int32 (in_features), stored column k multiplies input column permutation[k]; None: in order.
-        packed: whether the checkpoint has it on this grid already, see ``packed.py``.
+        packed: whether the checkpoint has it on this grid already, see ``checkpoint/stored.py``.
     """
 
     scheme: Scheme

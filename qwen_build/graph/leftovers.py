@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import STORAGE
 from qwen_build.checkpoint.shards import some
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_engine.errors import BuildError
 
 # pattern of names -> what they are: nothing that the next token depends on

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.packed import PackedSource, Shape, is_packed
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.stored import Shape
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LAYER, module_parts
 from qwen_build.graph.leftovers import pass_over
+from qwen_build.quantization.grid import Rounded, joined
 from qwen_engine.errors import CheckpointError, WeightMismatch
 from qwen_engine.graph_io import EMBEDDING, HEAD
 
@@ -28,13 +29,21 @@ _COMPARED_ROWS = 4096
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint tensors whose rows, one tensor after the other, are the rows of a graph weight."""
+    """The weights of the checkpoint whose rows, one weight after the other, are the rows of a graph weight.
+
+    Attributes:
+        packed: whether all of them are on their grid already, see :class:`PackedWeight`.
+    """
 
     shapes: tuple[tuple[str, Shape], ...]
+    packed: bool = False
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of the graph weight, float32."""
-        pieces = [checkpoint.read(*rows) for rows in row_ranges(self.shapes, start, stop)]
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray | Rounded:
+        """Rows [start, stop) of the graph weight: on the grid where ``packed``, else float32."""
+        ranges = row_ranges(self.shapes, start, stop)
+        if self.packed:
+            return joined([checkpoint.packed[name].rounded(*rows) for name, *rows in ranges], np.concatenate)
+        pieces = [checkpoint.read(*rows) for rows in ranges]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -50,9 +59,6 @@ def row_ranges(shapes: Iterable[tuple[str, Shape]], start: int, stop: int) -> It
         start, stop = start - rows, stop - rows
 
 
-AnySource = Source | PackedSource
-
-
 def source(name: str, shape: Shape, config: ModelConfig) -> Source:
     """Where the graph weight ``name`` of ``shape`` comes from: ``qkv_proj.bias`` from three biases, and so on."""
     module, _, kind = name.rpartition(".")
@@ -65,7 +71,7 @@ def source(name: str, shape: Shape, config: ModelConfig) -> Source:
 class MappedWeights(NamedTuple):
     """The source of each graph weight, and a sentence about each kind of tensor that is left out."""
 
-    sources: dict[str, AnySource]
+    sources: dict[str, Source]
     notes: tuple[str, ...]
 
 
@@ -84,7 +90,10 @@ def map_weights(
         BuildError: a pattern matches nothing, or what is needed.
     """
     floats = {name: source(name, shape, config) for name, shape in shapes.items()}
-    plan = {name: packed_source(mapped, checkpoint, config) or mapped for name, mapped in floats.items()}
+    plan = {
+        name: replace(mapped, packed=all(part in checkpoint.packed for part, _ in mapped.shapes))
+        for name, mapped in floats.items()
+    }
     needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
     passed, notes = pass_over(needed, checkpoint, ignored)
     present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in passed}
@@ -92,17 +101,14 @@ def map_weights(
     checkpoint.check_readable(needed)
     check_agreement(needed, present)
     if stored_head is not None:
+        if checkpoint.is_packed(HEAD):
+            raise CheckpointError(
+                "config.json ties the head to the embedding, but the checkpoint has a packed lm_head of its own; "
+                "set tie_word_embeddings to false"
+            )
         checkpoint.check_readable([f"{HEAD}.weight"])
         check_tied(checkpoint)
     return MappedWeights(plan, notes)
-
-
-def packed_source(floats: Source, checkpoint: Checkpoint, config: ModelConfig) -> PackedSource | None:
-    """The packed linears that the checkpoint has in place of all the tensors of ``floats``, if it has."""
-    linears = [(name.removesuffix(".weight"), shape) for name, shape in floats.shapes]
-    if config.packed is None or not all(is_packed(checkpoint, linear) for linear, _ in linears):
-        return None
-    return PackedSource(config.packed, tuple((linear, shape[0]) for linear, shape in linears), linears[0][1][1])
 
 
 def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:

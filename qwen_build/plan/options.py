@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from qwen_build.checkpoint.adapters import LoraChoice
 from qwen_build.plan.rules import Rule
 from qwen_engine import choices
 from qwen_engine.errors import BuildError
@@ -73,6 +74,7 @@ RULES = {
     "exclude": _tuple_of(str, "a pattern of names or several"),
     "ignore_tensors": _tuple_of(str, "a pattern of names or several"),
     "quant_config": _tuple_of(Rule, "the path of a file of rules"),
+    "lora": _tuple_of(LoraChoice, "the folder of an adapter or several"),
     "alpha": OptionRule("a number from 0 to 1, or 'auto'", _is_alpha),
     "int4_method": _one_of(choices.INT4_METHODS),
     "calibration": OptionRule("the path of a text", lambda value: isinstance(value, Path) and "\0" not in str(value)),
@@ -99,6 +101,7 @@ class BuildOptions:
         exclude: patterns of linears to keep float.
         ignore_tensors: patterns of tensors of the checkpoint to leave out.
         quant_config: the schemes of others, see :mod:`qwen_build.plan.rules`.
+        lora: adapters that are merged into the checkpoint's weights, in this order.
         alpha: of "smoothquant", from 0 to 1, or "auto".
         int4_method: how int4 weights are rounded.
         calibration: a file of text to calibrate with.
@@ -121,6 +124,7 @@ class BuildOptions:
     exclude: tuple[str, ...] = ()
     ignore_tensors: tuple[str, ...] = ()
     quant_config: tuple[Rule, ...] = ()
+    lora: tuple[LoraChoice, ...] = ()
     alpha: float | Literal["auto"] | None = None
     int4_method: str | None = None
     calibration: Path | None = None

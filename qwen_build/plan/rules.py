@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.packed import column_order, is_packed
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.stored import PackedWeight
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import linear_names
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.quantization.scheme_table import SCHEMES
 from qwen_build.quantization.schemes import Scheme
 from qwen_engine.errors import BuildError
+from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_engine.regular_files import read_regular
 
 
@@ -94,18 +95,19 @@ def _pairs(entries: Any, where: str) -> tuple[tuple[str, Any], ...]:
     return entries
 
 
-def packed_choices(config: ModelConfig, checkpoint: Checkpoint, scheme: Scheme) -> dict[str, SchemeChoice]:
-    """How the linears are stored that the checkpoint stores packed, on the grid of ``scheme``.
+def packed_choices(
+    config: ModelConfig, checkpoint: Checkpoint, scheme_of: Callable[[PackedWeight], Scheme]
+) -> dict[str, SchemeChoice]:
+    """How the linears are stored that the checkpoint stores packed, each on its own grid.
 
     Raises:
         BuildError: the order of a linear's inputs cannot be read.
     """
-    assert config.packed is not None
-    return {
-        name: SchemeChoice(scheme, column_order(config.packed, checkpoint, name), packed=True)
-        for name in linear_names(config)
-        if is_packed(checkpoint, name)
-    }
+    stored = {name: f"{name}.weight" for name in linear_names(config)}
+    if config.tie_word_embeddings:
+        stored[HEAD] = f"{EMBEDDING}.weight"
+    found = {name: checkpoint.packed[weight] for name, weight in stored.items() if weight in checkpoint.packed}
+    return {name: SchemeChoice(scheme_of(weight), weight.order, packed=True) for name, weight in found.items()}
 
 
 def choose(

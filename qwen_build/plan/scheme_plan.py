@@ -8,37 +8,56 @@ from collections.abc import Iterable
 from typing import Any
 
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.packed import PackedFormat
-from qwen_build.checkpoint.safetensors import Checkpoint
-from qwen_build.graph.architecture import linear_names
+from qwen_build.checkpoint.stored import PackedWeight
+from qwen_build.checkpoint.weights import Checkpoint
+from qwen_build.graph.architecture import LAYER, linear_names
 from qwen_build.graph.layers import Schemes
 from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions, ResolvedOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
 from qwen_build.quantization.scheme_table import make_scheme
 from qwen_build.quantization.schemes import Scheme
 from qwen_engine.errors import BuildError, OptionsError
+from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_engine.manifest import LinearRecord
 from qwen_plugin.layout import GROUP_SIZES
 
 
-def as_packed(options: BuildOptions, packed: PackedFormat) -> BuildOptions:
-    """``options`` for a checkpoint that decided how its linears are stored.
+def as_stored(options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint) -> BuildOptions:
+    """``options`` for what ``checkpoint`` decided of how its linears are stored.
+
+    What it has packed is stored as it is; ``quant`` says what becomes of the rest, and is by default as most of those.
 
     Raises:
         BuildError: they choose something else.
     """
-    for name in ("quant", "group_size", "symmetric", "weight_scales"):
-        if (value := getattr(options, name)) is not None:
-            raise BuildError(
-                f"{name} {value} cannot be chosen, the checkpoint is stored as {packed.method} {packed.quant} already; "
-                "leave it out or build from the float checkpoint"
-            )
+    form, quant = checkpoint.format, checkpoint.quant
+    if form is None or quant is None:
+        return options
+    if not rounds_rest(config, checkpoint):
+        for name in ("quant", "group_size", "symmetric", "weight_scales"):
+            if (value := getattr(options, name)) is not None:
+                raise BuildError(
+                    f"{name} {value} cannot be chosen, the checkpoint is stored as {form.name} {quant} already; "
+                    "leave it out or build from the float checkpoint"
+                )
+    if options.embedding_quant is not None and all(checkpoint.is_packed(name) for name in (EMBEDDING, HEAD)):
+        raise BuildError(
+            f"embedding_quant {options.embedding_quant} cannot be chosen, the checkpoint has embedding and head as "
+            f"{form.name} already; leave it out or build from the float checkpoint"
+        )
     if options.activation_scales == "block":
         raise BuildError(
-            f"--activation-scales block needs weight scales of its own, the checkpoint has those of {packed.method}; "
+            f"--activation-scales block needs weight scales of its own, the checkpoint has those of {form.name}; "
             "leave it out or build from the float checkpoint"
         )
-    return dataclasses.replace(options, quant=packed.quant, activation_scales=options.activation_scales or "group")
+    return dataclasses.replace(options, quant=options.quant or quant)
+
+
+def rounds_rest(config: ModelConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a linear of a layer is rounded as ``quant`` says, and neither packed nor left float."""
+    if checkpoint.format is None or not checkpoint.format.keeps_float:
+        return not all(checkpoint.is_packed(name) for name in linear_names(config) if LAYER.match(name))
+    return False
 
 
 def plan_schemes(options: ResolvedOptions, config: ModelConfig, checkpoint: Checkpoint) -> Schemes:
@@ -66,14 +85,22 @@ def plan_schemes(options: ResolvedOptions, config: ModelConfig, checkpoint: Chec
         raise OptionsError("--exclude keeps linears float, as --quant none keeps all of them; leave one out")
     _check_scales(options)
     scales = {"weight_scales": options.weight_scales, "activation_scales": options.activation_scales}
-    packed = {}
-    if config.packed:
-        grid = config.packed.grid
-        quantised = scheme(config.packed.quant, group_size=grid.group_size, symmetric=grid.symmetric, **scales)
-        packed = packed_choices(config, checkpoint, quantised)
+
+    def scheme_of_packed(weight: PackedWeight) -> Scheme:
+        grid = weight.grid
+        return scheme(
+            f"int{grid.bits}",
+            group_size=grid.group_size,
+            symmetric=grid.symmetric,
+            weight_scales=grid.weight_scales,
+            activation_scales=options.activation_scales or weight.activation_scales or "group",
+        )
+
+    packed = packed_choices(config, checkpoint, scheme_of_packed)
+    rest = "none" if packed and not rounds_rest(config, checkpoint) else CALIBRATED.get(options.quant, options.quant)
     rules = (*excluding(options.exclude), *options.quant_config)
     return Schemes(
-        scheme("none" if config.packed else CALIBRATED.get(options.quant, options.quant), **scales),
+        scheme(rest, **scales),
         scheme(options.embedding_quant, group_size=_embedding_group_size(options, config)),
         choose(linear_names(config), packed, rules, scheme_of),
     )

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.model import Graph
 from qwen_build.quantization.grid import Rounded, joined
 from qwen_build.quantization.schemes import Float32, Scheme, StoredPart

@@ -78,7 +78,7 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     dataset = load_dataset(options.dataset, options.document_field, options.summary_field, options.max_samples)
     threads = options.threads or physical_cores()
     identity = Identity(
-        checkpoint=dict(manifest.origin.sha256),
+        checkpoint=manifest.origin.digests,
         dataset=dataset.sha256,
         recipe=Recipe.read(engine_directory).digest,
         options={"max_new_tokens": options.max_new_tokens, "max_seq_len": manifest.limits.max_seq_len},

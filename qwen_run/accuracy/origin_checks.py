@@ -53,6 +53,13 @@ def check_checkpoint(manifest: Manifest, checkpoint: Path) -> None:
         found = _sha256(checkpoint / name)
         if found != expected:
             complaints.append(f"{name} {'is missing' if found is None else 'has changed'}")
+    for adapter in manifest.origin.adapters:
+        for name, expected in adapter.sha256.items():
+            if _sha256(path := Path(adapter.directory) / name) != expected:
+                raise CheckpointError(
+                    f"{path}, which is merged into the engine, is not there or has changed; put it back, or build the "
+                    "engine again"
+                )
     if complaints:
         raise CheckpointError(
             f"{checkpoint} is not what the engine was built from: {', '.join(complaints)}; "

@@ -22,8 +22,9 @@ import numpy as np
 
 from qwen_engine.errors import CheckpointError, RequestError, first_line
 from qwen_engine.graph_io import HEAD, LOGITS
-from qwen_engine.manifest import Quantization
+from qwen_engine.manifest import MergedAdapter, Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
+from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.logits import FullLogits, ReferenceLogits, compare
 from qwen_run.accuracy.recipe import Recipe
@@ -88,6 +89,7 @@ class HuggingFace:
             ``rounds_inputs`` is True; None for the checkpoint's own weights.
         dtype: what it computes in, by torch's name; all but :meth:`stream_batch` is meant for float32.
         rope_scaling: JSON of the rope object in place of the checkpoint's, see ``Origin`` of the manifest.
+        adapters: what is merged into the checkpoint's weights.
 
     Raises:
         RequestError: torch or transformers is not installed.
@@ -102,11 +104,12 @@ class HuggingFace:
         recipe: Recipe | None = None,
         dtype: str = "float32",
         rope_scaling: str | None = None,
+        adapters: Sequence[MergedAdapter] = (),
     ) -> None:
         self._torch, self._transformers = _import_torch_and_transformers()
         self._torch.set_num_threads(threads)
         try:
-            self._model = self._load(checkpoint, getattr(self._torch, dtype), rope_scaling).eval()
+            self._model = self._load(checkpoint, getattr(self._torch, dtype), rope_scaling, adapters).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = first_line(error)
             raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
@@ -269,17 +272,22 @@ class HuggingFace:
             return round_activations(self._torch, x, x.shape[-1], ROUNDING_STEPS["int8"])
         return x.half().float()
 
-    def _load(self, checkpoint: Path, dtype: Any, rope_scaling: str | None) -> Any:
-        """The model of ``checkpoint``; transformers itself reads packed weights only with other packages."""
+    def _load(self, checkpoint: Path, dtype: Any, rope_scaling: str | None, adapters: Sequence[MergedAdapter]) -> Any:
+        """The model of ``checkpoint``; transformers itself reads packed weights and adapters with other packages."""
         auto = self._transformers.AutoModelForCausalLM
         config = self._transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         if rope_scaling is not None:
             config.rope_parameters = json.loads(rope_scaling)
-        if getattr(config, "quantization_config", None) is None:
+        packed = getattr(config, "quantization_config", None) is not None
+        if not packed and not adapters:
             return auto.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True)
-        del config.quantization_config
+        if packed:
+            del config.quantization_config
+        weights = open_weights(checkpoint, adapters)
+        if isinstance(weights, BuilderWeights):
+            config.vocab_size, config.tie_word_embeddings = weights.vocab_size, weights.tied
         model = auto.from_config(config, dtype=dtype)
-        self._fill(model, _checkpoint_pieces(model, CheckpointWeights(checkpoint)))
+        self._fill(model, _checkpoint_pieces(model, weights))
         return model
 
     def _compute_as(self, recipe: Recipe) -> None:
@@ -330,7 +338,7 @@ def following_tokens(token_ids: Sequence[int]) -> np.ndarray:
     return np.array([*token_ids[1:], -1], np.int64)
 
 
-def _checkpoint_pieces(model: Any, weights: CheckpointWeights) -> Pieces:
+def _checkpoint_pieces(model: Any, weights: CheckpointWeights | BuilderWeights) -> Pieces:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             yield name, slice(None), weights.vector(name)

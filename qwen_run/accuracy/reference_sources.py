@@ -94,7 +94,7 @@ class LiveSources:
     recorded: dict[Phase, Answers] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.checkpoint = CheckpointInfo(self.path.name, dict(self.manifest.origin.sha256))
+        self.checkpoint = CheckpointInfo(self.path.name, self.manifest.origin.digests)
 
     @contextmanager
     def open(self, phase: Phase) -> Iterator[tuple[OpenReference, Layers]]:
@@ -104,8 +104,10 @@ class LiveSources:
         @cache
         def live() -> HuggingFace:
             try:
-                scaling = self.manifest.origin.rope_scaling
-                reference = HuggingFace(self.path, self.threads, recipe, rope_scaling=scaling)
+                origin = self.manifest.origin
+                reference = HuggingFace(
+                    self.path, self.threads, recipe, rope_scaling=origin.rope_scaling, adapters=origin.adapters
+                )
                 reference.rounds_inputs = False  # but where it is asked what that costs
                 return reference
             except RequestError as error:

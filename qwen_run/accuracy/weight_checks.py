@@ -1,8 +1,8 @@
 """Whether an engine holds the weights of its checkpoint: every norm, bias, row and block of columns.
 
 An engine whose weights are wrong computes with them without a fault, so that the reference which has the same weights
-agrees with it. What catches it is this comparison, before anything runs. It shares nothing with the builder: the
-checkpoint is read by ``checkpoint_weights.py``, and nothing is rounded here. Whatever grid the builder chose, a value
+agrees with it. What catches it is this comparison, before anything runs. It shares nothing with the builder where
+``checkpoint_weights.py`` reads the checkpoint, and nothing is rounded here. Whatever grid the builder chose, a value
 that was rounded to the nearest lies within half a step; see ``weight_errors.py`` for what else healthy rounding leaves.
 
 Calibration may divide what a linear reads by a factor for each column and multiply the linear's columns with it
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_engine.manifest import ModelSizes, Quantization
+from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.report import Check
 from qwen_run.accuracy.weight_errors import (
@@ -94,7 +95,7 @@ class _Comparison:
     """
 
     found: EngineWeights
-    expected: CheckpointWeights
+    expected: CheckpointWeights | BuilderWeights
     complaints: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, tuple[np.ndarray, float]] = field(default_factory=dict)
     excess: dict[str, float] = field(default_factory=dict)
@@ -122,7 +123,8 @@ def compare_weights(engine: Path, checkpoint: Path) -> Check:
     Raises:
         EngineError, CheckpointError: one of them cannot be read.
     """
-    both = _Comparison(EngineWeights(engine), CheckpointWeights(checkpoint))
+    found = EngineWeights(engine)
+    both = _Comparison(found, open_weights(checkpoint, found.manifest.origin.adapters))
     for name, part in both.found.parts.items():  # producers come before what reads their outputs
         if complaint := _compare_linear(both, name, part):
             both.complaints[name] = complaint

@@ -84,10 +84,10 @@ def build_engine(checkpoint: Path, engine: Path, options: Mapping[str, Any]) -> 
 
 
 def _build(located: Located, engine: Path, options: BuildOptions, replace: bool) -> None:
-    from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.checkpoint.weights import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
 
-    with Checkpoint.open(located.path) as weights:
+    with Checkpoint.open(located.path, options.lora) as weights:
         plan = plan_build(weights, located, options)
         for note in plan.notes:
             warnings.warn(note, stacklevel=4)
@@ -99,6 +99,7 @@ def build_options(options: Mapping[str, Any]) -> BuildOptions:
 
     ``rope_scaling`` may be an object or its JSON text.
     """
+    from qwen_build.checkpoint.adapters import LoraChoice
     from qwen_build.plan.options import BuildOptions
     from qwen_build.plan.rules import read_rules
 
@@ -108,6 +109,11 @@ def build_options(options: Mapping[str, Any]) -> BuildOptions:
     for name in ("exclude", "ignore_tensors"):
         if isinstance(patterns := given.get(name), str | list):
             given[name] = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if (adapters := given.get("lora")) is not None:
+        several = [adapters] if isinstance(adapters, str | Path) else adapters
+        if not isinstance(several, list | tuple) or not all(isinstance(one, str | Path) for one in several):
+            raise BuildError(f"lora is {adapters!r}, expected the folder of an adapter or several")
+        given["lora"] = tuple(LoraChoice.parse(str(one)) for one in several)
     if isinstance(given.get("quant_config"), (str, Path)):
         given["quant_config"] = read_rules(Path(given["quant_config"]))
     if isinstance(given.get("rope_scaling"), Mapping):
@@ -125,20 +131,24 @@ def build_option_names() -> tuple[str, ...]:
 
 
 def _quant(located: Located, options: BuildOptions) -> str | None:
-    """The scheme of most linears: of a packed checkpoint that is its own."""
-    from qwen_build.checkpoint.config import ModelConfig
+    """What an engine's directory is called by: the scheme of most linears, or the format they have already."""
+    from qwen_build.checkpoint.formats.table import quantization_config
 
-    packed = ModelConfig.from_hf(located.path).packed
-    return packed.quant if packed else options.resolved().quant
+    stored = quantization_config(located.path)
+    return str(stored["quant_method"]) if stored and options.quant is None else options.resolved().quant
 
 
 def _key(digests: Mapping[str, str], options: BuildOptions) -> str:
     """What an engine depends on, in short."""
+    from qwen_build.checkpoint.adapters import adapter_files
     from qwen_build.checkpoint.files import digest_files
 
     fields = vars(options.resolved())
     if options.calibration is not None:
         fields |= {"calibration": digest_files([options.calibration])}
+    if options.lora:
+        paths = [path for choice in options.lora for path in adapter_files(choice.directory)]
+        fields |= {"lora": [[choice.weight for choice in options.lora], *(digest_files([path]) for path in paths)]}
     operators = sorted((domain, name, version) for (domain, name), version in OPERATORS.items())
     return _hash([digests, fields, __version__, FORMAT_VERSION, operators])
 

@@ -27,7 +27,7 @@ from benchmarks.peer_report import (  # noqa: E402
     shares_of_limit,
 )
 from benchmarks.peers import OURS, ROWS, work_name  # noqa: E402
-from qwen_build.checkpoint.safetensors import Checkpoint  # noqa: E402
+from qwen_build.checkpoint.weights import Checkpoint  # noqa: E402
 
 
 def test_examples_in_docstrings() -> None:

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints with random weights."""
+"""GPTQ, AWQ and AutoRound checkpoints with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import Plan, plan_build
 from qwen_build.plan.options import BuildOptions
 
@@ -30,6 +30,16 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
+        if self.method == "auto-round":
+            return {
+                "quant_method": "auto-round",
+                "packing_format": self.version,
+                "bits": self.bits,
+                "group_size": self.group_size,
+                "sym": self.symmetric,
+                "data_type": "int",
+                "extra_config": {},
+            }
         if self.method == "awq":
             return {
                 "quant_method": "awq",
@@ -56,6 +66,10 @@ CASES = [
     Case("gptq", "gptq", 8, 32, symmetric=True, order=True),
     Case("gptq", "gptq_v2", 4, 64),
     Case("gptq", "gptq_v2", 8, 32, symmetric=True),
+    Case("auto-round", "auto_round:auto_gptq", 4, 128, symmetric=True),
+    Case("auto-round", "auto_round:gptqmodel", 8, 32),
+    Case("auto-round", "auto_round", 4, 64),
+    Case("auto-round", "auto_round:auto_awq", 4, 32),
     *(Case("awq", "gemm", 4, size) for size in (32, 64, 128, -1, 96)),
 ]
 
@@ -127,8 +141,10 @@ def random_packed(case: Case, shape: tuple[int, int], seed: int, order_seed: int
     if case.order:
         group_of = np.random.default_rng(order_seed).permutation(group_of)
     weight = (q - zeros[group_of]).astype(np.float32) * scales.astype(np.float32)[group_of]
-    if case.method == "awq":
+    if "awq" in (case.method, case.version.removeprefix("auto_round:auto_")):
         qweight, qzeros = pack_awq(q, zeros)
         return {"qweight": qweight, "qzeros": qzeros, "scales": scales}, weight.T
-    qweight, qzeros = pack_gptq(q, zeros, case.bits, stored_less=1 if case.version == "gptq" else 0)
-    return {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": group_of.astype(np.int32)}, weight.T
+    less = case.version in ("gptq", "auto_round:auto_gptq", "auto_round:gptqmodel")
+    qweight, qzeros = pack_gptq(q, zeros, case.bits, stored_less=int(less))
+    groups_of = {"g_idx": group_of.astype(np.int32)} if case.method == "gptq" else {}
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales, **groups_of}, weight.T

@@ -20,8 +20,8 @@ from tokenizers import decoders, models
 from cases.processes import PATIENCE_S, start_python
 from cases.tiny import FAMILIES, hf_logits, run_chunks
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
@@ -440,7 +440,7 @@ def slow_build(checkpoint: Path, output: Path, seconds: float = 0.5) -> subproce
     """A real process that is in the middle of writing weights; each takes ``seconds`` to read."""
     program = (
         "import os, time\n"
-        "from qwen_build import cli\nfrom qwen_build.checkpoint import safetensors as checkpoint\n"
+        "from qwen_build import cli\nfrom qwen_build.checkpoint import weights as checkpoint\n"
         "read = checkpoint.Checkpoint.read\n"
         "def slow(*a):\n    os.write(1, b'reading\\n')\n    time.sleep(SECONDS)\n    return read(*a)\n"
         "checkpoint.Checkpoint.read = slow\n"

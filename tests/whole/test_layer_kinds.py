@@ -20,7 +20,7 @@ from qwen_build.calibration.awq import Awq
 from qwen_build.calibration.method import InputReaders
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.graph.architecture import ATTENTION, DENSE_MLP, LAYER_KINDS, LayerKind, distinct_kinds
 from qwen_build.plan.options import BuildOptions

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from cases.as_built import as_built, layer_outputs, relative_errors
 from cases.tiny import FAMILIES, TinyCheckpoint, run_alone
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan import scheme_plan

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from cases.packed import CASES
 from cases.tiny import FAMILIES, TinyCheckpoint
 from qwen_build.auto import knapsack, trials
 from qwen_build.auto import search as auto
@@ -27,7 +28,7 @@ from qwen_build.auto.search import build_auto
 from qwen_build.auto.sensitivity import Probing, Unit
 from qwen_build.calibration.built_in import built_in_text
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rules import read_rules
@@ -414,8 +415,9 @@ def test_a_share_is_one_of_the_checkpoint(checkpoint, tmp_path):
     assert summary["weights_bytes"] == (tmp_path / "e" / WEIGHTS_FILE).stat().st_size
 
 
-def test_a_packed_checkpoint_has_nothing_to_choose(checkpoint, tmp_path, monkeypatch):
-    packed = auto.ModelConfig.from_hf(checkpoint("qwen2").path)
-    object.__setattr__(packed, "packed", type("Packed", (), {"method": "gptq", "quant": "int4"})())
-    with pytest.raises(BuildError, match="is stored as gptq int4 already"):
+def test_a_packed_checkpoint_has_nothing_to_choose(pack):
+    with (
+        Checkpoint.open(pack(CASES[0]).path) as packed,
+        pytest.raises(BuildError, match="is stored as gptq int4 already"),
+    ):
         auto.check_options(BuildOptions(quant="auto"), packed, 0.1, None)

@@ -14,7 +14,7 @@ from qwen_build.auto.sensitivity import Probing, decision_units, kl_divergence, 
 from qwen_build.calibration.factor_search import as_multiplied
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.plan.options import BuildOptions

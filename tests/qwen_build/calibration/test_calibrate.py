@@ -24,8 +24,8 @@ from qwen_build.calibration.method import Method
 from qwen_build.calibration.plan import METHODS
 from qwen_build.calibration.results import new_array
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import CALIBRATED, BuildOptions
 from qwen_build.plan.rules import Rule

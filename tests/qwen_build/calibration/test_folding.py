@@ -14,7 +14,7 @@ from cases.tiny import FAMILIES
 from qwen_build.calibration.folding import fold_inputs, shared
 from qwen_build.calibration.layer_runner import LayerRunner, embed, logits, read_layer
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 
 LENGTHS = [13, 1, 20]
 TOKEN_IDS = np.random.default_rng(1).integers(0, 131, sum(LENGTHS))

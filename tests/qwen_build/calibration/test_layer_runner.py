@@ -9,7 +9,7 @@ from cases.calibration import INPUTS, KIND
 from cases.tiny import FAMILIES
 from qwen_build.calibration.layer_runner import LayerRunner, embed, logits, read_layer
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 
 SEQUENCES = ([5, 3, 130, 0, 77] * 8, [9], [12, 90, 41, 6, 6, 18, 100])
 

@@ -19,8 +19,8 @@ from qwen_build.calibration.plan import METHODS
 from qwen_build.calibration.smoothquant import ALPHAS, SmoothQuant, smoothing_factors
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import CALIBRATED, BuildOptions

@@ -16,7 +16,7 @@ from cases.processes import run_python
 from qwen_build.checkpoint import demo
 from qwen_build.checkpoint.demo import demo_checkpoint, half_split
 from qwen_build.checkpoint.files import digest_files, read_json
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_engine.errors import BuildError
 
 needs_wheel = pytest.mark.skipif(

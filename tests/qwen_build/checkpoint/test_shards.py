@@ -9,8 +9,8 @@ import pytest
 
 from qwen_build.checkpoint import shards
 from qwen_build.checkpoint.files import digest_files
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_engine.errors import CheckpointError
 
 
@@ -133,7 +133,10 @@ def test_a_directory_the_system_refuses_is_an_error(tmp_path):
 def test_an_adapter_is_told_from_a_model(tmp_path):
     (tmp_path / "adapter_model.safetensors").touch()
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}')
-    assert "is a LoRA adapter of Qwen/Qwen2.5-0.5B, no model; merge it into that one" in open_error(tmp_path)
+    assert (
+        "is a LoRA adapter of Qwen/Qwen2.5-0.5B, no model; give that one as the checkpoint, and --lora"
+        in open_error(tmp_path)
+    )
 
 
 def test_weights_may_not_be_links_out_of_the_checkpoint(tmp_path):

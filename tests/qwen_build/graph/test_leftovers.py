@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.leftovers import HARMLESS, pass_over
 from qwen_engine.errors import BuildError
 

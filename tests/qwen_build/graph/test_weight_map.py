@@ -9,8 +9,8 @@ import pytest
 
 from cases.configs import PUBLISHED
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.safetensors import Checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.weight_map import check_agreement, check_layers, map_weights, source
 from qwen_engine.errors import CheckpointError, WeightMismatch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import RULES, BuildOptions
 from qwen_engine.errors import BuildError, QwenError

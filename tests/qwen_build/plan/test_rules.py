@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from cases.tiny import FAMILIES, hf_logits, run_alone
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main
 from qwen_build.engine_build import Plan, plan_build
 from qwen_build.plan.options import BuildOptions

@@ -49,7 +49,7 @@ def checkpoint(tiny_checkpoint, tmp_path) -> Path:
 def engine(checkpoint, tmp_path) -> Path:
     """An engine of ``checkpoint``; built anew because the tests change it."""
     from qwen_build.checkpoint.locate import resolve_checkpoint
-    from qwen_build.checkpoint.safetensors import Checkpoint
+    from qwen_build.checkpoint.weights import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
     from qwen_build.plan.options import BuildOptions
 

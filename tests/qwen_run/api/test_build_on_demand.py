@@ -122,12 +122,12 @@ def test_mistakes(checkpoint, tmp_path):
         engine_of(checkpoint, {}, tmp_path / "file")
 
 
-def test_a_packed_checkpoint_names_its_own_scheme(checkpoint, tmp_path, monkeypatch):
+def test_a_packed_checkpoint_names_its_format(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(build_on_demand, "_build", lambda *_, **__: None)
     path = checkpoint / "config.json"
     packed = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True, "desc_act": False}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
-    assert engine_of(checkpoint, {}, tmp_path / "cache").name.startswith("checkpoint-int8-")
+    assert engine_of(checkpoint, {}, tmp_path / "cache").name.startswith("checkpoint-gptq-")
 
 
 def test_a_full_disk_is_one_line(checkpoint, tmp_path, monkeypatch):

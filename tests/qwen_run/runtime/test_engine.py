@@ -98,7 +98,7 @@ def write_manifest(directory: Path, **changes: Any) -> None:
         "operators": (),
         "eos_token_ids": (0,),
         "parts": {path.name: measure_part(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE},
-        "origin": Origin("made by a test", None, "float32", {}, None, "0", ""),
+        "origin": Origin("made by a test", None, "float32", {}, None, (), "0", ""),
     }
     (directory / MANIFEST_FILE).write_text(Manifest(**{**fields, **changes}).to_json(), encoding="utf-8")
 

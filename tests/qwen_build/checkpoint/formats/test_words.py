@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from cases.packed import CASES, PackedCheckpoint, case_name
+from cases.packed import CASES, PackedCheckpoint, case_name, random_packed
 from cases.tiny import hf_logits, run_alone
-from qwen_build.checkpoint.packed import FORMATS, PackedFormat, integers
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.formats.words import LAYOUTS, WordFormat, integers
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import Plan
 from qwen_build.plan.rules import Rule
 from qwen_build.quantization.schemes import dequantize
@@ -27,14 +27,15 @@ def stored_weights(packed: PackedCheckpoint, plan: Plan) -> dict[str, np.ndarray
     with Checkpoint.open(packed.path) as checkpoint:
         for name, module in plan.graph.stored.items():
             source = plan.sources[name]
-            if not hasattr(source, "linears"):
+            if not source.packed:
                 continue
             rows = source.read(checkpoint, 0, module.shape[0])
             weight = dequantize(module.scheme, module.scheme.store(rows), module.shape)
             if module.permutation is not None:
                 weight = weight[:, np.argsort(module.permutation)]
-            splits = np.cumsum([rows for _, rows in source.linears])[:-1]
-            found |= dict(zip([linear for linear, _ in source.linears], np.split(weight, splits), strict=True))
+            splits = np.cumsum([rows for _, (rows, _) in source.shapes])[:-1]
+            names = [weight.removesuffix(".weight") for weight, _ in source.shapes]
+            found |= dict(zip(names, np.split(weight, splits), strict=True))
     return found
 
 
@@ -48,7 +49,7 @@ def test_every_packed_weight_is_stored_bit_for_bit(case, pack):
 
 
 def test_every_format_has_a_case():
-    assert {(case.method, case.version) for case in CASES} == FORMATS.keys()
+    assert {(case.method, case.version) for case in CASES} == LAYOUTS.keys()
 
 
 EXACT = {"activations": "float32", "embedding_quant": "none", "kv_cache_dtype": "float32"}
@@ -105,7 +106,7 @@ def test_a_packed_head_is_read(pack, build_engine):
 
 def test_outputs_that_do_not_fill_an_int32_are_refused():
     with pytest.raises(UnsupportedModel, match="lm_head: 131 outputs and 80 inputs do not fill whole int32 of 8"):
-        PackedFormat.from_json(CASES[0].config).tensors("lm_head", 131, 80)
+        WordFormat.from_json(CASES[0].config).tensors("lm_head", 131, 80)
 
 
 def test_the_bias_of_zeros_that_autogptq_adds_is_no_weight(pack):
@@ -120,8 +121,8 @@ def test_the_bias_of_zeros_that_autogptq_adds_is_no_weight(pack):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_method": "aqlm"}, "(aqlm), only gptq and awq can be read"),
-        ({"quant_method": ["gptq"]}, "only gptq and awq can be read"),
+        ({"quant_method": "aqlm"}, "(aqlm), only gptq, awq, auto-round"),
+        ({"quant_method": ["gptq"]}, "only gptq, awq, auto-round"),
         ({"bits": 3}, "gptq has bits 3, expected 4 or 8"),
         ({"bits": 4.0}, "gptq has bits 4.0, expected 4 or 8"),
         ({"group_size": 16}, "has group_size 16, expected multiples of 32 or -1"),
@@ -130,13 +131,15 @@ def test_the_bias_of_zeros_that_autogptq_adds_is_no_weight(pack):
         ({"checkpoint_format": "marlin"}, "has version 'marlin', expected gptq or gptq_v2"),
         ({"is_marlin_format": True}, "has is_marlin_format True, expected False"),
         ({"pack_dtype": "int16"}, "has pack_dtype 'int16', expected int32"),
-        ({"quant_method": "awq"}, "the graph has no place for model.layers.0.mlp.down_proj.g_idx"),
+        ({"quant_method": "awq"}, "model.layers.0.mlp.down_proj.qzeros is I32 (4, 10), expected I32 (1, 80)"),
         ({"quant_method": "awq", "version": "gemv"}, "has version 'gemv', expected gemm"),
         ({"quant_method": "awq", "version": "gemm", "backend": "llm-awq"}, "has version 'llm-awq', expected gemm"),
         ({"quant_method": "awq", "version": "GEMM", "bits": 8}, "awq has bits 8, expected 4"),
-        ({"group_size": 64}, "q_proj.g_idx has not 64 inputs in every group"),
-        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, "dynamic: bits 8 for '+:.*down_proj', 4 for the others; give a"),
-        ({"dynamic": {".*up_proj": {"group_size": 64}}}, "dynamic: group_size 64 for '.*up_proj', 32 for the others"),
+        ({"group_size": 64}, "q_proj.qzeros is I32 (3, 10), expected I32 (2, 10)"),
+        ({"dynamic": {"+:.*down_proj": {"bits": 3}}}, "down_proj: '+:.*down_proj' of quantization_config: "),
+        ({"dynamic": {".*up_proj": {"group_size": 64}}}, "up_proj.qzeros is I32 (3, 14), expected I32 (2, 14)"),
+        ({"dynamic": {"(a+)+$": {"bits": 8}}}, "which may take for ever to match"),
+        ({"dynamic": {"(": {"bits": 8}}}, "has '(', which is no pattern"),
         ({"dynamic": [1]}, "dynamic of quantization_config is [1], expected an object"),
     ],
     ids=str,
@@ -221,7 +224,7 @@ def test_a_scale_the_panels_cannot_hold_is_refused_and_fits_the_stock_kernels(pa
     packed = pack(CASES[0])
     packed.edit(model__layers__1__mlp__down_proj__scales=np.full((4, 80), 64, np.float16))
     with pytest.raises(
-        CheckpointError, match=r"model.layers.1.mlp.down_proj.qweight .* hold the scale 64; use --kernels"
+        CheckpointError, match=r"model.layers.1.mlp.down_proj.weight: .* hold the scale 64; use --kernels"
     ):
         build_engine(packed.path)
     build_engine(packed.path, kernels="stock")
@@ -233,7 +236,7 @@ def test_an_uneven_order_is_refused(pack):
     with pytest.raises(UnsupportedModel, match=r"down_proj.g_idx has not 32 inputs in every group"):
         packed.plan()
     packed.edit(model__layers__1__mlp__down_proj__g_idx=None)
-    with pytest.raises(CheckpointError, match=r"lacks model.layers.1.mlp.down_proj.g_idx"):
+    with pytest.raises(WeightMismatch, match=r"lacks model.layers.1.mlp.down_proj.g_idx"):
         packed.plan()
 
 
@@ -265,5 +268,35 @@ def test_integers_of_an_int32_come_lowest_first():
 
 def test_a_group_of_many_is_several_of_ours():
     config = {"quant_method": "gptq", "bits": 8, "group_size": 96, "sym": False}
-    assert PackedFormat.from_json(config).grid.group_size == 32
-    assert PackedFormat.from_json(config | {"group_size": 1024}).grid.group_size == 128
+    assert WordFormat.from_json(config).grid.group_size == 32
+    assert WordFormat.from_json(config | {"group_size": 1024}).grid.group_size == 128
+
+
+def test_linears_have_the_bits_and_groups_that_a_rule_gives_them(pack, build_engine):
+    packed = pack(CASES[0])
+    name = "model.layers.1.mlp.down_proj"
+    own, weight = random_packed(dataclasses.replace(CASES[0], bits=8, group_size=64), (80, 112), 1, 1)
+    packed.edit(**{f"{name}.{suffix}": np.ascontiguousarray(tensor) for suffix, tensor in own.items()})
+    packed.configure(dynamic={r"+:.*\.1\..*down_proj": {"bits": 8, "group_size": 64}, r".*down_proj": {"bits": 3}})
+    with pytest.raises(UnsupportedModel, match=r"layers.0.mlp.down_proj: '.\*down_proj' .* has bits 3"):
+        packed.plan()
+    packed.configure(dynamic={r"+:.*\.1\..*down_proj": {"bits": 8, "group_size": 64}, r"-:.*up_proj": {"bits": 3}})
+    plan = packed.plan()
+    found = {linear.name: (linear.quantization.bits, linear.quantization.group_size) for linear in plan.linears}
+    assert (found[name], found["model.layers.0.mlp.down_proj"], plan.options.quant) == ((8, 64), (4, 32), "int4")
+    stored = stored_weights(packed, plan)
+    assert all(np.array_equal(stored[other], weight if other == name else packed.weights[other]) for other in stored)
+    build_engine(packed.path)
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.1.mlp.down_proj", r"model\.layers\.1\..*down_proj"])
+def test_autoround_keeps_what_is_otherwise_in_extra_config(pattern, pack):
+    case = next(case for case in CASES if case.version == "auto_round")
+    packed = pack(case)
+    name = "model.layers.1.mlp.down_proj"
+    own, weight = random_packed(dataclasses.replace(case, bits=8, group_size=32), (80, 112), 1, 1)
+    packed.edit(**{f"{name}.{suffix}": np.ascontiguousarray(tensor) for suffix, tensor in own.items()})
+    packed.configure(extra_config={pattern: {"bits": 8, "group_size": 32, "sym": False}, "lm_head": {"bits": 16}})
+    stored = stored_weights(packed, packed.plan())
+    assert np.array_equal(stored[name], weight)
+    assert all(np.array_equal(stored[other], packed.weights[other]) for other in stored if other != name)
