@@ -20,12 +20,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from benchmarks.command import run
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.demo import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.files import read_json
+from qwen_build.checkpoint.formats.gguf import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.weights import Checkpoint
 
-HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-STEMS = {module: stem for stem, module in (LAYER_MODULES | HEAD_NORMS | MODULES).items()}
+STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
 FAMILIES = ("qwen2", "qwen3")
 KINDS = ("F32", "F16", "Q8_0", "Q4_0")  # how a matrix may be stored
 ROWS_AT_A_TIME = 1 << 14

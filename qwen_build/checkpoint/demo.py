@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qwen_build.checkpoint.files import digest_files, read_json
+from qwen_build.checkpoint.formats.gguf import LAYER_MODULES, MODULES
 from qwen_build.checkpoint.safetensors_file import Float32, LazyTensor, write_safetensors
 from qwen_build.checkpoint.shards import WEIGHTS_FILE
 from qwen_engine.errors import BuildError, CheckpointError
@@ -37,19 +38,6 @@ INSTALL = (
     "or name a checkpoint of your own"
 )
 
-# GGUF tensor -> Hugging Face module, inside a layer and outside
-LAYER_MODULES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BIASED = ("attn_q", "attn_k", "attn_v")
 SPECIAL_TOKEN_TYPES = (3, 4)  # gguf.TokenType CONTROL and USER_DEFINED
 

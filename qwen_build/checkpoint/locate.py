@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_build.checkpoint.demo import demo_checkpoint
+from qwen_build.checkpoint.gguf_text import as_directory
 from qwen_engine.errors import CheckpointError, first_line
 from qwen_engine.user_cache import user_cache
 
@@ -29,7 +30,7 @@ HUB_FILES = (
 )
 HUB_SUBDIRECTORIES = "*/*"
 
-EXPECTED = "give a Hugging Face directory, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+EXPECTED = "give a Hugging Face directory, a .gguf file, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Located:
 
 
 def resolve_checkpoint(argument: str | None) -> Located:
-    """The checkpoint ``argument`` names: a directory, a Hub id ``owner/name[@revision]``, or None for the demo.
+    """What ``argument`` names: a directory, a GGUF file, a Hub id ``owner/name[@revision]``, or None for the demo.
 
     A directory that exists goes before a Hub id of the same name. What is already in the Hub's cache is
     not downloaded again.
@@ -62,7 +63,10 @@ def resolve_checkpoint(argument: str | None) -> Located:
     if argument and os.path.isdir(path):  # os.path takes what the system refuses to look at for absent
         return _local(path)
     if path.suffix == ".gguf":
-        raise CheckpointError(f"{argument}: GGUF is not supported; {EXPECTED}")
+        if not os.path.isfile(path):
+            raise CheckpointError(f"no such file: {argument!r}; {EXPECTED}")
+        path = path.resolve()
+        return Located(as_directory(path), path.stem, None, str(path))
     if argument and os.path.exists(path):
         raise CheckpointError(f"{argument} is a file; give the directory it is in")
     match = HUB_ID.fullmatch(argument)

@@ -125,7 +125,7 @@ def _is_inside(shard: object) -> bool:
 def _no_weights(directory: Path) -> str:
     """What to say of a directory that has neither weights nor an index."""
     if directory.suffix == ".gguf":
-        return f"{directory} is a GGUF file, which is not supported; give the Hugging Face directory of the model"
+        return f"{directory} is a GGUF file; give its name to qwen-build or resolve_checkpoint, which read its metadata"
     if not directory.is_dir():
         return f"{directory} is not a directory; give the Hugging Face directory of the model"
     if (directory / ADAPTER_FILE).is_file():
@@ -142,7 +142,7 @@ def _no_weights(directory: Path) -> str:
         ),
         ("*.safetensors", f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE}; download the index, or rename the file"),
         ("*.bin", "only safetensors is read; convert it with save_pretrained of a recent transformers"),
-        ("*.gguf", "GGUF is not supported; use the safetensors of the model"),
+        ("*.gguf", "give one of these files itself as the checkpoint"),
     ):
         found = sorted(path.name for path in directory.glob(pattern))
         if found:

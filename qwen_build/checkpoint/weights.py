@@ -11,13 +11,25 @@ from typing import Any
 
 from qwen_build.checkpoint.adapters import Adapter, LoraChoice, open_adapter
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.files import check_inside
 from qwen_build.checkpoint.formats.table import FORMATS, Format, find_quantized, quantization_config
+from qwen_build.checkpoint.gguf_file import GgufFile
+from qwen_build.checkpoint.gguf_text import LINK, cache_folder
 from qwen_build.checkpoint.merging import adapted, merged
 from qwen_build.checkpoint.safetensors import Safetensors
 from qwen_build.checkpoint.safetensors_file import STORAGE, Float32
 from qwen_build.checkpoint.shards import some
 from qwen_build.checkpoint.stored import FloatWeight, PackedWeight, StoredWeight
 from qwen_engine.errors import CheckpointError
+
+
+def _open_files(directory: Path, config: Mapping[str, Any] | None) -> Safetensors | GgufFile:
+    """The files of ``directory``; a link to a GGUF file leads out of it only where ``gguf_text.py`` made it."""
+    if config is None or config["quant_method"] != "gguf":
+        return Safetensors.open(directory)
+    if directory.parent != cache_folder():
+        check_inside(directory / LINK)
+    return GgufFile.open(directory / LINK)
 
 
 class Checkpoint:
@@ -33,7 +45,7 @@ class Checkpoint:
         format: how it is quantised already; None: it is not.
     """
 
-    def __init__(self, files: Safetensors, config: Mapping[str, Any] | None) -> None:
+    def __init__(self, files: Safetensors | GgufFile, config: Mapping[str, Any] | None) -> None:
         self._files = files
         self.files: tuple[Path, ...] = files.files
         self.format: Format | None = FORMATS[config["quant_method"]] if config else None
@@ -41,7 +53,7 @@ class Checkpoint:
         floats = {
             name: FloatWeight(name, info.shape, info.dtype, files)
             for name, info in files.tensors.items()
-            if name not in found.parts
+            if name not in found.parts and isinstance(files, Safetensors)
         }
         self.tensors: Mapping[str, StoredWeight] = {**floats, **found.weights}
         self.notes = (*files.notes, *found.notes)
@@ -59,9 +71,10 @@ class Checkpoint:
             UnsupportedModel: it is stored in a format that is not read, or an adapter cannot be merged.
             WeightMismatch: an adapter does not fit.
         """
-        files = Safetensors.open(directory)
+        config = quantization_config(directory)
+        files = _open_files(directory, config)
         try:
-            checkpoint = cls(files, quantization_config(directory))
+            checkpoint = cls(files, config)
         except BaseException:
             files.close()
             raise

@@ -13,8 +13,10 @@ from typing import Any
 from qwen_build.checkpoint.files import read_optional_json
 from qwen_build.checkpoint.formats.bitsandbytes import find_four_bits
 from qwen_build.checkpoint.formats.compressed import find_compressed
+from qwen_build.checkpoint.formats.gguf import find_gguf
 from qwen_build.checkpoint.formats.scaled import find_fp8
 from qwen_build.checkpoint.formats.words import find_words
+from qwen_build.checkpoint.gguf_file import GgufFile
 from qwen_build.checkpoint.safetensors import Safetensors
 from qwen_build.checkpoint.stored import Found
 from qwen_engine.errors import CheckpointError, UnsupportedModel
@@ -30,13 +32,14 @@ class Format:
         name: in messages.
         becomes: what the engine has of its quantised linears, ``EXACT`` or ``ROUNDED`` or both.
         keeps_float: whether linears that it leaves float stay so; else they are rounded as ``--quant`` says.
-        find: reads ``quantization_config`` and finds the weights.
+        find: reads ``quantization_config`` and finds the weights among the tensors of :class:`Safetensors`, or of
+            :class:`GgufFile` in the directories that ``gguf_text.py`` makes.
     """
 
     name: str
     becomes: tuple[str, ...]
     keeps_float: bool
-    find: Callable[[Mapping[str, Any], Safetensors], Found]
+    find: Callable[[Mapping[str, Any], Any], Found]
 
 
 # quant_method -> the format
@@ -46,6 +49,7 @@ FORMATS = {
     "auto-round": Format("auto-round", (EXACT,), keeps_float=True, find=find_words),
     "compressed-tensors": Format("compressed-tensors", (EXACT, ROUNDED), keeps_float=True, find=find_compressed),
     "fp8": Format("fp8", (ROUNDED,), keeps_float=False, find=find_fp8),
+    "gguf": Format("GGUF", (EXACT, ROUNDED), keeps_float=False, find=find_gguf),
     "bitsandbytes": Format("bitsandbytes", (ROUNDED,), keeps_float=False, find=find_four_bits),
 }
 
@@ -72,7 +76,7 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
     return config
 
 
-def find_quantized(config: Mapping[str, Any] | None, files: Safetensors) -> Found:
+def find_quantized(config: Mapping[str, Any] | None, files: Safetensors | GgufFile) -> Found:
     """The quantised weights of ``files``.
 
     Raises:

@@ -94,7 +94,9 @@ def test_what_is_no_directory_and_no_hub_id_is_refused(downloads, argument):
 def test_files_are_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert error_of("model.safetensors") == "model.safetensors is a file; give the directory it is in"
-    assert error_of("Qwen/model.gguf").startswith("Qwen/model.gguf: GGUF is not supported; give a Hugging Face")
+    assert error_of("Qwen/model.gguf").startswith(
+        "no such file: 'Qwen/model.gguf'; give a Hugging Face directory, a .gguf"
+    )
 
 
 @pytest.mark.parametrize(

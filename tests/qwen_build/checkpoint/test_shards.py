@@ -109,7 +109,7 @@ def test_index_cannot_point_outside_its_directory(tmp_path, shard):
     [
         ((), "has no weights: expected model.safetensors"),
         (("pytorch_model.bin",), "has pytorch_model.bin: only safetensors is read; convert it"),
-        (("q4.gguf",), "has q4.gguf: GGUF is not supported"),
+        (("q4.gguf",), "has q4.gguf: give one of these files itself as the checkpoint"),
         (("other.safetensors", "x.bin"), "has other.safetensors: there is neither"),
         (("gptq_model-4bit-128g.safetensors",), "saved by an old AutoGPTQ; rename it to model.safetensors, and add"),
     ],
@@ -123,7 +123,7 @@ def test_directory_without_weights_says_what_it_has(tmp_path, present, message):
 def test_what_is_no_directory_is_refused(tmp_path):
     assert "is not a directory" in open_error(tmp_path / "nowhere")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "is a GGUF file, which is not supported" in open_error(tmp_path / "model.gguf")
+    assert "is a GGUF file; give its name to qwen-build" in open_error(tmp_path / "model.gguf")
 
 
 def test_a_directory_the_system_refuses_is_an_error(tmp_path):

@@ -1,0 +1,200 @@
+"""GGUF files: grids are kept bit for bit, the rest is what the package gguf dequantises, hostile files are one line."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases.formats import in_groups
+from cases.gguf_files import END, write
+from cases.tiny import TinyCheckpoint, run_alone
+from qwen_build.checkpoint.formats.gguf import PACKED
+from qwen_build.checkpoint.gguf_file import BY_NAME, GgufFile
+from qwen_build.checkpoint.gguf_text import as_directory
+from qwen_build.checkpoint.locate import resolve_checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
+from qwen_build.cli import main
+from qwen_build.engine_build import plan_build, write_engine
+from qwen_build.plan.options import BuildOptions
+from qwen_engine.errors import BuildError, QwenError
+from qwen_run.accuracy.weight_checks import compare_weights
+from qwen_run.runtime.engine import Engine
+from qwen_run.text.tokenizer import Tokenizer
+
+pytest.importorskip("gguf")
+
+TOKENS = np.random.default_rng(5).integers(0, 131, 40).tolist()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyCheckpoint:
+    return in_groups(tmp_path_factory.mktemp("tiny") / "model", hidden_size=256, intermediate_size=512, head_dim=64)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def build(path: Path, output: Path, **options) -> Path:
+    located = resolve_checkpoint(str(path))
+    with Checkpoint.open(located.path) as weights:
+        write_engine(plan_build(weights, located, BuildOptions(**options)), weights, output)
+    return output
+
+
+@pytest.mark.parametrize("kind", BY_NAME)
+def test_weights_are_those_that_the_package_reads(kind, tiny, tmp_path):
+    expected = write(tiny, tmp_path / "m.gguf", kind, head="F16")
+    with Checkpoint.open(as_directory(tmp_path / "m.gguf")) as weights:
+        assert weights.tensors.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert np.array_equal(weights.read(name), weight), name
+            assert np.array_equal(weights.read(name, 3, 70), weight[3:70]), name
+        layers = {name for name, weight in expected.items() if weight.ndim == 2 and ".layers." in name}
+        assert set(weights.packed) == (layers if kind in PACKED else set())
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_what_fits_the_grids_is_stored_bit_for_bit(kind, tiny, tmp_path):
+    write(tiny, tmp_path / "m.gguf", kind)
+    engine = build(tmp_path / "m.gguf", tmp_path / "engine")
+    assert compare_weights(engine, as_directory(tmp_path / "m.gguf")).passed
+    result = CliRunner().invoke(main, [str(tmp_path / "m.gguf"), "--output", str(tmp_path / "second")])
+    assert "linears of the GGUF checkpoint: 23 stored bit for bit" in result.output, result.output
+    with pytest.raises(
+        BuildError, match=r"quant int8 cannot be chosen, the checkpoint is stored as GGUF int\d already"
+    ):
+        build(tmp_path / "m.gguf", tmp_path / "third", quant="int8")
+
+
+def test_k_quants_are_rounded_as_quant_says(tiny, tmp_path):
+    write(tiny, tmp_path / "m.gguf", "Q4_K", head="Q6_K")
+    result = CliRunner().invoke(
+        main, [str(tmp_path / "m.gguf"), "--quant", "int8", "--output", str(tmp_path / "engine")]
+    )
+    assert "linears of the GGUF checkpoint: 23 rounded as --quant says" in result.output, result.output
+    assert compare_weights(tmp_path / "engine", as_directory(tmp_path / "m.gguf")).passed
+
+
+def test_a_float_engine_is_that_of_the_safetensors(tiny, tmp_path):
+    write(tiny, tmp_path / "m.gguf", "BF16", head="F32")
+    ours = Engine.load(build(tmp_path / "m.gguf", tmp_path / "ours", quant="none"), threads=1)
+    theirs = Engine.load(build(tiny.path, tmp_path / "theirs", quant="none"), threads=1)
+    assert np.array_equal(run_alone(ours, TOKENS), run_alone(theirs, TOKENS))
+
+
+def test_rows_in_pairs_are_those_of_hugging_face(tiny, tmp_path):
+    expected = write(tiny, tmp_path / "m.gguf", "Q8_0", architecture="llama")
+    file = GgufFile.open(tmp_path / "m.gguf")
+    from qwen_build.checkpoint.formats.gguf import find_gguf
+
+    found = find_gguf({}, file)
+    for part in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.1.self_attn.{part}.weight"
+        weight = found.weights[name]
+        assert np.array_equal(weight.read(0, weight.shape[0]), expected[name])
+        assert np.array_equal(weight.read(17, 90), expected[name][17:90])
+    file.close()
+
+
+def test_the_tokenizer_and_the_template_are_those_of_the_metadata(tiny, tmp_path):
+    write(tiny, tmp_path / "m.gguf", "Q8_0")
+    engine = build(tmp_path / "m.gguf", tmp_path / "engine")
+    tokenizer = Tokenizer.load(engine)
+    ids = tokenizer.encode(f"Th{END}")
+    assert ids == [128, 129]
+    assert json.loads((engine / "tokenizer_config.json").read_text())["chat_template"].startswith("{% for m in")
+    assert as_directory(tmp_path / "m.gguf") == as_directory(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"general__architecture": ("qwen2moe", 8)}, "architecture 'qwen2moe' is not one of qwen2, qwen3, llama"),
+        ({"tokenizer__ggml__model": ("llama", 8)}, "the tokenizer is 'llama' with the splitting 'qwen2'"),
+        ({"tokenizer__ggml__pre": ("falcon", 8)}, "with the splitting 'falcon', expected 'gpt2' with one of qwen2"),
+        ({"split__count": (3, 4)}, "is one of several; join them with `llama-gguf-split --merge`"),
+        ({"qwen2__block_count": ("x", 8)}, "qwen2.block_count is 'x', expected another type"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_refused_by_name(metadata, message, tiny, tmp_path, monkeypatch):
+    import gguf
+
+    write_value = gguf.GGUFWriter.add_key_value
+
+    def changed(self, key, value, kind, *rest, **more):
+        if (new := metadata.get(key.replace(".", "__"))) is not None:
+            value, kind = new[0], gguf.GGUFValueType(new[1])
+        write_value(self, key, value, kind, *rest, **more)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", changed)
+    extra = {key: (value, gguf.GGUFValueType(kind)) for key, (value, kind) in metadata.items() if key == "split__count"}
+    write(tiny, tmp_path / "m.gguf", "Q8_0", **extra)
+    with pytest.raises(QwenError) as error:
+        build(tmp_path / "m.gguf", tmp_path / "engine")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("small") / "m.gguf"
+    write(tiny, path, "Q4_0")
+    return path.read_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_hostile_file_is_one_line_or_is_read(data, small, tmp_path_factory):
+    """Bytes of the header are changed, numbers replaced, the end is cut: never another exception."""
+    header = small.index(b"blk.2.ffn_down") + 4000
+    content = bytearray(small)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, header))
+        value = data.draw(st.sampled_from([b"\xff", b"\x00", struct.pack("<Q", 2**62), struct.pack("<I", 9)]))
+        content[place : place + len(value)] = value
+    cut = data.draw(st.sampled_from([len(content), len(content) - 1, header, 30]))
+    path = tmp_path_factory.mktemp("hostile") / "m.gguf"
+    path.write_bytes(content[:cut])
+    messages = []
+    try:
+        with Checkpoint.open(as_directory(path)) as weights:
+            plan_build(weights, resolve_checkpoint(str(path)), BuildOptions())
+            for name in weights.tensors:
+                weights.read(name, 0, 1)
+    except QwenError as error:
+        messages.append(str(error))
+    assert not any("\n" in message for message in messages)
+
+
+def test_numbers_that_are_not_finite_are_refused(tiny, tmp_path):
+    write(tiny, tmp_path / "m.gguf", "Q4_0")
+    file = GgufFile.open(tmp_path / "m.gguf")
+    offset = file.tensors["blk.1.ffn_up.weight"].offset
+    file.close()
+    with (tmp_path / "m.gguf").open("r+b") as opened:
+        opened.seek(offset)
+        opened.write(b"\x00\x7e")  # a NaN of float16
+    with pytest.raises(QwenError, match=r"blk.1.ffn_up.weight has NaN or infinite scales"):
+        build(tmp_path / "m.gguf", tmp_path / "engine")
+
+
+def test_a_directory_may_not_link_to_a_file_elsewhere(tiny, tmp_path):
+    write(tiny, tmp_path / "m.gguf", "Q4_0")
+    made = as_directory(tmp_path / "m.gguf")
+    copy = tmp_path / "downloaded"
+    copy.mkdir()
+    (copy / "config.json").write_text((made / "config.json").read_text())
+    (copy / "model.gguf").symlink_to(tmp_path / "m.gguf")
+    with pytest.raises(QwenError, match=r"model.gguf"):
+        Checkpoint.open(copy)
