@@ -75,8 +75,11 @@ class GgufFile:
         self.notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: Path) -> GgufFile:
+    def open(cls, path: Path, lists: bool = True) -> GgufFile:
         """Open ``path``; its header is read and checked, no tensor is.
+
+        Args:
+            lists: whether ``metadata`` has arrays too, of which those of the tokenizer are large.
 
         Raises:
             CheckpointError: it cannot be read, is no GGUF, or is damaged.
@@ -87,7 +90,7 @@ class GgufFile:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
         try:
-            return cls(path, descriptor, _Header(path, descriptor))
+            return cls(path, descriptor, _Header(path, descriptor, lists))
         except BaseException:
             os.close(descriptor)
             raise
@@ -107,8 +110,8 @@ class GgufFile:
 class _Header:
     """What stands before the tensors."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self.descriptor = path, descriptor
+    def __init__(self, path: Path, descriptor: int, lists: bool) -> None:
+        self.path, self.descriptor, self.lists = path, descriptor, lists
         self.size = os.fstat(descriptor).st_size
         self.position = 0
         self.buffer, self.buffered = b"", 0
@@ -175,7 +178,11 @@ class _Header:
         if inner in SCALARS:
             element = np.dtype("<" + ("u1" if SCALARS[inner] == "?" else SCALARS[inner]))
             return np.frombuffer(self.take(count * element.itemsize), element)
-        return [self.value(inner, depth + 1) for _ in range(count)]
+        if self.lists:
+            return [self.value(inner, depth + 1) for _ in range(count)]
+        for _ in range(count):
+            self.value(inner, depth + 1)
+        return []
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]

@@ -137,6 +137,11 @@ def merged(
                 f"the adapter {adapter.directory} does not fit: {'; '.join(faults)}; it was trained on {adapter.base}, "
                 "give that one as the checkpoint, in floats"
             )
+    if EMBEDDING_WEIGHT in tensors and (rows := found[EMBEDDING_WEIGHT].shape[0]) != tensors[EMBEDDING_WEIGHT].shape[0]:
+        notes.append(
+            f"an adapter resizes the vocabulary to {rows} tokens, and the tokenizer stays the checkpoint's; build from "
+            "a copy of the checkpoint with the tokenizer's files of the adapter where it has new tokens."
+        )
     return found, tuple(notes)
 
 

@@ -29,7 +29,7 @@ def _open_files(directory: Path, config: Mapping[str, Any] | None) -> Safetensor
         return Safetensors.open(directory)
     if directory.parent != cache_folder():
         check_inside(directory / LINK)
-    return GgufFile.open(directory / LINK)
+    return GgufFile.open(directory / LINK, lists=False)
 
 
 class Checkpoint:

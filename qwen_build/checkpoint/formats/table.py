@@ -61,7 +61,10 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
         UnsupportedModel: the format is of no row.
         CheckpointError: config.json cannot be read, or holds something else there.
     """
-    hf = read_optional_json(directory / "config.json")
+    try:
+        hf = read_optional_json(directory / "config.json")
+    except OSError as error:  # a name that the system refuses to look at
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
     config = hf.get("quantization_config") or hf.get("compression_config")
     if not config:
         return None

@@ -87,7 +87,9 @@ def test_current_directory_has_a_name(tmp_path):
 )
 def test_what_is_no_directory_and_no_hub_id_is_refused(downloads, argument):
     message = error_of(argument)
-    assert message.startswith(f"no such directory: {argument!r}; give a Hugging Face directory, or a Hub id")
+    assert message.startswith(
+        f"no such directory: {argument!r}; give a Hugging Face directory, a .gguf file, or a Hub id"
+    )
     assert downloads == []
 
 

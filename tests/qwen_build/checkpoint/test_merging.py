@@ -118,6 +118,8 @@ def test_a_resized_vocabulary_is_the_merged_models(tiny_checkpoint, tmp_path):
     ours = built(tiny.path, tmp_path / "ours", LoraChoice(adapter.path))
     theirs = built(adapter.merged(tmp_path / "merged"), tmp_path / "theirs")
     assert Manifest.read(ours).model.vocab_size == 140
+    with Checkpoint.open(tiny.path, [LoraChoice(adapter.path)]) as weights:
+        assert "resizes the vocabulary to 140 tokens" in weights.notes[-1]
     assert (ours / WEIGHTS_FILE).read_bytes() == (theirs / WEIGHTS_FILE).read_bytes()
 
 
@@ -136,7 +138,7 @@ def test_the_manifest_names_the_adapter_and_the_comparison_is_with_the_merged_mo
     for module in adapter.model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling["default"] *= 0.5
-    reference = np.concatenate([chunk.logits for chunk in HuggingFace(base, 1, adapters=[record]).logits(TOKENS)])
+    reference = np.concatenate([chunk.values for chunk in HuggingFace(base, 1, adapters=[record]).logits(TOKENS)])
     np.testing.assert_allclose(reference, hf_logits(adapter.model, TOKENS), rtol=1e-4, atol=1e-4)
 
 
