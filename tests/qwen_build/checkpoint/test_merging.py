@@ -22,7 +22,8 @@ from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.errors import CheckpointError, QwenError, WeightMismatch
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest
-from qwen_run.accuracy.weight_checks import CheckpointWeights, compare_weights
+from qwen_run.accuracy.builder_weights import open_weights
+from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.runtime.engine import Engine
 
 pytest.importorskip("peft")
@@ -132,9 +133,9 @@ def test_the_manifest_names_the_adapter_and_the_comparison_is_with_the_merged_mo
     assert (record.directory, record.weight) == (str(adapter.path), 0.5)
     assert set(record.sha256) == {"adapter_config.json", "adapter_model.safetensors"}
     assert compare_weights(engine, base).passed
-    with CheckpointWeights(base, [record]) as merged, CheckpointWeights(base) as plain:
-        name = "model.layers.0.mlp.up_proj"
-        assert not np.array_equal(merged.rows(name, (112, 80), slice(0, 9)), plain.rows(name, (112, 80), slice(0, 9)))
+    name = "model.layers.0.mlp.up_proj"
+    merged, plain = (open_weights(base, adapters).rows(name, slice(0, 9)) for adapters in ([record], []))
+    assert not np.array_equal(merged, plain)
     for module in adapter.model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling["default"] *= 0.5

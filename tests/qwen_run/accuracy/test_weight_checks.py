@@ -15,7 +15,7 @@ from cases.packed import CASES, case_name
 from qwen_build.writing.weights_file import SLICE_ELEMENTS
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import WEIGHTS_FILE
-from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
+from qwen_run.accuracy.builder_weights import open_weights
 from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.engine_files import weights as dequantize
 from qwen_run.engine_files.weights import EngineWeights
@@ -44,7 +44,7 @@ def test_packed_linears_are_those_of_the_checkpoint(case, pack, build_engine):
     weights = EngineWeights(engine)
     for name, expected in packed.weights.items():
         assert np.array_equal(np.concatenate([rows for _, rows in weights.pieces(name)]), expected)
-        assert np.array_equal(CheckpointWeights(packed.path).rows(name, slice(3, 9)), expected[3:9])
+        assert np.array_equal(open_weights(packed.path).rows(name, slice(3, 9)), expected[3:9])
 
 
 def test_only_some_of_many_differing_weights_are_named(tiny_checkpoint, build_engine):
