@@ -41,7 +41,7 @@ from qwen_build.calibration.layer_runner import LayerRunner, embed, final_norm, 
 from qwen_build.calibration.text import read_sequences
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LAYER, layer_kind
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest

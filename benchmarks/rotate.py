@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.command import run
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 
 Weights = dict[str, np.ndarray]
 

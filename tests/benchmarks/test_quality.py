@@ -15,7 +15,7 @@ from benchmarks.quality_report import CALIBRATED, ROUNDED, error_lines, front_at
 from benchmarks.texts import by_hash, library_documents
 from cases.tiny import hf_logits
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.safetensors import Checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main as qwen_build
 from qwen_engine.errors import QwenError
 from qwen_run.accuracy.datasets import Document, half_of
