@@ -2,12 +2,14 @@
 
     python -m benchmarks.linear
     python -m benchmarks.linear --shapes 7B --group-size 128 --precision int8x2 --isa avx512
+    python -m benchmarks.linear --bits 6 --against 4            weights of 6 bits and of 4, in turns
     python -m benchmarks.linear --all benchmarks/results/linear.md      all tables that are kept, a quarter of an hour
 
-One graph holds the matrices of as many layers as make --megabytes, each with its own weights: 4 bits, symmetric,
-random. The variants and the two limits take turns, after pauses in which the threads of the one before stop spinning;
-the table gives medians, and shares are medians over the turns.
-MatMulNBits rounds its inputs to int8 too, but for --precision float32.
+One graph holds the matrices of as many layers as make --megabytes at 4 bits, each with its own weights: random, with
+zero points where the builder's default has them. The variants and the two limits take turns, after pauses in which the
+threads of the one before stop spinning; the table gives medians, and shares are medians over the turns.
+MatMulNBits rounds its inputs to int8 too, but for --precision float32. It has no 5 and 6 bits and takes 8 for them.
+--against has our own operator with other bits in its place, for the same layers.
 GB/s counts the weights' bytes; a plain read goes over the same ones with as many threads, and so does the fastest,
 which may be one from several pages in turn. GOPS counts two for each product; the peak is that of
 ``benchmarks.int8_peak`` without AMX, not a number where none is known.
@@ -21,7 +23,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,8 +35,9 @@ from onnx import TensorProto, helper
 
 import qwen_plugin
 from benchmarks.int8_peak import int8_peak
+from qwen_build.quantization.scheme_table import SCHEMES
 from qwen_build.quantization.schemes import ACCURACY_LEVELS
-from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes
+from qwen_plugin.layout import BITS, BLOCK_BITS, BLOCK_COLUMNS, PANEL, panel_bytes
 from qwen_run.bench.bandwidth import Reader
 from qwen_run.bench.measure import processor_name
 
@@ -54,13 +57,20 @@ TABLES = (
     "--group-size 32",
     "--group-size 64",
     "--group-size 128",
+    "--group-size 32 --bits 5 --against 4",
+    "--group-size 32 --bits 6 --against 4",
+    "--group-size 32 --bits 8 --against 4",
     "--group-size 32 --precision int8x2",
     "--group-size 32 --precision float32",
     "--group-size 32 --isa avx512",
+    "--group-size 32 --isa avx512 --bits 5 --against 4",
+    "--group-size 32 --isa avx512 --bits 6 --against 4",
     "--group-size 64 --isa avx512",
     "--group-size 128 --isa avx512",
     "--group-size 32 --isa avxvnni",
     "--group-size 32 --isa avx2",
+    "--group-size 32 --isa avx2 --bits 5 --against 4",
+    "--group-size 32 --isa avx2 --bits 6 --against 4",
     "--group-size 32 --shapes 1.5B",
     "--group-size 32 --shapes 7B",
 )
@@ -94,32 +104,59 @@ def draw_bytes(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def own(a: argparse.Namespace, layers: int, rows: int) -> Variant:
-    blocks = a.activation_scales == "block"
+def activation_scales(a: argparse.Namespace, bits: int) -> str:
+    """Those asked for, or as the builder has them."""
+    has_blocks = bits in BLOCK_BITS and a.group_size < BLOCK_COLUMNS and a.precision != "float32"
+    return a.activation_scales or ("block" if has_blocks else "group")
+
+
+def own(a: argparse.Namespace, bits: int, layers: int, rows: int) -> Variant:
+    scales = activation_scales(a, bits)
+    blocks = scales == "block"
+    symmetric = SCHEMES[f"int{bits}"].symmetric
 
     def bytes_of_panel(in_features: int) -> int:
-        return panel_bytes(in_features, 4, a.group_size, symmetric=True, blocks=blocks)
+        return panel_bytes(in_features, bits, a.group_size, symmetric, blocks)
 
     def sizes(in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (-(-out_features // PANEL), bytes_of_panel(in_features))}
 
     def attributes(in_features: int, out_features: int) -> dict[str, Any]:
-        shape = {"N": out_features, "K": in_features, "bits": 4, "group_size": a.group_size, "symmetric": 1}
-        return {**shape, "precision": a.precision, "activation_scales": a.activation_scales}
+        shape = {"N": out_features, "K": in_features, "bits": bits, "group_size": a.group_size}
+        shape["symmetric"] = int(symmetric)
+        return {**shape, "precision": a.precision, "activation_scales": scales}
 
     variant = build(a, layers, rows, ("qwen", "QuantLinear"), sizes, attributes)
-    parts = variant.weights.reshape(-1, bytes_of_panel(BLOCK_COLUMNS if blocks else a.group_size))
-    parts[:, : 2 * PANEL] = np.ones(PANEL, "<f2").view(np.uint8)  # random scales may be NaN
+    start = 0
+    for in_features, out_features in SHAPES[a.shapes] * layers:  # random scales may be NaN
+        panels, size = -(-out_features // PANEL), bytes_of_panel(in_features)
+        part = variant.weights[start : start + panels * size].reshape(panels, size)
+        for at in header_places(in_features, bits, a.group_size, symmetric, blocks):
+            part[:, at : at + 2 * PANEL] = np.ones(PANEL, "<f2").view(np.uint8)
+        start += panels * size
     return variant
 
 
+def header_places(in_features: int, bits: int, group_size: int, symmetric: bool, blocks: bool) -> Iterator[int]:
+    """Where in a panel scales or units lie."""
+    columns = BLOCK_COLUMNS if blocks else group_size
+    whole = panel_bytes(columns, bits, group_size, symmetric, blocks)
+    last = panel_bytes(in_features, bits, group_size, symmetric, blocks)
+    if blocks or symmetric:
+        return iter(range(0, last, whole))
+    each = panel_bytes(columns, bits, group_size, True)
+    return iter(range(last - -(-in_features // columns) * each, last, each))
+
+
 def stock(a: argparse.Namespace, layers: int, rows: int) -> Variant:
+    bits = 4 if a.bits == 4 else 8
+
     def sizes(in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         groups = -(-in_features // a.group_size)
-        return {"weight": (out_features, groups, a.group_size // 2), "scales": (out_features * groups,)}
+        return {"weight": (out_features, groups, a.group_size * bits // 8), "scales": (out_features * groups,)}
 
     def attributes(in_features: int, out_features: int) -> dict[str, Any]:
-        shape = {"N": out_features, "K": in_features, "bits": 4, "block_size": a.group_size}
+        shape = {"N": out_features, "K": in_features, "bits": bits, "block_size": a.group_size}
         return {**shape, "accuracy_level": ACCURACY_LEVELS["float32" if a.precision == "float32" else "int8"]}
 
     return build(a, layers, rows, ("com.microsoft", "MatMulNBits"), sizes, attributes)
@@ -198,15 +235,18 @@ def measure(a: argparse.Namespace) -> None:
         os.environ["QWEN_PLUGIN_ISA"] = a.isa
     weights = sum(k * n for k, n in SHAPES[a.shapes])
     layers = max(1, round(a.megabytes * 2e6 / weights))
-    print(f"{layers} layers of {a.shapes}, 4 bits, group size {a.group_size}, {a.precision} per {a.activation_scales}, "
-          f"{a.isa or 'best'} kernels, {a.threads} threads\n")  # fmt: skip
     print(
-        "| rows | ms | GB/s | of a plain read | of the fastest | GOPS | of the peak | MatMulNBits ms "
-        "| over QuantLinear |"
+        f"{layers} layers of {a.shapes}, {a.bits} bits, group size {a.group_size}, {a.precision} per "
+        f"{activation_scales(a, a.bits)}, {a.isa or 'best'} kernels, {a.threads} threads\n"
     )
+    other = f"{a.against} bits" if a.against else "MatMulNBits"
+    print(f"| rows | ms | GB/s | of a plain read | of the fastest | GOPS | of the peak | {other} ms | over it |")
     print("|---" * 9 + "|")
     for rows in ROWS:
-        variants = own(a, layers, rows), stock(a, layers, rows)
+        variants = (
+            own(a, a.bits, layers, rows),
+            own(a, a.against, layers, rows) if a.against else stock(a, layers, rows),
+        )
         rounds: list[tuple[float, ...]] = []
         for variant in variants:
             variant.run()
@@ -245,8 +285,8 @@ def write_all(path: Path, common: list[str]) -> None:
     conditions = f"{processor_name()}; {datetime.now(UTC):%Y-%m-%d}; onnxruntime {ort.__version__}"
     parts = [f"{conditions}\n\nWhat the columns mean: `benchmarks/linear.py`. AMX may exceed the peak.\n"]
     for table in TABLES:
-        _, forced, isa = table.partition("--isa ")
-        if forced and not is_supported(isa):
+        _, forced, rest = table.partition("--isa ")
+        if forced and not is_supported(rest.split()[0]):
             continue
         command = [sys.executable, "-m", "benchmarks.linear", *table.split(), *common]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -258,6 +298,8 @@ def write_all(path: Path, common: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="0.5B")
+    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="of a weight")
+    parser.add_argument("--against", type=int, choices=BITS, metavar="BITS", help="instead of MatMulNBits")
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
     parser.add_argument("--precision", choices=("int8", "int8x2", "float32"), default="int8")
     parser.add_argument("--activation-scales", choices=("group", "block"), help="default: as the builder has it")
@@ -274,10 +316,9 @@ def main() -> None:
         parser.error(
             f"--isa {a.isa}: not on this processor; it has {', '.join(filter(is_supported, FLAG_OF_ISA))}, plain"
         )
-    if a.activation_scales == "block" and (a.precision == "float32" or a.group_size == 128):
-        parser.error("--activation-scales block goes with --precision int8 or int8x2 and --group-size 32 or 64")
-    has_blocks = a.precision != "float32" and a.group_size < BLOCK_COLUMNS
-    a.activation_scales = a.activation_scales or ("block" if has_blocks else "group")
+    most = max(a.bits, a.against or 0)
+    if a.activation_scales == "block" and (a.precision == "float32" or a.group_size == 128 or most == 8):
+        parser.error("--activation-scales block goes with --precision int8 or int8x2, groups of 32 or 64, below 8 bits")
     measure(a)
 
 

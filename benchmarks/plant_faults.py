@@ -127,7 +127,7 @@ class Files:
         own_zeros = None if zero_points is None else zero_points[own]
         change(Rows(q[own], scales[own], own_zeros, grid.bits, grid.group_size))
         blocks = grid.activation_scales == "block"
-        scales = round_block_scales(scales, grid.group_size, zero_points) if blocks else round_scales(scales)
+        scales = round_block_scales(scales, grid.bits, grid.group_size, zero_points) if blocks else round_scales(scales)
         arrays = [q, scales, zero_points]
         if grid.layout == GATED_PANELS:
             order = gated_order(0, record.out_features, record.out_features)

@@ -76,7 +76,7 @@ class Size(click.ParamType[Any]):
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
-    help="Whether 0 is the middle of a group's grid, or a zero point is stored.  [default: asymmetric for int4 alone]",
+    help="Whether 0 is the middle of a group's grid, or a zero point is stored.  [default: asymmetric below 8 bits]",
 )
 @click.option(
     "--embedding-quant",
@@ -142,8 +142,8 @@ class Size(click.ParamType[Any]):
 @click.option(
     "--activation-scales",
     type=click.Choice(ACTIVATION_SCALES),
-    help="The same of what it is multiplied with: each group, each block of 128 columns (int4), each token, or a "
-    "constant (calibrated).  [default: block with int4 in groups of 32 or 64, else group]",
+    help="The same of what it is multiplied with: each group, each block of 128 columns (below 8 bits), each token, "
+    "or a constant (calibrated).  [default: block below 8 bits in groups of 32 or 64, else group]",
 )
 @click.option(
     "--alpha",
@@ -155,9 +155,9 @@ class Size(click.ParamType[Any]):
 @click.option(
     "--int4-method",
     type=click.Choice(INT4_METHODS),
-    help="How the weights of int4 layers are rounded, and those of int8 ones beside them: to the nearest, or with what "
-    "they are multiplied with on a text; auto is gptq as far as it helps on text held out.  [default: rtn; gptq with "
-    "--quant auto]",
+    help="How the weights of layers below 8 bits are rounded, and those of int8 ones beside them: to the nearest, or "
+    "with what they are multiplied with on a text; auto is gptq as far as it helps on text held out.  [default: rtn; "
+    "gptq with --quant auto]",
 )
 @click.option(
     "--calibration",

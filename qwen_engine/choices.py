@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-QUANTS = ("none", "int8", "int4")
+QUANTS = ("none", "int8", "int6", "int5", "int4")
 CALIBRATED = ("smoothquant",)
 AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)

@@ -2,21 +2,31 @@
 
 With G groups of ``group_size`` input columns, a panel is a run of bytes::
 
-    [zero points: G x 16 (4 bits) or 32 bytes (8 bits), padded to 64; only if asymmetric]
-    G x [32 float16 scales, times 2**10][group_size / 4 steps of 64 (4 bits) or 128 bytes (8 bits)]
+    [zero points: G x 16 (4 bits) or 32 bytes (more bits), padded to 64; only if asymmetric]
+    G x [32 float16 scales, times 2**10][group_size / 4 steps, of 16 bytes for each bit]
 
 Step j holds the columns 4j to 4j+3 of its group. At 4 bits, byte 4i+c has column 4j+c of output i in its low nibble and
 of output i+16 in its high one (byte i of the zero points alike). At 8 bits, byte 64h+4i+c has column 4j+c of output
-16h+i. A weight is (q - zero point) * scale, and the zero point of symmetric weights is 8 or 128.
+16h+i (byte 16h+i of the zero points alike, with 5 and 6 bits too). A weight is (q - zero point) * scale, and the zero
+point of symmetric weights is 2**(bits-1).
 
-Where ``activation_scales`` are of a "block", which is for 4 bits, scales are 1 to 16 times the unit of their block of
-128 columns, and (q - zero point) times that multiple fits a byte with a sign, whatever q is. With B groups in a block,
-a panel then is blocks, the last of which may have fewer groups::
+At 5 and 6 bits, a unit of U = 4 and 2 steps is U + 1 lines of 64 bytes. Byte 4i+c of line s has q of output i in step s
+in its low bits. The q of output i+16, H0 to H(U-1), lie in what is left: H0 in the upper bits of the last line, and all
+others in pieces, of which a shift of a line or none makes the upper bits of a byte. So they are multiplied as they are,
+2**(8-bits) times as large. From the highest bit on::
+
+    5 bits: line 0 has H1 >> 2; 1 has H1 & 3, H3 >> 1 & 1; 2 has H2 >> 2; 3 has H2 & 3, H3 & 1; 4 has H0, H3 >> 2
+    6 bits: line 0 has H1 >> 4; 1 has H1 & 3; 2 has H0, H1 >> 2 & 3
+
+Where ``activation_scales`` are of a "block", which is for less than 8 bits, scales are 1 to 16, 8 or 4 (at 4, 5 or 6
+bits) times the unit of their block of 128 columns, and (q - zero point) times that multiple fits a byte with a sign,
+whatever q is. With B groups in a block, a panel then is blocks, the last of which may have fewer groups::
 
     [32 float16 units, times 2**10][B x 16 bytes of multiples, less 1][B x 16 bytes of zero points if asymmetric]
     [padding to 64 bytes][groups of steps]
 
-and byte i of the multiples lies as one of the zero points does.
+and byte i of the multiples and of the zero points has that of output i in its low nibble, that of output i+16 in its
+high one. The upper bits of a zero point of 5 or 6 bits lie above the multiple, in its nibble.
 
 Gated panels are of a weight whose outputs are two halves: 16 of the first, the gates, and the 16 of the second that
 they gate, in turns.
@@ -37,16 +47,26 @@ PANELS, GATED_PANELS = "panels32", "panels32-gated"
 
 PANEL = 32
 GROUP_SIZES = (32, 64, 128)
-ZERO_POINTS = {4: 8, 8: 128}  # bits -> the zero point of symmetric weights
+BITS = (4, 5, 6, 8)
+UNIT_STEPS = {4: 1, 5: 4, 6: 2}  # bits -> steps that share lines
+ZERO_POINTS = {bits: 1 << (bits - 1) for bits in BITS}  # of symmetric weights
 # Scales are stored as float16 times this, so that those of small weights are not subnormal.
 SCALE_FACTOR = 2.0**10
 
-# Columns of a block, and the largest multiple of its unit that a scale in it can be.
-BLOCK_COLUMNS, MOST_UNITS = 128, 16
+# Columns of a block, and the bits of weights whose scales may be of blocks.
+BLOCK_COLUMNS, BLOCK_BITS = 128, (4, 5, 6)
+# bits -> the largest multiple of its unit that a scale in a block can be
+MOST_UNITS = {bits: 256 >> bits for bits in BLOCK_BITS}
 # The same by zero point: (q - zero point) * multiple stays between -128 and 127.
-MOST_UNITS_AT = np.array([min(128 // max(z, 1), 127 // max(15 - z, 1), MOST_UNITS) for z in range(16)], np.float32)
-# Significant bits of a unit, of which float16 holds all multiples, and the largest unit of that kind.
-UNIT_BITS, LARGEST_UNIT = 7, 127 * 2.0**5 / SCALE_FACTOR
+MOST_UNITS_AT = {
+    bits: np.array(
+        [min(128 // max(z, 1), 127 // max(2**bits - 1 - z, 1), MOST_UNITS[bits]) for z in range(2**bits)], np.float32
+    )
+    for bits in BLOCK_BITS
+}
+# Significant bits of a unit, of which float16 holds all multiples, and by bits the largest unit of that kind.
+UNIT_BITS = 7
+LARGEST_UNIT = {bits: 127 * 2.0 ** (bits + 1) / SCALE_FACTOR for bits in BLOCK_BITS}
 # The least scale above 0 that can be stored, and the least unit.
 LEAST_SCALE = 2.0**-24 / SCALE_FACTOR
 
@@ -69,7 +89,7 @@ def round_scales(scales: Floats) -> Floats:
     return stored.astype(np.float32) / np.float32(SCALE_FACTOR)
 
 
-def round_block_scales(scales: Floats, group_size: int, zero_points: Bytes | None = None) -> Floats:
+def round_block_scales(scales: Floats, bits: int, group_size: int, zero_points: Bytes | None = None) -> Floats:
     """The nearest scales that go with ``activation_scales`` "block", as :func:`round_scales` has them too.
 
     Within each block they are whole multiples of its unit: one is the largest that its zero point allows, none is
@@ -77,33 +97,33 @@ def round_block_scales(scales: Floats, group_size: int, zero_points: Bytes | Non
 
     Args:
         scales: (out_features, G); what is 0 becomes the least.
-        zero_points: (out_features, G), below 16; None: symmetric, all are 8.
+        zero_points: (out_features, G), below 2**bits; None: symmetric.
 
-    >>> round_block_scales(np.array([[16.01, 8.6, 0.001, 0]], np.float32), 32)
+    >>> round_block_scales(np.array([[16.01, 8.6, 0.001, 0]], np.float32), 4, 32)
     array([[16.,  9.,  1.,  1.]], dtype=float32)
     """
-    most = _most_units(zero_points)
+    most = _most_units(bits, zero_points)
     needed = scales / most  # as the unit
-    storable = np.isfinite(round_scales(needed * MOST_UNITS))
+    storable = np.isfinite(round_scales(needed * MOST_UNITS[bits]))
     needed = np.where(storable, needed, np.inf)
     largest = _largest_of_block(needed, group_size)
     finite = np.where(np.isfinite(largest), largest, 0)
     _, exponent = np.frexp(finite)
     step = np.ldexp(np.float32(1), exponent - UNIT_BITS).clip(min=LEAST_SCALE)
-    unit = (np.rint(finite / step).clip(min=1) * step).clip(max=LARGEST_UNIT)
+    unit = (np.rint(finite / step).clip(min=1) * step).clip(max=LARGEST_UNIT[bits])
     multiples = np.where(needed == largest, most, np.rint(np.where(storable, scales, 0) / unit).clip(1, most))
     return np.asarray(np.where(storable, multiples * unit, np.inf), np.float32)
 
 
-def block_units(scales: Floats, group_size: int, zero_points: Bytes | None) -> tuple[Floats, Floats]:
+def block_units(scales: Floats, bits: int, group_size: int, zero_points: Bytes | None) -> tuple[Floats, Floats]:
     """The unit of each of ``scales``, which :func:`round_block_scales` left, and the largest that it could be."""
-    most = _most_units(zero_points)
+    most = _most_units(bits, zero_points)
     units = _largest_of_block(scales / most, group_size)
     return units, units * most
 
 
-def _most_units(zero_points: Bytes | None) -> Floats | np.float32:
-    return MOST_UNITS_AT[ZERO_POINTS[4] if zero_points is None else zero_points]
+def _most_units(bits: int, zero_points: Bytes | None) -> Floats | np.float32:
+    return MOST_UNITS_AT[bits][ZERO_POINTS[bits] if zero_points is None else zero_points]
 
 
 def _largest_of_block(scales: Floats, group_size: int) -> Floats:
@@ -123,7 +143,7 @@ def pack_panels(
         scales: (out_features, G), each one that :func:`round_scales` leaves as it is; with blocks,
             :func:`round_block_scales`.
         zero_points: (out_features, G), below 2**bits; None: symmetric.
-        bits: 4 or 8.
+        bits: 4, 5, 6 or 8.
         group_size: 32, 64 or 128.
         blocks: whether the scales are those of blocks.
 
@@ -136,25 +156,29 @@ def pack_panels(
     if zero_points is None:
         zero_points = np.full(scales.shape, ZERO_POINTS[bits], np.uint8)
     assert scales.shape == zero_points.shape == (out_features, groups)
-    rounded = round_block_scales(scales, group_size, zero_points) if blocks else round_scales(scales)
+    rounded = round_block_scales(scales, bits, group_size, zero_points) if blocks else round_scales(scales)
     assert np.array_equal(rounded, scales)
     assert max(q.max(initial=0), zero_points.max(initial=0)) < 2**bits
 
     filling = zero_points[:, -1:].repeat(groups * group_size - in_features, axis=1)
     padded = _pad_rows(np.concatenate([q, filling], axis=1), panels)
     steps = padded.reshape(panels, 2, 16, groups, group_size // 4, 4).transpose(0, 3, 4, 1, 2, 5)  # (P, G, J, 2, 16, 4)
-    steps = _join(steps, bits).reshape(panels, groups, -1)
-    lanes = None if symmetric else _join_lanes(zero_points, bits)
+    steps = _join_steps(steps, bits).reshape(panels, groups, -1)
 
     if blocks:
-        units, _ = block_units(scales, group_size, zero_points)
-        return _pack_blocks(units, (scales / units).astype(np.uint8), steps, lanes, group_size)
+        units, _ = block_units(scales, bits, group_size, zero_points)
+        numbers = (scales / units).astype(np.uint8) - 1
+        if not symmetric:
+            numbers |= zero_points >> 4 << (8 - bits)
+        lanes = None if symmetric else _join_lanes(zero_points & 15, 4)
+        return _pack_blocks(units, _join_lanes(numbers, 4), steps, lanes, group_size)
     packed = np.zeros((panels, panel_bytes(in_features, bits, group_size, symmetric)), np.uint8)
     parts = packed[:, _zero_point_bytes(groups, bits, symmetric) :].reshape(panels, groups, -1)
     parts[:, :, : 2 * PANEL] = _store_scales(scales)
     parts[:, :, 2 * PANEL :] = steps
-    if lanes is not None:
-        packed[:, : groups * 4 * bits] = lanes.reshape(panels, -1)
+    if not symmetric:
+        lanes = _join_lanes(zero_points, bits).reshape(panels, -1)
+        packed[:, : lanes.shape[1]] = lanes
     return packed
 
 
@@ -172,21 +196,20 @@ def unpack_panels(
     size = panel_bytes(in_features, bits, group_size, symmetric, blocks)
     assert panels.shape == (_ceil_div(out_features, PANEL), size)
     if blocks:
-        scales, steps, lanes = _unpack_blocks(panels, groups, group_size, symmetric)
+        scales, steps, zero_points = _unpack_blocks(panels, groups, bits, group_size, symmetric)
     else:
         parts = panels[:, _zero_point_bytes(groups, bits, symmetric) :].reshape(count, groups, -1)
-        scales, steps, lanes = _load_scales(parts[:, :, : 2 * PANEL]), parts[:, :, 2 * PANEL :], panels
-    q = _split(steps.reshape(count, groups, group_size // 4, -1, 16, 4), bits)
+        scales, steps = _load_scales(parts[:, :, : 2 * PANEL]), parts[:, :, 2 * PANEL :]
+        zero_points = None if symmetric else _split_lanes(panels, groups, bits)
+    q = _split_steps(steps.reshape(count, groups, -1), bits)
     q = q.transpose(0, 3, 4, 1, 2, 5).reshape(count * PANEL, -1)[:out_features, :in_features]
-    zero_points = None if symmetric else _split_lanes(lanes, groups, bits)[:out_features]
-    return np.ascontiguousarray(q), scales[:out_features], zero_points
+    return np.ascontiguousarray(q), scales[:out_features], None if zero_points is None else zero_points[:out_features]
 
 
 def _pack_blocks(units: Floats, multiples: Bytes, steps: Bytes, lanes: Bytes | None, group_size: int) -> Bytes:
-    """Panels of blocks from units and multiples (N, G), steps (P, G, n) and, of zero points, lanes (P, G, 16)."""
+    """Panels of blocks from units (N, G), steps (P, G, n) and, of multiples and zero points, lanes (P, G, 16)."""
     panels, groups, step_bytes = steps.shape
     together, header = BLOCK_COLUMNS // group_size, _header_bytes(group_size, lanes is None)
-    multiples = _join_lanes(multiples - 1, 4)
 
     def of_blocks(array: Bytes) -> Bytes:
         return np.pad(array, ((0, 0), (0, -groups % together), (0, 0))).reshape(panels, -1, together * array.shape[2])
@@ -200,9 +223,12 @@ def _pack_blocks(units: Floats, multiples: Bytes, steps: Bytes, lanes: Bytes | N
     return np.ascontiguousarray(packed.reshape(panels, -1)[:, : packed[0].size - -groups % together * step_bytes])
 
 
-def _unpack_blocks(panels: Bytes, groups: int, group_size: int, symmetric: bool) -> tuple[Floats, Bytes, Bytes]:
-    """The inverse of :func:`_pack_blocks`; lanes of something else if symmetric."""
-    together, header, step_bytes = BLOCK_COLUMNS // group_size, _header_bytes(group_size, symmetric), 16 * group_size
+def _unpack_blocks(
+    panels: Bytes, groups: int, bits: int, group_size: int, symmetric: bool
+) -> tuple[Floats, Bytes, Bytes | None]:
+    """Scales (N, G), steps (P, G, n) and zero points (N, G) of what :func:`_pack_blocks` made."""
+    together, header = BLOCK_COLUMNS // group_size, _header_bytes(group_size, symmetric)
+    step_bytes = _step_bytes(bits, group_size)
     missing = -groups % together * step_bytes
     blocks = np.pad(panels, ((0, 0), (0, missing))).reshape(len(panels), -1, header + together * step_bytes)
 
@@ -210,9 +236,14 @@ def _unpack_blocks(panels: Bytes, groups: int, group_size: int, symmetric: bool)
         part = blocks[:, :, start : start + together * bytes_each]
         return part.reshape(len(panels), -1, bytes_each)[:, :groups]
 
-    multiples = _split_lanes(of_groups(2 * PANEL, 16), groups, 4) + np.float32(1)
+    numbers = _split_lanes(of_groups(2 * PANEL, 16), groups, 4)
+    multiples = (numbers & (MOST_UNITS[bits] - 1)) + np.float32(1)
     units = _load_scales(blocks[:, :, : 2 * PANEL]).repeat(together, axis=1)[:, :groups]
-    return multiples * units, of_groups(header, step_bytes), of_groups(2 * PANEL + 16 * together, 16)
+    steps, zero_points = of_groups(header, step_bytes), None
+    if not symmetric:
+        zero_points = _split_lanes(of_groups(2 * PANEL + 16 * together, 16), groups, 4)
+        zero_points |= numbers >> (8 - bits) << 4
+    return multiples * units, steps, zero_points
 
 
 def gated_order(first: int, last: int, out_features: int) -> NDArray[np.int64]:
@@ -237,27 +268,60 @@ def gated_places(first: int, last: int, out_features: int) -> NDArray[np.int64]:
     return np.asarray(panel * PANEL + second * (PANEL // 2) + lane)
 
 
-def _join(lanes: Bytes, bits: int) -> Bytes:
-    """Bytes of the halves of a panel, (..., 2, 16, n): the second in the high nibbles of the first at 4 bits."""
-    return np.asarray(lanes[..., 0, :, :] | lanes[..., 1, :, :] << 4, np.uint8) if bits == 4 else lanes
+def _join_steps(q: Bytes, bits: int) -> Bytes:
+    """The steps of groups, (P, G, group_size / 4, 2, 16, 4), as they lie, (P, G, group_size * 4 * bits)."""
+    panels, groups = q.shape[:2]
+    if bits == 8:
+        return q.reshape(panels, groups, -1)
+    unit = q.reshape(panels, groups, -1, UNIT_STEPS[bits], 2, 64)
+    low, h = unit[..., 0, :], np.moveaxis(unit[..., 1, :], 3, 0)  # (P, G, J, U, 64), (U, P, G, J, 64)
+    if bits == 4:
+        lines = [low[..., 0, :] | h[0] << 4]
+    elif bits == 5:
+        pieces = h[1] >> 2, (h[1] & 3) << 1 | h[3] >> 1 & 1, h[2] >> 2, (h[2] & 3) << 1 | h[3] & 1
+        lines = [*(low[..., s, :] | piece << 5 for s, piece in enumerate(pieces)), h[0] << 3 | h[3] >> 2]
+    else:
+        pieces = h[1] >> 4, h[1] & 3
+        lines = [*(low[..., s, :] | piece << 6 for s, piece in enumerate(pieces)), h[0] << 2 | h[1] >> 2 & 3]
+    return np.asarray(np.stack(lines, axis=3), np.uint8).reshape(panels, groups, -1)
 
 
-def _split(joined: Bytes, bits: int) -> Bytes:
-    """The inverse of :func:`_join`, from (..., 1, 16, n) at 4 bits."""
-    return np.concatenate([joined & 15, joined >> 4], axis=-3) if bits == 4 else joined
+def _split_steps(steps: Bytes, bits: int) -> Bytes:
+    """The inverse of :func:`_join_steps`."""
+    panels, groups, _ = steps.shape
+    if bits == 8:
+        return steps.reshape(panels, groups, -1, 2, 16, 4)
+    count = UNIT_STEPS[bits]
+    lines = np.moveaxis(steps.reshape(panels, groups, -1, count + (bits > 4), 64), 3, 0)
+    if bits == 4:
+        h = [lines[0] >> 4]
+    elif bits == 5:
+        h = [
+            lines[4] >> 3,
+            lines[0] >> 5 << 2 | lines[1] >> 6,
+            lines[2] >> 5 << 2 | lines[3] >> 6,
+            (lines[4] & 7) << 2 | (lines[1] >> 5 & 1) << 1 | lines[3] >> 5 & 1,
+        ]
+    else:
+        h = [lines[2] >> 2, lines[0] >> 6 << 4 | (lines[2] & 3) << 2 | lines[1] >> 6]
+    halves = np.stack([lines[:count] & (2**bits - 1), np.stack(h)])  # (2, U, P, G, J, 64)
+    return halves.transpose(2, 3, 4, 1, 0, 5).reshape(panels, groups, -1, 2, 16, 4)
 
 
 def _join_lanes(numbers: Bytes, bits: int) -> Bytes:
-    """One number of each output and group (N, G), as zero points lie: (P, G, 4 * bits)."""
+    """One number of each output and group (N, G), as zero points lie: (P, G, 16 at 4 bits, else 32)."""
     panels, groups = _ceil_div(len(numbers), PANEL), numbers.shape[1]
     lanes = _pad_rows(numbers, panels).reshape(panels, 2, 16, groups).transpose(0, 3, 1, 2)  # (P, G, 2, 16)
-    return _join(lanes[..., None], bits).reshape(panels, groups, -1)
+    return lanes[:, :, 0] | lanes[:, :, 1] << 4 if bits == 4 else lanes.reshape(panels, groups, PANEL)
 
 
 def _split_lanes(joined: Bytes, groups: int, bits: int) -> Bytes:
     """The inverse of :func:`_join_lanes`: (P * 32, G)."""
-    lanes = joined.reshape(len(joined), -1)[:, : groups * 4 * bits].reshape(len(joined), groups, -1, 16, 1)
-    return _split(lanes, bits).transpose(0, 2, 3, 1, 4).reshape(len(joined) * PANEL, groups)
+    size = 16 if bits == 4 else PANEL
+    lanes = joined.reshape(len(joined), -1)[:, : groups * size].reshape(len(joined), groups, size)
+    if bits == 4:
+        lanes = np.concatenate([lanes & 15, lanes >> 4], axis=-1)
+    return lanes.transpose(0, 2, 1).reshape(len(joined) * PANEL, groups)
 
 
 def _store_scales(scales: Floats) -> Bytes:
@@ -278,7 +342,7 @@ def _pad_rows(rows: NDArray[Any], panels: int) -> NDArray[Any]:
 
 
 def _zero_point_bytes(groups: int, bits: int, symmetric: bool) -> int:
-    return 0 if symmetric else _ceil_div(groups * 4 * bits, _ALIGNMENT) * _ALIGNMENT
+    return 0 if symmetric else _ceil_div(groups * (16 if bits == 4 else PANEL), _ALIGNMENT) * _ALIGNMENT
 
 
 def _header_bytes(group_size: int, symmetric: bool) -> int:

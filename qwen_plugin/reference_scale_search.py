@@ -24,7 +24,7 @@ class Groups:
 
     def __init__(self, x: Floats, importance: Floats, most: int, flatness: float) -> None:
         """``importance``: (G, group_size); ``most``: the largest integer; ``flatness``: see the library's search."""
-        self.x, self.most = x, np.float32(most)
+        self.x, self.most, self.bits = x, np.float32(most), most.bit_length()
         self.low, self.high = x.min(axis=2).clip(max=0), x.max(axis=2).clip(min=0)
         self.weight = np.broadcast_to(importance, x.shape)
         if np.isfinite(flatness):
@@ -123,7 +123,7 @@ def _search_groups(groups: Groups, symmetric: bool, middle: np.float32) -> _Best
 def _search_blocks(groups: Groups, alone: _Best, symmetric: bool, together: int) -> tuple[Floats, Floats]:
     """The scales and zero points of groups that go together in blocks."""
     count = alone.scale.shape[1]
-    limits = MOST_UNITS_AT[alone.zero.astype(int)]
+    limits = MOST_UNITS_AT[groups.bits][alone.zero.astype(int)]
     needed = alone.scale / limits
 
     def of_block(values: Floats, reduce: np.ufunc) -> Floats:
@@ -148,14 +148,14 @@ def _search_blocks(groups: Groups, alone: _Best, symmetric: bool, together: int)
     least = np.full(needed.shape, np.inf, np.float32)
     scales, zeros = np.zeros_like(least), np.zeros_like(least)
     for part in _UNITS:
-        unit = _round_unit(largest * part)
+        unit = _round_unit(largest * part, LARGEST_UNIT[groups.bits])
         tried = _Best(needed.shape, alone.zero)
         lower = np.floor(alone.scale / unit)
         for step in (0, 1):
             multiple = np.where(pivot, limits, np.minimum(np.maximum(lower + np.float32(step), np.float32(1)), limits))
             scale = multiple * unit
             moved = np.rint(groups.middle(scale)).clip(0, groups.most)
-            limit = MOST_UNITS_AT[moved.astype(int)]
+            limit = MOST_UNITS_AT[groups.bits][moved.astype(int)]
             fits = np.where(pivot, limit == multiple, limit >= multiple) & (not symmetric)
             zero = np.where(fits, moved, alone.zero)
             tried.take(groups.error(scale, zero), scale, zero)
@@ -166,8 +166,8 @@ def _search_blocks(groups: Groups, alone: _Best, symmetric: bool, together: int)
     return scales, zeros
 
 
-def _round_unit(unit: Floats) -> Floats:
-    unit = unit.clip(np.float32(LEAST_SCALE), np.float32(LARGEST_UNIT))
+def _round_unit(unit: Floats, most: float) -> Floats:
+    unit = unit.clip(np.float32(LEAST_SCALE), np.float32(most))
     _, exponent = np.frexp(unit)
     step = np.ldexp(np.float32(1), exponent - UNIT_BITS).clip(min=np.float32(LEAST_SCALE))
-    return np.asarray((np.rint(unit / step).clip(min=1) * step).clip(max=np.float32(LARGEST_UNIT)), np.float32)
+    return np.asarray((np.rint(unit / step).clip(min=1) * step).clip(max=np.float32(most)), np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 import qwen_plugin
 from qwen_engine.errors import EngineError
 from qwen_plugin.layout import (
+    BLOCK_BITS,
     BLOCK_COLUMNS,
     GROUP_SIZES,
     LARGEST_UNIT,
@@ -66,8 +67,8 @@ def search_scales(
         bits: of an integer.
         group_size: 32, 64 or 128.
         symmetric: whether all zero points are 2**(bits - 1).
-        blocks: whether the scales go together as :func:`qwen_plugin.layout.round_block_scales` has them, for 4 bits;
-            otherwise they are as they come out, and 1e-30 at least.
+        blocks: whether the scales go together as :func:`qwen_plugin.layout.round_block_scales` has them; otherwise
+            they are as they come out, and 1e-30 at least.
 
     Raises:
         EngineError: the library is not compiled or older than this, or ``QWEN_PLUGIN_ISA`` is none of its sets.
@@ -77,13 +78,13 @@ def search_scales(
     groups = columns // group_size
     assert importance.shape == (groups * group_size,) == (columns,)
     assert group_size in GROUP_SIZES
-    assert bits == 4 or not blocks
+    assert bits in BLOCK_BITS or not blocks
     scales, zero_points = np.empty((outputs, groups), np.float32), np.empty((outputs, groups), np.uint8)
-    most_units = np.ascontiguousarray(MOST_UNITS_AT, np.float32)
+    most_units = MOST_UNITS_AT[bits if blocks else 4]
     task = _Task(
         weight.ctypes.data, importance.ctypes.data, outputs, groups, group_size, 2**bits - 1, symmetric,
         BLOCK_COLUMNS // group_size if blocks else 1, flatness, most_units.ctypes.data, UNIT_BITS, LEAST_SCALE,
-        LARGEST_UNIT, scales.ctypes.data, zero_points.ctypes.data,
+        LARGEST_UNIT[bits if blocks else 4], scales.ctypes.data, zero_points.ctypes.data,
     )  # fmt: skip
     if _library()(ctypes.byref(task)):
         raise EngineError("QWEN_PLUGIN_ISA names no instruction set of this machine; unset it")

@@ -110,10 +110,10 @@ def test_a_check_finds_what_is_wrong(check: str) -> None:
 
 
 def test_options_that_do_not_exist_are_found() -> None:
-    text = "```\nqwen-build X --quant int5 --nope  # --no\n$ qwen-bench speed\n```\n"
+    text = "```\nqwen-build X --quant int7 --nope  # --no\n$ qwen-bench speed\n```\n"
     text += "`qwen-run --force` `--quant` `--qant int4`"
     found = unknown_options(Page(ROOT / "made-up.md", ROOT, text), COMMANDS)
-    assert found == ["qwen-build --quant int5", "qwen-build --nope", "qwen-bench speed", "qwen-run --force", "--qant"]
+    assert found == ["qwen-build --quant int7", "qwen-build --nope", "qwen-bench speed", "qwen-run --force", "--qant"]
 
 
 def test_the_readme_is_short_and_opens_with_the_two_commands() -> None:

@@ -31,7 +31,7 @@ from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import BuildOptions
 from qwen_build.plan.rope_options import rope_override
 from qwen_build.plan.rules import write_rules
-from qwen_build.quantization.scheme_table import SCHEMES, make_scheme
+from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, make_scheme
 from qwen_build.quantization.schemes import Scheme
 from qwen_build.writing.output import check_output, engine_directory, resumable_beside
 from qwen_engine import __version__
@@ -190,8 +190,9 @@ def check_options(options: BuildOptions, checkpoint: Checkpoint, max_kl: float |
 
 def candidates(options: BuildOptions) -> tuple[Scheme, ...]:
     """The schemes to choose from, those of fewer bits first, each with every group size; and float."""
+    bits = KERNELS[options.kernels].bits
     rows = sorted(SCHEMES.items(), key=lambda item: item[1].bits)
-    grids = [(quant, symmetric) for quant, row in rows for symmetric in row.auto]
+    grids = [(quant, symmetric) for quant, row in rows for symmetric in row.auto if row.bits in bits]
     chosen = [(quant, size, symmetric) for quant, symmetric in grids for size in GROUP_SIZES]
     return tuple(
         make_scheme(*one, kernels=options.kernels, activations=options.activations)

@@ -103,7 +103,7 @@ class BuildOptions:
         quant_config: the schemes of others, see :mod:`qwen_build.plan.rules`.
         lora: adapters that are merged into the checkpoint's weights, in this order.
         alpha: of "smoothquant", from 0 to 1, or "auto".
-        int4_method: how int4 weights are rounded.
+        int4_method: how weights of less than 8 bits are rounded.
         calibration: a file of text to calibrate with.
         calibration_tokens: how much of it to read.
     """

@@ -9,15 +9,19 @@ from qwen_build.quantization.grid import Grid
 from qwen_build.quantization.schemes import ACCURACY_LEVELS, Float32, NativeInt, Scheme, StockInt
 from qwen_engine.choices import ACTIVATION_SCALES, WEIGHT_SCALES
 from qwen_engine.errors import OptionsError
-from qwen_plugin.layout import BLOCK_COLUMNS, GROUP_SIZES
+from qwen_plugin.layout import BITS, BLOCK_BITS, BLOCK_COLUMNS, GROUP_SIZES
 
 
 @dataclass(frozen=True)
 class KernelsRow:
-    """A choice of ``--kernels``: who stores and multiplies integers, in which precisions; the first is the default."""
+    """A choice of ``--kernels``: who stores and multiplies integers of which bits, in which precisions.
+
+    The first precision is the default.
+    """
 
     store: type[NativeInt] | type[StockInt]
     activations: tuple[str, ...]
+    bits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class SchemeRow:
         symmetric: whether its grid is so unless asked. A zero point takes a fifth of int4's KL off and nothing of
             int8's: tables of ``benchmarks/schemes.py``.
         help: what it is for.
-        make: the scheme of a linear, by what was asked for; raises BuildError where that does not go together.
+        make: the scheme of a linear, by what was asked for; raises OptionsError where that does not go together.
         auto: which of its grids ``--quant auto`` tries, by whether they are symmetric.
     """
 
@@ -71,7 +75,7 @@ def make_scheme(
     ``activation_scales`` are of a "block" by default where they can be, and of a "group" elsewhere.
 
     Raises:
-        BuildError: an option is not one of its table, or does not go with ``kernels``.
+        OptionsError: an option is not one of its table, or does not go with ``kernels``.
     """
     for option, value, choices in (
         ("quant", name, tuple(SCHEMES)),
@@ -91,6 +95,8 @@ def make_scheme(
 
 
 def _on_grid(row: SchemeRow, asked: Asked) -> Scheme:
+    if row.bits not in asked.kernels.bits:
+        raise OptionsError(f"--kernels stock has no weights of {row.bits} bits; use --kernels native")
     shared = asked.weight_scales != "group"
     if shared and asked.symmetric is False:
         raise OptionsError(
@@ -113,12 +119,12 @@ def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> 
             f"--activations float32 has no --activation-scales {activation_scales}; choose int8 or int8x2"
         )
     small_groups = grid.weight_scales == "group" and grid.group_size < BLOCK_COLUMNS
-    blocks = grid.bits == 4 and small_groups and activations != "float32"
+    blocks = grid.bits in BLOCK_BITS and small_groups and activations != "float32"
     if activation_scales == "block" and not blocks:
         raise OptionsError(
-            "--activation-scales block goes with int4 in groups of 32 or 64 and a scale for each group, found "
-            f"int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; choose group, "
-            "or leave it out"
+            "--activation-scales block goes with less than 8 bits in groups of 32 or 64 and a scale for each group, "
+            f"found int{grid.bits} in groups of {grid.group_size} and a scale for each {grid.weight_scales}; "
+            "choose group, or leave it out"
         )
     return NativeInt(grid, activations, activation_scales or ("block" if blocks else "group"))
 
@@ -127,11 +133,13 @@ def _native_int(grid: Grid, activations: str, activation_scales: str | None) -> 
 SCHEMES = {
     "none": SchemeRow(0, True, "float32, equal to Hugging Face", lambda row, asked: Float32()),
     "int8": SchemeRow(8, True, "8-bit weights, a scale for each group", _on_grid, auto=(True,)),
+    "int6": SchemeRow(6, False, "6-bit weights, a scale for each group", _on_grid, auto=(False,)),
+    "int5": SchemeRow(5, False, "5-bit weights, a scale for each group", _on_grid, auto=(False,)),
     "int4": SchemeRow(4, False, "4-bit weights, a scale for each group", _on_grid, auto=(False, True)),
 }
 # those that --int4-method rounds
 COARSE = tuple(name for name, row in SCHEMES.items() if row.is_coarse)
 KERNELS = {
-    "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32")),
-    "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS)),
+    "native": KernelsRow(NativeInt, ("int8", "int8x2", "float32"), BITS),
+    "stock": KernelsRow(StockInt, tuple(ACCURACY_LEVELS), (4, 8)),
 }

@@ -234,8 +234,8 @@ class NativeInt:
     Scales are rounded to what a panel holds before q is computed. ``activations`` "int8" rounds each input row to
     int8 before it is multiplied; "int8x2" to about 15 bits. ``activation_scales``: each "group" of a row has a scale
     of its own, a "block" of 128 columns has one, a row ("token"), or the linear has a constant one ("static"), which
-    comes from calibration. Blocks are for 4 bits in groups of 32 or 64 alone, and make the weight's scales small whole
-    multiples of a unit: sums over a block are then exact, in whatever order AMX tiles take them.
+    comes from calibration. Blocks are for less than 8 bits in groups of 32 or 64 alone, and make the weight's scales
+    small whole multiples of a unit: sums over a block are then exact, in whatever order AMX tiles take them.
     """
 
     grid: Grid
@@ -275,7 +275,7 @@ class NativeInt:
     def storable(self, scales: np.ndarray, zero_points: np.ndarray | None) -> np.ndarray:
         """The nearest scales (out_features, groups) that can be stored beside these zero points."""
         if self._blocks:
-            return round_block_scales(scales, self.grid.group_size, zero_points)
+            return round_block_scales(scales, self.grid.bits, self.grid.group_size, zero_points)
         return round_scales(scales)
 
     def quantize(self, weight: np.ndarray | Rounded) -> Tensors:

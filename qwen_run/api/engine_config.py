@@ -27,8 +27,8 @@ class EngineConfig:
         kvcache_block_size: tokens of a block of the cache; the builder's choice if None.
         kvcache_num_blocks: blocks of the cache; estimated from the free memory if None.
         prefill_chunk_size: most tokens of prompts in one run of the model.
-        quantization: how weights are stored, ``none`` (float32), ``int8`` or ``int4``; the builder's default, or
-            what the engine has, if None.
+        quantization: how weights are stored, ``none`` (float32), ``int8``, ``int6``, ``int5`` or ``int4``; the
+            builder's default, or what the engine has, if None.
         use_inputs_embeds: whether ``generate`` is given embeddings instead of token ids.
 
     Raises:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from cases.plugin_session import make_model, make_session
-from qwen_plugin.layout import pack_panels, round_block_scales, round_scales
+from qwen_plugin.layout import BLOCK_BITS, pack_panels, round_block_scales, round_scales
 from qwen_plugin.reference_linear import QuantLinearAttributes
 
 OPTIONAL = ("bias", "norm_weight", "residual", "permutation")
@@ -36,7 +36,7 @@ ACTIVATION_SCALES = ("group", "block", "token", "static")
 
 def activation_scales(bits: int, group_size: int) -> tuple[str, ...]:
     """Those of ``ACTIVATION_SCALES`` that the operator has then."""
-    has_blocks = bits == 4 and group_size < 128
+    has_blocks = bits in BLOCK_BITS and group_size < 128
     return ACTIVATION_SCALES if has_blocks else tuple(one for one in ACTIVATION_SCALES if one != "block")
 
 
@@ -77,7 +77,7 @@ def draw_weight(a: QuantLinearAttributes, rng: np.random.Generator, scale: float
     scales = (scale * rng.uniform(0.01, 1, (a.N, groups))).astype(np.float32)
     zero_points = None if a.symmetric else rng.integers(0, 2**a.bits, (a.N, groups)).astype(np.uint8)
     blocks = a.activation_scales == "block"
-    scales = round_block_scales(scales, a.group_size, zero_points) if blocks else round_scales(scales)
+    scales = round_block_scales(scales, a.bits, a.group_size, zero_points) if blocks else round_scales(scales)
     return pack_panels(q, scales, zero_points, a.bits, a.group_size, blocks)
 
 

@@ -57,9 +57,9 @@ def random_weight(rng: random.Random, a: dict[str, Any], blocks: bool) -> np.nda
 
 def random_linear(rng: random.Random) -> Call:
     a: dict[str, Any] = {"N": rng.choice([1, 31, 32, 33, 96, 320]), "K": rng.choice([1, 4, 31, 32, 96, 128, 129, 300])}
-    a |= {"bits": rng.choice([4, 8]), "group_size": rng.choice([32, 64, 128]), "symmetric": rng.choice([0, 1])}
+    a |= {"bits": rng.choice([4, 5, 6, 8]), "group_size": rng.choice([32, 64, 128]), "symmetric": rng.choice([0, 1])}
     a |= {"precision": rng.choice(["int8", "int8x2", "float32"]), "activation_scales": rng.choice(["group", "token"])}
-    if a["bits"] == 4 and a["group_size"] < 128 and rng.random() < 0.5:
+    if a["bits"] < 8 and a["group_size"] < 128 and rng.random() < 0.5:
         a["activation_scales"] = "block"
     rows = rng.choice([0, 1, 2, 3, 5, 8, 9, 17, 40])
     if a["N"] % 32 == 0 and rng.random() < 0.3:
@@ -77,7 +77,7 @@ def random_linear(rng: random.Random) -> Call:
 
 
 def random_embedding(rng: random.Random) -> Call:
-    a = {"N": rng.choice([1, 33, 96]), "K": rng.choice([32, 64, 128]), "bits": rng.choice([4, 8])}
+    a = {"N": rng.choice([1, 33, 96]), "K": rng.choice([32, 64, 128]), "bits": rng.choice([4, 5, 6, 8])}
     a |= {"group_size": rng.choice([32, 64]), "symmetric": rng.choice([0, 1])}
     ids = [rng.randrange(a["N"]) for _ in range(rng.choice([0, 1, 5, 40]))]
     return "QuantEmbedding", a, {"token_ids": np.array(ids, np.int64), "weight": random_weight(rng, a, False)}

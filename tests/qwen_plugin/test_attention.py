@@ -304,10 +304,10 @@ def test_equals_reference_for_any_shape(case: Case, isa: str) -> None:
     check_against_reference(case, isa)
 
 
-@pytest.mark.skipif("avx512" not in ISAS, reason="this machine has one vector instruction set at most")
+@pytest.mark.skipif("len(ISAS) < 2", reason="this machine has no vector instruction set")
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_vector_instruction_sets_give_the_same_bits(case: Case) -> None:
-    isas = [isa for isa in ISAS if isa != "plain" and (isa, case.dtype) != ("amx", "float16")]
+def test_instruction_sets_give_the_same_bits(case: Case) -> None:
+    isas = [isa for isa in ISAS if (isa, case.dtype) != ("amx", "float16")]
     expected, *others = [run_attention(make_feeds(case), case.node_attributes, isa) for isa in isas]
     for output in others:
         np.testing.assert_array_equal(output, expected, strict=True)

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_plugin.layout import (
+    BITS,
+    BLOCK_BITS,
     GROUP_SIZES,
     PANEL,
     block_units,
@@ -35,7 +37,7 @@ def draw(  # type: ignore[no-untyped-def]
     q = rng.integers(0, 2**bits, (out_features, in_features)).astype(np.uint8)
     scales = rng.uniform(1e-4, 1e-1, (out_features, groups)).astype(np.float32)
     zero_points = None if symmetric else rng.integers(0, 2**bits, (out_features, groups)).astype(np.uint8)
-    scales = round_block_scales(scales, group_size, zero_points) if blocks else round_scales(scales)
+    scales = round_block_scales(scales, bits, group_size, zero_points) if blocks else round_scales(scales)
     return q, scales, zero_points
 
 
@@ -51,6 +53,10 @@ def draw(  # type: ignore[no-untyped-def]
         (4, 32, False, True, 64 + 2 * 64 + 3 * 8 * 64),
         (4, 64, True, True, 64 + 64 + 2 * 16 * 64),  # 2 x 16 bytes of multiples
         (4, 64, False, True, 64 + 64 + 2 * 16 * 64),  # and as many of zero points
+        (5, 32, True, False, 3 * (64 + 8 * 80)),
+        (6, 32, False, False, 128 + 3 * (64 + 8 * 96)),  # 3 x 32 bytes of zero points
+        (5, 32, False, True, 64 + 2 * 64 + 3 * 8 * 80),
+        (6, 64, False, True, 64 + 64 + 2 * 16 * 96),
     ],
 )
 def test_the_size_of_a_panel(bits: int, group_size: int, symmetric: bool, blocks: bool, expected: int) -> None:
@@ -72,9 +78,9 @@ def test_every_byte_at_four_bits() -> None:
     assert panels[1, 64 : 64 + 64].view(np.float16)[:8].all()
 
 
-def largest_multiples(zero_points):
-    """Of each one the largest multiple, up to 16, that leaves all products of 4 bits less it in -128 to 127."""
-    products = (np.arange(16) - zero_points[..., None].astype(int))[..., None] * np.arange(1, 17)
+def largest_multiples(zero_points, bits=4):
+    """Of each one the largest multiple, of 16, 8 or 4, that leaves all products less it in -128 to 127."""
+    products = (np.arange(2**bits) - zero_points[..., None].astype(int))[..., None] * np.arange(1, 2 ** (8 - bits) + 1)
     return ((products >= -128) & (products <= 127)).all(axis=-2).sum(axis=-1)
 
 
@@ -110,10 +116,49 @@ def test_every_byte_at_eight_bits() -> None:
     assert np.array_equal(panels[0, 32:64], zero_points[:, 1])
 
 
+def test_every_bit_of_a_unit_of_five_bits() -> None:
+    q, scales, zero_points = draw(40, 128, 5, 64, symmetric=False)
+    panels = pack_panels(q, scales, zero_points, 5, 64)
+    assert panels.shape == (2, 64 + 2 * (64 + 16 * 80))
+    block = panels[0, 64 + 64 + 16 * 80 :]  # of the second group
+    assert np.array_equal(block[:64].view(np.float16), (scales[:32, 1] * 1024).astype(np.float16))
+    assert np.array_equal(panels[0, 32:64], zero_points[:32, 1])
+    unit = block[64 + 2 * 5 * 64 :][: 5 * 64].reshape(5, 64)[:, 4 * 7 + 2]  # steps 8 to 11, columns 64 + 4 * 8 + 2, ...
+    first, second = q[7, 98:112:4], q[16 + 7, 98:112:4]
+    assert np.array_equal(unit[:4] & 31, first)
+    assert unit[4] >> 3 == second[0]
+    assert unit[0] >> 5 << 2 | unit[1] >> 6 == second[1]
+    assert unit[2] >> 5 << 2 | unit[3] >> 6 == second[2]
+    assert (unit[4] & 7) << 2 | (unit[1] >> 5 & 1) << 1 | unit[3] >> 5 & 1 == second[3]
+
+
+def test_every_bit_of_a_unit_of_six_bits() -> None:
+    q, scales, zero_points = draw(40, 128, 6, 64, symmetric=False)
+    panels = pack_panels(q, scales, zero_points, 6, 64)
+    unit = panels[0, 64 + 64 + 3 * 3 * 64 :][: 3 * 64].reshape(3, 64)[:, 4 * 7 + 2]  # steps 6 and 7 of the first group
+    first, second = q[7, 26:32:4], q[16 + 7, 26:32:4]
+    assert np.array_equal(unit[:2] & 63, first)
+    assert unit[2] >> 2 == second[0]
+    assert unit[0] >> 6 << 4 | (unit[2] & 3) << 2 | unit[1] >> 6 == second[1]
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_the_upper_bits_of_a_zero_point_lie_above_the_multiple(bits: int) -> None:
+    q, scales, zero_points = draw(32, 256, bits, 32, symmetric=False, blocks=True)
+    panels = pack_panels(q, scales, zero_points, bits, 32, blocks=True)
+    block = panels[0, 64 + 2 * 64 + 4 * 8 * 16 * bits :]  # the second one
+    units, _ = block_units(scales, bits, 32, zero_points)
+    numbers, low = block[64 + 2 * 16 :], block[128 + 2 * 16 :]  # of group 6
+    for output, shift in ((7, 0), (23, 4)):
+        multiple = round(scales[output, 6] / units[output, 6])
+        assert numbers[7] >> shift & 15 == multiple - 1 | (zero_points[output, 6] >> 4) << (8 - bits)
+        assert low[7] >> shift & 15 == zero_points[output, 6] & 15
+
+
 @given(
     out_features=st.integers(1, 100),
     in_features=st.integers(1, 300),
-    bits=st.sampled_from((4, 8)),
+    bits=st.sampled_from(BITS),
     group_size=st.sampled_from(GROUP_SIZES),
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
@@ -122,7 +167,7 @@ def test_every_byte_at_eight_bits() -> None:
 def test_unpacking_is_the_inverse(
     out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int, blocks: bool
 ) -> None:
-    blocks = blocks and bits == 4 and group_size < 128
+    blocks = blocks and bits in BLOCK_BITS and group_size < 128
     q, scales, zero_points = draw(out_features, in_features, bits, group_size, symmetric, seed, blocks)
     panels = pack_panels(q, scales, zero_points, bits, group_size, blocks)
     expected_bytes = panel_bytes(in_features, bits, group_size, symmetric, blocks)
@@ -149,26 +194,27 @@ def test_scales_are_rounded_to_float16_of_1024_times_their_value() -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("bits", BLOCK_BITS)
 @pytest.mark.parametrize("size", [1e-11, 1e-6, 1e-2, 30])
-def test_the_scales_of_a_block_are_whole_multiples_of_its_unit(group_size, size, symmetric):
+def test_the_scales_of_a_block_are_whole_multiples_of_its_unit(size, bits, group_size, symmetric):
     together = 128 // group_size
     rng = np.random.default_rng(0)
     scales = (size * rng.uniform(1e-3, 1, (99, 4 * together - 1))).astype(np.float32)
     scales[0, 0] = 0
-    zero_points = rng.integers(0, 16, scales.shape).astype(np.uint8)
+    zero_points = rng.integers(0, 2**bits, scales.shape).astype(np.uint8)
     given = None if symmetric else zero_points
-    rounded = round_block_scales(scales, group_size, given)
+    rounded = round_block_scales(scales, bits, group_size, given)
     assert np.array_equal(round_scales(rounded), rounded)
-    assert np.array_equal(round_block_scales(rounded, group_size, given), rounded)
-    units, most = block_units(rounded, group_size, given)
+    assert np.array_equal(round_block_scales(rounded, bits, group_size, given), rounded)
+    units, most = block_units(rounded, bits, group_size, given)
     multiples = rounded / units
     assert np.array_equal(multiples, np.rint(multiples))
     assert multiples.min() >= 1
-    zero_points = np.full_like(zero_points, 8) if symmetric else zero_points
-    largest_products = [(q - zero_points.astype(int)) * multiples for q in (0, 15)]
+    zero_points = np.full_like(zero_points, 2 ** (bits - 1)) if symmetric else zero_points
+    largest_products = [(q - zero_points.astype(int)) * multiples for q in (0, 2**bits - 1)]
     assert np.min(largest_products) >= -128
     assert np.max(largest_products) <= 127
-    assert np.array_equal(most / units, largest_multiples(zero_points))
+    assert np.array_equal(most / units, largest_multiples(zero_points, bits))
     for i in range(0, scales.shape[1], together):
         block, found, unit, limit = (x[:, i : i + together] for x in (scales, rounded, units, most))
         assert np.all(unit == unit[:, :1])
@@ -181,10 +227,10 @@ def test_the_scales_of_a_block_are_whole_multiples_of_its_unit(group_size, size,
 
 
 def test_scales_of_a_block_that_are_too_large_become_infinite():
-    rounded = round_block_scales(np.array([[64.0, 1], [63.9, 1]], np.float32), 32)
+    rounded = round_block_scales(np.array([[64.0, 1], [63.9, 1]], np.float32), 4, 32)
     assert np.isinf(rounded[0, 0])
     assert np.array_equal(rounded[1], [63.5, 63.5 / 16])
-    rounded = round_block_scales(np.array([[32.0, 1], [31.9, 1]], np.float32), 32, np.zeros((2, 2), np.uint8))
+    rounded = round_block_scales(np.array([[32.0, 1], [31.9, 1]], np.float32), 4, 32, np.zeros((2, 2), np.uint8))
     assert np.isinf(rounded[0, 0])
     assert np.array_equal(rounded[1], [31.75, 31.75 / 8])
 

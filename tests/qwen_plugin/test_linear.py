@@ -27,7 +27,7 @@ from cases.linear import (
     run,
 )
 from cases.plugin_session import ISAS, make_model, make_session
-from qwen_plugin.layout import GROUP_SIZES, MOST_UNITS, pack_panels, round_scales
+from qwen_plugin.layout import BITS, BLOCK_BITS, GROUP_SIZES, MOST_UNITS, pack_panels, round_scales
 from qwen_plugin.reference_linear import QuantLinearAttributes, dequantize, quant_embedding, quant_linear
 
 PRECISIONS = ("int8", "int8x2", "float32")
@@ -67,7 +67,7 @@ def assert_reference(
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[QuantLinearAttributes, int, list[str], int]:
     swiglu = draw(st.booleans())
-    stored = draw(st.sampled_from((4, 8))), draw(st.sampled_from(GROUP_SIZES)), draw(st.sampled_from(PRECISIONS))
+    stored = draw(st.sampled_from(BITS)), draw(st.sampled_from(GROUP_SIZES)), draw(st.sampled_from(PRECISIONS))
     attributes = QuantLinearAttributes(
         N=32 * draw(st.integers(1, 4)) if swiglu else draw(st.integers(1, 130)),
         K=draw(st.integers(1, 400)),
@@ -103,7 +103,7 @@ def test_every_instruction_set_computes_the_reference_with_the_same_bits(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_number_of_rows_in_a_tile(isa: str, bits: int, group_size: int, precision: str) -> None:
     """And a row's bits do not depend on how many they are."""
@@ -119,10 +119,11 @@ def test_every_number_of_rows_in_a_tile(isa: str, bits: int, group_size: int, pr
 
 
 @pytest.mark.parametrize(("precision", "scales"), ROUNDINGS)
+@pytest.mark.parametrize("bits", BLOCK_BITS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, precision: str, scales: str) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, bits: int, precision: str, scales: str) -> None:
     for swiglu, optional in ((0, ["residual"]), (1, ["norm_weight"])):
-        attributes = QuantLinearAttributes(96, 160, 4, 32, 1, precision, scales, swiglu)
+        attributes = QuantLinearAttributes(96, 160, bits, 32, 1, precision, scales, swiglu)
         feeds = draw_feeds(attributes, 70, optional)
         y, _ = run(attributes, feeds, isa)
         rng = np.random.default_rng(1)
@@ -133,10 +134,11 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, precision: str, s
 
 
 @pytest.mark.parametrize(("precision", "scales"), ROUNDINGS)
+@pytest.mark.parametrize("bits", BLOCK_BITS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_a_bit(isa: str, precision: str, scales: str) -> None:
+def test_threads_do_not_change_a_bit(isa: str, bits: int, precision: str, scales: str) -> None:
     for rows, swiglu in itertools.product((1, 7, 100), (0, 1)):
-        attributes = QuantLinearAttributes(928, 1100, 4, 64, 0, precision, scales, swiglu)
+        attributes = QuantLinearAttributes(928, 1100, bits, 64, 0, precision, scales, swiglu)
         feeds = draw_feeds(attributes, rows, ["bias", "permutation", *(["norm_weight"] if swiglu else ["residual"])])
         alone, alone_input = run(attributes, feeds, isa, threads=1)
         for threads in (2, 4):
@@ -168,7 +170,7 @@ def test_a_wide_input_in_blocks_of_rows(isa: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_largest_products(isa: str, bits: int, precision: str) -> None:
     """Every weight at an end of its range, every column at an end of a group's: sums nowhere overflow or saturate."""
@@ -192,18 +194,20 @@ def test_the_largest_products(isa: str, bits: int, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
 @pytest.mark.parametrize("symmetric", [0, 1])
 @pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("bits", BLOCK_BITS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_largest_sum_of_a_block(isa: str, group_size: int, symmetric: int, precision: str) -> None:
+def test_the_largest_sum_of_a_block(isa: str, bits: int, group_size: int, symmetric: int, precision: str) -> None:
     """As the sum of its groups is exact, a block with a scale of its own is off by a few roundings alone."""
-    a = QuantLinearAttributes(64, 128, 4, group_size, symmetric, precision, "block")
+    a = QuantLinearAttributes(64, 128, bits, group_size, symmetric, precision, "block")
+    largest = 2**bits - 1
     rng = np.random.default_rng(0)
     groups = 128 // group_size
-    for zero_point, q in ((0, 15), (15, 0)):
+    for zero_point, q in ((0, largest), (largest, 0)):
         zero_points = None if symmetric else np.full((64, groups), zero_point, np.uint8)
-        most = MOST_UNITS if symmetric else MOST_UNITS // 2  # as zero points are at the ends
+        most = MOST_UNITS[bits] if symmetric else MOST_UNITS[bits] // 2  # as zero points are at the ends
         scales = np.full((64, groups), most / 2**13, np.float32)
         scales[1::2, 1:] = rng.integers(1, most, (32, groups - 1)) / 2**13
-        weight = pack_panels(np.full((64, 128), q, np.uint8), scales, zero_points, 4, group_size, blocks=True)
+        weight = pack_panels(np.full((64, 128), q, np.uint8), scales, zero_points, bits, group_size, blocks=True)
         x = np.full((20, 128), 127, np.float32)
         x[1::2] *= rng.choice(np.float32([-1, 1, 126 / 127]), (10, 128))
         if precision == "int8x2":
@@ -289,7 +293,7 @@ def test_extreme_inputs(isa: str, precision: str, scales: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 60.0])
 @pytest.mark.parametrize("isa", ISAS)
 def test_tiny_and_huge_scales(isa: str, bits: int, scale: float, precision: str) -> None:
@@ -397,7 +401,10 @@ def embedding_session(a: QuantLinearAttributes, threads: int = 1) -> ort.Inferen
 @pytest.mark.parametrize("symmetric", [0, 1])
 @pytest.mark.parametrize(
     ("bits", "group_size", "scales"),
-    [(4, 32, "block"), (4, 64, "block"), *((bits, size, "group") for bits in (4, 8) for size in GROUP_SIZES)],
+    [
+        *((bits, size, "block") for bits in BLOCK_BITS for size in (32, 64)),
+        *((bits, size, "group") for bits in BITS for size in GROUP_SIZES),
+    ],
 )
 def test_embedding_rows_are_those_of_the_dequantised_weight(
     bits: int, group_size: int, scales: str, symmetric: int
@@ -455,7 +462,8 @@ GOOD = QuantLinearAttributes(70, 100, 4, 32, 0)
         (r"attribute N is of another type, expected an integer", {"N": 1.0}),
         (r"attribute K is -3, expected 1 to", {"K": -3}),
         (r"attribute K is 4611686018427387904, expected 1 to", {"K": 2**62}),
-        (r"attribute bits is 5, expected 4 or 8", {"bits": 5}),
+        (r"attribute bits is 7, expected 4, 5, 6 or 8", {"bits": 7}),
+        (r"attribute bits is 3, expected 4 to 8", {"bits": 3}),
         (r"attribute bits is 0, expected 4 to 8", {"bits": None}),
         (r"attribute group_size is 48, expected 32, 64 or 128", {"group_size": 48}),
         (r"attribute group_size is 256, expected 32 to 128", {"group_size": 256}),
@@ -465,7 +473,10 @@ GOOD = QuantLinearAttributes(70, 100, 4, 32, 0)
         (r"attribute precision is '', expected int8, int8x2 or float32", {"precision": None}),
         (r"attribute precision is of another type, expected a string", {"precision": 1}),
         (r"attribute activation_scales is 'row', expected group, block, token or static", {"activation_scales": "row"}),
-        (r"attribute bits is 8, expected 4, as scales are of blocks", {"activation_scales": "block", "bits": 8}),
+        (
+            r"attribute bits is 8, expected 4, 5 or 6, as scales are of blocks",
+            {"activation_scales": "block", "bits": 8},
+        ),
         (
             r"attribute group_size is 128, expected 32 or 64, as scales are of blocks",
             {"activation_scales": "block", "group_size": 128},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cases.linear import activation_scales, draw_feeds, run
 from cases.plugin_session import ISAS
-from qwen_plugin.layout import GROUP_SIZES
+from qwen_plugin.layout import BITS, GROUP_SIZES
 from qwen_plugin.reference_linear import QuantLinearAttributes
 
 pytestmark = pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX tiles")
@@ -28,7 +28,7 @@ def attributes_with(**changes: Any) -> QuantLinearAttributes:
 
 @st.composite
 def attributes(draw: st.DrawFn) -> QuantLinearAttributes:
-    bits, group_size = draw(st.sampled_from((4, 8))), draw(st.sampled_from(GROUP_SIZES))
+    bits, group_size = draw(st.sampled_from(BITS)), draw(st.sampled_from(GROUP_SIZES))
     precision = draw(st.sampled_from(("int8", "int8x2")))
     return QuantLinearAttributes(
         N=draw(st.integers(1, 100)),

@@ -10,17 +10,17 @@ import pytest
 from cases.plugin_session import ISAS
 from qwen_engine.errors import EngineError
 from qwen_plugin import reference_scale_search
-from qwen_plugin.layout import GROUP_SIZES, round_block_scales
+from qwen_plugin.layout import BITS, BLOCK_BITS, GROUP_SIZES, round_block_scales
 from qwen_plugin.scale_search import search_scales
 
 # bits, group_size, symmetric, blocks
 CASES = [
     (bits, group_size, symmetric, blocks)
-    for bits in (4, 8)
+    for bits in BITS
     for group_size in GROUP_SIZES
     for symmetric in (True, False)
     for blocks in (True, False)
-    if not blocks or (bits == 4 and group_size < 128)
+    if not blocks or (bits in BLOCK_BITS and group_size < 128)
 ]
 
 
@@ -59,12 +59,13 @@ def test_every_instruction_set_finds_what_the_reference_finds(
         np.testing.assert_array_equal(ours, reference)
 
 
+@pytest.mark.parametrize("bits", BLOCK_BITS)
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_scales_of_blocks_are_ones_that_the_layout_holds(group_size: int, symmetric: bool) -> None:
+def test_scales_of_blocks_are_ones_that_the_layout_holds(symmetric: bool, group_size: int, bits: int) -> None:
     weight = weight_of(200, 448)
-    scales, zeros = search_scales(weight, np.ones(448, np.float32), 4, group_size, symmetric, blocks=True)
-    np.testing.assert_array_equal(round_block_scales(scales, group_size, zeros), scales)
+    scales, zeros = search_scales(weight, np.ones(448, np.float32), bits, group_size, symmetric, blocks=True)
+    np.testing.assert_array_equal(round_block_scales(scales, bits, group_size, zeros), scales)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

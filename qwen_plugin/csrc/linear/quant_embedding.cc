@@ -12,10 +12,10 @@ namespace {
 
 using operators::Tensor;
 
+template <int kBits>
 void Dequantize(const QuantWeight& w, int64_t output, float* row) {
-  const int64_t lane = output % kPanel, low = lane % 16, half = lane / 16;
+  const int64_t lane = output % kPanel;
   const uint8_t* const panel = PanelOf(w, output / kPanel);
-  const auto nibble = [&](uint8_t byte) { return half ? byte >> 4 : byte & 15; };
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t of_block = g % w.block_groups;
     const uint8_t* const block = BlockOf(w, panel, g / w.block_groups);
@@ -23,17 +23,14 @@ void Dequantize(const QuantWeight& w, int64_t output, float* row) {
     uint16_t stored;
     std::memcpy(&stored, block + 2 * lane, sizeof stored);
     float scale = HalfToFloat(stored) * kScaleUnit;
-    if (w.block_groups > 1) scale *= float(nibble(MultiplesOf(block, of_block)[low]) + 1);
-    int zero_point = SymmetricZeroPoint(w);
-    if (!w.symmetric) {
-      const uint8_t* const zero_points = ZeroPointsOf(w, panel, g);
-      zero_point = w.bits == 4 ? nibble(zero_points[low]) : zero_points[lane];
-    }
+    if (w.block_groups > 1) scale *= float(NumbersOf(w, block, of_block, int(lane)).multiple);
+    const int zero_point = ZeroPointOf(w, panel, g, int(lane));
     const int64_t first = g * w.group_size, last = std::min(first + w.group_size, w.in_features);
-    for (int64_t k = first; k < last; ++k) {
-      const int64_t j = (k - first) / 4, c = 4 * low + k % 4;
-      const int q = w.bits == 4 ? nibble(steps[j * 64 + c]) : steps[j * 128 + half * 64 + c];
-      row[k] = float(q - zero_point) * scale;
+    for (int64_t k = first; k < last; k += 4) {
+      const int64_t count = std::min<int64_t>(4, last - k);
+      uint8_t q[4];
+      UnpackColumns<kBits>(steps, (k - first) / 4, int(lane), q);
+      for (int64_t c = 0; c < count; ++c) row[k + c] = float(q[c] - zero_point) * scale;
     }
   }
 }
@@ -63,7 +60,11 @@ struct Kernel {
         throw Error("token_ids[" + std::to_string(t) + "] is " + std::to_string(id[t]) + ", expected 0 to " +
                     std::to_string(w.out_features - 1));
     float* const rows = operators::NewOutput<float>(api, context, 0, {tokens, w.in_features});
-    operators::ForEach(*threads, tokens, [&](int64_t t) { Dequantize(w, id[t], rows + t * w.in_features); });
+    const auto dequantize = w.bits == 4   ? Dequantize<4>
+                            : w.bits == 5 ? Dequantize<5>
+                            : w.bits == 6 ? Dequantize<6>
+                                          : Dequantize<8>;
+    operators::ForEach(*threads, tokens, [&](int64_t t) { dequantize(w, id[t], rows + t * w.in_features); });
   }
 };
 

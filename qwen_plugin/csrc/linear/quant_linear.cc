@@ -136,7 +136,7 @@ const Kernels& ChooseKernels() {
 // Whether kAmxBlockKernels take it: its blocks of 128 columns have one scale of the activations, and weights that are
 // whole numbers of a unit, bytes with a sign.
 bool FitsBlockTiles(const Problem& p) {
-  return p.block_groups * p.group_size == kBlockColumns && (p.bits == 4 || p.symmetric);
+  return p.block_groups * p.group_size == kBlockColumns && (p.bits < 8 || p.symmetric);
 }
 
 // Rows from which the tiles of AMX are faster than vectors, measured.

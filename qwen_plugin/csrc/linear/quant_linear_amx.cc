@@ -3,7 +3,7 @@
 // A tile of activations is 8 or 12 rows, those that are missing zero; with columns = min(group_size, 64):
 //   [in_features / columns][planes][rows][columns] bytes, [groups][rows] float32 scales,
 //   [groups][rows] factors of the zero points (only if asymmetric with 8 bits)
-// Weights are unpacked, a chunk of columns of a panel at a time, into bytes with a sign: q - zero point with 4 bits,
+// Weights are unpacked, a chunk of columns of a panel at a time, into bytes with a sign: q - zero point below 8 bits,
 // q - 128 with 8. A tile product leaves sums of the rows and 16 outputs over one group in memory, from where vectors
 // take them into y, which stays in registers for a chunk.
 #include "linear/quant_linear_amx.h"
@@ -75,39 +75,40 @@ struct Chunk {
 };
 
 // Groups [first, first + count) of a panel.
+template <int kBits>
 void Unpack(const Problem& p, const uint8_t* panel, int64_t first, int64_t count, Chunk& chunk) {
-  const __m512i low_nibbles = _mm512_set1_epi8(15);
   int8_t* out = chunk.weights;
   const int64_t half = p.group_size * kLanes;
   for (int64_t g = 0; g < count; ++g, out += 2 * half) {
     const uint8_t* const block = BlockOf(p, panel, first + g);  // of one group
+    const uint8_t* const zero_bytes = ZeroPointsOf(p, panel, first + g);
     GroupFactors& factors = chunk.factors[g];
-    __m512i zero_points[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)};
-    if (p.bits == 4 && !p.symmetric) {
-      const __m512i both = FourTimes(ZeroPointsOf(p, panel, first + g));
-      zero_points[0] = _mm512_and_si512(both, low_nibbles);
-      zero_points[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
-    }
+    __m512i zero_points[kHalves];
+    zero_points[0] = zero_points[1] = _mm512_set1_epi8(1 << (kBits < 8 ? kBits - 1 : 0));
+    if (kBits == 4 && !p.symmetric) SplitNibbles(FourTimes(zero_bytes), zero_points);
     for (int h = 0; h < kHalves; ++h) {
       factors.units[h] = Lanes::Mul(Lanes::LoadHalves(block + 32 * h), Lanes::Set(kScaleUnit));
       factors.offsets[h] = Lanes::Mul(factors.units[h], Lanes::Set(-kFloatStartValue));  // exact
+      const uint8_t* const bytes = zero_bytes + 16 * h;
+      if ((kBits == 5 || kBits == 6) && !p.symmetric) zero_points[h] = FourTimes(bytes);
       if (HasCorrection(p)) {
-        const uint8_t* const bytes = ZeroPointsOf(p, panel, first + g) + 16 * h;
         const __m512i less = _mm512_sub_epi32(
             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))), _mm512_set1_epi32(128));
         factors.zero_points[h] = _mm512_mask_mov_epi16(_mm512_slli_epi32(less, 24), 0x55555555, less);
       }
     }
     const uint8_t* const steps = StepsOf(p, block, 0);
-    for (int64_t i = 0; i < half; i += 64) {
-      if (p.bits == 4) {
-        const __m512i v = _mm512_loadu_si512(steps + i), high = _mm512_srli_epi16(v, 4);
-        _mm512_store_si512(out + i, _mm512_sub_epi8(_mm512_and_si512(v, low_nibbles), zero_points[0]));
-        _mm512_store_si512(out + half + i, _mm512_sub_epi8(_mm512_and_si512(high, low_nibbles), zero_points[1]));
-      } else {
-        for (int h = 0; h < kHalves; ++h)
-          _mm512_store_si512(out + half * h + i,
-                             _mm512_xor_si512(_mm512_loadu_si512(steps + 2 * i + 64 * h), _mm512_set1_epi8(-128)));
+    __m512i lines[UnitLines(kBits)];
+    for (int64_t j = 0; j < p.group_size / 4; ++j) {
+      __m512i q[kHalves];
+      if constexpr (kBits < 8) LoadStep<kBits>(steps, j, lines, q);
+      for (int h = 0; h < kHalves; ++h) {
+        if constexpr (kBits == 8) {
+          q[h] = _mm512_xor_si512(_mm512_loadu_si512(steps + 128 * j + 64 * h), _mm512_set1_epi8(-128));
+        } else {
+          q[h] = _mm512_sub_epi8(q[h], zero_points[h]);
+        }
+        _mm512_store_si512(out + half * h + 64 * j, q[h]);
       }
     }
   }
@@ -299,12 +300,13 @@ Share ShareOf(const Problem& p) { return ShareOf(p, TileRows(p), TileBytesAmx(p)
 
 void MultiplyAmx(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
   const int64_t rows = TileRows(p);
+  const auto unpack = p.bits == 4 ? Unpack<4> : p.bits == 5 ? Unpack<5> : p.bits == 6 ? Unpack<6> : Unpack<8>;
   const ChunkMultiplier multiply = rows == kFewRows ? ChooseGroup<kFewRows>(p) : ChooseGroup<kManyRows>(p);
   ConfigureTiles(int(rows), int(p.group_size < kMaxColumns ? p.group_size : kMaxColumns));
   TakeTurns(p, tiles, of_tiles, of_panels, rows, TileBytesAmx(p), ChunkGroups(p),
             [&](int64_t panel, int64_t first, int64_t count, const uint8_t* next, float (*totals)[kPanel]) {
               Chunk chunk;
-              Unpack(p, PanelOf(p, panel), first, count, chunk);
+              unpack(p, PanelOf(p, panel), first, count, chunk);
               multiply(p, chunk, first, count, of_tiles, next, activations, totals);
             });
   asm volatile("tilerelease");

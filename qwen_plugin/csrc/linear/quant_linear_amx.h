@@ -88,6 +88,40 @@ inline __m512i FourTimes(const uint8_t* bytes) {
   return _mm512_shuffle_epi8(_mm512_cvtepu8_epi32(v), _mm512_broadcast_i32x4(firsts));
 }
 
+// The low nibbles, and the high ones.
+INLINE void SplitNibbles(__m512i v, __m512i* q) {
+  q[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
+  q[1] = _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(0x1020408000000000), 0);  // bits shifted by four
+}
+
+// Step j of the integers of a group of 4, 5 or 6 bits; `lines` stay with the next.
+template <int kBits>
+INLINE void LoadStep(const uint8_t* steps, int64_t j, __m512i (&lines)[UnitLines(kBits)], __m512i* q) {
+  constexpr int kUnit = UnitSteps(kBits), kLines = UnitLines(kBits);
+  if constexpr (kBits == 4) {
+    SplitNibbles(_mm512_loadu_si512(steps + 64 * j), q);
+  } else {
+    if (j % kUnit == 0) UNROLL_FOR(l, kLines) lines[l] = _mm512_loadu_si512(steps + (j / kUnit * kLines + l) * 64);
+    UnpackStep<kBits, Avx512Bytes>(lines, int(j % kUnit), q);
+    q[1] = _mm512_srli_epi16(q[1], 8 - kBits);  // 0 leaves a byte
+  }
+}
+
+// A group's zero points in a block of 4, 5 or 6 bits, each in the four bytes of its lane; `numbers`: of the multiples.
+template <int kBits>
+INLINE void LoadZeroPointBytes(const uint8_t* low, const uint8_t* numbers, __m512i* out) {
+  SplitNibbles(FourTimes(low), out);
+  if constexpr (kBits > 4) {
+    __m512i upper[kHalves];
+    SplitNibbles(FourTimes(numbers), upper);
+    constexpr int kAbove = 16 - (256 >> kBits);
+    for (int h = 0; h < kHalves; ++h) {
+      const __m512i bits = _mm512_slli_epi16(_mm512_and_si512(upper[h], _mm512_set1_epi8(kAbove)), kBits - 4);
+      out[h] = _mm512_or_si512(out[h], bits);
+    }
+  }
+}
+
 // Whether y is written past the caches, which could not hold it, instead of being read into them first.
 inline bool Streams(const Problem& p) {
   return p.rows * p.width * int64_t(sizeof(float)) >= kStreamBytes && p.width % kLanes == 0 &&

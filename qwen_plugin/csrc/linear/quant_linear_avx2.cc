@@ -1,8 +1,9 @@
 // qwen::QuantLinear with AVX2 alone.
 //
-// Products of unsigned and signed bytes are added in pairs to 16 bits with saturation, so only nibbles are multiplied:
-// 15 * 128 * 2 of a pair, and eight steps of them, stay below 2^15. So do those less their zero points: where scales
-// are of blocks, words start from these, and what takes them to 32 bits multiplies with the group's multiples.
+// Products of unsigned and signed bytes are added in pairs to 16 bits with saturation, so bytes are multiplied nibble
+// by nibble: 15 * 128 * 2 of a pair, and eight steps of them, stay below 2^15. So do those less their zero points:
+// where scales are of blocks, words start from these, and what takes them to 32 bits multiplies with the group's
+// multiples. Of 5 and 6 bits, so do the steps of a unit, four or two, that have no zero points yet.
 #include "linear/quant_linear_kernels.h"
 #include "vectors/lanes_avx2_eight.h"
 
@@ -11,7 +12,8 @@ namespace {
 
 struct Avx2 : Avx2Eight {
   static constexpr int kMaxRows[] = {4, 2}, kMostRows[] = {4, 2};
-  static constexpr uint32_t kHighFactor = 1, kByteOffset = 0;
+  static constexpr bool kInPlace = false;
+  static constexpr uint32_t kByteOffset = 0;
   static constexpr bool kWeighsGroups = true;
   using BlockSum = Ints;
 
@@ -20,14 +22,6 @@ struct Avx2 : Avx2Eight {
     const Ints mask = _mm256_set1_epi8(15);
     q[0] = _mm256_and_si256(v, mask);
     q[1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
-  }
-  template <int kBits>
-  static void LoadZeroPoints(const uint8_t* p, Ints* q) {
-    if constexpr (kBits == 4) {
-      SplitNibbles(LoadBytes(p), q);
-    } else {
-      q[0] = LoadBytes(p), q[1] = LoadBytes(p + 16);
-    }
   }
 
   // Were the sum an intrinsic too, GCC 12 would add products up in another order and keep all of them in memory.
@@ -52,25 +46,49 @@ struct Avx2 : Avx2Eight {
       }
     }
   }
-  template <int kLines>
+  // Adds a unit's products, of 5 or 6 bits.
+  template <int kBits, int kAll>
+  static inline __attribute__((always_inline)) void AddUnit(const uint8_t* unit, const int32_t* values,
+                                                            Ints (&words)[kAll][2]) {
+    Ints lines[UnitLines(kBits)];
+    UNROLL_FOR(i, UnitLines(kBits)) lines[i] = LoadInts(unit + i * 64);
+    UNROLL_FOR(j, UnitSteps(kBits)) {
+      Ints q[2];
+      UnpackStep<kBits, Avx2Bytes>(lines, j, q);
+      q[1] = _mm256_srli_epi16(q[1], 8 - kBits);  // the bits that leave a byte are 0
+      UNROLL_FOR(r, kAll) {
+        const Ints a = SetInts(values[j * kAll + r]);
+        UNROLL_FOR(i, 2) AddBytes(words[r][i], q[i], a);
+      }
+    }
+  }
+  // What eight steps read.
+  template <int kBits>
   static inline __attribute__((always_inline)) void FetchEight(int pass, Stream& stream) {
+    constexpr int kTimes = kBits == 5 ? 5 : 4, kFetches = kBits == 8 ? 8 : 2 * kBits;
     if (pass > 0 || stream.IsDone()) return;
-    for (int i = 0; i < 8; i += 4) stream.Fetch<kLines, 4>();
+    for (int i = 0; i < kFetches; i += kTimes) stream.Fetch<FetchLines(kBits), kTimes>();
   }
 
   template <int kBits, int kAll>
   static inline __attribute__((always_inline)) void Dot(const uint8_t* block, int64_t steps, int pass,
                                                         const int32_t* values, Ints (&sums)[kAll][2], Stream& stream) {
-    constexpr int kStepBytes = 16 * kBits;
+    constexpr int kStepBytes = 16 * kBits, kUnit = UnitSteps(kBits);
     const Ints one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
     block += pass * 32;
     for (int64_t j = 0; j < steps; j += 8, block += 8 * kStepBytes, values += 8 * kAll) {
-      FetchEight<kStepBytes / 64>(pass, stream);
+      FetchEight<kBits>(pass, stream);
       Ints words[kAll][2];
       if constexpr (kBits == 4) {
         Clear(words);
         EightSteps<kStepBytes>(block, values, words);
         UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = AddInts(sums[r][h], _mm256_madd_epi16(words[r][h], one));
+      } else if constexpr (kUnit > 1) {
+        UNROLL_FOR(u, 8 / kUnit) {
+          Clear(words);
+          AddUnit<kBits>(block + u * kUnit * kStepBytes, values + u * kUnit * kAll, words);
+          UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = AddInts(sums[r][h], _mm256_madd_epi16(words[r][h], one));
+        }
       } else {
         UNROLL_FOR(h, 2) {
           Clear(words);
@@ -103,21 +121,45 @@ struct Avx2 : Avx2Eight {
   }
 
   // Adds a group's dots, times its multiples, to sums.
-  template <bool kSymmetric, int kAll>
+  template <int kBits, bool kSymmetric, int kAll>
   static inline __attribute__((always_inline)) void DotWeighed(const uint8_t* block, int64_t steps, int pass,
                                                                const int32_t* values, const uint8_t* zero_bytes,
-                                                               const uint8_t* multiples_less_1, Ints (&sums)[kAll][2],
+                                                               const uint8_t* numbers, Ints (&sums)[kAll][2],
                                                                Stream& stream) {
+    constexpr int kStepBytes = 16 * kBits, kUnit = UnitSteps(kBits), kLess1 = (256 >> kBits) - 1;
     const int32_t* starts = values + steps * kAll;
     Ints zero_points[2], multiples[2];
-    zero_points[0] = zero_points[1] = _mm256_set1_epi16(8);
+    zero_points[0] = zero_points[1] = _mm256_set1_epi16(1 << (kBits - 1));
     if constexpr (!kSymmetric) LoadNibbleWords(zero_bytes + pass * kLanes, zero_points);
-    LoadNibbleWords(multiples_less_1 + pass * kLanes, multiples);
-    UNROLL_FOR(h, 2) multiples[h] = _mm256_add_epi16(multiples[h], _mm256_set1_epi16(1));
+    LoadNibbleWords(numbers + pass * kLanes, multiples);
+    UNROLL_FOR(h, 2) {
+      if constexpr (kUnit > 1) {
+        if constexpr (!kSymmetric) {
+          const Ints upper = _mm256_slli_epi16(_mm256_srli_epi16(multiples[h], 8 - kBits), 4);
+          zero_points[h] = _mm256_or_si256(zero_points[h], upper);
+        }
+        multiples[h] = _mm256_and_si256(multiples[h], _mm256_set1_epi16(kLess1));
+      }
+      multiples[h] = _mm256_add_epi16(multiples[h], _mm256_set1_epi16(1));
+      if constexpr (kUnit > 1) zero_points[h] = _mm256_mullo_epi16(zero_points[h], multiples[h]);
+    }
     block += pass * 32;
-    for (int64_t j = 0; j < steps; j += 8, block += 8 * 64, values += 8 * kAll, starts += kAll) {
-      FetchEight<1>(pass, stream);
+    for (int64_t j = 0; j < steps; j += 8, block += 8 * kStepBytes, values += 8 * kAll, starts += kAll) {
+      FetchEight<kBits>(pass, stream);
       Ints words[kAll][2];
+      if constexpr (kUnit > 1) {
+        UNROLL_FOR(r, kAll) {
+          const Ints start = SetInts(starts[r]);
+          UNROLL_FOR(h, 2) sums[r][h] = AddInts(sums[r][h], _mm256_madd_epi16(zero_points[h], start));
+        }
+        UNROLL_FOR(u, 8 / kUnit) {
+          Clear(words);
+          AddUnit<kBits>(block + u * kUnit * kStepBytes, values + u * kUnit * kAll, words);
+          UNROLL_FOR(r, kAll)
+          UNROLL_FOR(h, 2) sums[r][h] = AddInts(sums[r][h], _mm256_madd_epi16(words[r][h], multiples[h]));
+        }
+        continue;
+      }
       UNROLL_FOR(r, kAll) {
         const Ints start = SetInts(starts[r]);
         UNROLL_FOR(h, 2) words[r][h] = _mm256_mullo_epi16(zero_points[h], start);

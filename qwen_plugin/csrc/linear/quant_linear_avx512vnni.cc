@@ -8,7 +8,8 @@ namespace {
 struct Avx512Vnni : Avx512Lanes {
   using Lanes = Avx512Lanes;
   static constexpr int kLanes = 16, kMaxRows[] = {6, 4}, kMostRows[] = {8, 4};
-  static constexpr uint32_t kHighFactor = 16, kByteOffset = 0;  // high nibbles are used in place
+  static constexpr bool kInPlace = true;
+  static constexpr uint32_t kByteOffset = 0;
   static constexpr bool kWeighsGroups = false;
   using BlockSum = Floats;
 
@@ -26,28 +27,24 @@ struct Avx512Vnni : Avx512Lanes {
     return c;
   }
 
-  static void SplitNibbles(Ints v, Ints* q) {
-    q[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
-    q[1] = _mm512_xor_si512(v, q[0]);
+  static Ints LoadInts(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Ints LoadBytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Ints And(Ints v, int32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
+  template <int kCount>
+  static Ints ShiftRight(Ints v) {
+    return _mm512_srli_epi32(v, kCount);
   }
   template <int kBits>
-  static void LoadStep(const uint8_t* p, Ints* q) {
-    const Ints v = _mm512_loadu_si512(p);
+  static void UnpackLines(const Ints* lines, int step, Ints* q) {
     if constexpr (kBits == 4) {
-      SplitNibbles(v, q);
+      q[0] = _mm512_and_si512(lines[0], _mm512_set1_epi8(15));
+      q[1] = _mm512_xor_si512(lines[0], q[0]);
+    } else if constexpr (kBits == 8) {
+      q[0] = lines[0], q[1] = lines[1];
     } else {
-      q[0] = v, q[1] = _mm512_loadu_si512(p + 64);
-    }
-  }
-  template <int kBits>
-  static void LoadZeroPoints(const uint8_t* p, Ints* q) {
-    const auto load = [](const uint8_t* at) {
-      return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-    };
-    if constexpr (kBits == 4) {
-      SplitNibbles(load(p), q);
-    } else {
-      q[0] = load(p), q[1] = load(p + 16);
+      UnpackStep<kBits, Avx512Bytes>(lines, step, q);
     }
   }
   template <int kBits, int kAll>

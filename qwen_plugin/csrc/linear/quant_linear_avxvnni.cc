@@ -7,7 +7,8 @@ namespace {
 
 struct AvxVnni : Avx2Eight {
   static constexpr int kMaxRows[] = {6, 3}, kMostRows[] = {6, 3};
-  static constexpr uint32_t kHighFactor = 16, kByteOffset = 0;  // high nibbles are used in place
+  static constexpr bool kInPlace = true;
+  static constexpr uint32_t kByteOffset = 0;
   static constexpr bool kWeighsGroups = false;
   using BlockSum = Floats;
 
@@ -18,24 +19,15 @@ struct AvxVnni : Avx2Eight {
     return c;
   }
 
-  static void SplitNibbles(Ints v, Ints* q) {
-    q[0] = _mm256_and_si256(v, _mm256_set1_epi8(15));
-    q[1] = _mm256_xor_si256(v, q[0]);
-  }
   template <int kBits>
-  static void LoadStep(const uint8_t* p, Ints* q) {
+  static void UnpackLines(const Ints* lines, int step, Ints* q) {
     if constexpr (kBits == 4) {
-      SplitNibbles(LoadInts(p), q);
+      q[0] = _mm256_and_si256(lines[0], _mm256_set1_epi8(15));
+      q[1] = _mm256_xor_si256(lines[0], q[0]);
+    } else if constexpr (kBits == 8) {
+      q[0] = lines[0], q[1] = lines[1];
     } else {
-      q[0] = LoadInts(p), q[1] = LoadInts(p + 64);
-    }
-  }
-  template <int kBits>
-  static void LoadZeroPoints(const uint8_t* p, Ints* q) {
-    if constexpr (kBits == 4) {
-      SplitNibbles(LoadBytes(p), q);
-    } else {
-      q[0] = LoadBytes(p), q[1] = LoadBytes(p + 16);
+      UnpackStep<kBits, Avx2Bytes>(lines, step, q);
     }
   }
   template <int kBits, int kAll>

@@ -58,52 +58,60 @@ struct Block {
   int parts;  // that have columns
 };
 
-// Bytes, none above 15, times the word in both words of their lane, none above 16.
+// Bytes times the word in both words of their lane, none of the products above 255.
 INLINE __m512i Times(__m512i bytes, __m512i words) { return _mm512_mullo_epi16(bytes, words); }
 
-// What weights are before they are unpacked. With multiples, their groups have scales of their own.
-enum class Form { kMultiples, kFourBits, kEightBits };
-
-// The low and the high nibbles.
-INLINE void Split(__m512i v, __m512i* q) {
-  q[0] = _mm512_and_si512(v, _mm512_set1_epi8(15));
-  q[1] = _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(0x1020408000000000), 0);  // bits shifted by four
-}
+// What weights are before they are unpacked: their bits, and whether their groups have multiples as scales.
+template <int kBits_, bool kMultiples_>
+struct Form {
+  static constexpr int kBits = kBits_;
+  static constexpr bool kMultiples = kMultiples_;
+};
 
 // Unpacks a block of a panel; calls read() for every four of its lines.
-template <Form kForm, class Function>
+template <class F, class Function>
 inline void Unpack(const Problem& p, const uint8_t* panel, int64_t block, Block& out, const Function& read) {
+  constexpr int kBits = F::kBits;
   const int64_t first = block * p.block_groups;
   const int64_t groups = p.groups - first < p.block_groups ? p.groups - first : p.block_groups;
   const uint8_t* const stored = BlockOf(p, panel, block);
-  const __m512i low_bytes = _mm512_set1_epi16(15), one = _mm512_set1_epi16(1);
+  const __m512i less_1 = _mm512_set1_epi16((256 >> kBits) - 1), one = _mm512_set1_epi16(1);
   for (int64_t i = 0; i < p.header_bytes; i += 4 * kLineBytes) read();
   for (int h = 0; h < kHalves; ++h)
     out.units[h] = Lanes::Mul(Lanes::LoadHalves(stored + 32 * h), Lanes::Set(kScaleUnit));
   out.parts = int(CeilDiv(groups * p.group_size, kColumns));
   int64_t step = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* const steps = StepsOf(p, stored, g);
-    __m512i less[kHalves] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)}, multiples[kHalves];  // less: zero points
-    if (kForm != Form::kEightBits && !p.symmetric) Split(FourTimes(ZeroPointsOf(p, panel, first + g)), less);
-    if constexpr (kForm == Form::kMultiples) {
-      Split(FourTimes(MultiplesOf(stored, g)), multiples);
+    const uint8_t *const steps = StepsOf(p, stored, g), *const numbers = MultiplesOf(stored, g);
+    __m512i less[kHalves], multiples[kHalves];  // less: zero points
+    less[0] = less[1] = _mm512_set1_epi8(1 << (kBits < 8 ? kBits - 1 : 0));
+    if (kBits < 8 && !p.symmetric) {
+      const uint8_t* const bytes = ZeroPointsOf(p, panel, first + g);
+      if constexpr (F::kMultiples || kBits == 4) {
+        LoadZeroPointBytes<kBits>(bytes, numbers, less);
+      } else {
+        for (int h = 0; h < kHalves; ++h) less[h] = FourTimes(bytes + 16 * h);
+      }
+    }
+    if constexpr (F::kMultiples) {
+      SplitNibbles(FourTimes(numbers), multiples);
       for (int h = 0; h < kHalves; ++h) {
-        multiples[h] = _mm512_add_epi16(_mm512_and_si512(multiples[h], low_bytes), one);
+        multiples[h] = _mm512_add_epi16(_mm512_and_si512(multiples[h], less_1), one);
         less[h] = Times(less[h], multiples[h]);
       }
     }
+    __m512i lines[UnitLines(kBits)];
     for (int64_t i = 0; i < p.group_size / 4; i += 4, step += 4) {
       read();
-      if (kForm == Form::kEightBits) read();
+      if (kBits == 8 || (kBits > 4 && i / 4 % (kBits == 5 ? 4 : 2) == 0)) read();
       UNROLL_FOR(j, 4) {
         __m512i q[kHalves];
-        if constexpr (kForm != Form::kEightBits) Split(_mm512_loadu_si512(steps + 64 * (i + j)), q);
+        if constexpr (kBits < 8) LoadStep<kBits>(steps, i + j, lines, q);
         UNROLL_FOR(h, kHalves) {
-          if constexpr (kForm == Form::kEightBits) {
+          if constexpr (kBits == 8) {
             q[h] = _mm512_xor_si512(_mm512_loadu_si512(steps + 128 * (i + j) + 64 * h), _mm512_set1_epi8(-128));
           } else {
-            if constexpr (kForm == Form::kMultiples) q[h] = Times(q[h], multiples[h]);
+            if constexpr (F::kMultiples) q[h] = Times(q[h], multiples[h]);
             q[h] = _mm512_sub_epi8(q[h], less[h]);
           }
           _mm512_store_si512(out.weights[h][0] + 64 * (step + j), q[h]);
@@ -124,7 +132,7 @@ struct Target {
 };
 
 // The product of a tile, or of its first rows, and a block.
-template <int kPlanes, Form kForm, int kTileRows = kRows>
+template <int kPlanes, class F, int kTileRows = kRows>
 struct Product {
   using Sums = int32_t[kHalves][kPlanes][kTileRows][kLanes];
   static constexpr int64_t kPartBytes = kPlanes * kTileSize, kBlockBytes = kParts * kPartBytes;
@@ -190,7 +198,7 @@ struct Product {
         __m512 product;
         if constexpr (kPlanes == 1) {
           product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum(0)), unit);
-        } else if constexpr (kForm == Form::kMultiples) {
+        } else if constexpr (F::kMultiples) {
           product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum(0)), _mm512_mul_ps(unit, _mm512_set1_ps(256.f)));
           product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum(1)), unit, product);
         } else {
@@ -207,10 +215,10 @@ struct Product {
 
 // Adds the products of tiles and a panel's blocks [first, first + count) to totals. Meanwhile it fetches the weights at
 // `fetch`.
-template <int kPlanes, Form kForm>
+template <int kPlanes, class F>
 void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t count, Range of_tiles,
                    const uint8_t* fetch, const char* activations, float (*totals)[kPanel]) {
-  using P = Product<kPlanes, kForm>;
+  using P = Product<kPlanes, F>;
   alignas(64) typename P::Sums sums;
   const int64_t tile_bytes = TileBytes(p), value_bytes = ValueBytes(p);
   const int64_t fetch_bytes = kChunkBlocks * p.block_bytes;
@@ -240,9 +248,9 @@ void MultiplyChunk(const Problem& p, const Block* blocks, int64_t first, int64_t
 
 // A single tile and panels. A tile load waits long for what was just stored: a block is unpacked while the one before
 // is multiplied, and its sums are added while the one after is.
-template <int kPlanes, Form kForm, int kTileRows>
+template <int kPlanes, class F, int kTileRows>
 void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* tile) {
-  using P = Product<kPlanes, kForm, kTileRows>;
+  using P = Product<kPlanes, F, kTileRows>;
   struct Place {
     int64_t panel, block;
     int buffer;
@@ -260,7 +268,7 @@ void MultiplySingle(const Problem& p, Range rows, Range of_panels, const char* t
       StartWindows(PanelOf(p, of_panels.first), (of_panels.last - of_panels.first) * p.panel_bytes, kLineBytes);
   const auto unpack = [&](Place at) {
     if (at.panel == of_panels.last) return;
-    Unpack<kForm>(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.Fetch<1, 4>(); });
+    Unpack<F>(p, PanelOf(p, at.panel), at.block, blocks[at.buffer], [&] { stream.Fetch<1, 4>(); });
   };
   const auto add = [&](Place at, const typename P::Sums& from) {
     const Target target = {&blocks[at.buffer], scales + at.block * kRows, totals, at.block == 0};
@@ -284,12 +292,12 @@ int64_t ChunkGroups(const Problem& p) { return kChunkBlocks * p.block_groups; }
 
 Share ShareOf(const Problem& p) { return ShareOf(p, kRows, TileBytes(p), ChunkGroups(p)); }
 
-template <int kPlanes, Form kForm>
+template <int kPlanes, class F>
 void MultiplyTiles(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
   if (of_tiles.last - of_tiles.first == 1) {
     const Range rows = {RowBegin(p, tiles, of_tiles.first), RowBegin(p, tiles, of_tiles.last)};
-    const auto multiply = rows.last - rows.first <= kRows / 2 ? MultiplySingle<kPlanes, kForm, kRows / 2>
-                                                              : MultiplySingle<kPlanes, kForm, kRows>;
+    const auto multiply =
+        rows.last - rows.first <= kRows / 2 ? MultiplySingle<kPlanes, F, kRows / 2> : MultiplySingle<kPlanes, F, kRows>;
     return multiply(p, rows, of_panels, activations + of_tiles.first * TileBytes(p));
   }
   ConfigureTiles(kRows, kColumns);
@@ -297,16 +305,22 @@ void MultiplyTiles(const Problem& p, int64_t tiles, Range of_tiles, Range of_pan
             [&](int64_t panel, int64_t group, int64_t groups, const uint8_t* next, float (*totals)[kPanel]) {
               const int64_t first = group / p.block_groups, count = CeilDiv(groups, p.block_groups);
               Block chunk[kChunkBlocks];
-              for (int64_t i = 0; i < count; ++i) Unpack<kForm>(p, PanelOf(p, panel), first + i, chunk[i], [] {});
-              MultiplyChunk<kPlanes, kForm>(p, chunk, first, count, of_tiles, next, activations, totals);
+              for (int64_t i = 0; i < count; ++i) Unpack<F>(p, PanelOf(p, panel), first + i, chunk[i], [] {});
+              MultiplyChunk<kPlanes, F>(p, chunk, first, count, of_tiles, next, activations, totals);
             });
+}
+
+template <int kPlanes, int kBits>
+auto ChooseScales(const Problem& p) {
+  return p.block_groups > 1 ? MultiplyTiles<kPlanes, Form<kBits, true>> : MultiplyTiles<kPlanes, Form<kBits, false>>;
 }
 
 template <int kPlanes>
 auto ChooseForm(const Problem& p) {
-  return p.bits == 8          ? MultiplyTiles<kPlanes, Form::kEightBits>
-         : p.block_groups > 1 ? MultiplyTiles<kPlanes, Form::kMultiples>
-                              : MultiplyTiles<kPlanes, Form::kFourBits>;
+  return p.bits == 4   ? ChooseScales<kPlanes, 4>(p)
+         : p.bits == 5 ? ChooseScales<kPlanes, 5>(p)
+         : p.bits == 6 ? ChooseScales<kPlanes, 6>(p)
+                       : MultiplyTiles<kPlanes, Form<8, false>>;
 }
 
 void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {

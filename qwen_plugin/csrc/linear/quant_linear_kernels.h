@@ -1,7 +1,7 @@
 // qwen::QuantLinear's kernels, for any instruction set I (quant_linear_<set>.cc) of kLanes integers a vector
-// and tiles of kMaxRows rows, one alone of kMostRows: for int8 and for int8x2. Its Dot multiplies high nibbles times
-// kHighFactor, and bytes less kByteOffset. One that kWeighsGroups has a DotWeighed, which adds up a block's groups
-// times their multiples.
+// and tiles of kMaxRows rows, one alone of kMostRows: for int8 and for int8x2. Its Dot multiplies integers of the
+// second half times HighFactor, and bytes less kByteOffset. One that kWeighsGroups has a DotWeighed, which adds up a
+// block's groups times their multiples.
 //
 // A tile of activations is a stream of its groups, each
 //   [group_size / 4 steps][rows][4 columns] bytes, [2 halves][rows] int32 starts, [rows] float32 scales
@@ -84,6 +84,16 @@ inline Stream StartWindows(const uint8_t* from, int64_t size, int64_t bytes) {
   return stream;
 }
 
+// What the integers of a panel's second half are multiplied times, below 8 bits: where kInPlace, they stay in the upper
+// bits of their bytes.
+template <class I>
+constexpr int HighFactor(int bits) {
+  return I::kInPlace ? 1 << (8 - bits) : 1;
+}
+
+// Lines that are fetched at once.
+constexpr int FetchLines(int bits) { return bits == 8 ? 2 : 1; }
+
 inline int64_t GroupBytes(const Problem& p, int64_t rows, int planes) {
   return 4 * (p.group_size / 4 * rows * planes + 2 * rows * planes + rows);
 }
@@ -131,7 +141,7 @@ void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, cha
       const uint32_t sum = uint32_t(group.sums[plane]);
       const uint32_t zero_point = uint32_t(SymmetricZeroPoint(p)) - (p.bits == 8 ? I::kByteOffset : 0);
       for (int half = 0; half < 2; ++half) {
-        const uint32_t factor = half == 1 && p.bits == 4 ? I::kHighFactor : 1;
+        const uint32_t factor = half == 1 ? uint32_t(HighFactor<I>(p.bits)) : 1;
         const uint32_t start =
             p.symmetric ? sum_start - zero_point * factor * sum : (0 - sum) & 0xffffu;  // a factor of the zero points
         std::memcpy(starts + 4 * (half * all + first + plane), &start, 4);
@@ -161,15 +171,49 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
 
 // ---- Multiplying
 
-// The multiples of a block's unit that a group's scales are, for the outputs of one pass; over kHighFactor where Dot
-// has that.
-template <class I>
+// Zero points of the outputs of one pass, outside of blocks: those of the second half times HighFactor.
+template <class I, int kBits>
+inline __attribute__((always_inline)) void LoadZeroPoints(const uint8_t* stored, int pass, typename I::Ints* out) {
+  stored += pass * I::kLanes;
+  if constexpr (kBits == 4) {
+    const auto both = I::LoadBytes(stored);
+    out[0] = I::And(both, 15);
+    out[1] = I::And(both, 240);
+    if constexpr (!I::kInPlace) out[1] = I::template ShiftRight<4>(out[1]);
+  } else {
+    out[0] = I::LoadBytes(stored);
+    out[1] = I::template ShiftLeft<I::kInPlace ? 8 - kBits : 0>(I::LoadBytes(stored + kPanel / 2));
+    if constexpr (kBits == 8 && I::kByteOffset > 0)
+      UNROLL_FOR(h, 2) out[h] = I::AddInts(out[h], I::SetInts(-int(I::kByteOffset)));
+  }
+}
+
+// The same of a group of a block.
+template <class I, int kBits>
+inline __attribute__((always_inline)) void LoadBlockZeroPoints(const uint8_t* stored, const uint8_t* multiples,
+                                                               int pass, typename I::Ints* out) {
+  const auto low = I::LoadBytes(stored + pass * I::kLanes);
+  out[0] = I::And(low, 15);
+  out[1] = I::And(low, 240);  // times 16
+  if constexpr (kBits > 4) {
+    constexpr int kAbove = 16 - (256 >> kBits);  // the bits above a multiple
+    const auto upper = I::LoadBytes(multiples + pass * I::kLanes);
+    out[0] = I::AddInts(out[0], I::template ShiftLeft<kBits - 4>(I::And(upper, kAbove)));
+    out[1] = I::AddInts(I::template ShiftRight<kBits - 4>(out[1]), I::And(upper, kAbove << 4));
+  }
+  if constexpr (!I::kInPlace) out[1] = I::template ShiftRight<8 - kBits>(out[1]);
+}
+
+// The multiples of a block's unit that a group's scales are, for the outputs of one pass; over HighFactor for those of
+// the second half.
+template <class I, int kBits>
 inline __attribute__((always_inline)) void LoadMultiples(const uint8_t* stored, int pass, typename I::Floats* out) {
-  typename I::Ints less_one[2];  // high ones times kHighFactor
-  I::template LoadZeroPoints<4>(stored + pass * I::kLanes, less_one);
+  constexpr int kLess1 = (256 >> kBits) - 1;
+  const auto both = I::LoadBytes(stored + pass * I::kLanes);
   UNROLL_FOR(h, 2) {
-    const float one = h == 0 ? 1.f : 1.f / I::kHighFactor;
-    out[h] = I::Fma(I::ToFloats(less_one[h]), I::Set(one * one), I::Set(one));
+    const float one = h == 0 ? 1.f : 1.f / HighFactor<I>(kBits);
+    const auto less_1 = I::ToFloats(I::And(both, h == 0 ? kLess1 : kLess1 << 4));  // times 16 in the second half
+    out[h] = I::Fma(less_1, I::Set(h == 0 ? 1.f : one / 16), I::Set(one));
   }
 }
 
@@ -199,7 +243,8 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
   using Floats = typename I::Floats;
   constexpr int kAll = kRows * kPlanes, kPasses = 16 / I::kLanes;
   constexpr bool kWeighs = kBlocks && I::kWeighsGroups;
-  constexpr float kHighUnit = kScaleUnit / (kBits == 4 ? I::kHighFactor : 1);
+  constexpr float kHighUnit = kScaleUnit / HighFactor<I>(kBits);
+  constexpr int kFetch = FetchLines(kBits), kZeroPointBytes = ZeroPointBytes(kBits);
   const int64_t steps = p.group_size / 4, group_bytes = GroupBytes(p, kRows, kPlanes);
   Floats totals[kPasses][kRows][2];
   typename I::BlockSum blocks[kPasses][kAll][2];
@@ -217,22 +262,26 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
     if (!kBlocks || of_block == 0) {
       block = next;
       next += p.header_bytes;
-      for (int i = 0; i < (kBits == 4 && kBlocks ? (kSymmetric ? 2 : 3) : 1); ++i) stream.Fetch<kBits / 4>();
+      for (int i = 0; i < (kBlocks ? (kSymmetric ? 2 : 3) : 1); ++i) stream.Fetch<kFetch>();
     }
-    if (!kBlocks && !kSymmetric && g % (16 / kBits) == 0) stream.Fetch<kBits / 4>();
+    if (!kBlocks && !kSymmetric && g % (64 / kZeroPointBytes) == 0) stream.Fetch<kFetch>();
     const uint8_t* const zero_bytes =
-        kBlocks ? MultiplesOf(block, p.block_groups + of_block) : panel + g * (kBits == 4 ? 16 : 32);
+        kBlocks ? MultiplesOf(block, p.block_groups + of_block) : panel + g * kZeroPointBytes;
     UNROLL_FOR(pass, kPasses) {
       Ints sums[kAll][2];
       if constexpr (kWeighs) {
-        I::template DotWeighed<kSymmetric, kAll>(next, steps, pass, values, zero_bytes, MultiplesOf(block, of_block),
-                                                 blocks[pass], stream);
+        I::template DotWeighed<kBits, kSymmetric, kAll>(next, steps, pass, values, zero_bytes,
+                                                        MultiplesOf(block, of_block), blocks[pass], stream);
       } else {
         if constexpr (kSymmetric) {
           UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) sums[r][h] = I::SetInts(starts[h * kAll + r]);
         } else {
           Ints zero_points[2];
-          I::template LoadZeroPoints<kBits>(zero_bytes + pass * I::kLanes, zero_points);
+          if constexpr (kBlocks) {
+            LoadBlockZeroPoints<I, kBits>(zero_bytes, MultiplesOf(block, of_block), pass, zero_points);
+          } else {
+            LoadZeroPoints<I, kBits>(zero_bytes, pass, zero_points);
+          }
           UNROLL_FOR(r, kAll)
           UNROLL_FOR(h, 2)
           sums[r][h] = I::AddWords(I::SetInts(kPlanes == 1 || kBlocks ? kFloatStart : 0), zero_points[h],
@@ -243,7 +292,7 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
 
       if constexpr (kBlocks && !kWeighs) {
         Floats multiples[2];
-        LoadMultiples<I>(MultiplesOf(block, of_block), pass, multiples);
+        LoadMultiples<I, kBits>(MultiplesOf(block, of_block), pass, multiples);
         UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) {
           const Floats dot = I::Add(I::BitsToFloats(sums[r][h]), I::Set(-kFloatStartValue));
           blocks[pass][r][h] = I::Fma(dot, multiples[h], blocks[pass][r][h]);
@@ -298,20 +347,20 @@ void MultiplyFloatTile(const Problem& p, const uint8_t* panel, const char* tile,
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t of_block = g % p.block_groups;
     const uint8_t* const block = BlockOf(p, panel, g / p.block_groups);
-    const uint8_t *const multiples = MultiplesOf(block, of_block), *const zero_points = ZeroPointsOf(p, panel, g);
     float minus_zero_points[kPanel], units[kPanel];
     for (int i = 0; i < kPanel; ++i) {
-      const int shift = i < 16 ? 0 : 4;
-      int zero_point = SymmetricZeroPoint(p);
-      if (!p.symmetric) zero_point = kBits == 4 ? zero_points[i % 16] >> shift & 15 : zero_points[i];
-      minus_zero_points[i] = float(-zero_point);
-      units[i] = kScaleUnit * (p.block_groups == 1 ? 1.f : float((multiples[i % 16] >> shift & 15) + 1));
+      minus_zero_points[i] = float(-ZeroPointOf(p, panel, g, i));
+      units[i] = kScaleUnit * (p.block_groups == 1 ? 1.f : float(NumbersOf(p, block, of_block, i).multiple));
     }
+    const uint8_t* const steps = StepsOf(p, block, of_block);
+    uint8_t unpacked[2][2 * kPanel];  // with 5 and 6 bits
     for (int64_t k = 0; k < p.group_size; ++k, x += kRows) {
-      const uint8_t* const step = StepsOf(p, block, of_block) + k / 4 * (16 * kBits);
+      const int column = int(k % 4);
+      if ((kBits == 5 || kBits == 6) && column == 0) UnpackAll<kBits>(steps, k / 4, unpacked);
       for (int h = 0; h < 2; ++h) {
-        const auto q =
-            kBits == 4 ? L::Column(step, int(k % 4), 4 * h, 15) : L::Column(step + 64 * h, int(k % 4), 0, 255);
+        const auto q = kBits == 4   ? L::Column(steps + k / 4 * 64, column, 4 * h, 15)
+                       : kBits == 8 ? L::Column(steps + k / 4 * 128 + 64 * h, column, 0, 255)
+                                    : L::Column(unpacked[h], column, 0, 255);
         const auto centred = L::Add(L::ToFloats(q), L::Load(minus_zero_points + 16 * h));
         const auto scale = L::Mul(L::LoadHalves(block + 32 * h), L::Load(units + 16 * h));  // exact
         const auto weight = L::Mul(centred, scale);
@@ -342,13 +391,13 @@ void MultiplySomeFloatRows(const Problem& p, const uint8_t* panel, const char* t
 template <class I, int kBits>
 void MultiplyAnyTile(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows, Stream& stream,
                      float (*out)[kPanel]) {
-  if constexpr (kBits == 4) {
+  if constexpr (kBits < 8) {
     if (p.activation_scales == ActivationScales::kBlock && p.precision == Precision::kInt8)
-      return (p.symmetric ? MultiplySomeRows<I, 4, true, 1, true>
-                          : MultiplySomeRows<I, 4, false, 1, true>)(p, panel, tile, rows, stream, out);
+      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 1, true>
+                          : MultiplySomeRows<I, kBits, false, 1, true>)(p, panel, tile, rows, stream, out);
     if (p.activation_scales == ActivationScales::kBlock && p.precision == Precision::kInt8x2)
-      return (p.symmetric ? MultiplySomeRows<I, 4, true, 2, true>
-                          : MultiplySomeRows<I, 4, false, 2, true>)(p, panel, tile, rows, stream, out);
+      return (p.symmetric ? MultiplySomeRows<I, kBits, true, 2, true>
+                          : MultiplySomeRows<I, kBits, false, 2, true>)(p, panel, tile, rows, stream, out);
   }
   switch (p.precision) {
     case Precision::kInt8:
@@ -408,7 +457,7 @@ Share ShareOf(const Problem& p) {
 
 template <class I>
 void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations) {
-  const int64_t count = of_tiles.last - of_tiles.first, fetch_bytes = 16 * p.bits;
+  const int64_t count = of_tiles.last - of_tiles.first, fetch_bytes = kLineBytes * FetchLines(p.bits);
   const int64_t fetches = CeilDiv(p.panel_bytes, count * fetch_bytes);  // a tile's share of the next panel
   Stream stream;
   if (count == 1) {
@@ -416,6 +465,10 @@ void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, 
   } else {
     stream.step = fetch_bytes, stream.a_group = CeilDiv(fetches, p.groups);
   }
+  const auto multiply = p.bits == 4   ? MultiplyAnyTile<I, 4>
+                        : p.bits == 5 ? MultiplyAnyTile<I, 5>
+                        : p.bits == 6 ? MultiplyAnyTile<I, 6>
+                                      : MultiplyAnyTile<I, 8>;
   for (int64_t n = of_panels.first; n < of_panels.last; ++n) {
     const uint8_t* const panel = PanelOf(p, n);
     for (int64_t t = of_tiles.first; t < of_tiles.last; ++t) {
@@ -427,8 +480,7 @@ void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, 
         stream.left = 0, stream.of_share = fetches;
       }
       alignas(64) float out[kMaxTileRows][kPanel];
-      (p.bits == 4 ? MultiplyAnyTile<I, 4> : MultiplyAnyTile<I, 8>)(p, panel, activations + t * TileBytes<I>(p), rows,
-                                                                    stream, out);
+      multiply(p, panel, activations + t * TileBytes<I>(p), rows, stream, out);
       Finish<typename I::Lanes>(p, n, begin, rows, out);
     }
   }
@@ -445,16 +497,22 @@ inline __attribute__((always_inline)) void DotInOne(const uint8_t* block, int64_
                                                     const int32_t* values, typename I::Ints (&sums)[kAll][2],
                                                     Stream& stream) {
   // One or two rows wait for the instruction's latency, unless they have several sums.
-  constexpr int kChains = kAll == 1 ? 4 : kAll == 2 ? 2 : 1, kStepBytes = 16 * kBits;
+  constexpr int kChains = kAll == 1 ? 4 : kAll == 2 ? 2 : 1;
+  constexpr int kFetch = FetchLines(kBits), kUnit = UnitSteps(kBits), kLines = UnitLines(kBits);
   typename I::Ints chains[kChains][kAll][2];
   UNROLL_FOR(c, kChains) UNROLL_FOR(r, kAll) UNROLL_FOR(h, 2) chains[c][r][h] = c == 0 ? sums[r][h] : I::SetInts(0);
   block += pass * 4 * I::kLanes;
+  typename I::Ints lines[kLines];
   for (int64_t j = 0; j < steps; j += 8) {
     UNROLL_FOR(i, 8) {
       typename I::Ints q[2];
-      I::template LoadStep<kBits>(block, q);
-      block += kStepBytes;
-      if (pass == 0) stream.Fetch<kStepBytes / 64>();
+      if (i % kUnit == 0) {
+        UNROLL_FOR(l, kLines) lines[l] = I::LoadInts(block + l * kLineBytes);
+        block += kLines * kLineBytes;
+        if (kUnit > 1 && pass == 0) stream.Fetch<kFetch>();
+      }
+      I::template UnpackLines<kBits>(lines, i % kUnit, q);
+      if (pass == 0) stream.Fetch<kFetch>();
       UNROLL_FOR(r, kAll) {
         const auto four = I::SetInts(*values++);
         auto& sum = chains[i % kChains][r];

@@ -8,7 +8,8 @@ namespace {
 struct Plain : PlainLanes {
   using Lanes = PlainLanes;
   static constexpr int kLanes = 16, kMaxRows[] = {4, 2}, kMostRows[] = {4, 2};
-  static constexpr uint32_t kHighFactor = 1, kByteOffset = 0;
+  static constexpr bool kInPlace = false;
+  static constexpr uint32_t kByteOffset = 0;
   static constexpr bool kWeighsGroups = false;
   using BlockSum = Floats;
 
@@ -31,28 +32,35 @@ struct Plain : PlainLanes {
     for (int i = 0; i < 16; ++i) c.lane[i] += uint32_t(int16_t(a.lane[i]) * int16_t(b.lane[i]));
     return c;
   }
+  static Ints LoadBytes(const uint8_t* p) {
+    Ints v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  static Ints And(Ints v, int32_t mask) {
+    for (uint32_t& lane : v.lane) lane &= uint32_t(mask);
+    return v;
+  }
   template <int kBits>
-  static void LoadZeroPoints(const uint8_t* p, Ints* q) {
-    for (int i = 0; i < 16; ++i) {
-      q[0].lane[i] = kBits == 4 ? p[i] & 15u : p[i];
-      q[1].lane[i] = kBits == 4 ? p[i] >> 4 : p[i + 16];
-    }
+  static Ints ShiftRight(Ints v) {
+    for (uint32_t& lane : v.lane) lane >>= kBits;
+    return v;
   }
 
   template <int kBits, int kAll>
-  static void Dot(const uint8_t* block, int64_t steps, int, const int32_t* values, Ints (&sums)[kAll][2], Stream&) {
-    for (int64_t j = 0; j < steps; ++j, block += 16 * kBits, values += kAll)
-      for (int h = 0; h < 2; ++h) {
-        int16_t q[64];
-        for (int i = 0; i < 64; ++i) q[i] = kBits == 8 ? block[64 * h + i] : h == 0 ? block[i] & 15 : block[i] >> 4;
+  static void Dot(const uint8_t* group, int64_t steps, int, const int32_t* values, Ints (&sums)[kAll][2], Stream&) {
+    for (int64_t j = 0; j < steps; ++j, values += kAll) {
+      uint8_t q[2][2 * kPanel];
+      UnpackAll<kBits>(group, j, q);
+      for (int h = 0; h < 2; ++h)
         for (int r = 0; r < kAll; ++r) {
           int8_t a[4];
           std::memcpy(a, values + r, 4);
           for (int i = 0; i < 16; ++i)
             sums[r][h].lane[i] +=
-                uint32_t(q[4 * i] * a[0] + q[4 * i + 1] * a[1] + q[4 * i + 2] * a[2] + q[4 * i + 3] * a[3]);
+                uint32_t(q[h][4 * i] * a[0] + q[h][4 * i + 1] * a[1] + q[h][4 * i + 2] * a[2] + q[h][4 * i + 3] * a[3]);
         }
-      }
+    }
   }
 };
 

@@ -10,12 +10,13 @@ QuantWeight ReadWeight(const operators::Attributes& attributes, bool has_blocks)
   w.out_features = attributes.Int("N", 0, 1, kMost);
   w.in_features = attributes.Int("K", 0, 1, kMost);
   w.bits = int(attributes.Int("bits", 0, 4, 8));
-  if (w.bits != 4 && w.bits != 8) attributes.Refuse("bits", std::to_string(w.bits), "4 or 8");
+  if (w.bits == 7) attributes.Refuse("bits", std::to_string(w.bits), "4, 5, 6 or 8");
   w.group_size = attributes.Int("group_size", 0, 32, kMaxGroup);
   if (w.group_size != 32 && w.group_size != 64 && w.group_size != 128)
     attributes.Refuse("group_size", std::to_string(w.group_size), "32, 64 or 128");
   w.symmetric = attributes.Int("symmetric", -1, 0, 1) == 1;
-  if (has_blocks && w.bits != 4) attributes.Refuse("bits", std::to_string(w.bits), "4, as scales are of blocks");
+  if (has_blocks && w.bits == 8)
+    attributes.Refuse("bits", std::to_string(w.bits), "4, 5 or 6, as scales are of blocks");
   if (has_blocks && w.group_size >= kBlockColumns)
     attributes.Refuse("group_size", std::to_string(w.group_size), "32 or 64, as scales are of blocks");
   const auto lines = [&](int64_t bytes) { return CeilDiv(bytes, 64) * 64; };
@@ -26,7 +27,7 @@ QuantWeight ReadWeight(const operators::Attributes& attributes, bool has_blocks)
   w.group_bytes = w.group_size * 4 * w.bits;
   w.header_bytes = 2 * kPanel + (has_blocks ? lines(w.block_groups * (w.symmetric ? 16 : 32)) : 0);
   w.block_bytes = w.header_bytes + w.block_groups * w.group_bytes;
-  w.prefix_bytes = w.symmetric || has_blocks ? 0 : lines(w.groups * 4 * w.bits);
+  w.prefix_bytes = w.symmetric || has_blocks ? 0 : lines(w.groups * ZeroPointBytes(w.bits));
   w.panel_bytes = w.prefix_bytes + w.blocks * w.header_bytes + w.groups * w.group_bytes;
   return w;
 }

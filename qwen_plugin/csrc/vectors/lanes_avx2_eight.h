@@ -27,9 +27,31 @@ struct Avx2Eight {
   }
   static Ints SetInts(int32_t x) { return _mm256_set1_epi32(x); }
   static Ints AddInts(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+  static Ints And(Ints v, int32_t mask) { return _mm256_and_si256(v, _mm256_set1_epi32(mask)); }
   template <int kBits>
   static Ints ShiftLeft(Ints v) {
     return _mm256_slli_epi32(v, kBits);
+  }
+  template <int kBits>
+  static Ints ShiftRight(Ints v) {
+    return _mm256_srli_epi32(v, kBits);
+  }
+};
+
+// The 32 bytes of a vector, as quant_weight.h's UnpackStep wants them.
+struct Avx2Bytes {
+  using Bytes = __m256i;
+  static Bytes And(Bytes a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi8(char(mask))); }
+  static Bytes Choose(int mask, Bytes a, Bytes b) {
+    return _mm256_or_si256(And(a, mask), _mm256_andnot_si256(_mm256_set1_epi8(char(mask)), b));
+  }
+  template <int kCount>
+  static Bytes Left(Bytes a) {
+    return _mm256_slli_epi16(a, kCount);
+  }
+  template <int kCount>
+  static Bytes Right(Bytes a) {
+    return _mm256_srli_epi16(a, kCount);
   }
 };
 

@@ -56,4 +56,21 @@ struct Avx512Lanes {
   }
 };
 
+// The 64 bytes of a vector, as quant_weight.h's UnpackStep wants them.
+struct Avx512Bytes {
+  using Bytes = __m512i;
+  static Bytes And(Bytes a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi8(char(mask))); }
+  static Bytes Choose(int mask, Bytes a, Bytes b) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(mask)), a, b, 0xca);
+  }
+  template <int kCount>
+  static Bytes Left(Bytes a) {
+    return _mm512_slli_epi16(a, kCount);
+  }
+  template <int kCount>
+  static Bytes Right(Bytes a) {
+    return _mm512_srli_epi16(a, kCount);
+  }
+};
+
 }  // namespace

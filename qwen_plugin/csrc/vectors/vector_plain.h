@@ -81,15 +81,12 @@ struct Plain {
     const Sums larger = magnitude > other;
     return (Vector)((magnitude & larger) | (other & ~larger));
   }
-#ifdef __FP_FAST_FMAF
+  // Rounded once, as everywhere: a call of the C library where the processor may lack the instruction.
   static Vector Fma(Vector a, Vector b, Vector c) {
     Vector r;
     for (int i = 0; i < kLanes; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return r;
   }
-#else
-  static Vector Fma(Vector a, Vector b, Vector c) { return a * b + c; }  // two roundings, but fast everywhere
-#endif
   static Vector Round(Vector x) { return (x + kMagic) - kMagic; }
   // p * 2^n for whole n, or 0 where x < limit.
   static Vector Scale(Vector p, Vector n, Vector x, float limit) {

@@ -8,10 +8,10 @@ import pytest
 from qwen_build.calibration import scale_search
 from qwen_build.calibration.scale_search import search_scales
 from qwen_build.quantization.grid import Grid
-from qwen_build.quantization.scheme_table import SCHEMES, make_scheme
+from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, make_scheme
 from qwen_build.quantization.schemes import StockInt
 
-CASES = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+CASES = [(bits, symmetric) for bits in (4, 5, 6, 8) for symmetric in (True, False)]
 
 
 def errors(weight, rounded, grid, importance):
@@ -23,6 +23,8 @@ def errors(weight, rounded, grid, importance):
 @pytest.mark.parametrize("kernels", ["native", "stock"])
 @pytest.mark.parametrize(("bits", "symmetric"), CASES)
 def test_no_group_gets_worse_and_all_together_better(bits, symmetric, kernels, monkeypatch):
+    if bits not in KERNELS[kernels].bits:
+        pytest.skip("these kernels have no such weights")
     monkeypatch.setattr(scale_search, "_SLICE_ELEMENTS", 1000)  # several slices
     random = np.random.default_rng(0)
     weight = random.normal(size=(70, 80)).astype(np.float32) ** 3
@@ -32,8 +34,10 @@ def test_no_group_gets_worse_and_all_together_better(bits, symmetric, kernels, m
     before = errors(weight, scheme.grid.round(weight, scheme.storable), scheme.grid, importance)
     after = errors(weight, found, scheme.grid, importance)
     # the scale that float16 holds is not quite the one that was found: of 255 steps that is seen
-    assert (after <= before * {4: 1.001, 8: 1.02}[bits]).all()
-    assert after.sum() < {4: 0.9, 8: 0.99}[bits] * before.sum()  # 256 steps are seldom too coarse for an outlier
+    assert (after <= before * {4: 1.001, 5: 1.01, 6: 1.01, 8: 1.02}[bits]).all()
+    assert (
+        after.sum() < {4: 0.9, 5: 0.95, 6: 0.98, 8: 0.99}[bits] * before.sum()
+    )  # 256 steps are seldom too coarse for an outlier
     np.testing.assert_array_equal(scheme.storable(found.scales, found.zero_points), found.scales)
     scheme.store(found)
     nearest = scheme.grid.nearest(np.pad(weight, ((0, 0), (0, 16))).reshape(70, 3, 32), found.scales, found.zero_points)

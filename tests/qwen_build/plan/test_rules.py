@@ -184,7 +184,7 @@ def test_a_file_of_rules_is_read_in_its_order(tmp_path):
         ("[]", "is not a JSON object"),
         ('[["a", {"quant": "int8"}]]', "is not a JSON object"),
         ('{"a": "int8"}', "'a' is not a JSON object"),
-        ('{"a": {}}', "'a' has no quant, expected one of none, int8, int4"),
+        ('{"a": {}}', "'a' has no quant, expected one of none, int8, int6, int5, int4"),
         ('{"a": {"quant": "int8", "bits": 4}}', "'a' has unknown bits, expected quant, group_size"),
         ('{"a": {"quant": 8}}', "'a': quant is 8, expected str"),
         ('{"a": {"quant": "int8", "symmetric": 1}}', "'a': symmetric is 1, expected bool"),

@@ -15,7 +15,7 @@ from qwen_engine import choices
 from qwen_engine.choices import WEIGHT_SCALES
 from qwen_engine.errors import BuildError
 from qwen_plugin import library_path
-from qwen_plugin.layout import GATED_PANELS, GROUP_SIZES, PANEL
+from qwen_plugin.layout import BITS, GATED_PANELS, GROUP_SIZES, PANEL
 from qwen_run.engine_files.stored_rows import READERS, pack, unpack
 
 GRIDS = [
@@ -25,7 +25,7 @@ GRIDS = [
     for group_size in GROUP_SIZES
     for symmetric in (True, False)
 ]
-STORES = [row.store(grid, "float32") for row in KERNELS.values() for grid in GRIDS]
+STORES = [row.store(grid, "float32") for row in KERNELS.values() for grid in GRIDS if grid.bits in row.bits]
 
 
 def name_of(scheme) -> str:
@@ -187,9 +187,9 @@ def test_unpack_after_pack_is_the_identity(bits):
     assert np.array_equal(unpack(pack(q, bits), bits), q)
 
 
-def test_only_int4_has_zero_points_unless_asked():
+def test_who_has_zero_points_unless_asked():
     symmetric = {name: make_scheme(name, 32, None, None, "native").record.symmetric for name in SCHEMES}
-    assert symmetric == {"none": True, "int8": True, "int4": False}
+    assert symmetric == {"none": True, "int8": True, "int6": False, "int5": False, "int4": False}
     assert not make_scheme("int8", 32, False, None, "native").record.symmetric
 
 
@@ -209,7 +209,7 @@ def test_the_choices_are_the_tables():
     assert set(choices.ACTIVATIONS) == {name for row in KERNELS.values() for name in row.activations}
 
 
-def test_every_scheme_can_be_read_back():
+def test_every_layout_can_be_read_back():
     assert {scheme.record.layout for scheme in STORES} | {GATED_PANELS} == set(READERS)
 
 
@@ -227,10 +227,11 @@ def test_a_row_makes_the_scheme_of_its_name(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("int3", 32, True, "int8", "native"), "--quant int3 is not one of none, int8, int4"),
+        (("int3", 32, True, "int8", "native"), "--quant int3 is not one of none, int8, int6, int5, int4"),
         (("int4", 48, True, "int8", "native"), "--group-size 48 is not one of 32, 64, 128"),
         (("int4", 32, True, "int8", "cuda"), "--kernels cuda is not one of native, stock"),
         (("int4", 32, True, "bf16", "native"), "native has no --activations bf16; choose int8 or int8x2 or float32"),
+        (("int5", 32, True, "int8", "stock"), "--kernels stock has no weights of 5 bits; use --kernels native"),
         (("int4", 32, True, "int8x2", "stock"), "--kernels stock has no --activations int8x2; choose int8 or float32"),
     ],
 )
@@ -253,7 +254,7 @@ def test_the_scales_of_an_output_or_of_a_weight_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["channel", "tensor"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @widths
 def test_a_shared_scale_is_stored_and_read_back(bits, kind, in_features):
     w = weight((48, in_features)) * np.geomspace(0.01, 1, 48, dtype=np.float32)[:, None]
@@ -292,7 +293,10 @@ def test_shared_scales_make_the_grid_symmetric():
         (("int8", 32, None, None, "stock", "channel"), "--kernels stock has no --weight-scales channel"),
         (("int8", 32, None, None, "stock", "group", "token"), "--kernels stock has no --activation-scales token"),
         (("int8", 32, None, "float32", "native", "group", "token"), "--activations float32 has no --activation-scales"),
-        (("int8", 32, None, None, "native", "group", "block"), "--activation-scales block goes with int4 in groups"),
+        (
+            ("int8", 32, None, None, "native", "group", "block"),
+            "--activation-scales block goes with less than 8 bits in",
+        ),
         (
             ("int4", 128, None, None, "native", "group", "block"),
             "found int4 in groups of 128 and a scale for each group",
@@ -309,16 +313,19 @@ def test_scales_that_cannot_be_are_refused(arguments, message):
         make_scheme(*arguments)
 
 
-def test_int4_in_groups_of_32_and_64_has_scales_for_blocks():
+def test_less_than_8_bits_in_groups_of_32_and_64_have_scales_for_blocks():
     found = {
         (name, size, activations): make_scheme(name, size, None, activations, "native").record.activation_scales
         for name, size, activations in [
             ("int4", 32, None), ("int4", 64, "int8"), ("int4", 128, None), ("int4", 32, "int8x2"),
-            ("int4", 32, "float32"), ("int8", 32, None),
+            ("int4", 32, "float32"), ("int8", 32, None), ("int5", 32, None), ("int6", 64, None), ("int6", 128, None),
         ]
     }  # fmt: skip
     blocks = [key for key, scales in found.items() if scales == "block"]
-    assert blocks == [("int4", 32, None), ("int4", 64, "int8"), ("int4", 32, "int8x2")]
+    assert blocks == [
+        *[("int4", 32, None), ("int4", 64, "int8"), ("int4", 32, "int8x2")],
+        *[("int5", 32, None), ("int6", 64, None)],
+    ]
     assert set(found.values()) == {"block", "group"}
     assert make_scheme("int4", 64, None, None, "native", "group", "group").record.activation_scales == "group"
     assert make_scheme("int4", 32, None, None, "native", "group", "group").record.activation_scales == "group"

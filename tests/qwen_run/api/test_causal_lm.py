@@ -257,7 +257,7 @@ def test_export_says_what_the_path_is(checkpoint, engine, tmp_path):
         ("prefill_chunk_size", 0, "a positive multiple of 64"),
         ("prefill_chunk_size", 100, "a positive multiple of 64"),
         ("prefill_chunk_size", -64, "a positive multiple of 64"),
-        ("quantization", "int3", "one of none, int8, int4"),
+        ("quantization", "int3", "one of none, int8, int6, int5, int4"),
         ("use_inputs_embeds", 1, "True or False"),
         ("use_inputs_embeds", True, "leave it out and give generate the token ids as input_ids"),
     ],

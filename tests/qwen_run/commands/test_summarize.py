@@ -132,7 +132,7 @@ def change_panels(engine: Path, linear: str, change: Callable[[np.ndarray, np.nd
         panels, record.out_features, padded, grid.bits, grid.group_size, grid.symmetric, blocks
     )
     change(q, scales)
-    scales = round_block_scales(scales, grid.group_size, zero_points) if blocks else round_scales(scales)
+    scales = round_block_scales(scales, grid.bits, grid.group_size, zero_points) if blocks else round_scales(scales)
     panels[:] = pack_panels(q, scales, zero_points, grid.bits, grid.group_size, blocks)
 
 
