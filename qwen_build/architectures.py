@@ -44,6 +44,7 @@ class Architecture:
         trained: max_position_embeddings of a config -> the tokens that its authors say to stretch with YaRN, where that
             is another number: Qwen3's 40,960 leave 8,192 for the answer.
         window: how layers with a window are named; None: there are none.
+        beyond: what it needs beyond its longest text and engines have not; None: nothing.
         layer_kinds: of its layers, by turns where ``config.json`` has no layer_types; see ``graph/architecture.py``.
     """
 
@@ -57,6 +58,7 @@ class Architecture:
     trained: Mapping[int, int] = field(default_factory=dict, hash=False)
     window: WindowKeys | None = None
     layer_kinds: tuple[str, ...] = ("full_attention",)
+    beyond: str | None = None
 
 
 _QWEN_DEFAULTS = {
@@ -75,6 +77,23 @@ _QWEN_DEFAULTS = {
 }
 _QWEN_WINDOW = WindowKeys(switch="use_sliding_window", first_layer="max_window_layers")
 
+_LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_MISTRAL_DEFAULTS = _LLAMA_DEFAULTS | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
 # Hugging Face model_type -> its features; a new family starts with a row here
 ARCHITECTURES = {
     "qwen2": Architecture(
@@ -84,4 +103,30 @@ ARCHITECTURES = {
         ("Qwen3 (dense)",), bias_key="attention_bias", qk_norm=True, head_dim=128, defaults=_QWEN_DEFAULTS,
         trained={40960: 32768}, window=_QWEN_WINDOW,
     ),
+    "qwen": Architecture(
+        ("Qwen (2023)",), qkv_bias=True, defaults={"tie_word_embeddings": False},
+        beyond="dynamic NTK and log-n attention",
+    ),
+    "llama": Architecture(
+        ("Llama 2", "Llama 3", "TinyLlama", "SmolLM2", "Yi", "DeepSeek-R1-Distill"), bias_key="attention_bias",
+        defaults=_LLAMA_DEFAULTS,
+    ),
+    "mistral": Architecture(("Mistral",), defaults=_MISTRAL_DEFAULTS, window=WindowKeys()),
 }  # fmt: skip
+
+# model_type that people have and no row computes -> what it is
+REFUSED = {
+    "mixtral": "a mixture of experts",
+    "llama4": "a mixture of experts",
+    "llama4_text": "a mixture of experts",
+    "phimoe": "a mixture of experts",
+    "qwen4_exp": "a mixture of experts with hyper-connections",
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+    "deepseek_v32": "multi-head latent attention",
+    "mistral4": "multi-head latent attention",
+    "ministral": "sliding and full attention by turns",
+    "mllama": "a model of images",
+    "pixtral": "a model of images",
+    "mistral3": "a model of images",
+}

@@ -43,7 +43,7 @@ from qwen_build.writing.weights_file import (
     write_weights,
 )
 from qwen_engine import __version__
-from qwen_engine.errors import BuildError, UnsupportedModel
+from qwen_engine.errors import BuildError
 from qwen_engine.graph_io import BATCH_INPUTS, EMBEDDING, HEAD, PLUGIN_DOMAIN, TensorSpec, logits_output
 from qwen_engine.manifest import (
     FORMAT_VERSION,
@@ -255,12 +255,6 @@ def _max_seq_len(options: ResolvedOptions, config: ModelConfig) -> int:
     if chosen > most:
         advice = f"; --yarn {max(2, math.ceil(chosen / trained))} stretches them" if trained else ""
         raise BuildError(f"--max-seq-len {chosen} is more than the {most} tokens {why}{advice}")
-    some = config.windowed
-    if some.window is not None and chosen > some.window:
-        raise UnsupportedModel(
-            f"config.json: {some.count} layers, the first of them {some.first}, attend to the last {some.window} "
-            f"tokens only, and engines attend to all; build with --max-seq-len {some.window}, where this is the same"
-        )
     if chosen < MIN_SEQ_LEN:
         raise BuildError(f"{chosen} is too short a sequence for a prompt and an answer, expected {MIN_SEQ_LEN} or more")
     return chosen

@@ -236,12 +236,6 @@ BUILDS = [
     ),
     Row(
         DRY,
-        "attend to all; build with --max-seq-len 64, where this is the same",
-        f"{DRY} --max-seq-len 64",
-        config(use_sliding_window=True, sliding_window=64, max_window_layers=0, layer_types=None),
-    ),
-    Row(
-        DRY,
         "outside the checkpoint; put the file itself there, or remove the link",
         DRY,
         lambda: (
@@ -391,7 +385,7 @@ ELSEWHERE = {
     "needs weight scales of its own": "without it: tests/qwen_build/checkpoint/formats/test_words.py",
     "python -m qwen_plugin.compile": "make test compiles what the tests run on",
     "leave out --compare hf": "every row of BENCHES does without",
-    "there is no window": "the row of a window that is one builds with --max-seq-len",
+    "there is no window": "tests/whole/test_windows.py builds with both keys",
 }
 LEAST_PIECE = len("; choose")  # of a message, that tells it from others
 ADVICE = re.compile(

@@ -11,9 +11,14 @@ from qwen_build.checkpoint.rope import ROPE_TYPES
 
 ROOT = Path(__file__).parents[1]
 
+FAMILIES = ARCHITECTURES.items()
+
 # row of README.md, of README.zh-CN.md -> the names it begins with, in order
 SUPPORTED = {
-    ("models", "模型"): [name for row in ARCHITECTURES.values() for name in row.models],
+    ("Qwen models", "Qwen 模型"): [name for kind, row in FAMILIES if kind.startswith("qwen") for name in row.models],
+    ("other models", "其他模型"): [
+        name for kind, row in FAMILIES if not kind.startswith("qwen") for name in row.models
+    ],
     ("rotary embeddings", "旋转位置编码"): list(ROPE_TYPES),
 }
 

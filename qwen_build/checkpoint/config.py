@@ -11,14 +11,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen_build.architectures import ARCHITECTURES, Architecture
-from qwen_build.checkpoint.config_keys import (
-    NO_WINDOW,
-    WindowedLayers,
-    check_only,
-    unknown_keys,
-    windowed_layers,
-)
+from qwen_build.architectures import ARCHITECTURES, REFUSED, Architecture
+from qwen_build.checkpoint import qwen1
+from qwen_build.checkpoint.config_keys import check_only, read_window, sliding_layers, unknown_keys
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.rope import ROPE_OBJECTS, Rope, read_rope
 from qwen_engine.errors import CheckpointError, UnsupportedModel
@@ -54,7 +49,7 @@ class ModelConfig(ModelSizes):
         longest: the most tokens of a sequence.
         qkv_bias, o_bias: which linears of the attention have biases.
         eos_token_ids: the config's own, maybe none.
-        windowed: the layers that do not see the whole of a text as long as ``max_position_embeddings``.
+        sliding_window: tokens that a layer of sliding_attention attends to, itself included; None: there is none.
         unknown: keys of the config that nobody here knows.
     """
 
@@ -66,7 +61,7 @@ class ModelConfig(ModelSizes):
     qkv_bias: bool
     o_bias: bool
     eos_token_ids: tuple[int, ...] = ()
-    windowed: WindowedLayers = NO_WINDOW
+    sliding_window: int | None = None
     unknown: tuple[str, ...] = ()
 
     @property
@@ -101,17 +96,22 @@ class ModelConfig(ModelSizes):
         """As :meth:`from_hf`, from the parsed file."""
         model_type = hf.get("model_type")
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-            raise UnsupportedModel(f"model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+            what = f" ({REFUSED[model_type]})" if isinstance(model_type, str) and model_type in REFUSED else ""
+            raise UnsupportedModel(f"model_type {model_type!r}{what} is not one of {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[model_type]
+        if model_type == qwen1.MODEL_TYPE:
+            hf = qwen1.as_other_families(hf)
         check_only(hf)
         hf = with_defaults(hf, architecture)
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         positions = integer(hf, "max_position_embeddings", most=MOST_POSITIONS)
         biased = architecture.bias_key is not None and boolean(hf, architecture.bias_key)
         rope = read_rope(hf, architecture.rope_theta, positions)
+        length = longest(hf, rope, architecture, positions)
+        window, kinds = layer_kinds(hf, architecture, length.tokens)
         config = cls(
             architecture=architecture,
-            layer_kinds=layer_kinds(hf, architecture),
+            layer_kinds=kinds,
             model_type=model_type,
             vocab_size=integer(hf, "vocab_size"),
             hidden_size=hidden_size,
@@ -127,13 +127,11 @@ class ModelConfig(ModelSizes):
             tie_word_embeddings=boolean(hf, "tie_word_embeddings"),
             max_position_embeddings=positions,
             rope=rope,
-            longest=longest(hf, rope, architecture, positions),
+            longest=length,
             qkv_bias=architecture.qkv_bias or biased,
             o_bias=biased,
             eos_token_ids=token_ids(hf.get("eos_token_id")),
-            windowed=windowed_layers(
-                hf, architecture.window, integer(hf, "num_hidden_layers"), rope.longest(positions)
-            ),
+            sliding_window=window,
             unknown=unknown_keys(hf, architecture),
         )
         check_sizes(config)
@@ -166,6 +164,8 @@ def longest(hf: Mapping[str, Any], rope: Rope, architecture: Architecture, posit
             raise CheckpointError(f"config.json: dual_chunk_attention_config is {chunked!r}, expected an object")
         sizes = [integer(chunked, "chunk_size"), integer(chunked, "original_max_position_embeddings", tokens), tokens]
         return Longest(min(sizes), "of a chunk, up to which dual chunk attention is plain attention", None)
+    if architecture.beyond:
+        return Longest(tokens, f"beyond which it needs {architecture.beyond}, which engines have not", None)
     trained = architecture.trained.get(positions, positions)
     if rope.depends_on_length:
         why = f"beyond which rope type {rope.kind!r} gives a token other numbers in a longer text"
@@ -174,26 +174,50 @@ def longest(hf: Mapping[str, Any], rope: Rope, architecture: Architecture, posit
     return Longest(tokens, "the checkpoint was trained for", stretched.get(rope.kind))
 
 
-def layer_kinds(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
-    """The kinds of the layers, by turns: what ``layer_types`` says, or those of ``architecture``.
+def layer_kinds(hf: Mapping[str, Any], architecture: Architecture, most: int) -> tuple[int | None, tuple[str, ...]]:
+    """The window of the layers that have one, and the kinds of the layers, by turns.
 
-    Sliding attention counts as full, which it is within its window, see ``ModelConfig.windowed``.
+    A list of ``layer_types`` says the kinds, else the keys of the family for windows, else its row. A window of all
+    the ``most`` tokens of a sequence is none.
     """
     count, found = integer(hf, "num_hidden_layers"), hf.get("layer_types")
+    window = read_window(hf, architecture.window)
     if found is None:
-        return architecture.layer_kinds
+        own = architecture.layer_kinds
+        kinds = own if architecture.window is None else sliding_layers(hf, architecture.window, window, count)
+        kinds = own if kinds == ("full_attention",) else kinds
+    else:
+        kinds = check_layer_types(found, architecture, window, count)
+    if window is None or window >= most or "sliding_attention" not in kinds:
+        window, kinds = None, tuple("full_attention" if kind == "sliding_attention" else kind for kind in kinds)
+    for turns in (architecture.layer_kinds, kinds[:1]):
+        if all(kind == expected for kind, expected in zip(kinds, cycle(turns), strict=False)):
+            return window, turns
+    return window, kinds
+
+
+def check_layer_types(found: Any, architecture: Architecture, window: int | None, count: int) -> tuple[str, ...]:
+    """``layer_types`` of a config, which name kinds of its family.
+
+    Raises:
+        CheckpointError: they are no list of ``count``, or contradict other keys.
+        UnsupportedModel: the family has no such layers.
+    """
     if not isinstance(found, list):
         raise CheckpointError(f"config.json: layer_types is {found!r}, expected a list")
-    found = ["full_attention" if kind == "sliding_attention" else kind for kind in found]
-    if others := sorted({repr(kind) for kind in found if kind not in architecture.layer_kinds}):
+    known = [*architecture.layer_kinds, *(["sliding_attention"] if architecture.window else [])]
+    if others := sorted({repr(kind) for kind in found if kind not in known}):
         raise UnsupportedModel(
-            f"config.json: layer_types {', '.join(others)} are not supported, "
-            f"only {' and '.join(architecture.layer_kinds)} is"
+            f"config.json: layer_types {', '.join(others)} are not supported, only {' and '.join(known)} is"
         )
     if len(found) != count:
         raise CheckpointError(f"config.json: {len(found)} layer_types, num_hidden_layers {count}; make them agree")
-    usual = all(kind == expected for kind, expected in zip(found, cycle(architecture.layer_kinds), strict=False))
-    return architecture.layer_kinds if usual else tuple(found)
+    if "sliding_attention" in found and window is None:
+        raise CheckpointError(
+            "config.json: layer_types has sliding_attention, but use_sliding_window or sliding_window says there is no "
+            "window; keep the right one"
+        )
+    return tuple(found)
 
 
 def check_sizes(config: ModelConfig) -> None:

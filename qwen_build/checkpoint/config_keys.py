@@ -6,8 +6,7 @@ row of ``ARCHITECTURES``. A key that is nowhere is named in the build's output: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from qwen_build.architectures import Architecture, WindowKeys
@@ -102,20 +101,10 @@ WITHOUT_EFFECT = frozenset(
     ]
 )
 
+MOST_LAYERS = 2**16  # of a config that names them one by one
+
 # keys of programs that store weights in a way of their own -> the program
 FOREIGN_QUANTIZATION = {"quantization": "mlx"}
-
-
-@dataclass(frozen=True)
-class WindowedLayers:
-    """The layers that attend to the last ``window`` tokens only, ``count`` of them; none where ``window`` is None."""
-
-    window: int | None
-    first: int = 0
-    count: int = 0
-
-
-NO_WINDOW = WindowedLayers(None)
 
 
 def check_only(hf: Mapping[str, Any]) -> None:
@@ -131,38 +120,29 @@ def check_only(hf: Mapping[str, Any]) -> None:
             )
 
 
-def windowed_layers(
-    hf: Mapping[str, Any], keys: WindowKeys | None, num_hidden_layers: int, max_position_embeddings: int
-) -> WindowedLayers:
-    """Which layers do not see the whole of a text as long as the model was trained for.
+def sliding_layers(hf: Mapping[str, Any], keys: WindowKeys, window: int | None, count: int) -> tuple[str, ...]:
+    """The kinds of ``count`` layers of which those that a config names attend to the last ``window`` tokens alone.
 
     Args:
-        hf: the config, with the defaults of its family.
-        keys: how the family says it.
-
-    Raises:
-        CheckpointError, UnsupportedModel: the config contradicts itself, or has layers of another kind.
+        hf: the config, with the defaults of its family, and without layer_types.
+        keys: how the family names them.
     """
-    window = None if keys is None else _window(hf, keys)
-    layer_types = hf.get("layer_types")
-    if layer_types is None:
-        first = hf.get(keys.first_layer) if keys and keys.first_layer else 0
-        if type(first) is not int:
-            raise CheckpointError(f"config.json: max_window_layers is {first!r}, expected an integer")
-        sliding: Sequence[int] = range(max(first, 0), num_hidden_layers) if window is not None else range(0)
-    else:
-        sliding = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention"]
-        if sliding and window is None:
-            raise CheckpointError(
-                "config.json: layer_types has sliding_attention, but use_sliding_window or sliding_window says there "
-                "is no window; keep the right one"
-            )
-    if not sliding or window is None or window >= max_position_embeddings:
-        return NO_WINDOW
-    return WindowedLayers(window, sliding[0], len(sliding))
+    first = hf.get(keys.first_layer) if keys.first_layer else 0
+    if type(first) is not int:
+        raise CheckpointError(f"config.json: {keys.first_layer} is {first!r}, expected an integer")
+    if window is None or first >= count:
+        return ("full_attention",)
+    if first <= 0:
+        return ("sliding_attention",)
+    if count > MOST_LAYERS:
+        raise UnsupportedModel(f"config.json: num_hidden_layers is {count}, expected at most {MOST_LAYERS}")
+    return (*["full_attention"] * first, *["sliding_attention"] * (count - first))
 
 
-def _window(hf: Mapping[str, Any], keys: WindowKeys) -> int | None:
+def read_window(hf: Mapping[str, Any], keys: WindowKeys | None) -> int | None:
+    """The tokens that a layer with a window attends to, itself included; None: no layer has one."""
+    if keys is None:
+        return None
     used = hf.get(keys.switch) if keys.switch else True
     if used not in (None, False, True):
         raise CheckpointError(f"config.json: {keys.switch} is {used!r}, expected true or false")

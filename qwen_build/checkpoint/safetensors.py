@@ -65,6 +65,8 @@ class Safetensors:
             CheckpointError: a value is NaN or infinite, or the file became shorter since it was opened.
         """
         info = self.tensors[name]
+        if info.columns:
+            return np.asarray(self.read_columns(name)[start:stop], np.float32)
         storage = STORAGE[info.dtype]
         rows = info.shape[0] if info.shape else 1
         stop = rows if stop is None else stop
@@ -102,11 +104,12 @@ class Safetensors:
 
         stored = np.empty((rows, stop - start), ELEMENTS[info.dtype])
         descriptor = self._descriptors[info.path]
-        if stop - start == columns:  # then the rows follow each other
+        first, whole = info.columns or (0, columns)
+        if stop - start == whole:  # then the rows follow each other
             read_exactly(info.path, descriptor, stored.data, info.offset)
         else:
             for row in range(rows):
-                offset = info.offset + (row * columns + start) * stored.itemsize
+                offset = info.offset + (row * whole + first + start) * stored.itemsize
                 read_exactly(info.path, descriptor, stored[row].data, offset)
         if info.dtype not in STORAGE:
             return stored

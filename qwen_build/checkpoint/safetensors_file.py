@@ -72,7 +72,8 @@ ELEMENTS = {key: storage.element for key, storage in STORAGE.items()} | {
 class TensorInfo:
     """Where a tensor lies: safetensors dtype, shape, file, first byte in the file.
 
-    The dtype is a key of ``ELEMENTS``, or of no use.
+    The dtype is a key of ``ELEMENTS``, or of no use. ``columns``: the first, and of how many, where a matrix is
+    some columns of what is stored; :meth:`~qwen_build.checkpoint.safetensors.Checkpoint.read_columns` alone reads it.
     """
 
     name: str
@@ -81,6 +82,7 @@ class TensorInfo:
     path: Path
     offset: int
     size_bytes: int
+    columns: tuple[int, int] | None = None
 
 
 def read_exactly(path: Path, descriptor: int, out: memoryview, offset: int) -> None:

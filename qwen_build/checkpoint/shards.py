@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from qwen_build.checkpoint import qwen1
 from qwen_build.checkpoint.files import check_inside, read_json
 from qwen_build.checkpoint.safetensors_file import CHUNK_BYTES, TensorInfo, read_exactly, read_header
 from qwen_engine.errors import CheckpointError
@@ -175,6 +176,8 @@ def _equal(first: TensorInfo, second: TensorInfo, descriptors: Mapping[Path, int
 
 def _renamed(directory: Path, tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     """``tensors`` by the names that transformers saves a language model with."""
+    if qwen1.is_qwen1(tensors):
+        return qwen1.renamed(tensors), ()
     found = sorted(name.removesuffix(EMBEDDING) for name in tensors if name.endswith(EMBEDDING))
     if not found or "model." in found:
         return tensors, ()

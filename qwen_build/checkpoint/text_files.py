@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_build.checkpoint import generation_defaults, tokenizer_files
+from qwen_build.checkpoint import generation_defaults, qwen1, tokenizer_files
 from qwen_build.checkpoint.config import ModelConfig, token_ids
 from qwen_build.checkpoint.files import read_bytes, read_json, read_optional_json
 from qwen_build.checkpoint.tokenizer_files import CONFIG_FILE, EngineTokenizer, engine_tokenizer
@@ -17,6 +17,9 @@ from qwen_run.text.tokenizer import TOKENIZER_FILE
 
 # ends an answer in the chat templates of all families, whatever generation_config.json says
 END_OF_TURN = "<|im_end|>"
+# ends an answer of Qwen-1's besides
+QWEN1_STOPS = ("<|im_start|>",)
+TEMPLATE_FILE = "chat_template.jinja"
 
 # files of a checkpoint that decide what its engine does with text
 SOURCES = tuple(dict.fromkeys((*TEXT_FILES, *tokenizer_files.SOURCES)))
@@ -63,7 +66,16 @@ def read_text_files(checkpoint: Path, config: ModelConfig) -> TextFiles:
                 notes += said
             else:
                 contents[name] = read_bytes(path)
+    if config.model_type == qwen1.MODEL_TYPE and _chats(checkpoint):
+        contents[TEMPLATE_FILE] = qwen1.CHAT_TEMPLATE.encode()
     return TextFiles(contents, _end_of_sequence_ids(checkpoint, config, tokenizer), tuple(notes))
+
+
+def _chats(checkpoint: Path) -> bool:
+    """Whether a Qwen-1, which has no template in its files, is one that answers in turns."""
+    if (checkpoint / TEMPLATE_FILE).exists() or "chat_template" in read_optional_json(checkpoint / CONFIG_FILE):
+        return False
+    return read_optional_json(checkpoint / generation_defaults.FILE).get("chat_format") != "raw"
 
 
 def _end_of_sequence_ids(checkpoint: Path, config: ModelConfig, tokenizer: EngineTokenizer | None) -> tuple[int, ...]:
@@ -92,4 +104,5 @@ def _named_ids(
     if not isinstance(eos_token, str | None):
         raise CheckpointError(f"{checkpoint / CONFIG_FILE}: eos_token is {eos_token!r}, expected a token")
     added = tokenizer.added if tokenizer else {}
-    yield TOKENIZER_FILE, tuple(added[token] for token in (eos_token, END_OF_TURN) if token and token in added)
+    stops = (eos_token, END_OF_TURN, *(QWEN1_STOPS if config.model_type == qwen1.MODEL_TYPE else ()))
+    yield TOKENIZER_FILE, tuple(added[token] for token in stops if token and token in added)

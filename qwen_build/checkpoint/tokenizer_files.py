@@ -16,8 +16,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from qwen_build.checkpoint import tiktoken_file
 from qwen_build.checkpoint.files import read_bytes, read_json, read_optional_json
 from qwen_engine.errors import CheckpointError, EngineError
+from qwen_run.text.token_text import text_rules
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from qwen_run.text.tokenizer_file import QWEN_WORDS, open_tokenizer, panics_as
 
@@ -25,7 +27,7 @@ CONFIG_FILE, ADDED_FILE, SPECIAL_FILE = "tokenizer_config.json", "added_tokens.j
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 
 # everything a tokenizer is made of
-SOURCES = (TOKENIZER_FILE, CONFIG_FILE, ADDED_FILE, SPECIAL_FILE, VOCABULARY_FILE, MERGES_FILE)
+SOURCES = (TOKENIZER_FILE, CONFIG_FILE, ADDED_FILE, SPECIAL_FILE, VOCABULARY_FILE, MERGES_FILE, tiktoken_file.FILE)
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # what Qwen2Tokenizer has where its files say nothing
@@ -37,6 +39,8 @@ SWITCHES = {
     "add_prefix_space": "a text begins as tokenizer.json says",
 }
 OF_VOCABULARIES = ("add_prefix_space",)
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes for a space
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
     """What the engine of the directory ``checkpoint`` tokenises with; None where it has no tokenizer.
 
     Raises:
-        CheckpointError: a file is damaged, or no tokenizer of the kind Qwen has.
+        CheckpointError: a file is damaged, or a tokenizer of an unknown kind.
     """
     path = checkpoint / TOKENIZER_FILE
     content: bytes | None
@@ -65,9 +69,13 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
         content, core, where = found, open_tokenizer(found, path, CheckpointError, "download it again"), path
     elif (checkpoint / VOCABULARY_FILE).is_file() and (checkpoint / MERGES_FILE).is_file():
         content, core, where = None, _from_vocabulary(checkpoint), checkpoint / VOCABULARY_FILE
+    elif (checkpoint / tiktoken_file.FILE).is_file():
+        content, where = None, checkpoint / tiktoken_file.FILE
+        core = _with_words(tiktoken_file.read_tiktoken(where), prefixed=False)
     else:
         return None
     try:
+        changed = _as_class(core, read_optional_json(checkpoint / CONFIG_FILE))
         Tokenizer(core)
     except EngineError as error:
         raise CheckpointError(f"{where}: {error}") from error
@@ -76,7 +84,7 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
     core.add_tokens([declared[token_id] for token_id in sorted(declared)])
     _add_special(core, special)
     after = core.get_added_tokens_decoder()
-    if content is None or after != before:
+    if content is None or changed or after != before:
         content = core.to_str().encode()
     ids = {token.content: token_id for token_id, token in after.items()}
     moved = [
@@ -85,6 +93,23 @@ def engine_tokenizer(checkpoint: Path) -> EngineTokenizer | None:
         if ids.get(token.content, token_id) != token_id
     ]
     return EngineTokenizer(content, ids, (*moved, *_left_out(checkpoint, has_file=path.is_file())))
+
+
+def _as_class(core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
+    """Make ``core`` what LlamaTokenizer makes of its vocabulary, where that is the class; whether anything changed.
+
+    transformers 5 reads vocabulary, merges and what is put around a text; how spaces are written, the class decides.
+    Byte-level files keep what they say, under any class.
+    """
+    if str(config.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer" or text_rules(core) is None:
+        return False
+    prefixed = config.get("add_prefix_space")
+    scheme = "never" if prefixed is False else "always" if config.get("legacy") else "first"
+    core.normalizer = None
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
+    core.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return True
 
 
 def _left_out(checkpoint: Path, has_file: bool) -> Iterator[str]:
@@ -105,6 +130,11 @@ def _from_vocabulary(checkpoint: Path) -> tokenizers.Tokenizer:
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         core = tokenizers.Tokenizer(models.BPE(vocabulary, merges))  # type: ignore[arg-type]
     prefixed = bool(read_optional_json(checkpoint / CONFIG_FILE).get("add_prefix_space"))
+    return _with_words(core, prefixed)
+
+
+def _with_words(core: tokenizers.Tokenizer, prefixed: bool) -> tokenizers.Tokenizer:
+    """``core`` with the way in which all Qwen tokenizers cut text into words, and write them."""
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

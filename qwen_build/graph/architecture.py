@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qwen_build.checkpoint.config import ModelConfig
@@ -237,8 +237,14 @@ DENSE_MLP = BlockSpec(
     ),
 )
 
+# attends to the last config.sliding_window tokens alone
+SLIDING_ATTENTION = replace(ATTENTION, computes="sliding_attention")
+
 # by the names that config.json has in layer_types
-LAYER_KINDS = {"full_attention": LayerKind((ATTENTION, DENSE_MLP))}
+LAYER_KINDS = {
+    "full_attention": LayerKind((ATTENTION, DENSE_MLP)),
+    "sliding_attention": LayerKind((SLIDING_ATTENTION, DENSE_MLP)),
+}
 
 
 def layer_kind(config: ModelConfig, layer: int) -> LayerKind:

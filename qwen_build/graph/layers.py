@@ -308,6 +308,7 @@ class MLP(SubBlock):
 class Attention(SubBlock):
     """Grouped-query attention over the paged cache; rotary embedding and q/k norm inside the operator."""
 
+    window: int | None = None  # the last tokens that it attends to, itself included; None: all
     o_proj: Linear
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
@@ -328,6 +329,15 @@ class Attention(SubBlock):
             self.q_norm(op).weight if self.q_norm else None, self.k_norm(op).weight if self.k_norm else None,
             inputs.get(key_scale_name(self.layer)), inputs.get(value_scale_name(self.layer)),
             num_heads=config.num_attention_heads, kv_num_heads=config.num_key_value_heads,
+            **({"local_window_size": self.window} if self.window else {}),
             do_rotary=1, scale=config.head_dim**-0.5, qk_norm_epsilon=config.rms_norm_eps, _domain=PLUGIN_DOMAIN,
         )  # fmt: skip
         return self.o_proj(op, attended, step, residual=x)
+
+
+class SlidingAttention(Attention):
+    """The same over the last ``config.sliding_window`` tokens."""
+
+    def __init__(self, config: ModelConfig, layer: int, schemes: Schemes, block: BlockSpec):
+        super().__init__(config, layer, schemes, block)
+        self.window = config.sliding_window

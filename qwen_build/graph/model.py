@@ -17,6 +17,7 @@ from qwen_build.graph.layers import (
     Linear,
     RMSNorm,
     Schemes,
+    SlidingAttention,
     StepTensors,
     StoredModule,
     SubBlock,
@@ -45,7 +46,11 @@ DTYPES = {
 
 
 # what a sub-block computes -> the module that does
-BLOCK_MODULES: dict[str, type[SubBlock]] = {"attention": Attention, "gated_mlp": MLP}
+BLOCK_MODULES: dict[str, type[SubBlock]] = {
+    "attention": Attention,
+    "sliding_attention": SlidingAttention,
+    "gated_mlp": MLP,
+}
 
 
 class DecoderLayer(nn.Module):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qwen_build.plan.options import BuildOptions
 
 KEY_LENGTH = 16  # hexadecimal digits of a key in a directory's name
-READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".gguf")  # of the files a build reads
+READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".gguf", ".tiktoken")  # of the files a build reads
 
 
 def is_engine(path: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.regular_files import read_regular
 from qwen_run.runtime.native_calls import NATIVE_CALLS
 from qwen_run.text.control_texts import ControlTexts
+from qwen_run.text.token_text import ByteLevelText, PieceText, TokenText, text_rules, token_bytes
 from qwen_run.text.tokenizer_file import MOST_BYTES, open_tokenizer, panics_as
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -24,18 +24,8 @@ LONG_TEXT = 1 << 14
 _CHARACTERS_PER_TOKEN = 16
 
 
-def _bytes_of_characters() -> dict[str, int]:
-    """The character byte-level vocabularies write for each byte: itself where printable, else the next from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTES_OF_CHARACTERS = _bytes_of_characters()
-
-
 class Tokenizer:
-    """The byte-level tokenizer of a checkpoint, as its ``tokenizer.json`` describes it.
+    """The tokenizer of a checkpoint, as its ``tokenizer.json`` describes it.
 
     Attributes:
         special_ids: control tokens such as ``<|im_end|>``, which have no text in an answer.
@@ -47,14 +37,13 @@ class Tokenizer:
         """Take a tokenizer that the ``tokenizers`` package has read.
 
         Raises:
-            EngineError: ``core`` does not decode byte-level tokens, as those of all Qwen models are.
+            EngineError: ``core`` makes text of its tokens in a way that is not known.
         """
-        decoder = type(core.decoder).__name__
-        if decoder != "ByteLevel":
-            raise EngineError(f"{TOKENIZER_FILE} has decoder {decoder}, expected ByteLevel; use a Qwen checkpoint's")
+        self._text_rules = text_rules(core)
         core.no_truncation()
         core.no_padding()
         self._core = core
+        self._before = self._opening()
         added = core.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.added_ids = frozenset(added)
@@ -96,7 +85,7 @@ class Tokenizer:
 
         Args:
             add_special_tokens: also add what the tokenizer puts around a text (nothing for Qwen): for text
-                that does not come from a chat template.
+                that does not come from a chat template. A text that begins with it already gets it once.
             most: tokens that are of any use. A text that is far longer is refused by its beginning.
 
         Raises:
@@ -104,6 +93,11 @@ class Tokenizer:
         """
         if most is not None:
             self._check_length(text, most)
+        ids = self._encode(text, add_special_tokens)
+        size = len(self._before)
+        return ids[size:] if add_special_tokens and size and ids[size : 2 * size] == self._before else ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         with panics_as(RequestError, f"{TOKENIZER_FILE} cannot encode the prompt", "build the engine again"):
             try:
                 if len(text) < LONG_TEXT:
@@ -157,28 +151,36 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to the text; nothing for an id beyond the vocabulary."""
-        token = self._core.id_to_token(token_id) or ""
-        try:
-            return bytes(BYTES_OF_CHARACTERS[character] for character in token)
-        except KeyError:  # an added token in plain letters
-            return token.encode()
+        return token_bytes(self.token(token_id) or "", self._text_rules)
+
+    def new_text(self) -> TokenText:
+        """What makes the text of an answer of its tokens."""
+        return ByteLevelText() if self._text_rules is None else PieceText(self._text_rules)
+
+    def _opening(self) -> list[int]:
+        """What the tokenizer puts before every text, as ``<|begin_of_text|>``; nothing for Qwen."""
+        bare, whole = (list(self._core.encode("a", add_special_tokens=special).ids) for special in (False, True))
+        size = len(bare)
+        return next((whole[:at] for at in range(len(whole) - size + 1) if whole[at : at + size] == bare), [])
 
 
 class StreamDecoder:
     """Text of tokens as they arrive, in whole characters: what is returned joins up to ``Tokenizer.decode`` of all.
 
-    A character split over several tokens is returned with the last of them; each token is decoded once.
+    A character split over several tokens is returned with the last of them, or with the first that is none of its
+    bytes; each token is decoded once.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._text = tokenizer.new_text()
 
     def push(self, token_id: int) -> str:
         """The characters that ``token_id`` completes, possibly none."""
-        return "" if token_id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        token = None if token_id in self._skipped else self._tokenizer.token(token_id)
+        return "" if token is None else self._text.push(token)
 
     def flush(self) -> str:
         """U+FFFD for a character that was left unfinished, else nothing."""
-        return self._utf8.decode(b"", final=True)
+        return self._text.flush()

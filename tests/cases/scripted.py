@@ -17,7 +17,8 @@ from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.text.chat_template import ChatTemplate
 from qwen_run.text.text_model import TextModel, end_of_turn_ids
-from qwen_run.text.tokenizer import BYTES_OF_CHARACTERS, Tokenizer
+from qwen_run.text.token_text import BYTES_OF_CHARACTERS
+from qwen_run.text.tokenizer import Tokenizer
 
 TEMPLATES = TESTS / "data" / "chat_templates"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

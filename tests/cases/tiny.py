@@ -27,8 +27,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "llama": {"model_type": "llama", "head_dim": 16, "attention_bias": True},
+    "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "attention_bias": True},
 }
+# What a Qwen-1 may be: each query has a key and a value of its own.
+QWEN1: dict[str, dict[str, Any]] = {
+    "qwen1": {"model_type": "qwen2", "num_key_value_heads": 10},
+    "qwen1-large": {"model_type": "qwen2", "num_key_value_heads": 10, "vocab_size": 640},
+}
+
+# Families with layers that see the last 40 tokens alone.
+WINDOWED: dict[str, dict[str, Any]] = {
+    "qwen2-windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+    "qwen3-windows": {
+        "model_type": "qwen3", "head_dim": 24, "use_sliding_window": True, "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "mistral-windows": {"model_type": "mistral", "head_dim": 16, "sliding_window": 40},
+}  # fmt: skip
 
 # Families whose positions are rotated in another way; sequences of 300 tokens go beyond what is "original".
 _LONG = {"model_type": "qwen3", "head_dim": 24, "max_position_embeddings": 100}

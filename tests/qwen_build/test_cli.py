@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-import transformers
 from click.testing import CliRunner
 from tokenizers import decoders, models
 
 from cases.processes import PATIENCE_S, start_python
-from cases.tiny import FAMILIES, hf_logits, run_chunks
+from cases.tiny import FAMILIES
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
 from qwen_build.checkpoint.weights import Checkpoint
@@ -31,7 +30,6 @@ from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest
 from qwen_engine.whole_files import NEW, OLD, scratch_beside
 from qwen_run.engine_files.checksums import verify_parts
-from qwen_run.runtime.engine import Engine
 
 
 @pytest.fixture
@@ -236,20 +234,6 @@ def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
 def test_max_seq_len_above_the_trained_length(checkpoint, tmp_path):
     result = run_build(checkpoint, "--max-seq-len", 641, "--output", tmp_path / "out" / "engine")
     refused(result, "--max-seq-len 641 is more than the 640 tokens", tmp_path / "out")
-
-
-def test_a_window_is_full_attention_up_to_its_length(checkpoint, tiny_checkpoint, build_engine, tmp_path):
-    edit_config(checkpoint, use_sliding_window=True, sliding_window=24, max_window_layers=1, layer_types=None)
-    message = "2 layers, the first of them 1, attend to the last 24 tokens only, and engines attend to all; "
-    refused(run_build(checkpoint, "--output", tmp_path / "out" / "e"), message, tmp_path / "out")
-    assert run_build(checkpoint, "--output", tmp_path / "e", "--max-seq-len", 24, "--quant", "none").exit_code == 0
-    assert run_build(checkpoint, "--output", tmp_path / "f", "--max-seq-len", 25).exit_code == 1
-    engine, ids = Engine.load(tmp_path / "e"), list(range(24))
-    windowed = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-    (ours,) = run_chunks(engine, [ids], [[24]])
-    assert np.abs(ours - hf_logits(windowed, ids)).max() < 1e-4  # float32, sums in another order
-    longer = list(range(40))
-    assert np.abs(hf_logits(windowed, longer) - tiny_checkpoint("qwen2").logits(longer)).max() > 1e-2
 
 
 def test_what_is_unknown_in_the_config_is_named_once(checkpoint, tmp_path):

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from cases.as_built import as_built, layer_outputs, relative_errors
 from cases.made_up import add_made_up, transformers_model
 from cases.scripted import write_text_files
 from cases.tiny import TINY, TinyCheckpoint, run_alone, run_chunks
+from qwen_build import build
 from qwen_build.architectures import ARCHITECTURES, Architecture
 from qwen_build.calibration.awq import Awq
 from qwen_build.calibration.method import InputReaders
@@ -43,7 +45,7 @@ WORDS = ["the", "cache", "block", "token", "model", "layer", "sum", "key", "valu
 
 @pytest.fixture(scope="module", params=["llama", "made_up"])
 def checkpoint(request, tmp_path_factory):
-    """A tiny checkpoint of a family that the builder does not ship, and the builder taught to know it."""
+    """A tiny checkpoint of a family with the shortest row, and of a made-up one that the builder is taught."""
     import torch
     import transformers
 
@@ -236,3 +238,20 @@ def test_an_input_that_no_factor_can_be_folded_before_is_left_alone(checkpoint, 
         write_engine(plan_build(weights, resolve_checkpoint(str(checkpoint.path)), options), weights, tmp_path / "e")
     assert asked == {read.name for read in reads if read.producer}
     assert ("mixer.out_proj.input" in {read.name for read in reads}) == (config.model_type == "made_up")
+
+
+def test_a_qwen2_whose_biases_are_zero_is_a_llama(tiny_checkpoint, tmp_path):
+    """The demo, SmolLM2, is one: the row of Llamas takes it as it is published."""
+    tensors = load_file(tiny_checkpoint("qwen2").path / "model.safetensors")
+    config = json.loads((tiny_checkpoint("qwen2").path / "config.json").read_text())
+    found = {}
+    for model_type in ("qwen2", "llama"):
+        path = tmp_path / model_type
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        left = {name: tensor for name, tensor in tensors.items() if model_type == "qwen2" or ".bias" not in name}
+        save_file({n: 0 * t if n.endswith(".bias") else t for n, t in left.items()}, path / "model.safetensors")
+        found[model_type] = run_alone(
+            Engine.load(build(path, tmp_path / f"{model_type}-engine"), threads=1), [*range(90)]
+        )
+    assert np.array_equal(found["qwen2"], found["llama"])

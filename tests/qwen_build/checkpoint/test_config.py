@@ -9,8 +9,11 @@ import pytest
 from cases.configs import PUBLISHED
 from qwen_build.architectures import ARCHITECTURES
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.config_keys import WindowedLayers, unknown_keys
+from qwen_build.checkpoint.config_keys import unknown_keys
 from qwen_engine.errors import CheckpointError, UnsupportedModel
+
+# which has no class for a Qwen-1
+OF_TRANSFORMERS = [model_type for model_type in ARCHITECTURES if model_type != "qwen"]
 
 
 def test_a_published_config():
@@ -53,7 +56,10 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not one of qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not one of qwen2, qwen3, qwen, llama, mistral"),
+        ({"model_type": "mixtral"}, r"model_type 'mixtral' \(a mixture of experts\) is not one of qwen2"),
+        ({"model_type": "deepseek_v3"}, r"model_type 'deepseek_v3' \(multi-head latent attention\) is not one of"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias True is not supported, only False is"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "only one for all"),
@@ -132,7 +138,8 @@ def test_broken_configs_are_refused(change, message):
 
 def test_every_architecture_can_be_read():
     for model_type in ARCHITECTURES:
-        assert ModelConfig.from_json(PUBLISHED | {"model_type": model_type}).model_type == model_type
+        hf = PUBLISHED | {"model_type": model_type, "seq_length": 2048}
+        assert ModelConfig.from_json(hf).model_type == model_type
 
 
 def same_computation(change, model_type="qwen2"):
@@ -164,32 +171,52 @@ def test_what_is_spelled_otherwise_and_computes_the_same_is_taken(change):
     assert same_computation(change)
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 @pytest.mark.parametrize(
-    ("change", "sliding"),
+    ("change", "window", "kinds"),
     [
-        (WINDOWED | {"max_window_layers": 21}, (21, 3)),
-        (WINDOWED | {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]}, (23, 1)),
+        (WINDOWED | {"max_window_layers": 21}, 4096, (*[FULL] * 21, *[SLIDING] * 3)),
+        (WINDOWED | {"layer_types": [FULL] * 23 + [SLIDING]}, 4096, (*[FULL] * 23, SLIDING)),
+        (WINDOWED | {"layer_types": [SLIDING] * 24, "max_window_layers": 24}, 4096, (SLIDING,)),
+        (WINDOWED | {"max_window_layers": -1}, 4096, (SLIDING,)),
+        (WINDOWED | {"max_window_layers": 24}, None, (FULL,)),
+        (WINDOWED | {"max_window_layers": 0, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 4096, (SLIDING,)),
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096, (SLIDING,)),
+        ({"model_type": "mistral", "sliding_window": None}, None, (FULL,)),
+        ({"model_type": "llama", "sliding_window": 4096}, None, (FULL,)),
     ],
     ids=str,
 )
-def test_layers_that_do_not_see_everything_are_known(change, sliding):
-    assert ModelConfig.from_json(PUBLISHED | change).windowed == WindowedLayers(4096, *sliding)
+def test_layers_with_a_window_are_a_kind_of_their_own(change, window, kinds):
+    config = ModelConfig.from_json(PUBLISHED | change)
+    assert (config.sliding_window, config.layer_kinds) == (window, kinds)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("first", [0, 7, 23, 24])
+def test_windows_are_those_of_transformers(model_type, first):
+    transformers = pytest.importorskip("transformers")
+    hf = PUBLISHED | WINDOWED | {"model_type": model_type, "max_window_layers": first}
+    ours, theirs = ModelConfig.from_json(hf), transformers.AutoConfig.for_model(**hf)
+    kinds = [ours.layer_kinds[layer % len(ours.layer_kinds)] for layer in range(24)]
+    assert kinds == theirs.layer_types
 
 
 def test_absent_keys_have_the_defaults_of_the_class():
     transformers = pytest.importorskip("transformers")
-    for model_type in ARCHITECTURES:
+    for model_type in OF_TRANSFORMERS:
         theirs, ours = transformers.AutoConfig.for_model(model_type), ModelConfig.from_json({"model_type": model_type})
-        sizes = {name: value for name, value in vars(ours).items() if hasattr(theirs, name) and name != "windowed"}
+        sizes = {name: value for name, value in vars(ours).items() if hasattr(theirs, name)}
         assert len(sizes) >= 10
         assert sizes == {name: getattr(theirs, name) for name in sizes}
         assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-        assert ours.windowed.window is None
     heads = PUBLISHED["num_attention_heads"]
     assert ModelConfig.from_json(PUBLISHED | {"num_key_value_heads": None}).num_key_value_heads == heads
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", OF_TRANSFORMERS)
 def test_every_key_of_the_class_of_transformers_is_known(model_type):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in PUBLISHED.items() if k != "model_type"})

@@ -15,7 +15,7 @@ from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.text_files import read_text_files
 from qwen_build.checkpoint.tokenizer_files import engine_tokenizer
 from qwen_engine.errors import CheckpointError
-from qwen_run.text.tokenizer import BYTES_OF_CHARACTERS
+from qwen_run.text.token_text import BYTES_OF_CHARACTERS
 from qwen_run.text.tokenizer_file import QWEN_WORDS
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("i", "m")]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cases.scripted import IM_END, core_tokenizer
 from qwen_run.text.stops import TextStopper
+from qwen_run.text.token_text import BYTES_OF_CHARACTERS
 from qwen_run.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(core_tokenizer())
@@ -44,9 +45,9 @@ def byte_ids(text):
 
 
 BYTE_IDS = {
-    TOKENIZER.token_bytes(token_id)[0]: token_id
+    BYTES_OF_CHARACTERS[TOKENIZER.token(token_id)]: token_id
     for token_id in range(TOKENIZER.vocab_size)
-    if len(TOKENIZER.token_bytes(token_id)) == 1
+    if len(TOKENIZER.token(token_id) or "") == 1
 }
 TEXTS = st.text(st.sampled_from("ab \n你é"), max_size=24)
 STOPS = st.lists(st.text(st.sampled_from("ab \n你é"), min_size=1, max_size=5), max_size=3)
