@@ -17,9 +17,17 @@ import numpy as np
 from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.graph_io import LOGITS
 from qwen_run.accuracy.datasets import Document
-from qwen_run.accuracy.logits import FullLogits, Positions, ReferenceLogits, compare, logit_pairs
+from qwen_run.accuracy.logits import (
+    FullLogits,
+    Positions,
+    ReferenceLogits,
+    compare,
+    following_tokens,
+    logit_pairs,
+    positions_of,
+)
 from qwen_run.accuracy.metrics import first_jump
-from qwen_run.accuracy.reference import CHUNK_TOKENS, following_tokens, positions_of
+from qwen_run.accuracy.reference import CHUNK_TOKENS
 from qwen_run.accuracy.report import LayerError
 from qwen_run.api.llm import LLM
 from qwen_run.runtime.engine import Batch, Engine

@@ -250,6 +250,20 @@ def compare(reference: ReferenceLogits, logits: NDArray[np.float32], following: 
     return Positions(**columns)
 
 
+def positions_of(length: int, every: int) -> slice:
+    """Of every ``every`` positions of a sequence the last, counted from its end.
+
+    >>> list(range(10))[positions_of(10, 4)]
+    [1, 5, 9]
+    """
+    return slice((length - 1) % every, length, every)
+
+
+def following_tokens(token_ids: Sequence[int]) -> np.ndarray:
+    """The token after each position, (T,) int64; -1 after the last, of which nothing is known."""
+    return np.array([*token_ids[1:], -1], np.int64)
+
+
 def logit_pairs(reference: ReferenceLogits, logits: NDArray[np.float32], every: int = 1) -> tuple[Floats, Floats]:
     """Logits to plot one side against the other: of a position the reference's 4 likeliest and 4 any.
 

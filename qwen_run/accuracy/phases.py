@@ -35,8 +35,8 @@ from qwen_run.accuracy.both_sides import (
 from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.findings import Findings, Sample
 from qwen_run.accuracy.journal import Journal
-from qwen_run.accuracy.logits import FullLogits, Positions, ReferenceLogits, compare
-from qwen_run.accuracy.reference import CHUNK_TOKENS, RoundingCost, following_tokens
+from qwen_run.accuracy.logits import FullLogits, Positions, ReferenceLogits, compare, following_tokens
+from qwen_run.accuracy.reference import CHUNK_TOKENS, RoundingCost
 from qwen_run.accuracy.reference_sources import Layers, LiveSources, OpenReference, Phase, SavedSources
 from qwen_run.accuracy.report import Cost, LayerError
 from qwen_run.accuracy.step_checks import Difference, compare_ways, longest

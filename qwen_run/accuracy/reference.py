@@ -26,7 +26,7 @@ from qwen_engine.manifest import MergedAdapter, Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
 from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
-from qwen_run.accuracy.logits import FullLogits, ReferenceLogits, compare
+from qwen_run.accuracy.logits import FullLogits, ReferenceLogits, compare, following_tokens, positions_of
 from qwen_run.accuracy.recipe import Recipe
 from qwen_run.engine_files.weights import EngineWeights, StoredLinear, slices
 
@@ -322,20 +322,6 @@ class HuggingFace:
             model.get_parameter(name).data[rows] = self._torch.tensor(values)
             unset[name] -= values.size
         assert not any(unset.values()), [name for name, elements in unset.items() if elements]
-
-
-def positions_of(length: int, every: int) -> slice:
-    """Of every ``every`` positions of a sequence the last, counted from its end.
-
-    >>> list(range(10))[positions_of(10, 4)]
-    [1, 5, 9]
-    """
-    return slice((length - 1) % every, length, every)
-
-
-def following_tokens(token_ids: Sequence[int]) -> np.ndarray:
-    """The token after each position, (T,) int64; -1 after the last, of which nothing is known."""
-    return np.array([*token_ids[1:], -1], np.int64)
 
 
 def _checkpoint_pieces(model: Any, weights: CheckpointWeights | BuilderWeights) -> Pieces:

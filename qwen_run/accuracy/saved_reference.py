@@ -19,9 +19,9 @@ import numpy as np
 
 from qwen_engine.errors import RequestError, first_line
 from qwen_engine.whole_files import whole_file
-from qwen_run.accuracy.logits import ReferenceLogits, TopLogits
+from qwen_run.accuracy.logits import ReferenceLogits, TopLogits, following_tokens, positions_of
 from qwen_run.accuracy.origin_checks import TextFacts
-from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace, RoundingCost, following_tokens, positions_of
+from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace, RoundingCost
 from qwen_run.accuracy.report import Cost
 
 FORMAT_VERSION = 3
