@@ -18,12 +18,15 @@ demo: $(VENV)/.demo
 	$(BIN)/qwen-build --quant int4 --force
 	$(BIN)/qwen-run --input-text "$(QUESTION)"
 
+# So many processes share the tests, a file at a time; torch has one thread in each.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 test: check
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Without the tests marked slow, whose proofs take most of the time: an answer while you work, not before you push.
 test-fast: check
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 wheel: $(VENV)/.dist
 	rm -rf dist

@@ -27,6 +27,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow modules first, so that no process of ``make test`` has one left when the others are done."""
+
+    def is_fast(item: pytest.Item) -> bool:
+        module = item.getparent(pytest.Module)
+        return module is None or module.get_closest_marker("slow") is None
+
+    items.sort(key=is_fast)
+
+
 @pytest.fixture
 def default_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP as a terminal's commands have them: children inherit what ``nohup`` ignores."""
