@@ -180,7 +180,8 @@ def find_gguf(config: Mapping[str, Any], file: GgufFile) -> Found:
         rows = RowsOfHeads()
         if type(heads) is int and heads > 0 and info.shape[0] % (2 * heads) == 0:
             rows = RowsOfHeads(info.shape[0] // heads)
-        make = GgufPacked if info.dtype in PACKED and len(info.shape) == 2 else GgufWeight
+        packed = info.dtype in PACKED and len(info.shape) == 2 and stem != "token_embd"  # as --embedding-quant says
+        make = GgufPacked if packed else GgufWeight
         weights[found] = make(found, info.shape, info.dtype, file, name, rows)
         parts.add(name)
     return Found(weights, frozenset(parts))
