@@ -167,10 +167,10 @@ def pack_panels(
 
     if blocks:
         units, _ = block_units(scales, bits, group_size, zero_points)
-        numbers = (scales / units).astype(np.uint8) - 1
+        numbers: Bytes = (scales / units).astype(np.uint8) - 1
         if not symmetric:
             numbers |= zero_points >> 4 << (8 - bits)
-        lanes = None if symmetric else _join_lanes(zero_points & 15, 4)
+        lanes = None if symmetric else _join_lanes(np.asarray(zero_points & 15, np.uint8), 4)
         return _pack_blocks(units, _join_lanes(numbers, 4), steps, lanes, group_size)
     packed = np.zeros((panels, panel_bytes(in_features, bits, group_size, symmetric)), np.uint8)
     parts = packed[:, _zero_point_bytes(groups, bits, symmetric) :].reshape(panels, groups, -1)
@@ -278,10 +278,10 @@ def _join_steps(q: Bytes, bits: int) -> Bytes:
     if bits == 4:
         lines = [low[..., 0, :] | h[0] << 4]
     elif bits == 5:
-        pieces = h[1] >> 2, (h[1] & 3) << 1 | h[3] >> 1 & 1, h[2] >> 2, (h[2] & 3) << 1 | h[3] & 1
+        pieces = [h[1] >> 2, (h[1] & 3) << 1 | h[3] >> 1 & 1, h[2] >> 2, (h[2] & 3) << 1 | h[3] & 1]
         lines = [*(low[..., s, :] | piece << 5 for s, piece in enumerate(pieces)), h[0] << 3 | h[3] >> 2]
     else:
-        pieces = h[1] >> 4, h[1] & 3
+        pieces = [h[1] >> 4, h[1] & 3]
         lines = [*(low[..., s, :] | piece << 6 for s, piece in enumerate(pieces)), h[0] << 2 | h[1] >> 2 & 3]
     return np.asarray(np.stack(lines, axis=3), np.uint8).reshape(panels, groups, -1)
 

@@ -19,7 +19,6 @@ from qwen_build.graph.layers import SchemeChoice
 from qwen_build.quantization.scheme_table import SCHEMES
 from qwen_build.quantization.schemes import Scheme
 from qwen_engine.errors import BuildError
-from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_engine.regular_files import read_regular
 
 
@@ -100,12 +99,12 @@ def packed_choices(
 ) -> dict[str, SchemeChoice]:
     """How the linears are stored that the checkpoint stores packed, each on its own grid.
 
+    A tied head is none of them: the embedding is stored as ``--embedding-quant`` says.
+
     Raises:
         BuildError: the order of a linear's inputs cannot be read.
     """
     stored = {name: f"{name}.weight" for name in linear_names(config)}
-    if config.tie_word_embeddings:
-        stored[HEAD] = f"{EMBEDDING}.weight"
     found = {name: checkpoint.packed[weight] for name, weight in stored.items() if weight in checkpoint.packed}
     return {name: SchemeChoice(scheme_of(weight), weight.order, packed=True) for name, weight in found.items()}
 
