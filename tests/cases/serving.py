@@ -88,7 +88,7 @@ def running(model: Any, **settings: Any) -> Iterator[Running]:
         port = listener.getsockname()[1]
         found = Running(serving, f"http://127.0.0.1:{port}", port)
         server = new_server(serving.settings, make_app(serving, found.log.append))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(server.serve(sockets=[listener]), 1800)))
         thread.start()
         try:
             wait_until(lambda: server.started)
@@ -97,7 +97,7 @@ def running(model: Any, **settings: Any) -> Iterator[Running]:
             found.client.close()
             server.should_exit = True
             thread.join(PATIENCE_S)
-            asyncio.run(serving.opened.close())
+            asyncio.run(asyncio.wait_for(serving.opened.close(), PATIENCE_S))
 
 
 def _refuse(constant: str) -> None:

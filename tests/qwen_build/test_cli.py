@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from tokenizers import decoders, models
 
 from cases.processes import PATIENCE_S, start_python
+from cases.quantization import STORED
 from cases.tiny import FAMILIES
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.safetensors_file import write_safetensors
@@ -24,7 +25,6 @@ from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
-from qwen_build.quantization.scheme_table import KERNELS, SCHEMES
 from qwen_build.writing import weights_file as export
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import MANIFEST_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest
@@ -102,8 +102,7 @@ def test_a_tied_embedding_is_stored_once(tiny_checkpoint, tmp_path):
     assert abs(sizes["qwen2"] - sizes["qwen2-tied"] - head["stored_bytes"]) < 3 * 4096  # but for alignment
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("quant", SCHEMES)
+@pytest.mark.parametrize(("quant", "kernels"), STORED)
 def test_dry_run_tells_the_size_and_writes_nothing(quant, kernels, checkpoint, tmp_path):
     options = [checkpoint, "--quant", quant, "--kernels", kernels, "--json", "--output", tmp_path / "engine"]
     description = json.loads(run_build(*options, "--dry-run").stdout)
@@ -160,8 +159,8 @@ def test_weights_are_read_in_slices(kernels, elements, checkpoint, tmp_path, mon
         ),
         (lambda c: edit_config(c, mlp_bias=True), "mlp_bias True is not supported"),
         (
-            lambda c: edit_config(c, quantization_config={"quant_method": "bitsandbytes"}),
-            "already quantised (bitsandbytes)",
+            lambda c: edit_config(c, quantization_config={"quant_method": "eetq"}),
+            "already quantised (eetq)",
         ),
         (lambda c: (c / "model.safetensors").unlink(), "safetensors"),
         (lambda c: os.truncate(c / "model.safetensors", 100_000), "model.safetensors"),

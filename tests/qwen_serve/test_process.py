@@ -59,7 +59,7 @@ def start(tmp_path, default_signals):
     yield started
     for process in processes:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=600)
 
 
 def status(url, path="/ready"):
@@ -138,7 +138,7 @@ def test_a_server_that_was_killed_can_be_started_again(start, tmp_path):
 
             wait_until(is_ready)
         process.kill()
-        process.communicate()
+        process.communicate(timeout=600)
     assert path.exists()
 
 

@@ -188,12 +188,12 @@ def test_a_long_prompt_does_not_stop_others(model):
                 now = time.monotonic()
                 longest, last = max(longest, now - last), now
 
-        watcher = threading.Thread(target=lambda: asyncio.run(watch()))
+        watcher = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(watch(), 600)))
         watcher.start()
         with ThreadPoolExecutor(4) as pool:
             long = [pool.submit(server.post, "/tokenize", {"prompt": "word " * 200_000}) for _ in range(4)]
             health = [server.client.get("/health").status_code for _ in range(20)]
-            counts = {each.result().json()["count"] for each in long}
+            counts = {each.result(600).json()["count"] for each in long}
         stop.set()
-        watcher.join()
+        watcher.join(600)
         assert (set(health), len(counts)) == ({200}, 1)

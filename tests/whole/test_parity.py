@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cases.plugin_session import ISAS
+from cases.quantization import STORED
 from cases.tiny import FAMILIES, hf_logits, run_alone, run_chunks
-from qwen_build.quantization.scheme_table import KERNELS, SCHEMES, make_scheme
+from qwen_build.quantization.scheme_table import KERNELS, make_scheme
 from qwen_build.quantization.schemes import dequantize
 from qwen_engine.manifest import LAYERS_GRAPH_FILE
 from qwen_plugin.layout import GROUP_SIZES
@@ -156,8 +157,7 @@ def test_what_is_rounded_stays_close(family, options, at_least, at_most, tiny_ch
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("quant", SCHEMES)
+@pytest.mark.parametrize(("quant", "kernels"), STORED)
 def test_the_layers_graph_computes_the_same_bits(family, kernels, quant, tiny_checkpoint, build_engine):
     directory = build_engine(tiny_checkpoint(family).path, quant=quant, kernels=kernels)
     layers = Engine.load(directory, threads=1, graph=LAYERS_GRAPH_FILE)

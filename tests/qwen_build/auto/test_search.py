@@ -253,7 +253,7 @@ def test_what_was_predicted_wrong_is_corrected(error, checkpoint, tmp_path, monk
         Probing, "measure", lambda self, advance: [[error * kl for kl in one] for one in measure(self, advance)]
     )
     report = search_engine(checkpoint("qwen2-tied").path, tmp_path / "auto", max_kl=0.02)
-    assert 0.01 < report.best.kl <= 0.02
+    assert 0.005 < report.best.kl <= 0.02  # the whole budget is not used where the next choice would exceed it
     assert len(report.trials) > 1
 
 
@@ -374,7 +374,7 @@ def test_one_line_says_what_is_wrong(arguments, message, checkpoint, tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("too short " * 120)
     result = CliRunner().invoke(main, [str(checkpoint("qwen2").path), *arguments, "--output", "engines/auto"])
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == 2, result.output
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr

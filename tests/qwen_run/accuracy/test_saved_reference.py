@@ -225,7 +225,8 @@ from qwen_engine.errors import RequestError
 from qwen_run.accuracy.reference_sources import LiveSources
 from qwen_run.bench import measure
 from qwen_run.bench.measure import _transformers
-manifest = SimpleNamespace(origin=SimpleNamespace(sha256={{}}, rope_scaling=None), linears=[])
+origin = SimpleNamespace(sha256={{}}, digests={{}}, rope_scaling=None, adapters=())
+manifest = SimpleNamespace(origin=origin, linears=[])
 engine, options = SimpleNamespace(manifest=manifest), SimpleNamespace(hf_dtype="float32", checkpoint=".")
 measure.find_checkpoint = lambda *_: Path(".")
 measure.HuggingFaceSide.__init__.__globals__["dense_reads"] = lambda *_: None

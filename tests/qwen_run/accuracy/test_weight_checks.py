@@ -58,10 +58,10 @@ def test_only_some_of_many_differing_weights_are_named(tiny_checkpoint, build_en
 def test_faults_of_the_builder_are_seen(change, tiny_checkpoint, monkeypatch, tmp_path):
     """The comparison shares nothing with what it checks: a builder that is wrong everywhere is not its own witness."""
     from qwen_build import build
-    from qwen_build.checkpoint import safetensors
+    from qwen_build.checkpoint import weights
     from qwen_build.quantization.grid import Grid
 
-    nearest, read = Grid.nearest, safetensors.Checkpoint.read
+    nearest, read = Grid.nearest, weights.Checkpoint.read
 
     def down(grid, groups, scales, zero_points):
         return nearest(grid, groups - scales[..., None] / 4, scales, zero_points)
@@ -80,7 +80,7 @@ def test_faults_of_the_builder_are_seen(change, tiny_checkpoint, monkeypatch, tm
     if change == "nearest":
         monkeypatch.setattr(Grid, "nearest", down)
     else:
-        monkeypatch.setattr(safetensors.Checkpoint, "read", other if change == "order" else larger)
+        monkeypatch.setattr(weights.Checkpoint, "read", other if change == "order" else larger)
     path = tiny_checkpoint("qwen2").path
     check = compare_weights(build(path, tmp_path / "engine", quant="int8"), path)
     assert not check.passed

@@ -323,7 +323,6 @@ def test_trace_at_two_rates(engine_directory: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("latency", "--input-length", 90, "--output-length", 7), "request 1 has 90 input and 7 output tokens"),
-        (("latency", "--hf-dtype", "float32"), "give them with --compare hf"),
         (("throughput", "--plot", "nowhere/p.svg"), "nowhere/p.svg cannot be written"),
         (("serve-trace", "--trace", "nowhere.csv"), "nowhere.csv cannot be read"),
     ],
@@ -333,6 +332,12 @@ def test_mistakes_are_told_in_one_line(engine_directory: Path, arguments: tuple[
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_options_that_need_another_are_a_wrong_command_line(engine_directory: Path) -> None:
+    result = run_bench("latency", "--hf-dtype", "float32", "--engine", engine_directory)
+    assert result.exit_code == 2
+    assert "give them with --compare hf" in result.stderr
 
 
 @pytest.mark.parametrize("batch", ["", "0", "1,", "two", "4,-1"])

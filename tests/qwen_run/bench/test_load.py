@@ -54,14 +54,14 @@ def made_up_server(chunked=True, answer=None):
                 await asyncio.sleep(0.01)
 
     stop = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(run(), 600)))
     thread.start()
-    ready.wait()
+    assert ready.wait(600)
     try:
         yield f"http://127.0.0.1:{port[0]}", seen, most
     finally:
         stop.set()
-        thread.join()
+        thread.join(600)
 
 
 def bench(*arguments):

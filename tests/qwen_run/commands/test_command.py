@@ -176,8 +176,8 @@ def test_doctests():
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
 
-def test_there_are_five_commands():
-    assert sorted(SCRIPTS) == ["qwen-bench", "qwen-build", "qwen-inspect", "qwen-run", "qwen-summarize"]
+def test_these_are_the_commands():
+    assert sorted(SCRIPTS) == ["qwen-bench", "qwen-build", "qwen-inspect", "qwen-run", "qwen-serve", "qwen-summarize"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
