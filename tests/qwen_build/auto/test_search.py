@@ -353,28 +353,36 @@ def test_the_page_says_what_was_chosen(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("code", "arguments", "message"),
     [
-        (["--quant", "auto"], "either --max-kl or --max-size, found neither; give one"),
-        (["--quant", "auto", "--max-kl", "1", "--max-size", "1MB"], "found both; give one"),
-        (["--max-kl", "1"], "--max-kl is a budget for --quant auto"),
-        (["--quant", "int8", "--max-size", "50%"], "--max-size is a budget for --quant auto"),
-        (["--quant", "auto", "--max-kl", "1", "--group-size", "64"], "the choice of --group-size 64 for each linear"),
-        (["--quant", "auto", "--max-kl", "1", "--asymmetric"], "the choice of --symmetric or --asymmetric"),
-        (["--quant", "auto", "--max-kl", "1", "--embedding-quant", "int8"], "the choice of --embedding-quant int8"),
-        (["--quant", "auto", "--max-kl", "1", "--weight-scales", "channel"], "the choice of --weight-scales channel"),
-        (["--quant", "auto", "--max-kl", "1", "--dry-run"], "--dry-run measures nothing"),
-        (["--quant", "auto", "--max-kl", "1", "--exclude", "nothing"], "matches no linear"),
-        (["--quant", "auto", "--max-kl", "1e-12"], "--max-kl 1e-12 cannot be reached: the most accurate engine, "),
-        (["--quant", "auto", "--max-size", "100kB"], "--max-size is 0.1 MB, the smallest engine has 0.3 MB"),
-        (["--quant", "auto", "--max-kl", "1", "--calibration", "short.txt"], "short.txt"),
+        (2, ["--quant", "auto"], "either --max-kl or --max-size, found neither; give one"),
+        (2, ["--quant", "auto", "--max-kl", "1", "--max-size", "1MB"], "found both; give one"),
+        (2, ["--max-kl", "1"], "--max-kl is a budget for --quant auto"),
+        (2, ["--quant", "int8", "--max-size", "50%"], "--max-size is a budget for --quant auto"),
+        (
+            2,
+            ["--quant", "auto", "--max-kl", "1", "--group-size", "64"],
+            "the choice of --group-size 64 for each linear",
+        ),
+        (2, ["--quant", "auto", "--max-kl", "1", "--asymmetric"], "the choice of --symmetric or --asymmetric"),
+        (2, ["--quant", "auto", "--max-kl", "1", "--embedding-quant", "int8"], "the choice of --embedding-quant int8"),
+        (
+            2,
+            ["--quant", "auto", "--max-kl", "1", "--weight-scales", "channel"],
+            "the choice of --weight-scales channel",
+        ),
+        (2, ["--quant", "auto", "--max-kl", "1", "--dry-run"], "--dry-run measures nothing"),
+        (1, ["--quant", "auto", "--max-kl", "1", "--exclude", "nothing"], "matches no linear"),
+        (1, ["--quant", "auto", "--max-kl", "1e-12"], "--max-kl 1e-12 cannot be reached: the most accurate engine, "),
+        (1, ["--quant", "auto", "--max-size", "100kB"], "--max-size is 0.1 MB, the smallest engine has 0.3 MB"),
+        (1, ["--quant", "auto", "--max-kl", "1", "--calibration", "short.txt"], "short.txt"),
     ],
 )
-def test_one_line_says_what_is_wrong(arguments, message, checkpoint, tmp_path, monkeypatch):
+def test_one_line_says_what_is_wrong(code, arguments, message, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("too short " * 120)
     result = CliRunner().invoke(main, [str(checkpoint("qwen2").path), *arguments, "--output", "engines/auto"])
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == code, result.output
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
