@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError, EngineError
-from qwen_engine.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from qwen_engine.manifest import ENGINES, FORMAT_VERSION, MANIFEST_FILE, Manifest
 from qwen_engine.user_cache import FOLDER, lock_file, user_cache
 from qwen_engine.whole_files import locked_file, whole_file
 from qwen_plugin import OPERATORS
@@ -43,7 +43,7 @@ def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None
         cache: where engines are kept; ``qwen-engine/engines`` in the user's cache directory if None.
 
     Raises:
-        EngineError: build options were given for an engine.
+        EngineError: build options were given for an engine, or there is no such engine.
         BuildError: an option is unknown, or the engine cannot be built.
     """
     if is_engine(source):
@@ -52,6 +52,8 @@ def engine_of(source: str | Path, options: Mapping[str, Any], cache: Path | None
                 f"{source} is an engine, {', '.join(options)} cannot change it any more; give the checkpoint instead"
             )
         return Path(source)
+    if Path(source).parent == ENGINES and not Path(source).exists():  # not an owner's model on the Hub
+        raise EngineError(f"there is no engine {source}; make it with qwen-build, whose --output names it")
     from qwen_build.checkpoint.locate import resolve_checkpoint
 
     chosen = build_options(options)

@@ -40,7 +40,7 @@ class EngineArguments:
         idle = [name for name in WITHOUT_EFFECT if options.get(name) is not None]
         known = {*HUB, *WITHOUT_EFFECT}
         if unknown := [name for name in options if name not in known and not name.startswith(PREFIX)]:
-            expected = ", ".join(["engine_config", f"{PREFIX}FIELD", *HUB])
+            expected = ", ".join(["export", "engine_config", f"{PREFIX}FIELD", *HUB])
             raise TypeError(f"from_pretrained has no {unknown[0]!r}, expected {expected}")
         if options.get("device_map") not in (None, "cpu", "auto"):
             raise ValueError(

@@ -122,6 +122,12 @@ def test_mistakes(checkpoint, tmp_path):
         engine_of(checkpoint, {}, tmp_path / "file")
 
 
+def test_an_engine_that_was_not_built_is_no_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match="there is no engine engines/mine; make it with qwen-build, whose --output"):
+        LLM("engines/mine")
+
+
 def test_a_packed_checkpoint_names_its_format(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(build_on_demand, "_build", lambda *_, **__: None)
     path = checkpoint / "config.json"

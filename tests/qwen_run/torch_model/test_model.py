@@ -364,7 +364,7 @@ def test_keywords_of_from_pretrained(one, tmp_path):
         warnings.simplefilter("error")
         small = QwenForCausalLM.from_pretrained(one.path, engine_max_seq_len=64, local_files_only=True)
     assert small.engine.manifest.limits.max_seq_len == 64
-    with pytest.raises(TypeError, match="from_pretrained has no 'quantise', expected engine_config"):
+    with pytest.raises(TypeError, match="from_pretrained has no 'quantise', expected export, engine_config"):
         QwenForCausalLM.from_pretrained(one.path, quantise=True)
     with pytest.raises(ValueError, match="engine_config has 'batches', expected batch_size"):
         QwenForCausalLM.from_pretrained(one.path, engine_batches=2)
