@@ -64,6 +64,15 @@ class RequestJob:
     _kept: ExitStack = field(default_factory=ExitStack)
     _last_token: float | None = None
 
+    def head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """What every object of an answer begins with: an id ``prefix-…``, its ``kind``, the time, the model."""
+        return {
+            "id": f"{prefix}-{secrets.token_hex(16)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.serving.name,
+        }
+
     def enter(self, num_answers: int) -> None:
         """Take a place for each answer.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +46,7 @@ class ChatAnswer:
     warnings: list[str]
 
     def __post_init__(self) -> None:
-        self.head = {
-            "id": f"chatcmpl-{secrets.token_hex(16)}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.job.serving.name,
-        }
+        self.head = self.job.head("chatcmpl", "chat.completion")
         self.tokenizer = self.job.serving.llm.llm.tokenizer
 
     @classmethod

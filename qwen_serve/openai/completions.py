@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,12 +41,7 @@ class CompletionAnswer:
     no_answers: bool
 
     def __post_init__(self) -> None:
-        self.head = {
-            "id": f"cmpl-{secrets.token_hex(16)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.job.serving.name,
-        }
+        self.head = self.job.head("cmpl", "text_completion")
         self.tokenizer = self.job.serving.llm.llm.tokenizer
 
     @classmethod

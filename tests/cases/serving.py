@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from cases.processes import PATIENCE_S
+from cases.scripted import scripted_model, write_text_files
 from qwen_serve.common.settings import Settings
 from qwen_serve.engine.serving import Serving
 from qwen_serve.http.app import make_app
@@ -102,3 +104,12 @@ def running(model: Any, **settings: Any) -> Iterator[Running]:
 
 def _refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
+
+
+@contextmanager
+def scripted_server(directory: Path, reply: Callable[[str], str]) -> Iterator[Any]:
+    """A server of a model that says what ``reply`` makes of a prompt of Qwen3; at the end nothing is left in it."""
+    model, _ = scripted_model(write_text_files(directory, "qwen3"), reply, max_seq_len=2000)
+    with running(model) as found:
+        yield found
+        found.wait_until_idle()

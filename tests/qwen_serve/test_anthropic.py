@@ -4,7 +4,7 @@ import anthropic
 import pytest
 
 from cases.scripted import last_question, scripted_model, write_text_files
-from cases.serving import running
+from cases.serving import running, scripted_server
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -21,11 +21,8 @@ def reply(prompt):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    directory = write_text_files(tmp_path_factory.mktemp("scripted"), "qwen3")
-    model, _ = scripted_model(directory, reply, max_seq_len=2000)
-    with running(model) as found:
+    with scripted_server(tmp_path_factory.mktemp("scripted"), reply) as found:
         yield found
-        found.wait_until_idle()
 
 
 @pytest.fixture(scope="module")

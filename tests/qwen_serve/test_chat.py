@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from cases.scripted import IM_END, last_question, scripted_model, write_text_files
-from cases.serving import running
+from cases.serving import running, scripted_server
 from qwen_run import LLM, SamplingParams
 
 THOUGHTS = "<think>\nA greeting.\n</think>\n\n"
@@ -34,11 +34,8 @@ def reply(prompt):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    directory = write_text_files(tmp_path_factory.mktemp("scripted"), "qwen3")
-    model, _ = scripted_model(directory, reply, max_seq_len=2000)
-    with running(model) as found:
+    with scripted_server(tmp_path_factory.mktemp("scripted"), reply) as found:
         yield found
-        found.wait_until_idle()
 
 
 @pytest.fixture(scope="module")

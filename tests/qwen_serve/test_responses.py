@@ -5,8 +5,8 @@ import json
 import openai
 import pytest
 
-from cases.scripted import last_question, scripted_model, write_text_files
-from cases.serving import running
+from cases.scripted import last_question
+from cases.serving import scripted_server
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 TOOLS = [{"type": "function", "name": "weather", "parameters": {"type": "object"}}]
@@ -24,11 +24,8 @@ def reply(prompt):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    directory = write_text_files(tmp_path_factory.mktemp("scripted"), "qwen3")
-    model, _ = scripted_model(directory, reply, max_seq_len=2000)
-    with running(model) as found:
+    with scripted_server(tmp_path_factory.mktemp("scripted"), reply) as found:
         yield found
-        found.wait_until_idle()
 
 
 @pytest.fixture(scope="module")
