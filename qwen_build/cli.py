@@ -239,6 +239,7 @@ def main(
     from qwen_build.checkpoint.locate import resolve_checkpoint
     from qwen_build.checkpoint.weights import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
+    from qwen_build.plan.rope_options import rope_override
     from qwen_build.writing.output import check_output, resolved
 
     automatic = chosen["quant"] == AUTO
@@ -246,6 +247,7 @@ def main(
     if output is not None and not dry_run:
         check_output(output, force)  # before anything is downloaded
     options = read_options(chosen)
+    rope_override(options)  # an option that cannot be is refused before a checkpoint is looked for
     if checkpoint is None:
         click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)

@@ -21,7 +21,7 @@ class BuildError(QwenError):
 
 
 class OptionsError(BuildError):
-    """Options of a command, or of a build, exclude each other, whatever the files are."""
+    """An option of a command or of a build cannot be, alone or beside another, whatever the files are."""
 
     exit_code = 2  # as of every command line that cannot be
 

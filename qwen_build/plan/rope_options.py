@@ -21,7 +21,7 @@ def rope_override(options: BuildOptions) -> RopeOverride | None:
     """What makes the rope object that counts in place of that of a ``config.json``; None: its own counts.
 
     Raises:
-        BuildError: both options are given, or the text of ``--rope-scaling`` is no rope object.
+        OptionsError: both options are given, or the text of ``--rope-scaling`` is no rope object.
     """
     text, factor = options.rope_scaling, options.yarn
     if text is not None and factor is not None:
@@ -55,11 +55,11 @@ def _parsed(text: str) -> dict[str, Any]:
     try:
         rope = json.loads(text)
     except ValueError as error:
-        raise BuildError(f"--rope-scaling {text!r} is not JSON ({error}), {example}") from error
+        raise OptionsError(f"--rope-scaling {text!r} is not JSON ({error}), {example}") from error
     if not isinstance(rope, dict):
-        raise BuildError(f"--rope-scaling is {text!r}, {example}")
+        raise OptionsError(f"--rope-scaling is {text!r}, {example}")
     try:
         read_rope({"rope_scaling": rope}, 10000.0, _SOME_POSITIONS)
     except BuildError as error:
-        raise BuildError(f"--rope-scaling: {str(error).removeprefix('config.json: ')}") from error
+        raise OptionsError(f"--rope-scaling: {str(error).removeprefix('config.json: ')}") from error
     return rope

@@ -57,7 +57,9 @@ async def post(address: Address, path: str, body: Mapping[str, Any], key: str | 
             ssl=ssl.create_default_context() if address.scheme == "https" else None,
         )
     except OSError as error:
-        raise RequestError(f"there is no server at {address.host}:{address.port}: {error}") from error
+        raise RequestError(
+            f"there is no server at {address.host}:{address.port}: {error}; start one, or name another with --url"
+        ) from error
     try:
         writer.write(_request(address, path, json.dumps(body).encode(), key))
         await writer.drain()
