@@ -17,16 +17,19 @@ constexpr int64_t kFetchBytes = 512 << 10, kWindowLines = kWindowBytes / kLineBy
 constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
 constexpr int64_t kAwake = 2 * kMillisecond, kCallerAwake = 50 * kMicrosecond;
 
-// A thread rests that lost its processor while the caller waited for it, or the caller lost its own. It rests twice as
-// long as before if that has cost more than a part of the time since, half as long otherwise.
-constexpr int64_t kLate = 100 * kMicrosecond, kLongRound = kMillisecond, kPart = 4;
+// A thread rests if another program has had its processor while the caller waited for it, or that of the caller. It
+// rests twice as long each time; a loss that is less than a part of the time since the last one is none.
+constexpr int64_t kLate = 100 * kMicrosecond, kLoss = kMillisecond, kPart = 4;
 constexpr int64_t kLeastRest = kMillisecond / 4, kMostRest = 256 * kMillisecond;
 
 // A thread changes the processor no more often than so.
 constexpr int64_t kMove = kMillisecond;
 
+using waiting::Losses;
 using waiting::Now;
 using waiting::Patience;
+
+thread_local Losses caller_losses;
 
 }  // namespace
 
@@ -45,21 +48,23 @@ Threads::~Threads() {
 
 void Threads::For(int64_t count, int64_t least, int64_t most, Task task, void* data,
                   const std::shared_ptr<Order>& order, const Weight& weight) {
-  const auto alone = [&] {
-    for (int64_t i = 0; i < count; i += most) task(data, i, std::min(count, i + most));
-  };
   const bool is_short = count_ == 1 || count <= least;
-  if (is_short || has_caller_.exchange(true, std::memory_order_acquire)) return alone();
+  if (is_short || has_caller_.exchange(true, std::memory_order_acquire)) {
+    for (int64_t i = 0; i < count; i += most) task(data, i, std::min(count, i + most));
+    return;
+  }
   if (order != nullptr) NoteOrder(order, weight);
-  if (AllRest()) {
-    alone();
+  int64_t done = 0;  // while the others rest: a round may take longer than their rest
+  for (; done < count && AllRest(); done = std::min(count, done + most)) task(data, done, std::min(count, done + most));
+  if (done == count) {
     has_caller_.store(false, std::memory_order_release);
     return;
   }
-  const int64_t began = Now();
+  const int64_t began = Now(), left = count - done;
+  caller_losses.Begin(began);
   task_ = task, data_ = data, least_ = least, most_ = most;
   for (int t = 0; t < count_; ++t)
-    shares_[t].items.store(uint64_t(count * t / count_) << 32 | uint64_t(count * (t + 1) / count_),
+    shares_[t].items.store(uint64_t(done + left * t / count_) << 32 | uint64_t(done + left * (t + 1) / count_),
                            std::memory_order_relaxed);
   caller_processor_.store(waiting::Processor(), std::memory_order_relaxed);
   // Both in the one order of all such: a thread that goes to sleep either sees this round, or is seen here.
@@ -105,6 +110,7 @@ void Threads::AwaitWorkers() {
   Patience patience(kCallerAwake);
   while (are_inside(std::memory_order_acquire)) {
     if (FetchLines(shares_[0], fetched_) || patience.Wait()) continue;
+    const int64_t sleeps_from = Now();
     caller_waits_since_.store(patience.began(), std::memory_order_relaxed);
     for (;;) {
       caller_sleeps_.store(1);
@@ -112,18 +118,17 @@ void Threads::AwaitWorkers() {
       waiting::SleepWhileSet(caller_sleeps_);
     }
     caller_sleeps_.store(0, std::memory_order_relaxed);
+    caller_losses.Slept(Now() - sleeps_from);
   }
 }
 
-// Has the others rest if the calling thread has lost its processor in a round: where all processors have other work,
-// each thread takes from the caller's part of them.
+// Has the others rest if the caller has lost its processor in a round: where all processors have other work, each
+// thread takes from the caller's part of them.
 void Threads::NoteLoss(int64_t began) {
-  thread_local int64_t preemptions = 0;
-  const int64_t took = Now() - began;
-  if (took < kLongRound) return;
-  const int64_t before = preemptions;
-  preemptions = waiting::Preemptions();
-  for (int t = 1; t < count_ && preemptions != before; ++t) Rest(shares_[t], took);
+  const int64_t now = Now();
+  if (now - began < kLoss) return;
+  const int64_t lost = std::min(now - began, caller_losses.Until(now));
+  for (int t = 1; t < count_ && lost > kLoss; ++t) Rest(shares_[t], lost);
 }
 
 void Threads::NoteOrder(const std::shared_ptr<Order>& order, const Weight& weight) {
@@ -217,6 +222,7 @@ bool Threads::Enter(Worker& self) {
   while (now / kRound != self.round && (now & kOpen) != 0)
     if (round_.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) {
       self.round = now / kRound;
+      self.losses.Begin(Now());
       return true;
     }
   return false;
@@ -224,11 +230,9 @@ bool Threads::Enter(Worker& self) {
 
 void Threads::Leave(Worker& self) {
   if (caller_sleeps_.load(std::memory_order_acquire) != 0) {
-    const int64_t preemptions = waiting::Preemptions();
-    const bool was_preempted = preemptions != self.preemptions;
-    self.preemptions = preemptions;
-    const int64_t late = Now() - caller_waits_since_.load(std::memory_order_relaxed);
-    if (was_preempted && late > kLate) Rest(self.share, late);
+    const int64_t now = Now(), late = now - caller_waits_since_.load(std::memory_order_relaxed);
+    const int64_t lost = late > kLate ? std::min(late, self.losses.Until(now)) : 0;
+    if (lost > kLate) Rest(self.share, lost);
   }
   const bool is_last = (round_.fetch_sub(1) & (kOpen | kInside)) == 1;
   if (is_last && caller_sleeps_.exchange(0) != 0) waiting::Wake(caller_sleeps_);
@@ -249,15 +253,17 @@ void Threads::Sleep(Worker& self) {
   const bool rests = share.rests.load(std::memory_order_relaxed) != 0;
   if (((Comes(self) && !rests) || ends_.load()) && share.sleeps.exchange(0) != 0) sleepers_.fetch_sub(1);
   while (share.sleeps.load() != 0) waiting::SleepWhileSet(share.sleeps);
+  self.losses = {};
 }
 
+// Lets a thread rest because of a loss, unless that is a rare one.
 void Threads::Rest(Share& share, int64_t lost) {
   const int64_t now = Now(), last = share.rest.load(std::memory_order_relaxed);
-  const bool soon = kPart * lost > now - share.rests_until.load(std::memory_order_relaxed);
-  const int64_t rest = std::min(kMostRest, std::max(kLeastRest, soon ? 2 * last : std::min(last / 2, kPart * lost)));
-  share.rest.store(rest, std::memory_order_relaxed);
+  const bool is_rare = kPart * lost < now - share.rests_until.load(std::memory_order_relaxed);
+  const int64_t rest = is_rare ? 0 : std::min(kMostRest, std::max(kLeastRest, 2 * last));
+  share.rest.store(is_rare ? last / 2 : rest, std::memory_order_relaxed);
   share.rests_until.store(now + rest, std::memory_order_relaxed);
-  share.rests.store(1, std::memory_order_relaxed);
+  share.rests.store(is_rare ? 0 : 1, std::memory_order_relaxed);
 }
 
 std::shared_ptr<Threads> SessionThreads::Get() {

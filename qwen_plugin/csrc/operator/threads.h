@@ -3,8 +3,8 @@
 // waits for the other ones. Here whoever has nothing to do fetches what is multiplied next.
 //
 // Beside other programs a thread may wait for its processor while it has work that the others then wait for. Who waits
-// sleeps soon, and leaves a processor on which that thread can go on. A thread that others had to wait for rests: the
-// caller works without it, for longer each time that it comes back in vain.
+// sleeps soon, and leaves a processor on which that thread can go on. A thread that is waited for again and again
+// rests: the caller works without it, for longer each time that it comes back in vain.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -12,6 +12,8 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#include "operator/waiting.h"
 
 // A weight in parts that lie one after the other, of which every thread multiplies its share.
 struct Weight {
@@ -64,8 +66,9 @@ class Threads {
   struct Worker {
     Share& share;
     Fetched fetched = {};
-    uint64_t round = 0;                  // its last
-    int64_t preemptions = 0, moved = 0;  // the latter: ns of the clock
+    uint64_t round = 0;  // its last
+    int64_t moved = 0;   // ns of the clock
+    waiting::Losses losses = {};
   };
 
   // Of the caller.

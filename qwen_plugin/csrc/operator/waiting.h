@@ -3,12 +3,12 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <ctime>
 #include <thread>
 
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sched.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -86,13 +86,31 @@ inline bool LeaveProcessor(int processor) {
 #endif
 }
 
-// How often the calling thread has had to leave a processor to another; 0 where the system does not say.
-inline int64_t Preemptions() {
-#if defined(__linux__)
-  rusage usage = {};
-  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
-#endif
-  return 0;
-}
+// What other programs have had of the calling thread's processor, while the thread had work.
+class Losses {
+ public:
+  // The thread has work from `now` on; what it lost a while before is forgotten.
+  void Begin(int64_t now) {
+    if (now - began_ < kWhile) return;
+    began_ = now, worked_ = ThreadTime();
+  }
+  // The thread slept for so long.
+  void Slept(int64_t ns) { worked_ -= ns; }
+  // What it has lost, in ns.
+  int64_t Until(int64_t now) const { return now - began_ - (ThreadTime() - worked_); }
+
+ private:
+  // In ns. Reading the clock of a thread takes half a microsecond.
+  static constexpr int64_t kWhile = 1000 * 1000;
+
+  // The time that the calling thread has had a processor.
+  static int64_t ThreadTime() {
+    timespec time = {};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return int64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
+  }
+
+  int64_t began_ = 0, worked_ = 0;
+};
 
 }  // namespace waiting
