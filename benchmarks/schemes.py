@@ -2,6 +2,7 @@
 
     python -m benchmarks.schemes                                  the demo, all groups of schemes
     python -m benchmarks.schemes --checkpoint DIR int4 auto       two groups of another checkpoint
+    python -m benchmarks.schemes choice --ending choice           those that the README's table has
     python -m benchmarks.schemes --windows 2 --summaries 0 int8   a quick look
     python -m benchmarks.schemes --window 8192 --windows 4 --summaries 0 float cache   caches over long contexts
 
@@ -66,6 +67,15 @@ W8A8 = "--weight-scales channel --activation-scales token"
 
 # group -> scheme -> the options of qwen-build that make it
 GROUPS: dict[str, dict[str, str]] = {
+    # those that the README lets a user choose from, with its options alone
+    "choice": {
+        "float32": "--quant none",
+        "int4": "--quant int4",
+        "int4 gptq": "--int4-method gptq",
+        "int4 auto": "--int4-method auto",
+        **{f"int{bits}": f"--quant int{bits}" for bits in (5, 6, 8)},
+        "smoothquant": "--quant smoothquant",
+    },
     "float": {"float32": "--quant none"},
     "int8": {
         **{f"int8 g{size}": f"--quant int8 --group-size {size}" for size in GROUP_SIZES},
@@ -342,6 +352,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/schemes"), metavar="DIR")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--ending", help="of the report's name, for some of the groups")
     arguments = parser.parse_args()
     if unknown := set(arguments.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; choose from {', '.join(GROUPS)}")
@@ -365,7 +376,7 @@ def main() -> None:
     logits = work / f"logits-{digest}"
     comparison = Comparison(reference, windows, papers, arguments.threads, logits)
     title = located.name if arguments.window == WINDOW else f"{located.name}-{arguments.window}"
-    report = arguments.output / f"schemes-{title}.md"
+    report = arguments.output / f"schemes-{'-'.join(filter(None, (title, arguments.ending)))}.md"
     head = (
         f"{located.name}, {arguments.windows} x {arguments.window} held-out tokens of WikiText-2, "
         f"{len(papers)} papers; {processor_name()}, {arguments.threads} threads, onnxruntime {version('onnxruntime')}"
