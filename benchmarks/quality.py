@@ -25,6 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,20 +37,20 @@ from benchmarks.peer_environments import find_pythons
 from benchmarks.quality_report import write_report
 from benchmarks.schemes import RESULTS, Comparison, Engines
 from benchmarks.texts import HELD_OUT, by_hash, library_documents
-from benchmarks.write_gguf import gguf_name, write_gguf
+from benchmarks.write_gguf import gguf_name, gguf_rows, write_gguf
 from qwen_build.calibration.layer_runner import LayerRunner, embed, final_norm, read_layer
 from qwen_build.calibration.text import read_sequences
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LAYER, layer_kind
 from qwen_engine.errors import QwenError
 from qwen_engine.manifest import Manifest
-from qwen_run.accuracy.both_sides import following_tokens
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.datasets import Document, load_dataset
 from qwen_run.accuracy.journal import Journal
-from qwen_run.accuracy.logits import FullLogits, Positions, compare
+from qwen_run.accuracy.logits import FullLogits, Positions, compare, following_tokens
 from qwen_run.accuracy.metrics import summarise_positions
 from qwen_run.bench.measure import processor_name
 from qwen_run.engine_files.weights import EngineWeights
@@ -59,25 +60,35 @@ from qwen_run.text.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("quality_worker.py")
 
-# group -> scheme -> the options of qwen-build that make it
+# scheme -> the options of qwen-build that make it, from few bits to many
+LADDER = {
+    "int4, int4 head": "--quant int4 --embedding-quant int4",
+    "int4 g64, int6 head": "--quant int4 --group-size 64 --embedding-quant int6",
+    "int4, int6 head": "--quant int4 --embedding-quant int6",
+    "int4": "--quant int4",
+    "int5, int6 head": "--quant int5 --embedding-quant int6",
+    "int5": "--quant int5",
+    "int6, int6 head": "--quant int6 --embedding-quant int6",
+    "int6": "--quant int6",
+}
+# group -> scheme -> the same; {scheme} is the size of the engine of a row before it, all files
 OURS: dict[str, dict[str, str]] = {
     "rounded": {
-        "int4 g32": "--quant int4 --group-size 32",
+        **LADDER,
         "int4 g64": "--quant int4 --group-size 64",
         "int4 g128": "--quant int4 --group-size 128",
-        "int4 g32 symmetric": "--quant int4 --group-size 32 --symmetric",
-        "int4 g32, int4 head": "--quant int4 --group-size 32 --embedding-quant int4",
-        "int8 g32": "--quant int8 --group-size 32",
+        "int4 symmetric": "--quant int4 --symmetric",
+        **{f"int{bits} g64": f"--quant int{bits} --group-size 64" for bits in (5, 6)},
+        **{f"int{bits}, scales of groups": f"--quant int{bits} --activation-scales group" for bits in (4, 5, 6)},
         "int8 g128": "--quant int8 --group-size 128",
+        "int8": "--quant int8",
+        "int8, int8x2": "--quant int8 --activations int8x2",
     },
     "calibrated": {
-        f"{name}, {method}": f"{options} --int4-method {method}"
-        for method in ("auto", "gptq", "awq")
-        for name, options in {
-            "int4 g32": "--quant int4 --group-size 32",
-            "int4 g64": "--quant int4 --group-size 64",
-            "int4 g32, int4 head": "--quant int4 --group-size 32 --embedding-quant int4",
-        }.items()
+        **{f"{name}, auto": f"{options} --int4-method auto" for name, options in LADDER.items()},
+        **{f"int4, {method}": f"--quant int4 --int4-method {method}" for method in ("gptq", "awq")},
+        "smoothquant": "--quant smoothquant",
+        **{f"mixed, size of {name}": f"--quant auto --max-size {{{name}}}" for name in ("int4", "int5", "int6")},
     },
 }
 # llama.cpp's types; those of MATRIX are made with an importance matrix too
@@ -97,16 +108,19 @@ class Side:
 
     Attributes:
         errors: of each kind of linear, see :func:`errors_by_kind`; None where columns were scaled.
+        files_bytes: of all files, tokenizer and graph among them.
     """
 
     logits: Callable[[str, np.ndarray], list[Positions]]
     size_bytes: int
     errors: dict[str, list[float]] | None
+    files_bytes: int
 
 
 def calibrates(options: str) -> bool:
     """Whether these options of ``qwen-build`` read a text."""
-    return "--quant auto" in options or ("--int4-method" in options and "--int4-method rtn" not in options)
+    plain = "--int4-method" not in options or "--int4-method rtn" in options
+    return "--quant auto" in options or "--quant smoothquant" in options or not plain
 
 
 def text_windows(tokenizer: Tokenizer, documents: Iterable[Document], count: int, length: int) -> np.ndarray:
@@ -204,15 +218,26 @@ class Quality:
     def measure(self, make: Callable[[], Side]) -> dict[str, Any]:
         """The figures of a side: of every text KL and top-1 as (value, low, high)."""
         side = make()
-        result: dict[str, Any] = {"bytes": side.size_bytes, "errors": side.errors}
+        result: dict[str, Any] = {"bytes": side.size_bytes, "errors": side.errors, "files": side.files_bytes}
         for text, comparison in self.comparisons.items():
             metrics = summarise_positions("original", side.logits(text, comparison.windows))
             found = {metric.name: (metric.value, metric.low, metric.high) for metric in metrics}
             result[text] = {"kl": found["original.kl_mean"], "top1": found["original.top1"]}
         return result
 
-    def ours(self, options: str) -> Side:
-        """The engine that these options of ``qwen-build`` make."""
+    def ours(self, options: str, before: Mapping[str, Mapping[str, Any]]) -> Side:
+        """The engine that these options of ``qwen-build`` make.
+
+        Args:
+            before: what was measured of other sides; ``{NAME}`` in ``options`` is the size of all files of NAME.
+
+        Raises:
+            QwenError: NAME is none of them, or the build fails.
+        """
+        try:
+            options = options.format_map({name: f"{one['files'] / 1e6:.2f}MB" for name, one in before.items()})
+        except KeyError as error:
+            raise QwenError(f"it is to be as large as {error}, which was not measured") from None
         options += self._calibration(options)
         self.engines.build(options)
         directory = self.engines.path(options)
@@ -225,6 +250,7 @@ class Quality:
             lambda text, windows: [self.comparisons[text].positions(engine, ids) for ids in windows.tolist()],
             size,
             None if scaled else errors_by_kind(self.path, *_engine_weights(stored)),
+            sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
         )
 
     def _calibration(self, options: str) -> str:
@@ -261,7 +287,8 @@ class Quality:
                 ]
 
         size = sum(int(tensor.n_bytes) for tensor in tensors)
-        return Side(positions, size, errors_by_kind(self.path, *_gguf_weights(tensors, self.config)))
+        errors = errors_by_kind(self.path, *_gguf_weights(tensors, self.config, read_json(self.path / "config.json")))
+        return Side(positions, size, errors, target.stat().st_size)
 
 
 def _engine_weights(stored: EngineWeights) -> tuple[Iterator[tuple[str, slice, np.ndarray]], dict[str, float]]:
@@ -272,9 +299,9 @@ def _engine_weights(stored: EngineWeights) -> tuple[Iterator[tuple[str, slice, n
 
 
 def _gguf_weights(
-    tensors: Sequence[Any], config: ModelConfig
+    tensors: Sequence[Any], config: ModelConfig, settings: dict[str, Any]
 ) -> tuple[Iterator[tuple[str, slice, np.ndarray]], dict[str, float]]:
-    """Arguments of :func:`errors_by_kind`."""
+    """Arguments of :func:`errors_by_kind`; ``settings`` are the checkpoint's ``config.json``."""
     import gguf
 
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -283,9 +310,15 @@ def _gguf_weights(
         for layer in range(config.num_hidden_layers)
         for linear in layer_kind(config, layer).linears
     }
-    values = ((name, gguf.dequantize(tensor.data, tensor.tensor_type)) for name, tensor in own.items())
     bits = {name: 8 * int(tensor.n_bytes) / int(tensor.n_elements) for name, tensor in own.items()}
-    return ((name, slice(0, len(rows)), rows) for name, rows in values), bits
+
+    def stored() -> Iterator[tuple[str, slice, np.ndarray]]:
+        for name, tensor in own.items():
+            rows = gguf.dequantize(tensor.data, tensor.tensor_type)
+            places = np.argsort(gguf_rows(f"{name}.weight", len(rows), settings))
+            yield name, slice(0, len(rows)), rows[places]
+
+    return stored(), bits
 
 
 def _call(python: Path, *words: object) -> None:
@@ -322,6 +355,7 @@ def main() -> None:
         raise QwenError(f"{arguments.venv[0]} has no llama-cpp-python; make one with benchmarks.peers --install")
     quality = Quality(arguments.checkpoint, arguments)
     sides: dict[str, tuple[str, Callable[[], Side]]] = {}
+    results: dict[str, dict[str, Any]] = {}
     schemes = {group: OURS[group] for group in arguments.groups or (() if arguments.scheme else OURS)}
     for scheme in arguments.scheme:
         name, _, options = scheme.partition(":")
@@ -329,7 +363,7 @@ def main() -> None:
         schemes[group] = schemes.get(group, {}) | {name.strip(): options.strip()}
     for group, own in schemes.items():
         for name, options in own.items():
-            sides[name] = (f"ours {group}", partial(quality.ours, options))
+            sides[name] = (f"ours {group}", partial(quality.ours, options, results))
     if python := pythons.get("llama.cpp"):
         for kind in arguments.types:
             sides[kind] = ("llama.cpp", partial(quality.theirs, python, kind, matrix=False))
@@ -339,15 +373,20 @@ def main() -> None:
     report = arguments.output / f"quality-{quality.name}.md"
     head = (
         f"{quality.name}, {arguments.windows} windows of {arguments.window} tokens of each text; {processor_name()}, "
-        f"{arguments.threads} threads"
+        f"{arguments.threads} threads; {datetime.now(UTC):%Y-%m-%d}"
     )
-    results: dict[str, dict[str, Any]] = {}
     with Journal(quality.work / f"results-{digest}.jsonl", quality.settings, resume=True) as journal:
         for name, (family, side) in sides.items():
-            measured = dict(journal.do("side", name, partial(quality.measure, side)))
+            try:
+                measured = dict(journal.do("side", name, partial(quality.measure, side)))
+            except QwenError as error:
+                say(f"{name} is left out: {error}")
+                continue
             results[name] = {**measured, "family": family}
             say(f"{name}: {measured['bytes'] / 1e6:.2f} MB, KL {measured[next(iter(TEXTS))]['kl'][0]:.3e}")
             write_report(report, head, list(TEXTS), results)
+    if not results:
+        raise QwenError("nothing was measured")
     print(report.read_text(encoding="utf-8"), end="")
 
 

@@ -54,7 +54,7 @@ def table_lines(texts: Sequence[str], results: Mapping[str, Mapping[str, Any]]) 
         cells = [name, f"{result['bytes'] / 1e6:.2f}"]
         for text in texts:
             value, low, high = result[text]["kl"]
-            cells.append(f"{value:.2e} ({low:.2e} to {high:.2e})")
+            cells.append(f"{value:.2e}" + (f" ({low:.2e} to {high:.2e})" if low is not None else ""))
         cells.append(f"{result[texts[0]]['top1'][0]:.2%}")
         cells += [_against(texts[0], results, result, family) for family in (ROUNDED, CALIBRATED)]
         yield f"| {' | '.join(cells)} |"

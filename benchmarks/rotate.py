@@ -4,11 +4,10 @@
 
 ``--residual`` turns the residual stream by an orthogonal matrix (QuaRot, arXiv 2404.00456): norms are folded into what
 reads them first, and a head that was the embedding becomes a matrix of its own. ``--width`` turns it into a space of
-more dimensions, such as one that is a multiple of 256 as llama.cpp's types want it; GGUF has no Qwen2 whose heads are
-not as wide as that. ``--values`` turns what each head hands from ``v_proj`` to ``o_proj`` (SpinQuant's R2, arXiv
-2405.16406). Matrices are Hadamard's with random signs where the size is a power of two, else random orthogonal ones.
-Everything is in float32; ``qwen-build`` and ``python -m benchmarks.quality --checkpoint DIR`` take the result like any
-other.
+more dimensions, such as one that is a multiple of 256 as llama.cpp's types want it. ``--values`` turns what each head
+hands from ``v_proj`` to ``o_proj`` (SpinQuant's R2, arXiv 2405.16406). Matrices are Hadamard's with random signs where
+the size is a power of two, else random orthogonal ones. Everything is in float32; ``qwen-build`` and ``python -m
+benchmarks.quality --checkpoint DIR`` take the result like any other.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python -m benchmarks.write_gguf CHECKPOINT FILE.gguf [--linears Q4_0] [--head Q8_0]
 
 Rows stay in Hugging Face's order: a reader of ``qwen2`` and ``qwen3`` rotates the two halves of a head, as Hugging Face
-does (only ``llama`` files hold them interleaved). Q4_0 and Q8_0 are groups of 32 with a float16 scale and no zero
-point.
+does. A Qwen2 whose heads together are not as wide as the model is written as ``llama``, which computes the same and
+takes such heads; there the rows of q and k alternate between the halves. Q4_0 and Q8_0 are groups of 32 with a float16
+scale and no zero point.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qwen_build.checkpoint.weights import Checkpoint
 
 STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
 FAMILIES = ("qwen2", "qwen3")
+LLAMA = "llama"
 KINDS = ("F32", "F16", "Q8_0", "Q4_0")  # how a matrix may be stored
 ROWS_AT_A_TIME = 1 << 14
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
@@ -35,7 +37,7 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     """Write ``checkpoint`` as ``file``, its matrices as the type ``linears``, embedding and head as ``head``.
 
     Raises:
-        ValueError: it is of another family than Qwen2 and Qwen3, or its heads are not as wide as GGUF has them.
+        ValueError: it is of another family than Qwen2 and Qwen3.
     """
     import gguf
 
@@ -43,11 +45,8 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     family = config["model_type"]
     if family not in FAMILIES:
         raise ValueError(f"its model_type is {family!r}; GGUF is written of {' and '.join(FAMILIES)} alone")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config.get("head_dim") or width // heads
-    if family == "qwen2" and heads * head_dim != width:
-        raise ValueError(f"{heads} heads of {head_dim} are not its width {width}, as readers of 'qwen2' want them")
-    writer = gguf.GGUFWriter(file, family)
+    architecture, head_dim = gguf_architecture(config)
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -56,6 +55,8 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
+    if architecture == LLAMA:
+        writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(ModelConfig.from_hf(checkpoint).rope.theta)
     writer.add_quantization_version(2)
@@ -66,11 +67,41 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
             if name == "lm_head.weight" and config.get("tie_word_embeddings"):
                 continue
             kind = "F32" if len(info.shape) == 1 else head if _stem(name) in ("token_embd", "output") else linears
-            writer.add_tensor(gguf_name(name), *_quantized(weights, name, info.shape, kind))
+            dtype = gguf.GGMLQuantizationType[kind]
+            order = gguf_rows(name, info.shape[0], config)
+            writer.add_tensor(gguf_name(name), _quantized(weights, name, order, dtype), None, dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def gguf_architecture(config: dict[str, Any]) -> tuple[str, int]:
+    """What a file of this ``config.json`` calls its architecture, and the size of a head.
+
+    >>> gguf_architecture({"model_type": "qwen2", "num_attention_heads": 9, "head_dim": 64, "hidden_size": 768})
+    ('llama', 64)
+    """
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    wide = config["model_type"] != "qwen2" or heads * head_dim == width
+    return (config["model_type"] if wide else LLAMA), head_dim
+
+
+def gguf_rows(name: str, rows: int, config: dict[str, Any]) -> np.ndarray:
+    """Which row of a tensor of the checkpoint each row of the file is, int64 (rows).
+
+    >>> config = {"model_type": "qwen2", "num_attention_heads": 3, "head_dim": 4, "hidden_size": 8}
+    >>> gguf_rows("model.layers.0.self_attn.k_proj.bias", 8, config)
+    array([0, 2, 1, 3, 4, 6, 5, 7])
+    >>> gguf_rows("model.layers.0.self_attn.v_proj.bias", 4, config)
+    array([0, 1, 2, 3])
+    """
+    architecture, head_dim = gguf_architecture(config)
+    order = np.arange(rows)
+    if architecture == LLAMA and _stem(name) in ("attn_q", "attn_k"):
+        order = order.reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+    return order
 
 
 def gguf_name(name: str) -> str:
@@ -87,16 +118,15 @@ def _stem(name: str) -> str:
     return STEMS[re.sub(r"^model\.layers\.\d+\.", "", name).rpartition(".")[0]]
 
 
-def _quantized(weights: Checkpoint, name: str, shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, None, Any]:
-    """Arguments of ``add_tensor`` after the name."""
+def _quantized(weights: Checkpoint, name: str, order: np.ndarray, dtype: Any) -> np.ndarray:
+    """The tensor's rows in this order, as GGUF stores them."""
     import gguf
 
-    dtype = gguf.GGMLQuantizationType[kind]
     parts = [
-        gguf.quantize(weights.read(name, start, min(start + ROWS_AT_A_TIME, shape[0])), dtype)
-        for start in range(0, shape[0], ROWS_AT_A_TIME)
+        gguf.quantize(weights.read(name, start, min(start + ROWS_AT_A_TIME, len(order))), dtype)
+        for start in range(0, len(order), ROWS_AT_A_TIME)
     ]
-    return np.concatenate(parts), None, dtype
+    return np.asarray(np.concatenate(parts)[order])
 
 
 def _add_tokenizer(writer: Any, checkpoint: Path, config: dict[str, Any]) -> None:

@@ -27,11 +27,12 @@ from benchmarks.peer_report import (  # noqa: E402
     shares_of_limit,
 )
 from benchmarks.peers import OURS, ROWS, work_name  # noqa: E402
+from qwen_build.checkpoint.demo import half_split  # noqa: E402
 from qwen_build.checkpoint.weights import Checkpoint  # noqa: E402
 
 
 def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(write_gguf) == doctest.TestResults(failed=0, attempted=1)
+    assert doctest.testmod(write_gguf) == doctest.TestResults(failed=0, attempted=5)
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +148,35 @@ def test_only_qwen2_becomes_gguf(tmp_path: Path) -> None:
         models.path("gguf")
 
 
-def test_heads_that_are_not_as_wide_as_the_model_are_refused(tmp_path: Path) -> None:
-    sizes = {"model_type": "qwen2", "num_attention_heads": 3, "head_dim": 32, "hidden_size": 128}
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    with pytest.raises(ValueError, match="3 heads of 32 are not its width 128"):
-        write_gguf.write_gguf(tmp_path, tmp_path / "model.gguf")
+def test_heads_that_are_not_as_wide_as_the_model_are_those_of_a_llama(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        "qwen2", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=32, bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    for linear in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj):
+        torch.nn.init.normal_(linear.bias)
+    model.save_pretrained(tmp_path)
+    write_gguf.write_gguf(tmp_path, tmp_path / "model.gguf", "F32", "F32")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    expected = {
+        "general.architecture": "llama", "llama.attention.key_length": 32, "llama.attention.value_length": 32,
+        "llama.rope.dimension_count": 32,
+    }  # fmt: skip
+    assert {name: reader.fields[name].contents() for name in expected} == expected
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    attention = model.model.layers[0].self_attn
+    for name, heads in (("q", 3), ("k", 1)):
+        for part in ("weight", "bias"):
+            own = getattr(getattr(attention, f"{name}_proj"), part).detach().numpy()
+            stored = tensors[f"blk.0.attn_{name}.{part}"]
+            assert not np.array_equal(stored, own)
+            np.testing.assert_array_equal(half_split(stored, heads), own)
+    np.testing.assert_array_equal(tensors["blk.0.attn_v.weight"], attention.v_proj.weight.detach().numpy())
 
 
 def test_work_of_a_command() -> None:

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from benchmarks import quality_report, rotate
-from benchmarks.quality import MATRIX, OURS, TEXTS, TYPES, errors_by_kind, input_importance, text_windows
+from benchmarks.quality import (
+    MATRIX,
+    OURS,
+    TEXTS,
+    TYPES,
+    calibrates,
+    errors_by_kind,
+    input_importance,
+    text_windows,
+)
 from benchmarks.quality_report import CALIBRATED, ROUNDED, error_lines, front_at, plot, table_lines
 from benchmarks.texts import by_hash, library_documents
 from cases.tiny import hf_logits
@@ -26,7 +35,14 @@ SCHEMES = [options for group in OURS.values() for options in group.values()]
 
 @pytest.mark.parametrize("options", SCHEMES)
 def test_qwen_build_knows_the_options(options):
+    options = options.format_map(dict.fromkeys(OURS["rounded"], "9.50MB"))
     assert qwen_build.make_context("qwen-build", shlex.split(options)).params["quant"] in options
+
+
+def test_what_reads_a_text_is_what_is_called_calibrated():
+    assert {group: {calibrates(options) for options in own.values()} for group, own in OURS.items()} == {
+        "rounded": {False}, "calibrated": {True},
+    }  # fmt: skip
 
 
 def test_examples_in_docstrings():
