@@ -41,6 +41,7 @@ _ENGINE_OPTIONS = ("threads", "cache_bytes", "max_seq_len", "max_batch_size", "m
 @click.option("--request-timeout", type=click.FloatRange(0, min_open=True), help="Seconds of a request.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds that requests have at the end.")
 @click.option("--keep-alive", type=click.FloatRange(0.1), default=15.0, help="Seconds of silence in a stream.")
+@click.option("--page/--no-page", default=True, help="Serve the chat page at /.")
 @click.option("--access-log/--no-access-log", default=True, help="A JSON line a request, without prompts.")
 @click.option("--metrics-prefix", default="qwen:", help='Of the names at /metrics; "vllm:" for its dashboards.')
 @click.option("--cache-per-key", is_flag=True, help="Requests of different keys share nothing in the cache.")
@@ -53,12 +54,13 @@ _ENGINE_OPTIONS = ("threads", "cache_bytes", "max_seq_len", "max_batch_size", "m
 def main(**given: Any) -> None:
     """Answer over HTTP, as OpenAI's interfaces have it, with an engine that qwen-build made.
 
-    Without an argument it is the newest engine under engines/. A checkpoint is built once. What is in force is printed
+    Without an argument it is the newest engine under engines/. A browser finds a page to chat at /, programs find /v1.
+    A checkpoint is built once. What is in force is printed
     at the start. SIGTERM or Ctrl-C lets the requests end that there are; a second one does not.
 
     \b
     Examples:
-      qwen-serve                                        the newest engine, at http://127.0.0.1:8000/v1
+      qwen-serve                                        the newest engine: chat at http://127.0.0.1:8000
       qwen-serve Qwen/Qwen2.5-0.5B-Instruct --port 80   a checkpoint; it is built when it is first asked for
       QWEN_API_KEY=secret qwen-serve --host 0.0.0.0     for others, who need the key
       qwen-serve --max-seq-len 4096 --max-batch-size 4  less memory
@@ -111,6 +113,7 @@ def _settings(model: str | Path, given: dict[str, Any]) -> Any:
         drain_timeout_s=given["drain_timeout"],
         keep_alive_s=given["keep_alive"],
         access_log=given["access_log"],
+        page=given["page"],
         metrics_prefix=given["metrics_prefix"],
         cache_per_key=given["cache_per_key"],
         thinking_budget=given["reasoning_budget"],

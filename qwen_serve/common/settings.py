@@ -32,6 +32,7 @@ class Settings:
         keep_alive_s: silence in a stream after which a comment is sent.
         read_timeout_s: seconds that a client has to send a request.
         access_log: a JSON line a request.
+        page: serve the chat page at ``/``.
         metrics_prefix: of the names at ``/metrics``.
         cache_per_key: requests of different API keys share nothing in the cache.
         thinking_budget: tokens of thinking where a request names none.
@@ -56,6 +57,7 @@ class Settings:
     keep_alive_s: float = 15.0
     read_timeout_s: float = 30.0
     access_log: bool = True
+    page: bool = True
     metrics_prefix: str = "qwen:"
     cache_per_key: bool = False
     thinking_budget: int | None = None

@@ -79,6 +79,16 @@ class Serving:
         """The engine, also while the server ends."""
         return self._llm
 
+    @property
+    def template_knows(self) -> dict[str, bool] | None:
+        """Whether the chat template knows tools and thinking; None without a template, or before there is an engine."""
+        llm = None if self._llm is None else self._llm.llm
+        template = llm.text.template if llm is not None and llm.has_template else None
+        if llm is None or template is None:
+            return None
+        thinks = llm.tokenizer.token_id("<think>") is not None
+        return {"tools": writes_tools(template.source), "thinking": thinks}
+
     def unavailable(self) -> ServeError:
         """Why there is no answer."""
         if self.failure is not None:
@@ -138,6 +148,11 @@ class Serving:
 
     def _statistics(self) -> Any:
         return None if self._llm is None else self._llm.statistics
+
+
+def writes_tools(template: str) -> bool:
+    """Whether a chat template writes the tools of a request."""
+    return "tools" in template
 
 
 def refused(error: QwenError, param: str | None = None) -> ServeError:

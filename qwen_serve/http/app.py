@@ -30,7 +30,9 @@ from qwen_serve.openai.fields import ApplyTemplate, Body, Chat, Completion, Deto
 from qwen_serve.openai.response_fields import Responses
 from qwen_serve.openai.responses import ResponsesAnswer
 from qwen_serve.openai.tokens import apply_template, detokenize, tokenize
+from qwen_serve.page.responses import ChatPage
 
+_PROBES = frozenset(["/health", "/ready"])  # who asks these has no key
 _PARSED_BESIDE = 64 << 10  # bytes of JSON from which it is read in a thread
 
 Sampling = SampledBody | Responses | Messages
@@ -42,6 +44,10 @@ def make_app(serving: Serving, log: Log = log_line) -> ASGIApp:
     app = FastAPI(title="qwen-serve", version=__version__, summary=f"One engine, {serving.name}")
     _Answers(serving).add_to(app)
     _States(serving).add_to(app)
+    page = ChatPage() if serving.settings.page else None
+    if page is not None:
+        for path in page.paths:
+            _add_file(app, path, page)
     handlers: dict[Any, Any] = {
         ServeError: _told,
         QwenError: _refused,
@@ -54,7 +60,7 @@ def make_app(serving: Serving, log: Log = log_line) -> ASGIApp:
     inner: ASGIApp = app
     if serving.settings.origins:
         inner = CORSMiddleware(app, allow_origins=serving.settings.origins, allow_methods=["*"], allow_headers=["*"])
-    return Door(inner, serving.settings, log)
+    return Door(inner, serving.settings, log, _PROBES | (page.paths if page else frozenset()))
 
 
 class _Answers:
@@ -181,7 +187,10 @@ class _States:
             params = serving.opened.default_params
             names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             found["max_model_len"] = serving.opened.llm.max_seq_len
-            found["meta"] = {"default_sampling_params": {each: getattr(params, each) for each in names}}
+            found["meta"] = {
+                "default_sampling_params": {each: getattr(params, each) for each in names},
+                "chat_template": serving.template_knows,
+            }
         return found
 
 
@@ -198,6 +207,15 @@ def _add(app: FastAPI, path: str, kind: type[Body], endpoint: Callable[[Request]
         openapi_extra={"requestBody": content},
         response_model=None,
     )
+
+
+def _add_file(app: FastAPI, path: str, page: ChatPage) -> None:
+    """A route to a file of the chat page."""
+
+    async def endpoint(request: Request) -> Response:
+        return page.response(path, request)
+
+    app.add_api_route(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 async def _told(request: Request, error: ServeError) -> Response:

@@ -25,7 +25,6 @@ from qwen_serve.common.errors import ServeError
 from qwen_serve.common.settings import LOOPBACK, Settings
 
 _ANTHROPICS = "/v1/messages"
-OPEN_PATHS = frozenset(["/health", "/ready"])  # for probes, which have no key
 _NAMES_OF_REQUESTS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Log = Callable[[dict[str, Any]], None]
@@ -37,11 +36,12 @@ class Door:
     Args:
         app: what answers.
         settings: keys and hosts.
+        open_paths: what needs no key.
         log: takes one record a request.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, log: Log) -> None:
-        self._app, self._settings, self._log = app, settings, log
+    def __init__(self, app: ASGIApp, settings: Settings, log: Log, open_paths: frozenset[str]) -> None:
+        self._app, self._settings, self._log, self._open_paths = app, settings, log, open_paths
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +83,7 @@ class Door:
                 message = f"the host is {host!r:.80}, expected localhost; behind a proxy, use --unix-socket"
                 raise ServeError("forbidden_host", message)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self._keys and path not in OPEN_PATHS and scope["method"] != "OPTIONS":
+        if self._keys and path not in self._open_paths and scope["method"] != "OPTIONS":
             scope["state"]["api_key"] = self._key_of(headers)
 
     def _key_of(self, headers: Headers) -> str:

@@ -195,6 +195,8 @@ def in_force(serving: Serving) -> Iterator[str]:
     llm, params = opened.llm, opened.default_params
     options = llm.core.options
     yield f"{serving.name} at {settings.address}/v1"
+    if settings.page and settings.unix_socket is None:
+        yield f"a page to chat at {settings.address}/"
     yield (
         f"at most {llm.max_seq_len} tokens a conversation; {options.max_batch_size} answers at once, "
         f"{serving.admission.most - options.max_batch_size} wait, more are refused"
@@ -203,12 +205,11 @@ def in_force(serving: Serving) -> Iterator[str]:
         f"sampling where a request says nothing, from the checkpoint: temperature {params.temperature:g}, "
         f"top_p {params.top_p:g}, top_k {params.top_k}"
     )
-    template = llm.text.template if llm.has_template else None
-    if template is None:
+    knows = serving.template_knows
+    if knows is None:
         yield "no chat template: /v1/completions alone"
     else:
-        thinks = "yes" if llm.tokenizer.token_id("<think>") is not None else "no"
-        calls = "yes" if "tools" in template.source else "no"
+        calls, thinks = ("yes" if knows[name] else "no" for name in ("tools", "thinking"))
         yield f"of the chat template: tools {calls}, thinking {thinks}"
     if not settings.is_local and not settings.api_keys:
         yield "everybody who reaches this machine may ask: there is no --api-key"

@@ -20,7 +20,7 @@ from qwen_serve.answers.parser import CALL, END_THINK, THINK, AnswerParser, Read
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.sse import DONE, event
 from qwen_serve.engine.job import RequestJob, timings
-from qwen_serve.engine.serving import Serving, refused
+from qwen_serve.engine.serving import Serving, refused, writes_tools
 from qwen_serve.openai.fields import Chat, form_of, sampling_params
 from qwen_serve.openai.logprobs import chat_logprobs
 from qwen_serve.openai.tools import Tools, tools_of
@@ -301,11 +301,6 @@ def template_of(serving: Serving) -> str:
     """The chat template's text; empty where there is none."""
     template = serving.llm.llm.text.template
     return "" if template is None else template.source
-
-
-def writes_tools(template: str) -> bool:
-    """Whether a chat template writes the tools of a request."""
-    return "tools" in template
 
 
 def _reading(
