@@ -590,6 +590,9 @@ def test_light_and_dark(new_tab, scheme, theme, dark):
     assert abs(paper - ink) > 450
 
 
+AT_END = "((node) => node.scrollHeight - node.scrollTop - node.clientHeight < 40)(document.querySelector('#scroll'))"
+
+
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_a_phone(new_tab, width):
     tab = new_tab(viewport={"width": width, "height": 700}, has_touch=True)
@@ -602,6 +605,12 @@ def test_a_phone(new_tab, width):
         assert not tab.page.locator("#side").is_visible()
         tab.page.click("#menu")
     tab.page.locator("#list button").click()
+    tab.until(f"({AT_END})")
+    tab.page.set_viewport_size({"width": width, "height": 420})  # a keyboard has come up
+    tab.page.wait_for_timeout(300)
+    assert tab.page.evaluate(AT_END)
+    assert tab.page.locator("#down").is_hidden()
+    tab.page.set_viewport_size({"width": width, "height": 700})
     box = tab.page.locator("#send").bounding_box()
     assert box["x"] + box["width"] <= width
     assert box["y"] + box["height"] <= 700

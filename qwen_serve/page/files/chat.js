@@ -352,6 +352,7 @@ function listen() {
     page.sticks = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
     find("down").hidden = page.sticks;
   });
+  new ResizeObserver(stick).observe(find("scroll")); // a phone's keyboard comes up
   document.querySelector("main").addEventListener("click", (event) => {
     if (event.target.id !== "menu") document.body.classList.remove("side-open");
   });
