@@ -44,7 +44,10 @@ def main() -> int:
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "QWEN_PLUGIN_LIBRARY": str(library),
         }
-        tests = [f"tests/qwen_plugin/test_{name}.py" for name in ("attention", "linear", "linear_amx", "scale_search", "threads")]
+        tests = [
+            f"tests/qwen_plugin/test_{name}.py"
+            for name in ("attention", "linear", "linear_amx", "scale_search", "threads")
+        ]
         command = [
             sys.executable,
             "-m",
