@@ -38,6 +38,7 @@ class BuildChoices(TypedDict, total=False):
     max_seq_len: int | None
     yarn: float | None
     rope_scaling: str | Mapping[str, Any] | None
+    task: str | None
 
 
 def build(

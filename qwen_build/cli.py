@@ -27,6 +27,7 @@ from qwen_engine.choices import (
     WEIGHT_SCALES,
 )
 from qwen_engine.manifest import ENGINES
+from qwen_engine.tasks import TASKS
 from qwen_run.commands.command import Command, printable
 
 if TYPE_CHECKING:
@@ -198,6 +199,12 @@ class Size(click.ParamType[Any]):
     '\'{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}\'.',
 )
 @click.option(
+    "--task",
+    type=click.Choice(list(TASKS)),
+    help="What the engine is for: generate writes text, embed makes embeddings, classify has the classes of a "
+    "classifier, score the answers yes and no of a reranker.  [default: what the checkpoint's files say]",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -230,6 +237,8 @@ def main(
       qwen-build ./Qwen3-0.6B --quant auto --max-kl 0.02
       qwen-build ./Qwen2.5-7B-Instruct --yarn 4       131072 tokens in place of 32768
       qwen-build ./Qwen3-0.6B --lora ./my-adapter     with an adapter that peft saved, merged
+      qwen-build Qwen/Qwen3-Embedding-0.6B --quant int8
+      qwen-build Qwen/Qwen3-Reranker-0.6B --quant int8 --task score
       qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
 
     A calibration that was interrupted goes on when the same command is run again: finished layers are kept in

@@ -10,6 +10,7 @@ import click
 
 from qwen_engine.json_output import head, rounded, to_json
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
+from qwen_engine.tasks import GENERATE, TASKS
 from qwen_run.commands.command import printable
 from qwen_run.runtime.machine import peak_memory_bytes
 
@@ -31,6 +32,7 @@ def summarize(output: Path, target: Path, checkpoint_bytes: int, seconds: float)
         "max_seq_len": manifest.limits.max_seq_len,
         "rope_type": manifest.model.rope_type,
         "rope_words": manifest.model.rope_words,
+        "task": manifest.task,
     }
 
 
@@ -40,6 +42,7 @@ def describe(plan: Any) -> dict[str, Any]:
         "checkpoint": plan.located.source,
         "dtype": plan.dtype,
         "model_type": plan.config.model_type,
+        "task": plan.config.task,
         "linears": [
             {
                 "name": linear.name,
@@ -91,6 +94,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
     if words := summary["rope_words"]:
         click.echo(words)
+    if (task := summary["task"]) != GENERATE:
+        click.echo(f"it {TASKS[task].does}; ask it with {TASKS[task].ask}")
     if stored_as := summary.get("stored_as"):
         click.echo(stored_as)
     if auto := summary.get("auto"):

@@ -22,6 +22,8 @@ from qwen_build.calibration.calibrate import Calibration, calibrated, output_err
 from qwen_build.calibration.plan import plan_calibration
 from qwen_build.calibration.results import CalibratedSource, calibrated_layout
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.endings import SOURCES as ENDING_SOURCES
+from qwen_build.checkpoint.endings import read_ending
 from qwen_build.checkpoint.files import digest_files
 from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.text_files import SOURCES, TextFiles, read_text_files
@@ -29,7 +31,7 @@ from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import layer_kind, module_parts
 from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
-from qwen_build.graph.weight_map import Source, check_layers, map_weights
+from qwen_build.graph.weight_map import AnySource, Source, check_layers, map_weights
 from qwen_build.plan.options import BuildOptions, ResolvedOptions
 from qwen_build.plan.rope_options import rope_given, rope_override
 from qwen_build.plan.scheme_plan import as_stored, padding_notes, plan_schemes
@@ -44,7 +46,7 @@ from qwen_build.writing.weights_file import (
 )
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
-from qwen_engine.graph_io import BATCH_INPUTS, EMBEDDING, HEAD, PLUGIN_DOMAIN, TensorSpec, logits_output
+from qwen_engine.graph_io import BATCH_INPUTS, EMBEDDING, HEAD, PLUGIN_DOMAIN, TensorSpec
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -62,6 +64,7 @@ from qwen_engine.manifest import (
     Operator,
     Origin,
 )
+from qwen_engine.tasks import GENERATE, POOLING_FILE, output_of
 from qwen_plugin import OPERATORS
 from qwen_run.engine_files.checksums import measure_part
 from qwen_run.runtime.machine import physical_cores
@@ -79,7 +82,7 @@ class Plan:
     config: ModelConfig
     schemes: Schemes
     graph: Graph
-    sources: dict[str, Source]
+    sources: dict[str, AnySource]
     layout: Layout
     inputs: tuple[TensorSpec, ...]
     calibration: Calibration | None
@@ -118,8 +121,8 @@ class Plan:
     @property
     def head_is_shared(self) -> bool:
         """Whether the head reads the bytes of the embedding."""
-        head, embedding = (self.graph.stored[f"{name}.weight"] for name in (HEAD, EMBEDDING))
-        return self.config.tie_word_embeddings and head.scheme == embedding.scheme
+        head, embedding = (self.graph.stored.get(f"{name}.weight") for name in (HEAD, EMBEDDING))
+        return bool(self.config.tie_word_embeddings and head and embedding and head.scheme == embedding.scheme)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -156,6 +159,8 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         BuildError: an option does not fit it.
     """
     config = checkpoint.adapted(ModelConfig.from_hf(located.path, rope_override(options)))
+    ending = read_ending(located.path, config.hidden_size, options.task)
+    config = dataclasses.replace(config, ending=ending)
     check_layers(config, checkpoint)
     filled = as_stored(options, config, checkpoint).resolved()
     text = read_text_files(located.path, config)
@@ -237,6 +242,8 @@ def write_engine(
         write_graph(exposing, plan.layout, scratch / LAYERS_GRAPH_FILE)
         for name, content in plan.text.contents.items():
             (scratch / name).write_bytes(content)
+        if plan.config.task != GENERATE:
+            (scratch / POOLING_FILE).write_text(plan.config.ending.pooling.to_json(), encoding="utf-8")
         linears = _measured(plan, layout, errors)
         manifest = _manifest(plan, linears, scratch, digests(), _adapters(checkpoint), command)
         (scratch / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
@@ -308,7 +315,7 @@ def _manifest(
         limits=Limits(plan.max_seq_len),
         cache=CacheLayout(plan.options.block_size, plan.options.kv_cache_dtype, plan.cache_bytes_per_token),
         inputs=plan.inputs,
-        outputs=(logits_output(plan.config.vocab_size),),
+        outputs=(output_of(plan.config.task, plan.config.width),),
         linears=tuple(linears),
         operators=tuple(Operator(domain, name, OPERATORS[domain, name]) for domain, name in sorted(used)),
         eos_token_ids=plan.text.eos_token_ids,
@@ -342,7 +349,10 @@ def _utf8(text: str) -> str:
 @contextmanager
 def _digests(plan: Plan, checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, str]]]:
     """sha256 of the checkpoint's files, computed while the weights are written; call what it yields for the result."""
-    paths = [*checkpoint.files, *(p for n in ("config.json", *SOURCES) if (p := plan.located.path / n).is_file())]
+    paths = [
+        *checkpoint.files,
+        *(p for n in ("config.json", *SOURCES, *ENDING_SOURCES) if (p := plan.located.path / n).is_file()),
+    ]
     stopped = threading.Event()
 
     def stop_when_told(_: int) -> None:

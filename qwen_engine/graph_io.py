@@ -109,7 +109,3 @@ def cache_inputs(
         for layer in layers
         for name, pool_dtype, shape in pools
     )
-
-
-def logits_output(vocab_size: int) -> TensorSpec:
-    return TensorSpec(LOGITS, "selection", "float32", ("L", vocab_size))

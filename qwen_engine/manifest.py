@@ -22,12 +22,12 @@ from qwen_engine.graph_io import (
     INPUT_IDS,
     KEY_TILE,
     KEY_VALUE_POOLS,
-    LOGITS,
     STATE_KINDS,
     TensorSpec,
     cache_inputs,
 )
 from qwen_engine.regular_files import read_regular
+from qwen_engine.tasks import TASKS, output_fault
 
 FORMAT_VERSION = 5
 
@@ -253,6 +253,17 @@ class Manifest:
     origin: Origin
 
     @cached_property
+    def task(self) -> str:
+        """What the engine is for, a key of ``TASKS``."""
+        names = {spec.name for spec in self.outputs}
+        return next(name for name, task in TASKS.items() if task.output in names)
+
+    @cached_property
+    def output(self) -> TensorSpec:
+        """What the graph ends in."""
+        return next(spec for spec in self.outputs if spec.name == TASKS[self.task].output)
+
+    @cached_property
     def states(self) -> tuple[TensorSpec, ...]:
         """The inputs that hold state from one run to the next."""
         return tuple(spec for spec in self.inputs if spec.kind in STATE_KINDS)
@@ -299,11 +310,8 @@ class Manifest:
             return f" has no part {', '.join(missing)}"
         if not MIN_SEQ_LEN <= self.limits.max_seq_len <= _MOST:
             return f": max_seq_len is {self.limits.max_seq_len}, expected {MIN_SEQ_LEN} or more"
-        if LOGITS not in (spec.name for spec in self.outputs):
-            return f" has no output {LOGITS}"
-        width = next(spec.shape[-1:] for spec in self.outputs if spec.name == LOGITS)
-        if width != (self.model.vocab_size,):
-            return f": vocab_size is {shown(self.model.vocab_size)}, {LOGITS} have shape {shown(width)}"
+        if fault := output_fault(self.outputs, vars(self.model)):
+            return fault
         if odd_ids := [token_id for token_id in self.eos_token_ids if not -1 <= token_id <= _MOST]:
             return f": eos_token_ids holds {shown(odd_ids[0])}, expected ids of tokens"
         return self._find_linear_fault() or self._find_cache_fault() or self._find_input_fault()

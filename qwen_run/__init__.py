@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qwen_run.api.engine_config import EngineConfig
     from qwen_run.api.llm import LLM
     from qwen_run.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from qwen_run.api.pooling import PoolingParams
     from qwen_run.sampling.params import SamplingParams
     from qwen_run.sampling.rules import RequestOutputKind
     from qwen_run.sampling.structured import StructuredOutputsParams
@@ -45,6 +46,7 @@ __all__ = [
     "EngineError",
     "Logprob",
     "OptionsError",
+    "PoolingParams",
     "QwenError",
     "QwenForCausalLM",
     "RequestError",
@@ -66,6 +68,7 @@ _MODULES = {
     "BeamSearchSequence": "api.beam_search",
     "CompletionOutput": "api.outputs",
     "EngineConfig": "api.engine_config",
+    "PoolingParams": "api.pooling",
     "Logprob": "api.outputs",
     "RequestMetrics": "api.outputs",
     "RequestOutput": "api.outputs",

@@ -8,6 +8,7 @@ import pytest
 
 from qwen_build.architectures import ARCHITECTURES
 from qwen_build.checkpoint.rope import ROPE_TYPES
+from qwen_engine.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +20,7 @@ SUPPORTED = {
     ("other models", "其他模型"): [
         name for kind, row in FAMILIES if not kind.startswith("qwen") for name in row.models
     ],
+    ("other tasks", "其他任务"): [name for row in TASKS.values() for name in row.models],
     ("rotary embeddings", "旋转位置编码"): list(ROPE_TYPES),
 }
 

@@ -24,6 +24,7 @@ from qwen_build.auto.sensitivity import Probing, Unit, decision_units, kept
 from qwen_build.auto.trials import BuiltEngines, Progress, Text, float_states, without_calibration
 from qwen_build.calibration.text import read_halves
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.endings import read_ending
 from qwen_build.checkpoint.files import digest_files
 from qwen_build.checkpoint.locate import Located
 from qwen_build.checkpoint.weights import Checkpoint
@@ -37,6 +38,7 @@ from qwen_build.writing.output import check_output, engine_directory, resumable_
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError, OptionsError
 from qwen_engine.manifest import MANIFEST_FILE, Manifest
+from qwen_engine.tasks import GENERATE, TASKS
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.engine_files.checksums import measure_part
 
@@ -82,6 +84,11 @@ def build_auto(
     check_output(output, replace)
     config = checkpoint.adapted(ModelConfig.from_hf(located.path, rope_override(options)))
     check_options(options, checkpoint, max_kl, max_bytes)
+    if (found := read_ending(located.path, config.hidden_size, options.task).task) != GENERATE:
+        raise BuildError(
+            f"--quant auto measures how likely next tokens are, an engine that {TASKS[found].does} has none; "
+            "choose --quant int8, or int4 with --int4-method gptq"
+        )
     task = _plan_search(checkpoint, located, options, config)
     with resumable_beside(output, task.key(checkpoint)) as scratch:
         kl = _probe(task, checkpoint, scratch, progress)

@@ -6,7 +6,7 @@ What the config asks for and the graph does not have is refused by name, never i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from qwen_build.architectures import ARCHITECTURES, REFUSED, Architecture
 from qwen_build.checkpoint import qwen1
 from qwen_build.checkpoint.config_keys import check_only, read_window, sliding_layers, unknown_keys
+from qwen_build.checkpoint.endings import Ending
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.rope import ROPE_OBJECTS, Rope, read_rope
 from qwen_engine.errors import CheckpointError, UnsupportedModel
@@ -51,6 +52,7 @@ class ModelConfig(ModelSizes):
         eos_token_ids: the config's own, maybe none.
         sliding_window: tokens that a layer of sliding_attention attends to, itself included; None: there is none.
         unknown: keys of the config that nobody here knows.
+        ending: what the graph ends in; of a language model, where nothing else is said.
     """
 
     architecture: Architecture
@@ -63,6 +65,7 @@ class ModelConfig(ModelSizes):
     eos_token_ids: tuple[int, ...] = ()
     sliding_window: int | None = None
     unknown: tuple[str, ...] = ()
+    ending: Ending = field(default_factory=Ending)
 
     @property
     def sizes(self) -> ModelSizes:
@@ -70,11 +73,21 @@ class ModelConfig(ModelSizes):
         return ModelSizes(**{name: getattr(self, name) for name in ModelSizes.__dataclass_fields__})
 
     @property
+    def task(self) -> str:
+        """What the engine is for."""
+        return self.ending.task
+
+    @property
+    def width(self) -> int:
+        """Numbers that the graph puts out for a token."""
+        return self.vocab_size if self.ending.width is None else self.ending.width
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What to say of the config beside what was computed of it."""
         keys = ", ".join(self.unknown)
         unknown = f"config.json has {keys}, unknown to {self.model_type}'s configuration and left unread."
-        return (unknown,) if keys else ()
+        return (*((unknown,) if keys else ()), *self.ending.notes)
 
     @classmethod
     def from_hf(cls, checkpoint: Path, override: RopeOverride | None = None) -> ModelConfig:

@@ -13,7 +13,7 @@ from qwen_build.architectures import Architecture, WindowKeys
 from qwen_build.checkpoint.rope import unknown_rope_keys
 from qwen_engine.errors import CheckpointError, UnsupportedModel
 
-# read by ``config.py``
+# read by ``config.py`` and ``endings.py``
 COMPUTED = frozenset(
     [
         "model_type",
@@ -36,6 +36,11 @@ COMPUTED = frozenset(
         "eos_token_id",
         "quantization_config",
         "compression_config",
+        "architectures",
+        "id2label",
+        "num_labels",
+        "problem_type",
+        "classifier_from_token",
     ]
 )
 
@@ -57,7 +62,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
 # families' classes have and others' leave unread
 WITHOUT_EFFECT = frozenset(
     [
-        "architectures",
         "attention_bias",  # but where the family's row names it
         "attention_dropout",
         "attn_implementation",
@@ -68,21 +72,19 @@ WITHOUT_EFFECT = frozenset(
         "decoder_start_token_id",
         "dtype",
         "finetuning_task",
-        "id2label",
         "initializer_range",
         "is_decoder",
+        "is_original_qwen3_reranker",
         "keys_to_ignore_at_inference",
         "label2id",
         "model_max_length",
         "model_name",
-        "num_labels",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
         "pad_token_id",
         "prefix",
         "pretraining_tp",
-        "problem_type",
         "return_dict",
         "sep_token_id",
         "task_specific_params",

@@ -15,13 +15,16 @@ from qwen_engine.regular_files import read_regular
 DIGEST_BYTES = 8 << 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, directory: Path | None = None) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint.
+
+    Args:
+        directory: of the checkpoint, where the file lies in a folder of it.
 
     Raises:
         CheckpointError: the file is missing or unreadable, is not JSON, or holds something else than an object.
     """
-    check_inside(path)
+    check_inside(path, directory)
     try:
         return read_object(path, CheckpointError, "download it again")
     except FileNotFoundError:

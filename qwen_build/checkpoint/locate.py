@@ -27,8 +27,12 @@ HUB_FILES = (
     "chat_template*",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
-HUB_SUBDIRECTORIES = "*/*"
+HUB_SUBDIRECTORIES = "[!1]*/*"
 
 EXPECTED = "give a Hugging Face directory, a .gguf file, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
 

@@ -17,6 +17,7 @@ from functools import cached_property
 
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_engine.graph_io import EMBEDDING, HEAD, TensorSpec, cache_inputs
+from qwen_engine.tasks import GENERATE
 
 # The name of anything in a layer; what follows the match is its name inside the layer.
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
@@ -258,13 +259,13 @@ def distinct_kinds(config: ModelConfig) -> list[LayerKind]:
 
 
 def linear_names(config: ModelConfig) -> list[str]:
-    """Every linear and the embedding, by its name in the checkpoint."""
+    """Every linear and the embedding, by its name in the checkpoint: those that a scheme stores."""
     layers = [
         f"model.layers.{layer}.{linear.name}"
         for layer in range(config.num_hidden_layers)
         for linear in layer_kind(config, layer).linears
     ]
-    return [EMBEDDING, *layers, HEAD]
+    return [EMBEDDING, *layers, *([HEAD] if config.task == GENERATE else [])]
 
 
 def module_parts(module: str, rows: int, config: ModelConfig) -> tuple[tuple[str, int], ...]:

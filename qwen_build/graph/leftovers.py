@@ -25,17 +25,20 @@ HARMLESS = {
     "score.*": "the head of a classifier",
     "classifier.*": "the head of a classifier",
 }
+# the same where the graph ends in something else
+WHOLE_HEAD = {"lm_head.*": "the head over the vocabulary"}
 ZEROS = "biases of nothing but zeros"
 
 
 def pass_over(
-    needed: Collection[str], checkpoint: Checkpoint, ignored: Iterable[str]
+    needed: Collection[str], checkpoint: Checkpoint, ignored: Iterable[str], without_head: bool = False
 ) -> tuple[frozenset[str], tuple[str, ...]]:
     """The tensors that are left out, and a sentence about each kind of them.
 
     Args:
         needed: what the graph reads.
         ignored: patterns of ``--ignore-tensors``.
+        without_head: whether the graph does without the head over the vocabulary.
 
     Raises:
         BuildError: a pattern matches no tensor, or one that is needed.
@@ -49,8 +52,10 @@ def pass_over(
         if wanted := sorted(matching.intersection(needed)):
             raise BuildError(f"--ignore-tensors {pattern!r} matches {some(wanted)}, which the graph needs")
         passed |= matching
+    table = HARMLESS | (WHOLE_HEAD if without_head else {})
+    harmless = {pattern: kind for pattern, kind in table.items() if not any(fnmatchcase(n, pattern) for n in needed)}
     for name in sorted(checkpoint.tensors.keys() - set(needed) - passed):
-        kind = next((kind for pattern, kind in HARMLESS.items() if fnmatchcase(name, pattern)), None)
+        kind = next((kind for pattern, kind in harmless.items() if fnmatchcase(name, pattern)), None)
         if kind is None and _is_zero_bias(name, checkpoint):
             kind = ZEROS
         if kind is not None:

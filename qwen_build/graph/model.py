@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder, nn
 
@@ -28,13 +29,13 @@ from qwen_engine.graph_io import (
     EMBEDDING,
     HEAD,
     INPUT_IDS,
-    LOGITS,
     LOGITS_INDICES,
     PLUGIN_DOMAIN,
     TensorSpec,
-    logits_output,
 )
+from qwen_engine.tasks import GENERATE, output_of
 
+CLASSIFIER = "score"  # the head of a classifier, as Hugging Face names it
 OPSET = 23  # first with RMSNormalization
 DTYPES = {
     "int64": ir.DataType.INT64,
@@ -85,6 +86,43 @@ class Decoder(nn.Module):
         return x, self.norm(op)
 
 
+class Rows(nn.Module):
+    """``norm(x) @ weight.T`` of a few outputs, in float32.
+
+    The products of a row are summed by themselves, so that its bits do not depend on the rows beside it.
+    """
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.weight = nn.Parameter(shape)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        axis = [op.initializer(ir.tensor(np.array([each], np.int64)), f"axis.{each}") for each in (1, 2)]
+        return op.ReduceSum(op.Mul(op.Unsqueeze(x, axis[0]), self.weight), axis[1], keepdims=0)
+
+
+class PooledModel(nn.Module):
+    """A graph without a vocabulary at its end: the hidden state after the last norm, or a few outputs of it.
+
+    The few have the name of their weight in the checkpoint: ``score`` of a classifier, ``lm_head`` of a reranker.
+    """
+
+    def __init__(self, config: ModelConfig, schemes: Schemes):
+        super().__init__()
+        self.model = Decoder(config, schemes)
+        self.head = {"classify": CLASSIFIER, "score": HEAD}.get(config.task)
+        if self.head:
+            setattr(self, self.head, Rows((config.width, config.hidden_size)))
+
+    def forward(self, op: OpBuilder, step: StepTensors) -> ir.Value:
+        x, norm = self.model(op, step)
+        x = op.RMSNormalization(x, norm.weight, axis=-1, epsilon=norm.eps)
+        if self.head is None:
+            return x
+        found: ir.Value = getattr(self, self.head)(op, step.expose("model.norm", x))
+        return found
+
+
 class CausalLM(nn.Module):
     """A tied head is a linear like any other; ``writing/weights_file.py`` writes its bytes once."""
 
@@ -103,7 +141,8 @@ class Graph:
     """The graph, its weights still without values.
 
     ``stored`` holds the modules whose weight a scheme stores, ``plain`` the remaining parameters
-    (norms and biases, 1-D float32), both by the name of the weight in the checkpoint's manner.
+    (norms, biases, the few rows of :class:`PooledModel`: float32), both by the name of the weight in the checkpoint's
+    manner.
     """
 
     model: ir.Model
@@ -130,12 +169,13 @@ def build_graph(
         builder.op.initializer(ir.tensor(sin), "rope.sin"),
         exposing=expose,
     )
-    model = CausalLM(config, schemes)
-    logits = model(builder.op, step)
-    for name, value in {LOGITS: logits, **step.exposed}.items():
+    model = (CausalLM if config.task == GENERATE else PooledModel)(config, schemes)
+    output = output_of(config.task, config.width)
+    last = model(builder.op, step)
+    for name, value in {output.name: last, **step.exposed}.items():
         value.type = ir.TensorType(ir.DataType.FLOAT)
         builder.add_output(value, name)
-    logits.shape = ir.Shape(logits_output(config.vocab_size).shape)
+    last.shape = ir.Shape(output.shape)
     stored = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, StoredModule)}
     held = {id(part) for module in stored.values() for part in module.parts.values()}
     plain = {name: value for name, value in model.named_parameters() if id(value) not in held}

@@ -22,6 +22,7 @@ from qwen_build.graph.leftovers import pass_over
 from qwen_build.quantization.grid import Rounded, joined
 from qwen_engine.errors import CheckpointError, WeightMismatch
 from qwen_engine.graph_io import EMBEDDING, HEAD
+from qwen_engine.tasks import GENERATE
 
 # Rows of a tied head that are compared with the embedding at a time.
 _COMPARED_ROWS = 4096
@@ -47,6 +48,23 @@ class Source:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
+@dataclass(frozen=True)
+class ChosenRows:
+    """Some ``rows`` of one weight of the checkpoint."""
+
+    shapes: tuple[tuple[str, Shape], ...]
+    rows: tuple[int, ...]
+    packed: bool = False
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the graph weight, float32."""
+        ((name, _),) = self.shapes
+        return np.concatenate([checkpoint.read(name, row, row + 1) for row in self.rows[start:stop]])
+
+
+AnySource = Source | ChosenRows
+
+
 def row_ranges(shapes: Iterable[tuple[str, Shape]], start: int, stop: int) -> Iterator[tuple[str, int, int]]:
     """Which rows of which of the tensors ``shapes``, one after the other, are rows [start, stop) of them all.
 
@@ -59,11 +77,13 @@ def row_ranges(shapes: Iterable[tuple[str, Shape]], start: int, stop: int) -> It
         start, stop = start - rows, stop - rows
 
 
-def source(name: str, shape: Shape, config: ModelConfig) -> Source:
+def source(name: str, shape: Shape, config: ModelConfig) -> AnySource:
     """Where the graph weight ``name`` of ``shape`` comes from: ``qkv_proj.bias`` from three biases, and so on."""
     module, _, kind = name.rpartition(".")
     if module == HEAD and config.tie_word_embeddings:
         module = EMBEDDING
+    if name == f"{HEAD}.weight" and (rows := config.ending.rows):
+        return ChosenRows(((f"{module}.{kind}", (config.vocab_size, *shape[1:])),), rows)
     parts = module_parts(module, shape[0], config)
     return Source(tuple((f"{part}.{kind}", (rows, *shape[1:])) for part, rows in parts))
 
@@ -71,7 +91,7 @@ def source(name: str, shape: Shape, config: ModelConfig) -> Source:
 class MappedWeights(NamedTuple):
     """The source of each graph weight, and a sentence about each kind of tensor that is left out."""
 
-    sources: dict[str, Source]
+    sources: dict[str, AnySource]
     notes: tuple[str, ...]
 
 
@@ -91,11 +111,13 @@ def map_weights(
     """
     floats = {name: source(name, shape, config) for name, shape in shapes.items()}
     plan = {
-        name: replace(mapped, packed=all(part in checkpoint.packed for part, _ in mapped.shapes))
+        name: mapped
+        if isinstance(mapped, ChosenRows)
+        else replace(mapped, packed=all(part in checkpoint.packed for part, _ in mapped.shapes))
         for name, mapped in floats.items()
     }
     needed = dict(pair for mapped in plan.values() for pair in mapped.shapes)
-    passed, notes = pass_over(needed, checkpoint, ignored)
+    passed, notes = pass_over(needed, checkpoint, ignored, without_head=config.task not in (GENERATE, "score"))
     present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in passed}
     stored_head = present.pop(f"{HEAD}.weight", None) if config.tie_word_embeddings else None
     checkpoint.check_readable(needed)

@@ -13,6 +13,7 @@ from qwen_build.plan.rules import Rule
 from qwen_engine import choices
 from qwen_engine.errors import BuildError
 from qwen_engine.graph_io import KEY_TILE
+from qwen_engine.tasks import TASKS
 
 DEFAULT_GROUP_SIZE = 32
 
@@ -69,6 +70,7 @@ RULES = {
     "kv_cache_dtype": _one_of(choices.CACHE_DTYPES),
     "max_seq_len": _whole("a number of tokens", 1),
     "yarn": OptionRule("a number more than 1", _is_factor),
+    "task": _one_of(tuple(TASKS)),
     "rope_scaling": OptionRule("the JSON text of a rope object", lambda value: isinstance(value, str)),
     "block_size": OptionRule(f"a power of two from {KEY_TILE}", _is_block, optional=False),
     "exclude": _tuple_of(str, "a pattern of names or several"),
@@ -96,6 +98,7 @@ class BuildOptions:
             ``quant_config`` names have the usual ones, see ``make_scheme`` there.
         yarn: by what YaRN stretches the length that the checkpoint was trained for.
         rope_scaling: the JSON text of a rope object in place of the checkpoint's.
+        task: what the engine is for, a key of ``TASKS``; None: what the checkpoint's files say.
         block_size: tokens of a cache block. Attention over long contexts is a tenth slower with 32 and hardly faster
             with 128, see ``benchmarks/results/attention.md``.
         exclude: patterns of linears to keep float.
@@ -120,6 +123,7 @@ class BuildOptions:
     max_seq_len: int | None = None
     yarn: float | None = None
     rope_scaling: str | None = None
+    task: str | None = None
     block_size: int = 64
     exclude: tuple[str, ...] = ()
     ignore_tensors: tuple[str, ...] = ()

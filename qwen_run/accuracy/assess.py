@@ -13,6 +13,7 @@ from qwen_engine import __version__
 from qwen_engine.graph_io import HEAD
 from qwen_engine.json_output import now
 from qwen_engine.manifest import Manifest, Quantization
+from qwen_engine.tasks import GENERATE, check_task
 from qwen_run.accuracy.datasets import Document, load_dataset
 from qwen_run.accuracy.gate import Threshold, healthy_thresholds, judge, load_thresholds, parse_threshold
 from qwen_run.accuracy.journal import Journal
@@ -71,6 +72,7 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     """
     started = time.perf_counter()
     manifest = Manifest.read(engine_directory)
+    check_task(manifest.task, GENERATE)
     if options.max_seq_len is not None:
         manifest = with_limit(manifest, options.max_seq_len)
     thresholds = chosen_thresholds(manifest, options)

@@ -19,10 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from qwen_engine.errors import EngineError, QwenError, RequestError
-from qwen_run.api.llm import LLM, Prompt
+from qwen_run.api.llm import LLM
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.api.pending_request import PendingRequest
 from qwen_run.api.places import Places
+from qwen_run.api.pooling import PoolingParams
+from qwen_run.api.prompts import Prompt
 from qwen_run.runtime.core import CoreStatistics
 from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.params import SamplingParams
@@ -76,7 +78,10 @@ class AsyncLLM:
             stream.close()
 
     async def add_request(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | PoolingParams | None = None,
+        request_id: str | None = None,
     ) -> RequestStream:
         """Begin to answer ``prompt``; waits while there are ``max_requests``.
 

@@ -161,10 +161,12 @@ def _digests(checkpoint: Path, kept: Path) -> dict[str, str]:
     What was computed lies in ``kept`` under a hash of the files' names, sizes, inodes and times, where a change of
     content always shows in the last: no program can set ``st_ctime``.
     """
+    from qwen_build.checkpoint.endings import SOURCES
     from qwen_build.checkpoint.files import digest_files
 
     shards = {path for path in checkpoint.rglob("*.safetensors") if path.is_file()}
-    others = {path for path in checkpoint.iterdir() if path.suffix in READ_SUFFIXES and path.is_file()}
+    named = [*checkpoint.iterdir(), *(checkpoint / name for name in SOURCES)]
+    others = {path for path in named if path.suffix in READ_SUFFIXES and path.is_file()}
     files = sorted(shards | others)
     known = kept / f".digests-{_hash([_state(path) for path in files])}.json"
     with suppress(OSError, ValueError):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qwen_engine.errors import EngineError, RequestError, first_line
 from qwen_engine.manifest import MANIFEST_FILE, Manifest
+from qwen_engine.tasks import GENERATE, check_task
 from qwen_engine.whole_files import whole_directory
 from qwen_run.api.build_on_demand import build_engine, engine_of, is_engine
 from qwen_run.api.engine_config import EngineConfig
@@ -51,6 +52,7 @@ class EngineForCausalLM:
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         manifest = Manifest.read(directory)
+        check_task(manifest.task, GENERATE)
         config.check(manifest)
         config.warn_above(choose_capacity(manifest, available_bytes(), max_seq_len=config.max_seq_len).num_blocks)
         self.engine_config = config

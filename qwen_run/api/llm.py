@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import reprlib
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as List
@@ -18,7 +17,9 @@ from qwen_run.api.hub_tokenizer import HubTokenizer
 from qwen_run.api.llm_options import CORE, LLMOptions
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.api.pending_request import PendingRequest
-from qwen_run.api.request_loop import RequestLoop
+from qwen_run.api.pooled import PooledLLM
+from qwen_run.api.pooling import PoolingParams
+from qwen_run.api.prompts import ChatPrompt, Prompt, as_list, plain, token_ids
 from qwen_run.runtime.core import Core
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request
@@ -28,28 +29,11 @@ from qwen_run.text.chat_template import CONFIG_FILE, Message, read_json
 from qwen_run.text.text_model import TextModel
 from qwen_run.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-
-class ChatPrompt(str):
-    """A conversation as the chat template wrote it, to which the tokenizer adds nothing.
-
-    Attributes:
-        pieces: what is encoded one by one, so that a control token which a message spells stays text.
-    """
-
-    pieces: tuple[str, ...]
-
-    def __new__(cls, *pieces: str) -> ChatPrompt:
-        prompt = super().__new__(cls, "".join(pieces))
-        prompt.pieces = pieces
-        return prompt
-
-
-Prompt = str | List[int] | Mapping[str, Any]
 Params = SamplingParams | List[SamplingParams] | None
 
 
-class LLM(RequestLoop):
-    """An engine that answers prompts, many at once.
+class LLM(PooledLLM):
+    """An engine that answers prompts, many at once; or makes embeddings, classes and scores of texts.
 
     Any number of threads may call it; they share batches. For asyncio there is
     :class:`~qwen_run.api.async_llm.AsyncLLM`.
@@ -161,15 +145,8 @@ class LLM(RequestLoop):
             RequestError: before any is answered, for a prompt that is empty, too long, or holds unknown ids.
         """
         answerings = self._prepare_all(prompts, sampling_params)
-        if use_tqdm:
-            import tqdm
-
-            with tqdm.tqdm(total=len(answerings), unit="prompt", disable=None) as bar:
-                for _ in self.run(answerings, final_only=True):
-                    bar.update()
-        else:
-            for _ in self.run(answerings, final_only=True):
-                pass
+        for _ in self.finish(answerings, use_tqdm):
+            pass
         return [answering.output(whole=True) for answering in answerings]
 
     def chat(
@@ -261,19 +238,22 @@ class LLM(RequestLoop):
     def prepare(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         request_id: str | None = None,
         name: str = "the prompt",
     ) -> PendingRequest:
         """A request for :meth:`submit`; may be called by any thread.
 
         Args:
+            params: of another engine than one that writes text ``PoolingParams``.
             name: what an error calls the prompt.
 
         Raises:
             RequestError: the prompt is empty, too long, or holds ids the model does not have; or an argument is of
                 another type.
         """
+        if isinstance(params, PoolingParams):
+            return self.prepare_pooled(prompt, params, request_id or self._next_id(), name)
         params = self.default_params if params is None else params
         for label, value, kind in (("sampling_params", params, SamplingParams), ("request_id", request_id or "", str)):
             if not isinstance(value, kind):
@@ -281,12 +261,12 @@ class LLM(RequestLoop):
         seed = next(self._seeds) % 2**64 if params.seed is None and self._seeds else params.seed
         params = replace(params, seed=seed)  # a copy: the caller may change its own
         kept = self.max_seq_len - 1 if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
-        prompt = _plain(prompt, name)
+        prompt = plain(prompt, name)
         if isinstance(prompt, str):
             most = self.max_seq_len if kept is None else None
             text, ids = str(prompt), self._encoded(prompt, most)
         else:
-            text, ids = None, _token_ids(prompt, name)
+            text, ids = None, token_ids(prompt, name)
         if kept is not None:
             ids = ids[-kept:]
         if params.stop_strings or params.bad_words or self._text:
@@ -295,7 +275,7 @@ class LLM(RequestLoop):
             request = Request(tuple(ids), params, frozenset(self.core.engine.manifest.eos_token_ids))
         self.core.check(request, name)
         tokenizer = self._text.tokenizer if self._text else None
-        return PendingRequest(request_id or str(next(self._numbers)), text, request, tokenizer)
+        return PendingRequest(request_id or self._next_id(), text, request, tokenizer)
 
     def _encoded(self, prompt: str, most: int | None) -> list[int]:
         if isinstance(prompt, ChatPrompt):
@@ -303,12 +283,15 @@ class LLM(RequestLoop):
         return self.tokenizer.encode(prompt, True, most)
 
     def _prepare_all(self, prompts: Prompt | List[Prompt], params: Params) -> list[PendingRequest]:
-        every = _as_list(prompts)
+        every = as_list(prompts)
         each: list[Any] = list(params) if isinstance(params, list | tuple) else [params] * len(every)
         if len(each) != len(every):
             raise RequestError(f"{len(each)} sampling_params for {len(every)} prompts; give one, or one a prompt")
         names = [f"prompt {index + 1}" if len(every) > 1 else "the prompt" for index in range(len(every))]
         return [self.prepare(prompt, p, None, name) for prompt, p, name in zip(every, each, names, strict=True)]
+
+    def _next_id(self) -> str:
+        return str(next(self._numbers))
 
     def _require_text(self) -> TextModel:
         if self._text is None:
@@ -317,34 +300,6 @@ class LLM(RequestLoop):
                 f"or build the engine from a checkpoint that has {TOKENIZER_FILE}"
             )
         return self._text
-
-
-def _as_list(prompts: Prompt | List[Prompt]) -> List[Prompt]:
-    """``prompts`` as a list: a text is one prompt, and so is a list that begins with a token id."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, List) or isinstance(prompts, bytes):
-        raise RequestError(f"prompts is {reprlib.repr(prompts)}, expected a text, token ids, or a list of them")
-    is_one = len(prompts) > 0 and not isinstance(prompts[0], str | List | Mapping)
-    return [prompts] if is_one else prompts  # type: ignore[list-item, return-value]
-
-
-def _plain(prompt: Prompt, name: str) -> str | List[int]:
-    """``prompt`` without the object that vLLM puts around a text or token ids."""
-    if not isinstance(prompt, Mapping):
-        return prompt
-    given = {key: value for key, value in prompt.items() if value is not None}
-    ids, text = given.pop("prompt_token_ids", None), given.pop("prompt", None)
-    if given or (ids is None and not isinstance(text, str)):
-        raise RequestError(f"{name} is {reprlib.repr(prompt)}, expected an object with prompt or prompt_token_ids")
-    return str(text) if ids is None else ids
-
-
-def _token_ids(prompt: List[int], name: str) -> list[int]:
-    try:
-        return [operator.index(token_id) for token_id in prompt]
-    except TypeError:
-        raise RequestError(f"{name} is {reprlib.repr(prompt)}, expected a text or token ids") from None
 
 
 def _text_model(engine: Engine) -> TextModel | None:

@@ -59,6 +59,18 @@ class RequestLoop:
         finally:
             self.abort(*answerings)
 
+    def finish(self, answerings: Sequence[PendingRequest], shows_progress: bool) -> Iterator[RequestOutput]:
+        """As :meth:`run`, each answer when it is complete; progress is shown where standard error is a terminal."""
+        if not shows_progress:
+            yield from self.run(answerings, final_only=True)
+            return
+        import tqdm
+
+        with tqdm.tqdm(total=len(answerings), unit="prompt", disable=None) as bar:
+            for output in self.run(answerings, final_only=True):
+                bar.update()
+                yield output
+
     def submit(self, *answerings: PendingRequest) -> None:
         """Let prepared requests run with the next :meth:`step`.
 

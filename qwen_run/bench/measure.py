@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qwen_engine import __version__, json_output
 from qwen_engine.errors import OptionsError, RequestError
+from qwen_engine.tasks import GENERATE, check_task
 from qwen_run.accuracy.reference_sources import find_checkpoint
 from qwen_run.bench.bandwidth import Reader
 from qwen_run.bench.figures import Figures, Timeline
@@ -64,6 +65,7 @@ def measure(
     directory = options.engine or newest_engine()
     threads = options.threads or physical_cores()
     engine = Engine.load(directory, threads, max_seq_len=options.max_seq_len, cache_bytes=options.cache_bytes)
+    check_task(engine.manifest.task, GENERATE)
     for setting in settings:
         check_lengths(setting.arrivals, engine.manifest.limits.max_seq_len)
     sides: list[Side] = [EngineSide(engine, max_batch_size, options.max_batch_tokens)]

@@ -14,7 +14,7 @@ import numpy as np
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.runtime.core_options import CoreOptions, CoreStatistics
 from qwen_run.runtime.engine import Batch, Engine
-from qwen_run.runtime.request import FinishReason, Request, Sequence, Token, check_request
+from qwen_run.runtime.request import NO_TOKEN, FinishReason, Request, Sequence, Token, check_request
 from qwen_run.runtime.scheduler import Chunk, Scheduler
 from qwen_run.runtime.speculation import Speculator
 from qwen_run.sampling.beam import BeamSearch, beam_logprobs
@@ -203,6 +203,9 @@ class Core:
         if num_fed < sequence.num_pending:  # the middle of a prompt
             self._scheduler.advance(chunk)
             return []
+        if request.pools:
+            self._scheduler.advance(chunk)
+            return self._pool(sequence, logits[-1])
         if request.beam_search:
             self._scheduler.advance(chunk)
             return self._advance_beams(sequence, request.beam_search, logits[-1])
@@ -220,6 +223,18 @@ class Core:
             return tokens
         self._scheduler.advance(chunk)
         return self._begin_samples(sequence, logits[-1])
+
+    def _pool(self, sequence: Sequence, output: np.ndarray) -> list[Token]:
+        """End ``sequence`` with the ``output`` (width,) of its last token; none where it fails."""
+        try:
+            check_finite(output.max(), len(sequence.token_ids))
+        except EngineError as error:
+            self._fail(sequence, error)
+            return []
+        sequence.request.pooled = output.copy()
+        sequence.finish_reason = "stop"
+        self._finish(sequence)
+        return [Token(sequence.request.number, NO_TOKEN, "stop")]
 
     def _judge_prompt(self, sequence: Sequence, position: int, logits: np.ndarray) -> bool:
         """Note how likely the prompt's tokens are, after ``logits`` (n, vocab_size) of ``position`` and on.

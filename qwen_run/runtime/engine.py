@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 import qwen_plugin
 from qwen_engine.errors import EngineError, shown
-from qwen_engine.graph_io import LOGITS, TensorSpec
+from qwen_engine.graph_io import TensorSpec
 from qwen_engine.json_output import is_utf8
 from qwen_engine.manifest import ENGINES, GRAPH_FILE, MANIFEST_FILE, Manifest
 from qwen_engine.refused_memory import is_refused_memory, memory_advice
@@ -129,12 +129,13 @@ class Engine:
         """Feed ``batch``, writing its keys and values to the cache.
 
         Returns:
-            logits float32 (L, vocab_size), the caller's own.
+            what the graph ends in, float32 (L, width), the caller's own: logits (L, vocab_size) where it writes text.
 
         Raises:
             EngineError: ONNX Runtime or an operator refuses the batch.
         """
-        return self._run(batch, [LOGITS])[LOGITS]
+        name = self.manifest.output.name
+        return self._run(batch, [name])[name]
 
     def run_layers(self, batch: Batch) -> dict[str, np.ndarray]:
         """As :meth:`run`, and return every output of the graph by name: all sub-blocks of ``layers.onnx``."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen_engine.errors import QwenError, RequestError
 from qwen_engine.manifest import Manifest
+from qwen_engine.tasks import GENERATE, TASKS, check_task
 from qwen_run.sampling.beam import BeamSearch
 from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.logprobs import TokenLogprobs
@@ -28,6 +29,9 @@ class StopCondition(Protocol):
 
     def push(self, token_id: int) -> bool:
         """Take the next token of the answer; True when the answer ends with it."""
+
+
+NO_TOKEN = -1  # where a prompt ends in an output and no token
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,8 @@ class Request:
         seed: what its random numbers are made from: that of ``params``, or one drawn for it.
         num_cached_tokens: of the prompt, found in the cache when it began to run; None before.
         num_drafts: guessed tokens that were verified for its answers, of which ``num_accepted`` were right.
+        pools: whether the last token's output is asked for and no answer; see ``qwen_engine/tasks.py``.
+        pooled: that output, (width,) float32, once the prompt is fed.
         number: given by the core the request was added to; requests are served in this order.
     """
 
@@ -76,6 +82,8 @@ class Request:
     new_stopper: Callable[[], StopCondition] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     constraints: tuple[Constraint, ...] = ()
+    pools: bool = False
+    pooled: np.ndarray | None = field(init=False, default=None)
     seed: int = field(init=False)
     max_tokens: int = field(init=False)
     sequences: list[Sequence] = field(init=False)
@@ -196,14 +204,19 @@ def check_request(request: Request, manifest: Manifest, name: str = "the prompt"
         RequestError: the prompt is empty, too long, or it or its parameters hold ids the model does not have.
     """
     assert request.number == -1, "a request is answered once"
-    longest = manifest.limits.max_seq_len - 1
+    if request.pools:
+        check_task(manifest.task, *(task for task in TASKS if task != GENERATE))
+    else:
+        check_task(manifest.task, GENERATE)
+    longest = manifest.limits.max_seq_len - (not request.pools)
     vocab_size = manifest.model.vocab_size
     request.params.check_vocabulary(vocab_size)
     if not request.prompt:
         raise RequestError(f"{name} is empty, expected at least one token")
     if len(request.prompt) > longest:
+        room = f"{longest}" if request.pools else f"{longest} and an answer of one"
         raise RequestError(
-            f"{name} has {len(request.prompt)} tokens, the engine takes {longest} and an answer of one; "
+            f"{name} has {len(request.prompt)} tokens, the engine takes {room}; "
             "shorten it, or run or build the engine with a larger --max-seq-len if its model was trained for more"
         )
     if request.max_tokens < 1:

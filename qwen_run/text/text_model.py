@@ -13,6 +13,7 @@ from typing import Any
 
 from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import Manifest
+from qwen_engine.tasks import GENERATE, check_task
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.constraint import END_OF_THINKING, Constraint, Thinking, ThinkingBudget, thinking_at_end
@@ -66,8 +67,9 @@ class TextModel:
 
         Raises:
             EngineError: something is missing or damaged, or the cache does not hold ``max_seq_len`` tokens.
+            RequestError: the engine does not write text.
         """
-        Manifest.read(engine_directory)
+        check_task(Manifest.read(engine_directory).task, GENERATE)
         parts = _TextParts.load(engine_directory, raw)
         return cls._join(
             Engine.load(engine_directory, threads, cache_bytes=cache_bytes, max_seq_len=max_seq_len), parts

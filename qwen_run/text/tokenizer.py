@@ -31,6 +31,7 @@ class Tokenizer:
         special_ids: control tokens such as ``<|im_end|>``, which have no text in an answer.
         added_ids: these, and others that are one token by decree, such as ``<tool_call>``.
         control_texts: how both are spelled.
+        closing: what it puts behind every text, as ``<|endoftext|>`` of embedding models.
     """
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
@@ -43,7 +44,7 @@ class Tokenizer:
         core.no_truncation()
         core.no_padding()
         self._core = core
-        self._before = self._opening()
+        self._before, self.closing = self._around()
         added = core.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.added_ids = frozenset(added)
@@ -157,11 +158,12 @@ class Tokenizer:
         """What makes the text of an answer of its tokens."""
         return ByteLevelText() if self._text_rules is None else PieceText(self._text_rules)
 
-    def _opening(self) -> list[int]:
-        """What the tokenizer puts before every text, as ``<|begin_of_text|>``; nothing for Qwen."""
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before every text, as ``<|begin_of_text|>``, and behind it; nothing for Qwen."""
         bare, whole = (list(self._core.encode("a", add_special_tokens=special).ids) for special in (False, True))
         size = len(bare)
-        return next((whole[:at] for at in range(len(whole) - size + 1) if whole[at : at + size] == bare), [])
+        at = next((at for at in range(len(whole) - size + 1) if whole[at : at + size] == bare), None)
+        return ([], []) if at is None else (whole[:at], whole[at + size :])
 
 
 class StreamDecoder:

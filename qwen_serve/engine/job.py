@@ -12,8 +12,9 @@ from typing import Any
 
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.api.async_llm import RequestStream
-from qwen_run.api.llm import ChatPrompt
 from qwen_run.api.outputs import RequestOutput
+from qwen_run.api.pooling import PoolingParams
+from qwen_run.api.prompts import ChatPrompt
 from qwen_run.runtime.request import message_of
 from qwen_run.sampling.params import SamplingParams
 from qwen_serve.common.errors import ServeError
@@ -116,7 +117,7 @@ class RequestJob:
             )
         return ids
 
-    async def begin(self, ids: Sequence[int], params: SamplingParams) -> RequestStream:
+    async def begin(self, ids: Sequence[int], params: SamplingParams | PoolingParams) -> RequestStream:
         """Let the engine answer.
 
         Raises:

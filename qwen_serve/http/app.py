@@ -27,6 +27,8 @@ from qwen_serve.http.middleware import Door, Log, error_response, log_line, read
 from qwen_serve.openai.chat import ChatAnswer
 from qwen_serve.openai.completions import CompletionAnswer
 from qwen_serve.openai.fields import ApplyTemplate, Body, Chat, Completion, Detokenize, SampledBody, Tokenize, parsed
+from qwen_serve.openai.pooled import classify, embed, rerank, score
+from qwen_serve.openai.pooled_fields import Classify, Embeddings, PooledBody, Rerank, Score
 from qwen_serve.openai.response_fields import Responses
 from qwen_serve.openai.responses import ResponsesAnswer
 from qwen_serve.openai.tokens import apply_template, detokenize, tokenize
@@ -78,6 +80,15 @@ class _Answers:
         }
         for path, (kind, answer) in sampled.items():
             _add(app, path, kind, self._sampled(kind, answer))
+        pooled: dict[tuple[str, ...], tuple[type[PooledBody], Any]] = {
+            ("/v1/embeddings",): (Embeddings, embed),
+            ("/v1/rerank", "/rerank"): (Rerank, rerank),
+            ("/v1/score", "/score"): (Score, score),
+            ("/v1/classify", "/classify"): (Classify, classify),
+        }
+        for paths, (pooled_kind, answering_) in pooled.items():
+            for path in paths:
+                _add(app, path, pooled_kind, self._pooled(pooled_kind, answering_))
         others: dict[str, tuple[type[Body], Answering]] = {
             "/tokenize": (Tokenize, tokenize),
             "/detokenize": (Detokenize, detokenize),
@@ -101,6 +112,20 @@ class _Answers:
                     return JSONResponse(await unless_gone(request.receive, begun.whole()))
                 stack.pop_all()  # the stream closes the job
                 return EventStream(begun.chunks(), self._serving.settings.keep_alive_s, job.close)
+
+        return endpoint
+
+    def _pooled(self, kind: type[PooledBody], answer: Any) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            body = await self._body(request, kind)
+            await self._serving.check()
+            job = RequestJob(self._serving, self._timeout(request))
+            request.state.job = job
+            salt = request.state.api_key if self._serving.settings.cache_per_key else None
+            try:
+                return JSONResponse(await unless_gone(request.receive, answer(job, body, salt)))
+            finally:
+                job.close()
 
         return endpoint
 

@@ -18,7 +18,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen_engine.errors import EngineError
+from qwen_engine.tasks import GENERATE, TASKS
 from qwen_run.runtime.request import message_of
+from qwen_run.sampling.params import SamplingParams
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.settings import Settings
 from qwen_serve.engine.serving import Serving, Status
@@ -201,6 +203,16 @@ def in_force(serving: Serving) -> Iterator[str]:
         f"at most {llm.max_seq_len} tokens a conversation; {options.max_batch_size} answers at once, "
         f"{serving.admission.most - options.max_batch_size} wait, more are refused"
     )
+    if llm.task != GENERATE:
+        yield f"the engine {TASKS[llm.task].does}: {TASKS[llm.task].ask}"
+    else:
+        yield from _of_answers(serving, params)
+    if not settings.is_local and not settings.api_keys:
+        yield "everybody who reaches this machine may ask: there is no --api-key"
+
+
+def _of_answers(serving: Serving, params: SamplingParams) -> Iterator[str]:
+    """The same of an engine that writes text."""
     yield (
         f"sampling where a request says nothing, from the checkpoint: temperature {params.temperature:g}, "
         f"top_p {params.top_p:g}, top_k {params.top_k}"
@@ -211,5 +223,3 @@ def in_force(serving: Serving) -> Iterator[str]:
     else:
         calls, thinks = ("yes" if knows[name] else "no" for name in ("tools", "thinking"))
         yield f"of the chat template: tools {calls}, thinking {thinks}"
-    if not settings.is_local and not settings.api_keys:
-        yield "everybody who reaches this machine may ask: there is no --api-key"

@@ -9,8 +9,8 @@ from typing import Any
 
 from qwen_engine.errors import RequestError, shown
 from qwen_run.api.async_llm import RequestStream
-from qwen_run.api.llm import ChatPrompt
 from qwen_run.api.outputs import CompletionOutput, RequestOutput
+from qwen_run.api.prompts import ChatPrompt
 from qwen_run.sampling.constraint import Thinking, thinking_at_end
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.rules import RequestOutputKind

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cases import TESTS
 from qwen_engine.graph_io import TensorSpec
+from qwen_engine.tasks import GENERATE
 from qwen_run.runtime.engine import Batch
 from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.sampling.params import SamplingParams
@@ -65,6 +66,7 @@ class Script:
             limits=SimpleNamespace(max_seq_len=max_seq_len),
             model=SimpleNamespace(vocab_size=IM_END + len(ADDED) + 1),
             parts={},
+            task=GENERATE,
         )
         pool = TensorSpec("tokens", "paged_state", "int32", ("num_blocks", self.BLOCK_SIZE))
         self.cache = KVCache([pool], self.BLOCK_SIZE, 16 * -(-max_seq_len // self.BLOCK_SIZE))

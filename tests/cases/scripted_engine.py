@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec
+from qwen_engine.tasks import GENERATE
 from qwen_run.runtime.engine import Batch
 from qwen_run.runtime.kv_cache import KVCache
 
@@ -25,7 +26,7 @@ class ScriptedEngine:
 
     def __init__(self, num_blocks: int = 40, block_size: int = 4, max_seq_len: int = 30) -> None:
         self.manifest: Any = SimpleNamespace(
-            limits=SimpleNamespace(max_seq_len=max_seq_len), model=SimpleNamespace(vocab_size=VOCAB_SIZE)
+            limits=SimpleNamespace(max_seq_len=max_seq_len), model=SimpleNamespace(vocab_size=VOCAB_SIZE), task=GENERATE
         )
         pool = TensorSpec("tokens", "paged_state", "int32", ("num_blocks", block_size))
         self.cache = KVCache([pool], block_size, num_blocks)

@@ -120,6 +120,7 @@ def test_only_what_the_builder_reads_is_downloaded(downloads):
     resolve_checkpoint("Qwen/Tiny")
     options = downloads[0][1]
     needed = [
+        "1_Pooling/config.json",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -128,12 +129,18 @@ def test_only_what_the_builder_reads_is_downloaded(downloads):
         "model-00002-of-00002.safetensors",
         "model.safetensors",
         "model.safetensors.index.json",
+        "modules.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "vocab.json",
     ]
     others = ["README.md", "pytorch_model.bin", "q4.gguf", "onnx/model.onnx", "original/config.json"]
-    others += ["original/model.safetensors", "model/model.safetensors", "consolidated.safetensors"]
+    others += [
+        "original/model.safetensors",
+        "model/model.safetensors",
+        "consolidated.safetensors",
+        "2_Dense/config.json",
+    ]
     kept = filter_repo_objects(
         needed + others, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
     )

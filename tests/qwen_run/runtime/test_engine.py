@@ -23,7 +23,7 @@ import qwen_plugin
 from cases.answering import generate
 from cases.processes import run_python
 from qwen_engine.errors import EngineError, RequestError
-from qwen_engine.graph_io import BATCH_INPUTS, TensorSpec, cache_inputs, logits_output
+from qwen_engine.graph_io import BATCH_INPUTS, TensorSpec, cache_inputs
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -40,6 +40,7 @@ from qwen_engine.manifest import (
     Origin,
     Quantization,
 )
+from qwen_engine.tasks import GENERATE, output_of
 from qwen_run.engine_files import checksums as parts
 from qwen_run.engine_files.checksums import check_parts, measure_part, verify_parts
 from qwen_run.runtime.core import Core
@@ -93,7 +94,7 @@ def write_manifest(directory: Path, **changes: Any) -> None:
         "limits": Limits(MAX_SEQ_LEN),
         "cache": CacheLayout(BLOCK_SIZE, "float32", 2 * 2 * 2 * 8 * 4),
         "inputs": (*BATCH_INPUTS, *STATES),
-        "outputs": (logits_output(VOCAB_SIZE),),
+        "outputs": (output_of(GENERATE, VOCAB_SIZE),),
         "linears": (),
         "operators": (),
         "eos_token_ids": (0,),
@@ -311,11 +312,11 @@ def claim_another_dtype(directory: Path) -> None:
 
 def claim_another_vocabulary(directory: Path) -> None:
     model = dataclasses.replace(MODEL, vocab_size=VOCAB_SIZE + 1)
-    write_manifest(directory, model=model, outputs=(logits_output(model.vocab_size),))
+    write_manifest(directory, model=model, outputs=(output_of(GENERATE, model.vocab_size),))
 
 
 def contradict_itself(directory: Path) -> None:
-    write_manifest(directory, outputs=(logits_output(VOCAB_SIZE + 1),))
+    write_manifest(directory, outputs=(output_of(GENERATE, VOCAB_SIZE + 1),))
 
 
 def add_template(directory: Path) -> None:
