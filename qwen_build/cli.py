@@ -257,21 +257,22 @@ def main(
         check_output(output, force)  # before anything is downloaded
     options = read_options(chosen)
     rope_override(options)  # an option that cannot be is refused before a checkpoint is looked for
-    if checkpoint is None:
-        click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
     located = resolve_checkpoint(checkpoint)
     with Checkpoint.open(located.path, options.lora) as weights:
         checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
         plan = None if automatic else plan_build(weights, located, options)
+        if output is None:
+            names = [located.name, *(choice.directory.name for choice in options.lora)]
+            output = ENGINES / f"{'-'.join(names)}-{plan.options.quant if plan else AUTO}"
+            if not dry_run:
+                check_output(output, force)
+        if checkpoint is None:  # nothing is refused from here on but what a build finds
+            click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
         for note in plan.notes if plan else ():
             click.echo(f"Note: {printable(note)}", err=True)
         if dry_run:
             print_json(describe(plan), None) if as_json else print_table(describe(plan))
             return
-        if output is None:
-            names = [located.name, *(choice.directory.name for choice in options.lora)]
-            output = ENGINES / f"{'-'.join(names)}-{plan.options.quant if plan else AUTO}"
-            check_output(output, force)
         target, command = resolved(output), shlex.join(["qwen-build", *sys.argv[1:]])
         with told_of_left(target):
             if plan is None:

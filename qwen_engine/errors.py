@@ -42,6 +42,12 @@ class EngineError(QwenError):
     """An engine directory is missing, damaged, or of a version this runtime does not read."""
 
 
+class EngineOptionError(EngineError):
+    """An option of a command or of a program is outside what the engine was built for, or contradicts another."""
+
+    exit_code = 2  # as of every command line that cannot be
+
+
 class RequestError(QwenError):
     """A prompt or an option does not fit the engine it was given to."""
 

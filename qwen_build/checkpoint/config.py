@@ -5,7 +5,7 @@ What the config asks for and the graph does not have is refused by name, never i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -22,6 +22,16 @@ from qwen_engine.manifest import ModelSizes
 
 # No size is larger, and none makes the product of two overflow 64 bits; the rotary tables grow with the positions.
 MOST, MOST_POSITIONS = 2**31 - 1, 2**24
+# what every config.json says of a model; where one does not, its family's class in transformers has a default
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 
 # what config.json says -> the rope object in place of its own
 RopeOverride = Callable[["ModelConfig"], Mapping[str, Any]]
@@ -53,6 +63,7 @@ class ModelConfig(ModelSizes):
         sliding_window: tokens that a layer of sliding_attention attends to, itself included; None: there is none.
         unknown: keys of the config that nobody here knows.
         ending: what the graph ends in; of a language model, where nothing else is said.
+        assumed: sizes that it leaves out, which are those of the family's class in transformers.
     """
 
     architecture: Architecture
@@ -66,6 +77,7 @@ class ModelConfig(ModelSizes):
     sliding_window: int | None = None
     unknown: tuple[str, ...] = ()
     ending: Ending = field(default_factory=Ending)
+    assumed: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> ModelSizes:
@@ -81,6 +93,11 @@ class ModelConfig(ModelSizes):
     def width(self) -> int:
         """Numbers that the graph puts out for a token."""
         return self.vocab_size if self.ending.width is None else self.ending.width
+
+    @property
+    def missing(self) -> str:
+        """What to say of sizes that ``config.json`` leaves out, where they do not fit the weights; empty for none."""
+        return said_of_missing(self.assumed)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -115,13 +132,15 @@ class ModelConfig(ModelSizes):
         if model_type == qwen1.MODEL_TYPE:
             hf = qwen1.as_other_families(hf)
         check_only(hf)
+        assumed = tuple(key for key in SIZES if key not in hf)
         hf = with_defaults(hf, architecture)
+        check_complete(hf)
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         positions = integer(hf, "max_position_embeddings", most=MOST_POSITIONS)
         biased = architecture.bias_key is not None and boolean(hf, architecture.bias_key)
         rope = read_rope(hf, architecture.rope_theta, positions)
         length = longest(hf, rope, architecture, positions)
-        window, kinds = layer_kinds(hf, architecture, length.tokens)
+        window, kinds = layer_kinds(hf, architecture, length.tokens, assumed)
         config = cls(
             architecture=architecture,
             layer_kinds=kinds,
@@ -146,6 +165,7 @@ class ModelConfig(ModelSizes):
             eos_token_ids=token_ids(hf.get("eos_token_id")),
             sliding_window=window,
             unknown=unknown_keys(hf, architecture),
+            assumed=assumed,
         )
         check_sizes(config)
         return config
@@ -158,6 +178,22 @@ def with_defaults(hf: Mapping[str, Any], architecture: Architecture) -> dict[str
         defaults[architecture.bias_key] = False
     absent = {key for key, value in defaults.items() if hf.get(key) is None and isinstance(value, float | bool)}
     return {**defaults, **{key: value for key, value in hf.items() if key not in absent}}
+
+
+def check_complete(hf: Mapping[str, Any]) -> None:
+    """Raise unless every size without which there is no model is there."""
+    if missing := said_of_missing([key for key in SIZES if key not in hf]):
+        raise CheckpointError(missing)
+
+
+def said_of_missing(keys: Sequence[str]) -> str:
+    """What to say of ``config.json`` where it has none of ``keys``; empty where there is none of them.
+
+    >>> said_of_missing(["num_hidden_layers"])
+    'config.json has no num_hidden_layers; download config.json again, or add what is missing'
+    """
+    named = " and no ".join(keys)
+    return f"config.json has no {named}; download config.json again, or add what is missing" if keys else ""
 
 
 def with_rope(hf: Mapping[str, Any], config: ModelConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,8 +223,10 @@ def longest(hf: Mapping[str, Any], rope: Rope, architecture: Architecture, posit
     return Longest(tokens, "the checkpoint was trained for", stretched.get(rope.kind))
 
 
-def layer_kinds(hf: Mapping[str, Any], architecture: Architecture, most: int) -> tuple[int | None, tuple[str, ...]]:
-    """The window of the layers that have one, and the kinds of the layers, by turns.
+def layer_kinds(
+    hf: Mapping[str, Any], architecture: Architecture, most: int, assumed: Sequence[str]
+) -> tuple[int | None, tuple[str, ...]]:
+    """The window of the layers that have one, and the kinds of the layers, by turns; ``assumed`` are keys it left out.
 
     A list of ``layer_types`` says the kinds, else the keys of the family for windows, else its row. A window of all
     the ``most`` tokens of a sequence is none.
@@ -200,6 +238,8 @@ def layer_kinds(hf: Mapping[str, Any], architecture: Architecture, most: int) ->
         kinds = own if architecture.window is None else sliding_layers(hf, architecture.window, window, count)
         kinds = own if kinds == ("full_attention",) else kinds
     else:
+        if isinstance(found, list) and len(found) != count and "num_hidden_layers" in assumed:
+            raise CheckpointError(said_of_missing(["num_hidden_layers"]))
         kinds = check_layer_types(found, architecture, window, count)
     if window is None or window >= most or "sliding_attention" not in kinds:
         window, kinds = None, tuple("full_attention" if kind == "sliding_attention" else kind for kind in kinds)

@@ -121,7 +121,7 @@ def map_weights(
     present = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in passed}
     stored_head = present.pop(f"{HEAD}.weight", None) if config.tie_word_embeddings else None
     checkpoint.check_readable(needed)
-    check_agreement(needed, present)
+    check_agreement(needed, present, config.missing)
     if stored_head is not None:
         if checkpoint.is_packed(HEAD):
             raise CheckpointError(
@@ -142,13 +142,12 @@ def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
     present = {int(match[1]) for name in checkpoint.tensors if (match := LAYER.match(name))}
     missing = next(layer for layer in range(len(present) + 1) if layer not in present)
     if missing < config.num_hidden_layers:
-        raise WeightMismatch(
-            f"config.json has num_hidden_layers {config.num_hidden_layers}, the checkpoint lacks model.layers.{missing}"
-        )
+        found = f"num_hidden_layers is {config.num_hidden_layers}, the checkpoint lacks model.layers.{missing}"
+        raise WeightMismatch(f"{found}; {config.missing}" if config.missing else f"config.json: {found}")
 
 
-def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -> None:
-    """Raise :class:`WeightMismatch` unless names and shapes are the same on both sides."""
+def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape], why: str = "") -> None:
+    """Raise :class:`WeightMismatch` unless names and shapes are the same on both sides; ``why`` ends the message."""
     complaints = []
     if missing := sorted(needed.keys() - present.keys()):
         complaints.append(f"the checkpoint lacks {', '.join(missing)}")
@@ -165,7 +164,7 @@ def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape]) -
         complaints.append(
             f"what the model does without can be left out, as with --ignore-tensors {shlex.quote(unused[0])}"
         )
-    raise WeightMismatch("; ".join(complaints))
+    raise WeightMismatch("; ".join([*complaints, *([why] if why else [])]))
 
 
 def check_tied(checkpoint: Checkpoint) -> None:

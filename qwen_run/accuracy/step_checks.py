@@ -17,6 +17,7 @@ from qwen_engine.manifest import Manifest
 from qwen_run.accuracy.both_sides import one_sequence
 from qwen_run.accuracy.logits import FullLogits, compare
 from qwen_run.runtime.engine import Batch, Engine
+from qwen_run.runtime.kv_cache import KVCache
 
 # Last tokens of each document whose logits are compared, and how a document that is fed in pieces ends: with the
 # numbers of rows that decoding and verifying guesses have.
@@ -140,7 +141,7 @@ def feed(engine: Engine, sequences: Sequences, way: Way) -> list[np.ndarray]:
                 shared = tables[0][: known[s] // cache.block_size]
             blocks = cache.allocate(cache.blocks_for(len(sequence) + _GUESSES) - len(shared))
             if blocks is None:
-                raise EngineError("the cache has no room for the documents that are fed; raise --kv-cache-memory")
+                raise _no_room(cache, sequences)
             taken.append(blocks)
             tables.append([*shared, *blocks])
         logits = _run(engine, sequences, tables, known, way)
@@ -191,7 +192,7 @@ def at_once(engine: Engine, sequence: Sequence[int]) -> np.ndarray:
     """Logits of the last ``COMPARED`` tokens of a document that is fed in one run."""
     blocks = engine.cache.allocate(engine.cache.blocks_for(len(sequence)))
     if blocks is None:
-        raise EngineError("the cache has no room for the documents that are fed; raise --kv-cache-memory")
+        raise _no_room(engine.cache, [sequence])
     try:
         return engine.run(one_sequence(sequence, 0, blocks, first_logits=len(sequence) - COMPARED))
     finally:
@@ -210,3 +211,12 @@ def compare_ways(engine: Engine, sequences: Sequences) -> dict[str, Difference]:
         difference = float(np.abs(found.astype(np.float64) - beside).max())
         differences[way.name] = Difference(len(found), differing, difference, float(kl.mean()))
     return differences
+
+
+def _no_room(cache: KVCache, sequences: Sequences) -> EngineError:
+    """What to say of a cache that does not hold ``sequences`` together."""
+    needed = sum(cache.blocks_for(len(sequence) + _GUESSES) for sequence in sequences)
+    return EngineError(
+        "the cache has no room for the documents that are fed; raise --kv-cache-memory to "
+        f"{cache.mebibytes_of(needed)} MiB"
+    )

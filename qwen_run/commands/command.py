@@ -111,6 +111,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def sentence(message: object) -> str:
+    """``message`` with the mark that ends it, as click's own errors have it.
+
+    >>> sentence("n is 0, expected 1"), sentence("did you mean n?")
+    ('n is 0, expected 1.', 'did you mean n?')
+    """
+    text = str(message)
+    return text if text.endswith(("?", ".")) else f"{text}."
+
+
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning of Python's as a note to a user, who wants no line of a program."""
     click.echo(f"Note: {printable(str(message))}", err=True)

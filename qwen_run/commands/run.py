@@ -14,7 +14,7 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, printable
+from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, printable, sentence
 from qwen_run.commands.run_options import CONTRADICTIONS, RunOptions
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
@@ -166,7 +166,7 @@ def _checked_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
                 fields[field] = checked(field, value)
             except RequestError as error:
                 option = "-n" if name == "n" else f"--{name.replace('_', '-')}"
-                raise click.BadParameter(f"{error}.", param_hint=f"'{option}'") from error
+                raise click.BadParameter(sentence(error), param_hint=f"'{option}'") from error
     return fields
 
 
@@ -178,7 +178,7 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
     try:
         params = model.defaults.with_options(**sampling)
     except RequestError as error:  # each is in its range
-        raise click.UsageError(f"{error}.") from error
+        raise click.UsageError(sentence(error)) from error
     idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
     if params.greedy and idle:
         click.echo(f"Note: {' and '.join(idle)} without effect at temperature 0; add --temperature.", err=True)

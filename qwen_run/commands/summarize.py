@@ -10,7 +10,7 @@ import click
 from qwen_engine.errors import RequestError
 from qwen_engine.json_output import command_line
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, print_table
+from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, print_table, sentence
 
 if TYPE_CHECKING:
     from qwen_run.accuracy.report import Report
@@ -33,7 +33,7 @@ def _check_thresholds(context: click.Context, option: click.Parameter, texts: tu
             try:
                 parse_threshold(text)
             except RequestError as error:
-                raise click.BadParameter(f"{error}.") from error
+                raise click.BadParameter(sentence(error)) from error
     return texts
 
 

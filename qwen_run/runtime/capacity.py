@@ -6,9 +6,9 @@ import dataclasses
 import math
 import warnings
 
-from qwen_engine.errors import EngineError, shown
+from qwen_engine.errors import EngineError, EngineOptionError, shown
 from qwen_engine.manifest import MIN_SEQ_LEN, Limits, Manifest
-from qwen_run.runtime.kv_cache import block_bytes
+from qwen_run.runtime.kv_cache import block_bytes, least_mebibytes
 
 # Without being told, take at most this many sequences of full length and this part of the memory that is left.
 _MOST_SEQUENCES = 8
@@ -49,28 +49,45 @@ def choose_capacity(
         available_bytes: memory the process can have, None if unknown.
 
     Raises:
-        EngineError: the engine was not built for ``max_seq_len``, the pool does not hold so many tokens, or there is
-            no memory for a single block.
+        EngineOptionError: the engine was not built for ``max_seq_len``, or ``num_blocks`` or ``cache_bytes`` do not
+            hold so many tokens or a single block.
+        EngineError: the free memory does not.
     """
     built = manifest.limits.max_seq_len
     if max_seq_len is not None and not MIN_SEQ_LEN <= max_seq_len <= built:
-        raise EngineError(
+        raise EngineOptionError(
             f"max_seq_len is {shown(max_seq_len)}, expected {MIN_SEQ_LEN} to {built}, what the engine was built for"
         )
     wanted = built if max_seq_len is None else max_seq_len
     block_size, bytes_each = manifest.cache.block_size, block_bytes(manifest.states)
     one_sequence = math.ceil(wanted / block_size)
+    told = num_blocks is not None or cache_bytes is not None
     if num_blocks is None:
         num_blocks = _pool_size(manifest, one_sequence, bytes_each, available_bytes, cache_bytes)
     if num_blocks >= one_sequence:
         return Capacity(num_blocks, wanted)
-    needed = f"{one_sequence} cache blocks, {one_sequence * bytes_each / 2**20:,.1f} MiB"
     if max_seq_len is not None or num_blocks < 1:
-        raise EngineError(
-            f"a sequence of {wanted} tokens needs {needed}, there is memory for {num_blocks} blocks of {block_size} "
-            "tokens; ask for a smaller --max-seq-len or more --kv-cache-memory (in Python cache_bytes or num_blocks)"
+        raise (EngineOptionError if told else EngineError)(
+            _too_small(max_seq_len, built, block_size, bytes_each, num_blocks)
         )
     return Capacity(num_blocks, num_blocks * block_size)
+
+
+def _too_small(max_seq_len: int | None, built: int, block_size: int, bytes_each: int, num_blocks: int) -> str:
+    """What to say of a pool that does not hold ``max_seq_len`` tokens, or, if that is None, not even a block."""
+    needed = math.ceil((max_seq_len or 1) / block_size)
+    if max_seq_len is None:
+        what = "a cache needs at least 1 block"
+        whole = least_mebibytes(math.ceil(built / block_size), bytes_each)
+        more = f"; the {built} tokens that the engine was built for take {whole} MiB"
+    else:
+        what = f"a sequence of {max_seq_len} tokens needs {needed} cache blocks"
+        more = ", or for a smaller --max-seq-len"
+    return (
+        f"{what} of {block_size} tokens, {needed * bytes_each / 2**20:,.1f} MiB, there is memory for {num_blocks}; "
+        f"ask for {least_mebibytes(needed, bytes_each)} MiB or more with --kv-cache-memory "
+        f"(in Python cache_bytes or num_blocks){more}"
+    )
 
 
 def _pool_size(

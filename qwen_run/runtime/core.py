@@ -360,10 +360,12 @@ class Core:
                 f"num_beams is {num_beams}, expected at most the {self.options.max_batch_size} sequences of a batch"
             )
         longest = min(len(request.prompt) + request.max_tokens, self.engine.manifest.limits.max_seq_len)
-        if num_beams * cache.blocks_for(longest) > cache.num_blocks:
+        needed = num_beams * cache.blocks_for(longest)
+        if needed > cache.num_blocks:
             raise RequestError(
-                f"{num_beams} beams of {longest} tokens need {num_beams * cache.blocks_for(longest)} cache blocks, "
-                f"there are {cache.num_blocks}; set fewer beams, a smaller max_tokens or more cache memory"
+                f"{num_beams} beams of {longest} tokens need {needed} cache blocks, there are {cache.num_blocks}; set "
+                f"fewer beams, a smaller max_tokens or {cache.mebibytes_of(needed)} MiB or more of cache memory "
+                "(--kv-cache-memory, in Python cache_bytes)"
             )
 
 

@@ -65,6 +65,10 @@ class KVCache:
         """Blocks that hold ``num_tokens`` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
 
+    def mebibytes_of(self, num_blocks: int) -> int:
+        """The least ``--kv-cache-memory`` that holds so many blocks."""
+        return least_mebibytes(num_blocks, sum(pool[:1].nbytes for pool in self.pools.values()))
+
     def allocate(self, count: int) -> list[int] | None:
         """Give out ``count`` blocks of zeros; None, and nothing is given out, where fewer are free.
 
@@ -125,6 +129,11 @@ class KVCache:
 def block_bytes(states: Sequence[TensorSpec]) -> int:
     """Bytes of one block over all pools."""
     return sum(math.prod(_pool_shape(state, 1)) * ITEM_BYTES[state.dtype] for state in states)
+
+
+def least_mebibytes(num_blocks: int, bytes_each: int) -> int:
+    """The least memory that holds so many blocks of ``bytes_each``, in MiB as ``--kv-cache-memory`` counts it."""
+    return max(1, math.ceil(num_blocks * bytes_each / 2**20))
 
 
 def _pool_shape(state: TensorSpec, num_blocks: int) -> tuple[int, ...]:

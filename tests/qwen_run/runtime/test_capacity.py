@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qwen_engine.errors import EngineError
+from qwen_engine.errors import EngineError, EngineOptionError
 from qwen_engine.graph_io import cache_inputs
 from qwen_engine.manifest import CacheLayout, FileRecord, Limits
 from qwen_run.runtime.capacity import Capacity, choose_capacity
@@ -54,18 +55,42 @@ def test_a_shorter_sequence_can_be_asked_for() -> None:
 
 
 def test_what_was_asked_for_and_does_not_fit_is_refused() -> None:
-    advice = r"; ask for a smaller --max-seq-len or more --kv-cache-memory"
+    says = (
+        "a sequence of 130 tokens needs 3 cache blocks of 64 tokens, 0.0 MiB, there is memory for 2; ask for 1 MiB or "
+        "more with --kv-cache-memory (in Python cache_bytes or num_blocks), or for a smaller --max-seq-len"
+    )
     for given in ({"num_blocks": 2}, {"cache_bytes": 3 * BLOCK_BYTES - 1}):
-        with pytest.raises(
-            EngineError, match=rf"130 tokens needs 3 cache blocks, 0.0 MiB, there is memory for 2 blocks.*{advice}"
-        ):
+        with pytest.raises(EngineOptionError, match=f"^{re.escape(says)}$"):
             choose_capacity(LONG, 10**9, max_seq_len=130, **given)  # type: ignore[arg-type]
     for available in (0, WEIGHTS_BYTES):
-        with pytest.raises(EngineError, match=rf"there is memory for 0 blocks of 64 tokens{advice}"):
+        with pytest.raises(EngineError, match=r"for 0; ask for 1 MiB or more with --kv-cache") as refused:
             choose_capacity(LONG, available)
+        assert refused.value.exit_code == 1  # nothing was asked for that cannot be
+
+
+def test_a_cache_that_holds_no_block_is_refused_with_what_one_takes_and_what_all_tokens_take() -> None:
+    says = (
+        "a cache needs at least 1 block of 64 tokens, 0.0 MiB, there is memory for 0; ask for 1 MiB or more with "
+        "--kv-cache-memory (in Python cache_bytes or num_blocks); the 64000 tokens that the engine was built for take "
+        "12 MiB"
+    )
+    with pytest.raises(EngineOptionError, match=f"^{re.escape(says)}$"):
+        choose_capacity(LONG, None, cache_bytes=BLOCK_BYTES - 1)
+
+
+@pytest.mark.parametrize(("max_seq_len", "num_bytes"), [(64_000, 1 << 20), (30_000, 5 << 20), (20_000, 1)])
+def test_the_least_memory_that_is_named_is_enough_and_the_least(max_seq_len: int, num_bytes: int) -> None:
+    with pytest.raises(EngineOptionError, match=r"ask for \d+ MiB or more with --kv-cache-memory") as refused:
+        choose_capacity(LONG, None, cache_bytes=num_bytes, max_seq_len=max_seq_len)
+    found = re.search(r"ask for (\d+) MiB", str(refused.value))
+    assert found
+    least = int(found[1])
+    choose_capacity(LONG, None, cache_bytes=least << 20, max_seq_len=max_seq_len)
+    with pytest.raises(EngineOptionError):
+        choose_capacity(LONG, None, cache_bytes=(least - 1) << 20, max_seq_len=max_seq_len)
 
 
 @pytest.mark.parametrize("max_seq_len", [0, 1, 101, 2**63])
 def test_lengths_the_engine_was_not_built_for_are_refused(max_seq_len: int) -> None:
-    with pytest.raises(EngineError, match=r"^max_seq_len is .*, expected 2 to 100, what the engine was built for$"):
+    with pytest.raises(EngineOptionError, match=r"^max_seq_len is .*, expected 2 to 100, what the engine was built"):
         choose_capacity(SIZES, None, max_seq_len=max_seq_len)
