@@ -75,7 +75,7 @@ inline void Prefetch(const float* scales) {
 }
 
 inline void Prefetch(const char* address, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(address + i, 0, 2);  // as quant_linear_kernels.h's Stream
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(address + i, 0, 2);  // as quant_linear_stream.h's Stream
 }
 
 // A few rows over one partition, of which row r sees keys [begin[r], end[r]).

@@ -7,15 +7,15 @@
 //   [group_size / 4 steps][rows][4 columns] bytes, [2 halves][rows] int32 starts, [rows] float32 scales
 // where int8x2 has two rows of bytes and starts, high and low parts, for each row of x; and where groups are weighed,
 // the two starts are I::Start of the first and of the second 32 columns. A tile with the precision
-// float32 is [columns][rows] floats. Sums of a tile and a panel lie in the first-level cache, (rows, 32).
+// float32 is that of quant_linear_float.h. Sums of a tile and a panel lie in the first-level cache, (rows, 32).
 #pragma once
 #include <cstring>
 
 #include "linear/quant_linear.h"
+#include "linear/quant_linear_finish.h"
+#include "linear/quant_linear_float.h"
 #include "linear/quant_linear_input.h"
-#include "operator/fetch_window.h"
-
-#define UNROLL_FOR(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); ++i)
+#include "linear/quant_linear_stream.h"
 
 namespace quant_linear {
 namespace {
@@ -25,64 +25,7 @@ namespace {
 constexpr int32_t kFloatStart = 0x4b400000;
 constexpr float kFloatStartValue = 12582912.f;
 
-constexpr int kMaxFloatRows = 4, kMaxTileRows = 8;
-
-// Memory that is wanted soon, fetched as the kernel goes along; a step of the kernel fetches as many lines as it reads.
-// That of a single tile is fetched in windows.
-// Passed by reference: reading a copy just written, in one wide load, waits until all earlier stores to y are done,
-// which took a fifth of a long prefill.
-struct Stream {
-  const uint8_t* next = nullptr;
-  int64_t step = 0, left = 0;         // bytes from one fetch to the next, and fetches until there is more to decide
-  int64_t a_group = 0, of_share = 0;  // several tiles: fetches in each group of columns, and those not yet allowed
-  int64_t rows = 0, row = 0, windows = 0;  // one tile: fetches of each place in a window, those done, windows to come
-
-  void StartGroup() {
-    const int64_t more = of_share < a_group ? of_share : a_group;
-    left += more, of_share -= more;
-  }
-  // For this group of columns, and for good where there is one tile.
-  bool IsDone() const { return left == 0 && row == rows && windows == 0; }
-  // So many fetches, of kLines each. Four at once take fewer instructions, if there are always four to go; but AVX-512,
-  // which waits for memory with one row, is 1.02 times as fast with one at a time.
-  template <int kLines, int kTimes = 1>
-  void Fetch() {
-    if (left == 0 && !StartRow(kLineBytes * kLines)) return;
-    if (left < kTimes) {
-      for (int i = 0; i < kTimes; ++i) Fetch<kLines>();
-      return;
-    }
-    UNROLL_FOR(t, kTimes) {
-      UNROLL_FOR(i, kLines)
-      __builtin_prefetch(next + t * step + kLineBytes * i, 0, 2);  // to the second level: it waits for more at once
-    }
-    next += kTimes * step, left -= kTimes;
-  }
-  bool StartRow(int64_t bytes) {
-    if (row == rows) {
-      if (windows == 0) return false;
-      --windows, row = 0;
-      next -= (rows - 1) * bytes;
-    } else {
-      next += bytes - kWindowPages * step;
-    }
-    ++row, left = kWindowPages;
-    return true;
-  }
-};
-
-// Fetches the first window of the `size` bytes at `from` and returns a stream of the others. `bytes`: of a fetch.
-inline Stream StartWindows(const uint8_t* from, int64_t size, int64_t bytes) {
-  Stream stream;
-  stream.windows = (size + kWindowBytes / 2) / kWindowBytes + (size < kWindowBytes / 2);
-  stream.rows = stream.row = size / (stream.windows * kWindowPages * bytes);
-  stream.step = stream.rows * bytes;
-  for (int64_t at = 0; at < stream.step; at += 64)
-    for (int64_t i = 0; i < kWindowPages; ++i) __builtin_prefetch(from + i * stream.step + at, 0, 2);
-  stream.next = from + kWindowPages * stream.step + (stream.rows - 1) * bytes;  // as at the end of that window
-  --stream.windows;
-  return stream;
-}
+constexpr int kMaxTileRows = 8;
 
 // What the integers of a panel's second half are multiplied times, below 8 bits: where kInPlace, they stay in the upper
 // bits of their bytes.
@@ -90,9 +33,6 @@ template <class I>
 constexpr int HighFactor(int bits) {
   return I::kInPlace ? 1 << (8 - bits) : 1;
 }
-
-// Lines that are fetched at once.
-constexpr int FetchLines(int bits) { return bits == 8 ? 2 : 1; }
 
 inline int64_t GroupBytes(const Problem& p, int64_t rows, int planes) {
   return 4 * (p.group_size / 4 * rows * planes + 2 * rows * planes + rows);
@@ -337,41 +277,6 @@ __attribute__((noinline)) void MultiplyTile(const Problem& p, const uint8_t* pan
   UNROLL_FOR(r, kRows) UNROLL_FOR(h, 2) I::Store(out[r] + 16 * h + pass * I::kLanes, totals[pass][r][h]);
 }
 
-// The same with the precision float32.
-template <class I, int kBits, int kRows>
-void MultiplyFloatTile(const Problem& p, const uint8_t* panel, const char* tile, float (*out)[kPanel]) {
-  using L = typename I::Lanes;
-  const float* x = reinterpret_cast<const float*>(tile);
-  typename L::Floats sums[kRows][2];
-  for (auto& row : sums) row[0] = row[1] = L::Set(0.f);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    const int64_t of_block = g % p.block_groups;
-    const uint8_t* const block = BlockOf(p, panel, g / p.block_groups);
-    float minus_zero_points[kPanel], units[kPanel];
-    for (int i = 0; i < kPanel; ++i) {
-      minus_zero_points[i] = float(-ZeroPointOf(p, panel, g, i));
-      units[i] = kScaleUnit * (p.block_groups == 1 ? 1.f : float(NumbersOf(p, block, of_block, i).multiple));
-    }
-    const uint8_t* const steps = StepsOf(p, block, of_block);
-    uint8_t unpacked[2][2 * kPanel];  // with 5 and 6 bits
-    for (int64_t k = 0; k < p.group_size; ++k, x += kRows) {
-      const int column = int(k % 4);
-      if ((kBits == 5 || kBits == 6) && column == 0) UnpackAll<kBits>(steps, k / 4, unpacked);
-      for (int h = 0; h < 2; ++h) {
-        const auto q = kBits == 4   ? L::Column(steps + k / 4 * 64, column, 4 * h, 15)
-                       : kBits == 8 ? L::Column(steps + k / 4 * 128 + 64 * h, column, 0, 255)
-                                    : L::Column(unpacked[h], column, 0, 255);
-        const auto centred = L::Add(L::ToFloats(q), L::Load(minus_zero_points + 16 * h));
-        const auto scale = L::Mul(L::LoadHalves(block + 32 * h), L::Load(units + 16 * h));  // exact
-        const auto weight = L::Mul(centred, scale);
-        for (int r = 0; r < kRows; ++r) sums[r][h] = L::Fma(weight, L::Set(x[r]), sums[r][h]);
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int h = 0; h < 2; ++h) L::Store(out[r] + 16 * h, sums[r][h]);
-}
-
 // The kernel for `rows` of at most kRows.
 template <class I, int kBits, bool kSymmetric, int kPlanes, bool kBlocks, int kRows = I::kMostRows[kPlanes - 1]>
 void MultiplySomeRows(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows, Stream& stream,
@@ -379,13 +284,6 @@ void MultiplySomeRows(const Problem& p, const uint8_t* panel, const char* tile, 
   if (rows == kRows) return MultiplyTile<I, kBits, kSymmetric, kPlanes, kBlocks, kRows>(p, panel, tile, stream, out);
   if constexpr (kRows > 1)
     MultiplySomeRows<I, kBits, kSymmetric, kPlanes, kBlocks, kRows - 1>(p, panel, tile, rows, stream, out);
-}
-
-template <class I, int kBits, int kRows = kMaxFloatRows>
-void MultiplySomeFloatRows(const Problem& p, const uint8_t* panel, const char* tile, int64_t rows,
-                           float (*out)[kPanel]) {
-  if (rows == kRows) return MultiplyFloatTile<I, kBits, kRows>(p, panel, tile, out);
-  if constexpr (kRows > 1) MultiplySomeFloatRows<I, kBits, kRows - 1>(p, panel, tile, rows, out);
 }
 
 template <class I, int kBits>
@@ -408,45 +306,6 @@ void MultiplyAnyTile(const Problem& p, const uint8_t* panel, const char* tile, i
                           : MultiplySomeRows<I, kBits, false, 2, false>)(p, panel, tile, rows, stream, out);
     case Precision::kFloat32:
       return MultiplySomeFloatRows<I, kBits>(p, panel, tile, rows, out);
-  }
-}
-
-// exp(x) for x from -87 to 88, relative error below 3e-7.
-template <class L>
-typename L::Floats Exp(typename L::Floats x) {
-  const auto n = L::Round(L::Mul(x, L::Set(1.44269504f)));
-  const auto whole = L::ToFloats(n);
-  auto r = L::Fma(whole, L::Set(-0.693145752f), x);  // ln 2 in two parts
-  r = L::Fma(whole, L::Set(-1.42860677e-6f), r);
-  auto series = L::Set(1.3981999e-3f);
-  constexpr float kSeries[] = {8.3334519e-3f, 4.1665796e-2f, 1.6666666e-1f, .5f, 1.f, 1.f};
-  for (const float coefficient : kSeries) series = L::Fma(series, r, L::Set(coefficient));
-  return L::Mul(series, L::PowerOfTwo(n));
-}
-
-// gate / (1 + exp(-gate)) * up; a gate below -88 counts as -88, which gives 5e-37.
-template <class L>
-typename L::Floats Gate(typename L::Floats gate, typename L::Floats up) {
-  gate = L::Max(L::Set(-88.f), gate);
-  const auto power = L::Max(L::Set(-87.f), L::Negate(gate));
-  return L::Mul(L::Div(gate, L::Add(L::Set(1.f), Exp<L>(power))), up);
-}
-
-// y, from the sums of rows [begin, begin + rows) and a panel.
-template <class L>
-void Finish(const Problem& p, int64_t panel, int64_t begin, int64_t rows, float (*out)[kPanel]) {
-  const int64_t first = panel * kPanel, count = p.out_features - first < kPanel ? p.out_features - first : kPanel;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (p.bias != nullptr)
-      for (int64_t i = 0; i < count; ++i) out[r][i] += p.bias[first + i];
-    if (p.swiglu) {
-      L::Store(p.y + (begin + r) * p.width + first / 2, Gate<L>(L::Load(out[r]), L::Load(out[r] + kPanel / 2)));
-      continue;
-    }
-    const int64_t at = (begin + r) * p.width + first;
-    if (p.residual != nullptr)
-      for (int64_t i = 0; i < count; ++i) out[r][i] += p.residual[at + i];
-    std::memcpy(p.y + at, out[r], size_t(count) * sizeof(float));
   }
 }
 
