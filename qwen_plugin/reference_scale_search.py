@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from qwen_plugin.layout import BLOCK_COLUMNS, LARGEST_UNIT, LEAST_SCALE, MOST_UNITS_AT, UNIT_BITS, Bytes, Floats
+from qwen_plugin.scale_search import Search
 
 # As in csrc/rounding/scale_search_kernel.h.
 _PARTS = np.array([1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5], np.float32)
@@ -78,16 +79,9 @@ class _Best:
         self.scale, self.zero = np.where(better, scale, self.scale), np.where(better, zero, self.zero)
 
 
-def search_scales(
-    weight: Floats,
-    importance: Floats,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    blocks: bool = False,
-    flatness: float = np.inf,
-) -> tuple[Floats, Bytes]:
+def search_scales(weight: Floats, importance: Floats, search: Search) -> tuple[Floats, Bytes]:
     """As :func:`qwen_plugin.scale_search.search_scales`."""
+    bits, group_size, symmetric, blocks, flatness = search
     groups = Groups(
         weight.reshape(len(weight), -1, group_size), importance.reshape(-1, group_size), 2**bits - 1, flatness
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,33 +46,41 @@ class _Task(ctypes.Structure):
     )
 
 
-def search_scales(
-    weight: Floats,
-    importance: Floats,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    blocks: bool = False,
-    flatness: float = math.inf,
-) -> tuple[Floats, Bytes]:
-    """The scales and zero points, (N, G), of those tried with which rounding ``weight`` leaves the least error.
+class Search(NamedTuple):
+    """Which grids are tried, and what the error of one is.
 
     The error of a group is the sum of importance * (w - rounded)²; with a finite ``flatness``, that of importance *
     (abs(w) + flatness * rms) * (w - rounded)², with the root mean square of the group's weights. Zero is always on the
-    grid. The same numbers on every processor.
+    grid.
 
-    Args:
-        weight: (N, G * group_size), finite.
-        importance: (G * group_size), not negative.
+    Attributes:
         bits: of an integer.
         group_size: 32, 64 or 128.
         symmetric: whether all zero points are 2**(bits - 1).
         blocks: whether the scales go together as :func:`qwen_plugin.layout.round_block_scales` has them; otherwise
             they are as they come out, and 1e-30 at least.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    blocks: bool = False
+    flatness: float = math.inf
+
+
+def search_scales(weight: Floats, importance: Floats, search: Search) -> tuple[Floats, Bytes]:
+    """The scales and zero points, (N, G), of those tried with which rounding ``weight`` leaves the least error.
+
+    The same numbers on every processor.
+
+    Args:
+        weight: (N, G * group_size), finite.
+        importance: (G * group_size), not negative.
 
     Raises:
         EngineError: the library is not compiled or older than this, or ``QWEN_PLUGIN_ISA`` is none of its sets.
     """
+    bits, group_size, symmetric, blocks, flatness = search
     weight, importance = (np.ascontiguousarray(array, np.float32) for array in (weight, importance))
     outputs, columns = weight.shape
     groups = columns // group_size

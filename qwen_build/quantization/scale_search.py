@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from qwen_build.quantization.grid import Grid, Rounded, Storable, positive
-from qwen_plugin.scale_search import search_scales
+from qwen_plugin.scale_search import Search, search_scales
 
 # Larger weights may need scales that the layout cannot hold: see NativeInt.round, which then says so.
 _LARGEST = 256.0
@@ -36,7 +36,7 @@ def round_searched(
         blocks: whether scales go together in blocks.
         storable: see :class:`Grid`.
         importance: float32 (K), not negative, of a squared error in each column; None: all have the same.
-        flatness: see :func:`qwen_plugin.scale_search.search_scales`.
+        flatness: see :class:`qwen_plugin.scale_search.Search`.
     """
     if np.abs(weight).max(initial=0) > _LARGEST:
         return grid.round(weight, storable)
@@ -45,9 +45,8 @@ def round_searched(
         importance = np.ones(weight.shape[1], np.float32)
     if padding:
         weight, importance = np.pad(weight, ((0, 0), (0, padding))), np.pad(importance, (0, padding))
-    scales, zero_points = search_scales(
-        weight, importance, grid.bits, grid.group_size, grid.symmetric, blocks, flatness
-    )
+    search = Search(grid.bits, grid.group_size, grid.symmetric, blocks, flatness)
+    scales, zero_points = search_scales(weight, importance, search)
     stored_zero_points = None if grid.symmetric else zero_points
     scales = positive(storable(scales, stored_zero_points))
     return grid.nearest(weight.reshape(len(weight), -1, grid.group_size), scales, stored_zero_points)

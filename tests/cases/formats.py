@@ -26,11 +26,14 @@ class QuantisedCheckpoint:
     model: Any
 
     def edit(self, **changes: Any) -> None:
-        """Replace or remove tensors of the checkpoint (torch), their dots written as double underscores."""
+        """Replace or remove (None) tensors of the checkpoint, of torch or NumPy, dots as double underscores."""
+        import torch
         from safetensors.torch import load_file, save_file
 
         tensors = load_file(self.path / "model.safetensors")
-        tensors |= {name.replace("__", "."): value for name, value in changes.items()}
+        for name, value in changes.items():
+            made = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            tensors[name.replace("__", ".")] = made
         save_file(
             {name: value for name, value in tensors.items() if value is not None}, self.path / "model.safetensors"
         )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
+from cases.formats import QuantisedCheckpoint
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import Plan, plan_build
@@ -78,31 +76,12 @@ def case_name(case: Case) -> str:
     return "-".join(map(str, dataclasses.astuple(case)))
 
 
-@dataclass(frozen=True)
-class PackedCheckpoint:
-    """A packed checkpoint and the values it stands for: ``weights`` float32 by linear, ``model`` with them."""
-
-    path: Path
-    weights: dict[str, np.ndarray]
-    model: Any
+class PackedCheckpoint(QuantisedCheckpoint):
+    """A packed checkpoint and the values it stands for."""
 
     def plan(self, **options: Any) -> Plan:
         with Checkpoint.open(self.path) as checkpoint:
             return plan_build(checkpoint, resolve_checkpoint(str(self.path)), BuildOptions(**options))
-
-    def edit(self, **changes: np.ndarray | None) -> None:
-        """Replace or remove tensors of the checkpoint, their dots written as double underscores."""
-        tensors = load_file(self.path / "model.safetensors")
-        tensors |= {name.replace("__", "."): value for name, value in changes.items()}
-        save_file(
-            {name: value for name, value in tensors.items() if value is not None}, self.path / "model.safetensors"
-        )
-
-    def configure(self, **changes: Any) -> None:
-        path = self.path / "config.json"
-        config = json.loads(path.read_text())
-        config["quantization_config"] |= changes
-        path.write_text(json.dumps(config))
 
 
 def in_words(values: np.ndarray, bits: int) -> np.ndarray:

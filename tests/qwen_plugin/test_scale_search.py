@@ -11,7 +11,7 @@ from cases.plugin_session import ISAS
 from qwen_engine.errors import EngineError
 from qwen_plugin import reference_scale_search
 from qwen_plugin.layout import BITS, BLOCK_BITS, GROUP_SIZES, round_block_scales
-from qwen_plugin.scale_search import search_scales
+from qwen_plugin.scale_search import Search, search_scales
 
 # bits, group_size, symmetric, blocks
 CASES = [
@@ -53,8 +53,9 @@ def test_every_instruction_set_finds_what_the_reference_finds(
     monkeypatch.setenv("QWEN_PLUGIN_ISA", isa)
     weight, importance = weight_of(37, 5 * 128 + group_size), np.ones(5 * 128 + group_size, np.float32)
     importance[::3] = 7
-    expected = reference_scale_search.search_scales(weight, importance, bits, group_size, symmetric, blocks, flatness)
-    found = search_scales(weight, importance, bits, group_size, symmetric, blocks, flatness)
+    search = Search(bits, group_size, symmetric, blocks, flatness)
+    expected = reference_scale_search.search_scales(weight, importance, search)
+    found = search_scales(weight, importance, search)
     for ours, reference in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, reference)
 
@@ -64,14 +65,14 @@ def test_every_instruction_set_finds_what_the_reference_finds(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scales_of_blocks_are_ones_that_the_layout_holds(symmetric: bool, group_size: int, bits: int) -> None:
     weight = weight_of(200, 448)
-    scales, zeros = search_scales(weight, np.ones(448, np.float32), bits, group_size, symmetric, blocks=True)
+    scales, zeros = search_scales(weight, np.ones(448, np.float32), Search(bits, group_size, symmetric, blocks=True))
     np.testing.assert_array_equal(round_block_scales(scales, bits, group_size, zeros), scales)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_found_grid_is_nearly_the_best_of_all(symmetric: bool) -> None:
     weight = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
-    scales, zeros = search_scales(weight, np.ones(32, np.float32), 4, 32, symmetric)
+    scales, zeros = search_scales(weight, np.ones(32, np.float32), Search(4, 32, symmetric))
     found = error_of(weight, scales, zeros, 15).sum()
     reach = np.abs(weight).max(axis=1, keepdims=True)
     best = np.full((50, 1), np.inf)
@@ -84,7 +85,7 @@ def test_the_found_grid_is_nearly_the_best_of_all(symmetric: bool) -> None:
 
 def test_symmetric_grids_use_the_lowest_integer() -> None:
     weight = np.tile(np.arange(-8, 8, dtype=np.float32), (16, 2))
-    scales, _ = search_scales(weight, np.ones(32, np.float32), 4, 32, symmetric=True)
+    scales, _ = search_scales(weight, np.ones(32, np.float32), Search(4, 32, symmetric=True))
     np.testing.assert_array_equal(scales, 1)
 
 
@@ -95,7 +96,7 @@ def test_a_column_without_importance_costs_the_others_less(symmetric: bool) -> N
     importance = np.ones(32, np.float32)
     others = []
     for importance[5] in (1, 0):
-        scales, zeros = search_scales(weight, importance, 4, 32, symmetric)
+        scales, zeros = search_scales(weight, importance, Search(4, 32, symmetric))
         q = np.clip(np.rint(weight / scales), -zeros.astype(int), 15 - zeros.astype(int))
         others.append(np.square(np.delete(q * scales - weight, 5, axis=1)).sum())
     assert others[1] < 0.9 * others[0]
@@ -104,4 +105,4 @@ def test_a_column_without_importance_costs_the_others_less(symmetric: bool) -> N
 def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_PLUGIN_ISA", "sse9")
     with pytest.raises(EngineError, match="QWEN_PLUGIN_ISA names no instruction set"):
-        search_scales(np.ones((1, 32), np.float32), np.ones(32, np.float32), 4, 32, symmetric=True)
+        search_scales(np.ones((1, 32), np.float32), np.ones(32, np.float32), Search(4, 32, symmetric=True))
