@@ -47,17 +47,9 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
         raise ValueError(f"its model_type is {family!r}; GGUF is written of {' and '.join(FAMILIES)} alone")
     architecture, head_dim = gguf_architecture(config)
     writer = gguf.GGUFWriter(file, architecture)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    add_sizes(writer, config, head_dim)
     if architecture == LLAMA:
         writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(ModelConfig.from_hf(checkpoint).rope.theta)
     writer.add_quantization_version(2)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if linears == "F32" else f"MOSTLY_{linears}"])
@@ -70,6 +62,24 @@ def write_gguf(checkpoint: Path, file: Path, linears: str = "Q4_0", head: str = 
             dtype = gguf.GGMLQuantizationType[kind]
             order = gguf_rows(name, info.shape[0], config)
             writer.add_tensor(gguf_name(name), _quantized(weights, name, order, dtype), None, dtype)
+    finish(writer)
+
+
+def add_sizes(writer: Any, config: dict[str, Any], head_dim: int) -> None:
+    """Say to a ``gguf.GGUFWriter`` how large the model of this ``config.json`` is."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+
+
+def finish(writer: Any) -> None:
+    """Write what a ``gguf.GGUFWriter`` was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,10 +108,13 @@ def gguf_rows(name: str, rows: int, config: dict[str, Any]) -> np.ndarray:
     array([0, 1, 2, 3])
     """
     architecture, head_dim = gguf_architecture(config)
-    order = np.arange(rows)
-    if architecture == LLAMA and _stem(name) in ("attn_q", "attn_k"):
-        order = order.reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
-    return order
+    is_paired = architecture == LLAMA and _stem(name) in ("attn_q", "attn_k")
+    return in_pairs(rows, head_dim) if is_paired else np.arange(rows)
+
+
+def in_pairs(rows: int, head_dim: int) -> np.ndarray:
+    """The rows of heads, int64 (rows), as a llama's q and k have them: those of both halves in turns."""
+    return np.arange(rows).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
 def gguf_name(name: str) -> str:

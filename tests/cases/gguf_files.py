@@ -9,26 +9,10 @@ from typing import Any
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
+from benchmarks.write_gguf import add_sizes, finish, gguf_name, in_pairs
 from cases.tiny import TinyCheckpoint
-from qwen_build.checkpoint.formats.gguf import LAYER_MODULES, MODULES
 
-STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
 END = "<|im_end|>"
-
-
-def gguf_name(name: str) -> str:
-    """What GGUF calls a tensor of Hugging Face's."""
-    module, _, kind = name.rpartition(".")
-    if module in STEMS:
-        return f"{STEMS[module]}.{kind}"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{STEMS[rest]}.{kind}"
-
-
-def as_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The rows of a head in pairs, as GGUF has those of a llama's q and k."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
-    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(
@@ -39,14 +23,7 @@ def write(
 
     config = json.loads((tiny.path / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    add_sizes(writer, config, config["head_dim"])
     writer.add_rope_freq_base(5000.0)
     for key, value in metadata.items():
         writer.add_key_value(key.replace("__", "."), *value)
@@ -64,23 +41,15 @@ def write(
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue
         weight = tensor.float().numpy()
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        part = name.split(".")[-2]
-        paired = architecture == "llama" and part in heads
-        stored = as_pairs(weight, heads[part]) if paired else weight
+        paired = architecture == "llama" and name.split(".")[-2] in ("q_proj", "k_proj")
+        order = in_pairs(len(weight), config["head_dim"]) if paired else np.arange(len(weight))
         own = "F32" if weight.ndim == 1 else head if "layers" not in name else kind
         dtype = gguf.GGMLQuantizationType[own]
-        data = quantised(stored, own)
+        data = quantised(weight[order], own)
         writer.add_tensor(gguf_name(name), data, raw_dtype=dtype)
         values = gguf.dequantize(data, dtype).astype(np.float32).reshape(weight.shape)
-        if paired:
-            rows = np.argsort(as_pairs(np.arange(len(weight))[:, None], heads[part])[:, 0])
-            values = values[rows]
-        weights[name] = values
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        weights[name] = values[np.argsort(order)]
+    finish(writer)
     return weights
 
 
