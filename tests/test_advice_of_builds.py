@@ -311,6 +311,11 @@ def test_advice_of_a_benchmark_works_when_it_is_followed(folder: Path, row: Row)
 FOLDERS = ("qwen_build", "qwen_run/bench")
 # what is not followed here: a piece of the message -> why, or where it is
 ELSEWHERE = {
+    "measures how likely next tokens are": "tests/whole/test_pooled.py",
+    "do_lower_case is not supported": "the texts of a caller: tests/whole/test_pooled.py",
+    "has no tokenizer, in which": "tests/whole/test_pooled.py",
+    "build it without --task score": "tests/whole/test_pooled.py",
+    "it {}; ask it with {}": "tests/whole/test_pooled.py",
     'quant="auto"': "of Python; the command line's is the first row",
     "twice; keep one": "tests/qwen_build/plan/test_rules.py",
     "download": "a sound copy of the file is what tests/fuzz/checkpoint.py starts from; a test has no Hub",

@@ -283,6 +283,7 @@ FOLDERS = ("qwen_run/api", "qwen_run/harness", "qwen_run/runtime", "qwen_run/sam
 COMMANDS = "tests/test_advice_of_commands.py"
 # what is not followed here: a piece of the message -> why, or where it is
 ELSEWHERE = {
+    "are put before texts": "texts are what tests/whole/test_pooled.py gives",
     "make one with qwen-build, or name one": COMMANDS,
     "; build the engine again": COMMANDS,
     "exclude fewer": "tests/qwen_run/sampling/test_sample.py; other requests exclude none",

@@ -87,7 +87,6 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     )
     sources = find_sources(engine_directory, manifest, threads, identity, dataset.documents, options)
     checks_of_files = sources.checks(engine_directory)
-
     llm = open_llm(engine_directory, threads, options)
     key = {
         "schema": SCHEMA_VERSION,

@@ -1,4 +1,7 @@
-"""The chat page in a headless browser: what a person does, and what a model must not be able to do."""
+"""The chat page in a headless browser: what a person does, and what a model must not be able to do.
+
+More than 400 lines: all share one browser, which takes seconds to start.
+"""
 
 import json
 import time
