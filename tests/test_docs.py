@@ -254,6 +254,16 @@ def test_the_tables_of_schemes_are_one_run_each() -> None:
     assert len(rows) > 15
 
 
+def test_the_rows_beside_llama_cpps_types_are_measured() -> None:
+    rows = table_rows(PAGES["docs/accuracy.md"].section("Beside llama.cpp's types"))
+    rows.pop("side")
+    measured = table_rows((RESULTS / "quality-qwen2-medium.md").read_text(encoding="utf-8"))
+    columns = [measured["side"].index(name) for name in ("MB", "KL, wikitext2", "KL, library")]
+    for name, cells in rows.items():
+        assert all(map(rounds_to, cells, (measured[name][column] for column in columns))), name
+    assert len(rows) > 8
+
+
 def test_figures_beside_other_programs_are_one_run() -> None:
     measured = table_rows((RESULTS / "peers-qwen2.5-0.5b.md").read_text(encoding="utf-8"))
     rows = table_rows(PAGES["docs/performance.md"].section("Beside other programs"))
