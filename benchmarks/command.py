@@ -8,7 +8,7 @@ from collections.abc import Callable
 from qwen_engine.errors import QwenError
 
 # What some benchmarks need and the package does not -> the extra that installs it.
-EXTRAS = {"torch": "hf", "transformers": "hf", "gguf": "demo"}
+EXTRAS = {"torch": "hf", "transformers": "hf", "gguf": "demo", "lm_eval": "eval"}
 
 
 def run(main: Callable[[], None]) -> None:
