@@ -39,6 +39,7 @@ class BuildChoices(TypedDict, total=False):
     yarn: float | None
     rope_scaling: str | Mapping[str, Any] | None
     task: str | None
+    inputs_embeds: bool
 
 
 def build(

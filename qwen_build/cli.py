@@ -205,6 +205,11 @@ class Size(click.ParamType[Any]):
     "classifier, score the answers yes and no of a reranker.  [default: what the checkpoint's files say]",
 )
 @click.option(
+    "--inputs-embeds",
+    is_flag=True,
+    help="The engine takes embeddings in place of token ids as well, as inputs_embeds of QwenForCausalLM.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",

@@ -46,7 +46,7 @@ from qwen_build.writing.weights_file import (
 )
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
-from qwen_engine.graph_io import BATCH_INPUTS, EMBEDDING, HEAD, PLUGIN_DOMAIN, TensorSpec
+from qwen_engine.graph_io import BATCH_INPUTS, EMBEDDING, HEAD, PLUGIN_DOMAIN, TensorSpec, embeds_inputs
 from qwen_engine.manifest import (
     FORMAT_VERSION,
     GRAPH_FILE,
@@ -166,7 +166,8 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     text = read_text_files(located.path, config)
     max_seq_len = _max_seq_len(filled, config)
     schemes = plan_schemes(filled, config, checkpoint)
-    inputs = (*BATCH_INPUTS, *_states(filled, config))
+    embeds = embeds_inputs(config.hidden_size) if filled.inputs_embeds else ()
+    inputs = (*BATCH_INPUTS, *embeds, *_states(filled, config))
     graph = build_graph(config, schemes, inputs, max_seq_len)
     shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in graph.stored.items()}
     scales = [name for name in graph.plain if name.endswith(".input_scale")]  # no checkpoint has them

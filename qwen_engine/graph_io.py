@@ -5,7 +5,7 @@ sequences stand one after the other, without a batch axis and without padding.
 
 Symbolic dimensions: ``T`` new tokens, ``S`` sequences, ``L`` tokens that get logits,
 ``max_blocks`` width of the block table, ``num_blocks`` size of the cache pool, ``num_slots`` sequences that have a
-state of their own.
+state of their own, ``E`` tokens that are given as embeddings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["token", "sequence", "selection", "paged_state", "sequence_state"]
+Kind = Literal["token", "sequence", "selection", "embedding", "paged_state", "sequence_state"]
 Dimension = int | str
 
 INPUT_IDS = "input_ids"
@@ -22,6 +22,8 @@ CUMULATIVE_LENGTHS = "cumulative_lengths"
 PAST_LENGTHS = "past_lengths"
 BLOCK_TABLE = "block_table"
 LOGITS_INDICES = "logits_indices"
+EMBEDS = "inputs_embeds"
+EMBEDS_INDICES = "embeds_indices"
 LOGITS = "logits"
 
 # The modules that have the vocabulary, as Hugging Face names them.
@@ -43,6 +45,7 @@ class TensorSpec:
     - ``token``: one row a new token;
     - ``sequence``: one row a sequence;
     - ``selection``: one row a token that gets logits;
+    - ``embedding``: one row a token that is given as an embedding, mostly none;
     - ``paged_state``: a pool of cache blocks (num_blocks, ...) that the graph updates in place;
     - ``sequence_state``: one row a sequence (num_slots, ...) that the graph updates in place, whatever its length.
     """
@@ -64,6 +67,17 @@ BATCH_INPUTS = (
     TensorSpec(BLOCK_TABLE, "sequence", "int32", ("S", "max_blocks")),
     TensorSpec(LOGITS_INDICES, "selection", "int64", ("L",)),
 )
+
+
+def embeds_inputs(hidden_size: int) -> tuple[TensorSpec, ...]:
+    """What a batch of an engine built with ``--inputs-embeds`` has besides: rows in place of those looked up.
+
+    ``embeds_indices`` says which of the ``T`` tokens they are; the ids of these count for nothing.
+    """
+    return (
+        TensorSpec(EMBEDS, "embedding", "float32", ("E", hidden_size)),
+        TensorSpec(EMBEDS_INDICES, "embedding", "int64", ("E",)),
+    )
 
 
 # What the names of an attention layer's states begin with; the number of the layer follows.

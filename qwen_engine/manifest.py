@@ -19,12 +19,14 @@ from qwen_engine import strict_json
 from qwen_engine.errors import EngineError, shown
 from qwen_engine.graph_io import (
     BATCH_INPUTS,
+    EMBEDS,
     INPUT_IDS,
     KEY_TILE,
     KEY_VALUE_POOLS,
     STATE_KINDS,
     TensorSpec,
     cache_inputs,
+    embeds_inputs,
 )
 from qwen_engine.regular_files import read_regular
 from qwen_engine.tasks import TASKS, output_fault
@@ -273,6 +275,11 @@ class Manifest:
         """The inputs that a batch brings."""
         return tuple(spec for spec in self.inputs if spec.kind not in STATE_KINDS)
 
+    @property
+    def takes_embeds(self) -> bool:
+        """Whether a batch may bring embeddings in place of token ids."""
+        return any(spec.name == EMBEDS for spec in self.inputs)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
@@ -352,8 +359,12 @@ class Manifest:
             return f" has no input {INPUT_IDS}"
         if twice := next((name for name, count in Counter(names).items() if count > 1), None):
             return f" has input {twice} twice"
-        if other := next((spec for spec in self.batch_inputs if spec not in BATCH_INPUTS), None):
-            return f": input {other.name} is not as expected, a batch has {', '.join(one.name for one in BATCH_INPUTS)}"
+        embeds = embeds_inputs(self.model.hidden_size)
+        fed = (*BATCH_INPUTS, *(embeds if {spec.name for spec in embeds} & set(names) else ()))
+        if other := next((spec for spec in self.batch_inputs if spec not in fed), None):
+            return f": input {other.name} is not as expected, a batch has {', '.join(one.name for one in fed)}"
+        if missing := next((spec for spec in fed[len(BATCH_INPUTS) :] if spec not in self.batch_inputs), None):
+            return f" has no input {missing.name}"
         block_size, dtype = self.cache.block_size, self.cache.dtype
         kv_heads, head_dim = self.model.num_key_value_heads, self.model.head_dim
         layers = sorted({spec.layer for spec in self.states if spec.layer is not None})

@@ -27,6 +27,8 @@ from qwen_build.graph.rope import rope_tables
 from qwen_build.quantization.schemes import Norm
 from qwen_engine.graph_io import (
     EMBEDDING,
+    EMBEDS,
+    EMBEDS_INDICES,
     HEAD,
     INPUT_IDS,
     LOGITS_INDICES,
@@ -80,6 +82,9 @@ class Decoder(nn.Module):
     def forward(self, op: OpBuilder, step: StepTensors) -> tuple[ir.Value, Norm]:
         """What the head multiplies (L, H), and the norm it still has to go through."""
         x = step.expose(EMBEDDING, self.embed_tokens(op, step.inputs[INPUT_IDS]))  # (T, H)
+        if EMBEDS in step.inputs:
+            places = op.Unsqueeze(step.inputs[EMBEDS_INDICES], [-1])  # (E, 1)
+            x = op.ScatterND(x, places, step.inputs[EMBEDS])
         for layer in self.layers:
             x = layer(op, x, step)
         x = op.Gather(x, step.inputs[LOGITS_INDICES])  # (L, H): the vocabulary is multiplied only where asked

@@ -73,6 +73,7 @@ RULES = {
     "task": _one_of(tuple(TASKS)),
     "rope_scaling": OptionRule("the JSON text of a rope object", lambda value: isinstance(value, str)),
     "block_size": OptionRule(f"a power of two from {KEY_TILE}", _is_block, optional=False),
+    "inputs_embeds": _one_of((True, False), optional=False),
     "exclude": _tuple_of(str, "a pattern of names or several"),
     "ignore_tensors": _tuple_of(str, "a pattern of names or several"),
     "quant_config": _tuple_of(Rule, "the path of a file of rules"),
@@ -101,6 +102,7 @@ class BuildOptions:
         task: what the engine is for, a key of ``TASKS``; None: what the checkpoint's files say.
         block_size: tokens of a cache block. Attention over long contexts is a tenth slower with 32 and hardly faster
             with 128, see ``benchmarks/results/attention.md``.
+        inputs_embeds: whether the engine takes embeddings in place of token ids as well.
         exclude: patterns of linears to keep float.
         ignore_tensors: patterns of tensors of the checkpoint to leave out.
         quant_config: the schemes of others, see :mod:`qwen_build.plan.rules`.
@@ -125,6 +127,7 @@ class BuildOptions:
     rope_scaling: str | None = None
     task: str | None = None
     block_size: int = 64
+    inputs_embeds: bool = False
     exclude: tuple[str, ...] = ()
     ignore_tensors: tuple[str, ...] = ()
     quant_config: tuple[Rule, ...] = ()

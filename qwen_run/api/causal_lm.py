@@ -54,6 +54,7 @@ class EngineForCausalLM:
         manifest = Manifest.read(directory)
         check_task(manifest.task, GENERATE)
         config.check(manifest)
+        config.warn_without_effect()
         config.warn_above(choose_capacity(manifest, available_bytes(), max_seq_len=config.max_seq_len).num_blocks)
         self.engine_config = config
         self.engine = Engine.load(directory, num_blocks=config.kvcache_num_blocks, max_seq_len=config.max_seq_len)

@@ -76,7 +76,10 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         if self.inputs_embeds is not None:
-            raise ValueError("inputs_embeds is given, engines look embeddings up; give the token ids as input_ids")
+            raise ValueError(
+                "inputs_embeds is given, the engine's own loop takes token ids; give the token ids as input_ids, or "
+                "install torch and transformers, with which QwenForCausalLM takes both"
+            )
         for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "seed"):
             number = getattr(self, name)
             if number is not None and (not isinstance(number, int) or isinstance(number, bool)):

@@ -35,13 +35,18 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The new tokens of S sequences, one after the other: ``BATCH_INPUTS`` of ``qwen_engine.graph_io``, by name."""
+    """The new tokens of S sequences, one after the other: ``BATCH_INPUTS`` of ``qwen_engine.graph_io``, by name.
+
+    The last two are for engines that take embeddings; None is no embedding.
+    """
 
     input_ids: np.ndarray  # int64 (T,)
     cumulative_lengths: np.ndarray  # int32 (S+1,): sequence s owns tokens [c[s], c[s+1])
     past_lengths: np.ndarray  # int32 (S,): tokens of s already in the cache
     block_table: np.ndarray  # int32 (S, max_blocks): cache blocks of s, in order
     logits_indices: np.ndarray  # int64 (L,): which of the T tokens get logits
+    inputs_embeds: np.ndarray | None = None  # float32 (E, hidden_size), in place of what is looked up
+    embeds_indices: np.ndarray | None = None  # int64 (E,): which of the T tokens these are
 
 
 class Engine:
@@ -61,6 +66,12 @@ class Engine:
         self.cache = cache
         self._session = session
         self._input_names = [spec.name for spec in manifest.batch_inputs]
+        # What a batch that has none of them brings.
+        self._absent = {
+            spec.name: np.zeros((0, *map(int, spec.shape[1:])), spec.dtype)
+            for spec in manifest.batch_inputs
+            if spec.kind == "embedding"
+        }
         self._output_names = [output.name for output in session.get_outputs()]
         # The pools are bound once; binding them again for every run would cost more than the run's overhead.
         self._binding = onnxruntime.IOBinding(session)
@@ -145,7 +156,8 @@ class Engine:
         binding = self._binding
         try:
             for name in self._input_names:
-                binding.bind_cpu_input(name, getattr(batch, name))
+                value = getattr(batch, name)
+                binding.bind_cpu_input(name, self._absent[name] if value is None else value)
             # Bound anew each time: a bound output keeps the shape of the run before.
             binding.clear_binding_outputs()
             for name in outputs:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qwen_engine.errors import CheckpointError, first_line
-from qwen_run.api.build_on_demand import is_engine
+from qwen_run.api.build_on_demand import READ_SUFFIXES, is_engine
 from qwen_run.api.causal_lm import Config
 from qwen_run.api.engine_config import EngineConfig
 
@@ -67,13 +67,18 @@ def _from_hub(path: str | Path, hub: Mapping[str, Any], export: bool) -> str | P
         )
     from huggingface_hub import snapshot_download
 
-    folder = hub.get("subfolder", "")
+    folder = str(hub.get("subfolder", ""))
+    inside = f"{folder}/" if folder else ""
     try:
         found = snapshot_download(
             str(path),
             **{name: value for name, value in hub.items() if name != "subfolder"},
-            allow_patterns=[f"{folder}/*" if folder else "*"],
+            allow_patterns=[f"{inside}*{suffix}" for suffix in READ_SUFFIXES if suffix != ".gguf"],
+            ignore_patterns=[f"{inside}*/*"],
         )
     except Exception as error:  # the Hub's libraries share no base class
         raise CheckpointError(f"{path} cannot be had from the Hugging Face Hub: {first_line(error)}") from error
-    return Path(str(found)) / str(folder)
+    checkpoint = Path(str(found)) / folder
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{path} has no folder {folder} on the Hugging Face Hub; leave subfolder out, or mend it")
+    return checkpoint

@@ -13,16 +13,27 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrain
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qwen_engine.manifest import ModelSizes
+from qwen_engine.manifest import Manifest
 from qwen_run.api.causal_lm import Config, EngineForCausalLM
 from qwen_run.api.generate_options import with_generate_options
 from qwen_run.runtime.engine import Engine
+from qwen_run.torch_model.arguments import (
+    check_embeds,
+    check_ids,
+    check_positions,
+    new_columns,
+    next_labels,
+    refuse_others,
+)
+from qwen_run.torch_model.embedding import EngineEmbedding
 from qwen_run.torch_model.loading import EngineArguments
 from qwen_run.torch_model.paged_cache import PagedCache
 from qwen_run.torch_model.paged_rows import BlockPool
 from qwen_run.torch_model.reading import read
 from qwen_run.torch_model.which_loop import engine_options
 
+# A model_type that transformers has no class for -> the one of the same configuration.
+KNOWN_AS = {"qwen": "qwen2"}
 # Pipelines of text generation take classes of these names alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("qwen-engine", "QwenForCausalLM")
 
@@ -42,7 +53,7 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True  # of the kernels, which no option of transformers chooses
 
     def __init__(self, arrays: EngineForCausalLM) -> None:
-        super().__init__(_config(arrays.engine.manifest.model, arrays.engine.manifest.eos_token_ids))
+        super().__init__(_config(arrays.engine.manifest))
         self._arrays = arrays
         self._pool = BlockPool(arrays.engine.cache, arrays.lock)
         self._calls = threading.local()
@@ -131,7 +142,10 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (rows, all columns) 0 or 1, 0 where a column is padding, anywhere in a row.
             position_ids: accepted where they count each row's tokens, as they do by default.
             past_key_values: what this model returned for the columns before.
-            labels: (rows, columns) int64, -100 where none counts; the result then has their mean cross entropy.
+            inputs_embeds: (rows, columns, hidden_size) floats in place of ``input_ids``, of an engine that was built
+                to take them.
+            labels: (rows, columns) int64, -100 where none counts; the result then has their mean cross entropy, which
+                is that of the rows without padding.
             use_cache: return ``past_key_values``, True by default.
             logits_to_keep: the number of last columns to return logits of, 0 for all, or their indices.
 
@@ -144,24 +158,30 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
             RequestError: a row is longer than the engine takes.
             EngineError: the cache is full.
         """
-        refuse_others(inputs_embeds=inputs_embeds, **others)
+        refuse_others(**others)
         cache = self.new_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, PagedCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}, expected a PagedCache; leave it out, or take new_cache()"
             )
-        ids = check_ids(input_ids, self.config.vocab_size)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds are both given or both missing, expected one of them")
+        embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, self.engine.manifest)
+        ids = check_ids(input_ids, self.config.vocab_size) if embeds is None else torch.zeros(embeds.shape[:2]).long()
         if cache.batch_size == -1:
             cache.begin(len(ids))
         new = new_columns(ids, attention_mask, cache)
         check_positions(position_ids, cache, new)
+        following = None if labels is None else next_labels(labels, new)
         width = ids.shape[1]
         wanted = torch.arange(width)
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
             wanted = wanted[kept]
-        logits = read(self.engine, self._pool, cache, ids, new, wanted, self.engine_config.prefill_chunk_size)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        logits = read(self.engine, self._pool, cache, ids, new, wanted, self.engine_config.prefill_chunk_size, embeds)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, None, self.config.vocab_size, shift_labels=following)
         past = cache if use_cache is not False else None
         if past is None and past_key_values is None:
             cache.reset()
@@ -174,8 +194,8 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
 
         The engine's own loop answers what it knows, many rows in one batch: greedy, beams, and draws with ``seed``.
         Anything else goes through transformers' loop: draws from torch's generator, ``streamer``,
-        ``logits_processor``, ``assistant_model``, scores, ``past_key_values`` and the rest. :attr:`last_loop` says
-        which it was. Greedy and beam answers are the same both ways.
+        ``logits_processor``, ``assistant_model``, scores, ``past_key_values``, ``inputs_embeds`` and the rest.
+        :attr:`last_loop` says which it was. Greedy and beam answers are the same both ways.
 
         Args:
             inputs: (rows, length) token ids, a tensor or a NumPy array, padded left or right; also ``input_ids``.
@@ -193,7 +213,7 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
         is_array = isinstance(ids, np.ndarray)
         ids, mask = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in (ids, attention_mask))
         config = options.get("generation_config") or self.generation_config
-        settings = config.to_diff_dict()
+        settings = {"eos_token_id": [], **config.to_diff_dict()}  # where it says none, there is none
         given = {name: value for name, value in options.items() if name != "generation_config"}
         own = engine_options(settings, given)
         if own is not None and isinstance(ids, torch.Tensor):
@@ -277,9 +297,29 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
         """Refused: an engine's weights are fixed."""
         _refuse("resize_token_embeddings", "resize the checkpoint and build an engine of it")
 
-    def get_input_embeddings(self) -> NoReturn:
-        """Refused: an engine's weights are no tensors of torch."""
-        _refuse("get_input_embeddings", "read the weights of the checkpoint")
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """This model, where ``requires_grad`` is False.
+
+        Raises:
+            ValueError: ``requires_grad`` is True.
+        """
+        if requires_grad:
+            _refuse("requires_grad_", "train the checkpoint and build an engine of it")
+        return self
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: an engine has no gradients."""
+        _refuse("gradient_checkpointing_enable", "train the checkpoint and build an engine of it")
+
+    def get_input_embeddings(self) -> EngineEmbedding:
+        """What looks up the rows of token ids, to put others beside them as ``inputs_embeds``.
+
+        Raises:
+            ValueError: the engine was built without ``inputs_embeds``.
+        """
+        if not self.engine.manifest.takes_embeds:
+            _refuse("get_input_embeddings", "build it with --inputs-embeds (engine_use_inputs_embeds=True)")
+        return EngineEmbedding(self.engine.directory)
 
     def get_output_embeddings(self) -> None:
         """None: an engine's weights are no tensors of torch."""
@@ -289,78 +329,20 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
         self._arrays.close()
 
 
-def refuse_others(**others: Any) -> None:
-    """Refuse what an engine does not compute; what is absent or False is not asked for.
-
-    Raises:
-        ValueError: something is asked for; the message names it.
-    """
-    reasons = {
-        "inputs_embeds": "engines look embeddings up; give input_ids",
-        "output_hidden_states": "an engine returns logits alone; leave it out",
-        "output_attentions": "an engine returns logits alone; leave it out",
-    }
-    for name, value in others.items():
-        if value is not None and value is not False:
-            raise ValueError(f"{name} is given, {reasons.get(name, 'an engine has no such input; leave it out')}")
-
-
-def check_ids(input_ids: Any, vocab_size: int) -> torch.Tensor:
-    """``input_ids`` on the processor, (rows, columns) int64.
-
-    Raises:
-        ValueError: they are something else.
-    """
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids is {shape}, expected a tensor of integers (rows, columns)")
-    ids = input_ids.cpu().long()
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ValueError(f"input_ids holds {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1}")
-    return ids
-
-
-def new_columns(ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: PagedCache) -> torch.Tensor:
-    """(rows, columns) bool, where the columns ``ids`` are tokens.
-
-    Raises:
-        ValueError: the mask has another shape, or says of columns that were read what they were not.
-    """
-    past, (rows, width) = cache.get_seq_length(), ids.shape
-    if rows != cache.batch_size:
-        raise ValueError(f"input_ids has {rows} rows, expected {cache.batch_size} as past_key_values")
-    if attention_mask is None:
-        return torch.ones(rows, width, dtype=torch.bool)
-    mask = attention_mask.cpu().bool()
-    if mask.shape != (rows, past + width):
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}, expected {(rows, past + width)}: all columns so far")
-    if not torch.equal(mask[:, :past], cache.shown):
-        raise ValueError("attention_mask hides columns that past_key_values has read, expected what it was then")
-    return mask[:, past:]
-
-
-def check_positions(position_ids: torch.Tensor | None, cache: PagedCache, new: torch.Tensor) -> None:
-    """Refuse positions other than those of the tokens of each row, counted from 0.
-
-    Raises:
-        ValueError: some differ.
-    """
-    if position_ids is None:
-        return
-    counted = torch.tensor(cache.rows.lengths)[:, None] + new.long().cumsum(1) - 1
-    given = position_ids.cpu().expand_as(counted)
-    if bool((given != counted)[new].any()):
-        raise ValueError("position_ids do not count the tokens of each row from 0, expected those; leave them out")
-
-
 def _refuse(what: str, advice: str) -> NoReturn:
     raise ValueError(f"{what} is asked for, an engine's weights are fixed; {advice}")
 
 
-def _config(sizes: ModelSizes, eos: tuple[int, ...] | list[int]) -> Any:
-    """The model's configuration in transformers' class."""
-    fields = {name: value for name, value in vars(sizes).items() if name != "model_type"}
-    return AutoConfig.for_model(sizes.model_type, **fields, eos_token_id=list(eos) or None)
+def _config(manifest: Manifest) -> Any:
+    """The model's configuration in transformers' class, and its length the engine's."""
+    fields = dict(vars(manifest.model))
+    model_type = fields.pop("model_type")
+    return AutoConfig.for_model(
+        KNOWN_AS.get(model_type, model_type),
+        **fields,
+        max_position_embeddings=manifest.limits.max_seq_len,
+        eos_token_id=list(manifest.eos_token_ids) or None,
+    )
 
 
 def _generation_config(arrays: EngineForCausalLM, config: Any) -> Any:

@@ -15,7 +15,7 @@ from qwen_run.torch_model.paged_rows import BlockPool
 
 def read(
     engine: Engine, pool: BlockPool, cache: PagedCache, ids: torch.Tensor, new: torch.Tensor, wanted: torch.Tensor,
-    chunk: int,
+    chunk: int, embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Feed new columns to ``engine``; ``cache`` knows them afterwards. Padding is never fed.
 
@@ -24,6 +24,7 @@ def read(
         new: (rows, columns) bool, where they are tokens.
         wanted: (kept,) int64, the columns whose logits are returned, ascending.
         chunk: most tokens of one run.
+        embeds: (rows, columns, hidden_size) float32 in place of ``ids``.
 
     Returns:
         logits float32 (rows, kept, vocab_size); 0 of padding.
@@ -56,12 +57,14 @@ def read(
                 ]
                 places = torch.cat([place[at] for at in fed])
                 asked = torch.nonzero(places >= 0)[:, 0]
+                given = torch.cat([ids[row, at] for row, at in zip(rows, fed, strict=True)])
                 batch = Batch(
-                    np.concatenate([ids[row, at].numpy() for row, at in zip(rows, fed, strict=True)]).astype(np.int64),
+                    given.numpy().astype(np.int64),
                     np.cumsum([0, *taken]).astype(np.int32),
                     np.array(past, np.int32),
                     cache.rows.table(rows),
                     asked.numpy(),
+                    *_embeds(embeds, rows, fed),
                 )
                 found = torch.from_numpy(engine.run(batch))
                 owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(taken))
@@ -73,6 +76,16 @@ def read(
             raise
     cache.add(new)
     return logits
+
+
+def _embeds(
+    embeds: torch.Tensor | None, rows: list[int], columns: list[torch.Tensor]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The embeddings of ``columns`` of ``rows``, and which tokens of the run they are: all, or none."""
+    if embeds is None:
+        return None, None
+    given = torch.cat([embeds[row, at] for row, at in zip(rows, columns, strict=True)])
+    return given.contiguous().numpy(), np.arange(len(given), dtype=np.int64)
 
 
 def _runs(counts: list[int], chunk: int) -> Iterator[list[tuple[int, int]]]:

@@ -4,7 +4,6 @@ import dataclasses
 import doctest
 import inspect
 import pydoc
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +12,12 @@ import torch
 
 from cases.scripted import core_tokenizer
 from cases.tiny import FAMILIES, TINY
-from qwen_engine.choices import QUANTS
+from cases.torch_pair import PAD, ROWS, padded
 from qwen_engine.errors import EngineError
-from qwen_engine.manifest import Manifest
 from qwen_run import EngineConfig, QwenForCausalLM
-from qwen_run.api import causal_lm, generate_options
+from qwen_run.api import generate_options
 from qwen_run.api.causal_lm import EngineForCausalLM
-from qwen_run.runtime.capacity import Capacity
 from qwen_run.text.tokenizer import Tokenizer
-
-PAD = 130
-ROWS = [[5, 17, 99, 3, 8, 41, 7], [64, 2, 77], [9, 9, 120, 33, 1]]
-
-
-def padded(rows, left=True):
-    """(ids, mask) of rows of different lengths."""
-    width = max(map(len, rows))
-    gaps = [[0] * (width - len(row)) for row in rows]
-    mask = [[*gap, *[1] * len(row)] if left else [*[1] * len(row), *gap] for gap, row in zip(gaps, rows, strict=True)]
-    ids = [[*[PAD] * len(g), *row] if left else [*row, *[PAD] * len(g)] for g, row in zip(gaps, rows, strict=True)]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +137,7 @@ def test_defaults_of_the_checkpoint(model, monkeypatch):
         ({"input_ids": np.ones((1, 640), int)}, "input_ids has 640 columns, expected less than max_seq_len"),
         ({"do_sample": True, "temperature": -1}, "temperature is -1"),
         ({"num_beams": 200}, "num_beams is 200"),
-        ({"inputs_embeds": np.zeros((1, 2, 3))}, "inputs_embeds is given, .*; give the token ids as input_ids"),
+        ({"inputs_embeds": np.zeros((1, 2, 3))}, "inputs_embeds is given, .*; give the token ids as input_ids, or"),
     ],
 )
 def test_wrong_arguments_are_value_errors(model, options, says):
@@ -241,91 +226,7 @@ def test_export_says_what_the_path_is(checkpoint, engine, tmp_path):
         EngineForCausalLM.from_pretrained(tmp_path / "absent")
 
 
-# -- the rules of engine_config
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "rule"),
-    [
-        ("batch_size", 0, "a positive integer"),
-        ("batch_size", True, "a positive integer"),
-        ("batch_size", 1.5, "a positive integer"),
-        ("max_seq_len", 1, "2 tokens or more"),
-        ("kvcache_block_size", 16, "a power of two from 32"),
-        ("kvcache_block_size", 96, "a power of two from 32"),
-        ("kvcache_num_blocks", 0, "a positive integer"),
-        ("prefill_chunk_size", 0, "a positive multiple of 64"),
-        ("prefill_chunk_size", 100, "a positive multiple of 64"),
-        ("prefill_chunk_size", -64, "a positive multiple of 64"),
-        ("quantization", "int3", "one of none, int8, int6, int5, int4"),
-        ("use_inputs_embeds", 1, "True or False"),
-        ("use_inputs_embeds", True, "leave it out and give generate the token ids as input_ids"),
-    ],
-)
-def test_a_violated_rule_is_named(field, value, rule):
-    with pytest.raises(ValueError, match=f"{field} is {value!r}.*{rule}"):
-        EngineConfig.of({field: value})
-
-
-def test_fields_and_defaults():
-    assert dataclasses.asdict(EngineConfig()) == {
-        "batch_size": 1,
-        "max_seq_len": None,
-        "kvcache_block_size": None,
-        "kvcache_num_blocks": None,
-        "prefill_chunk_size": 128,
-        "quantization": None,
-        "use_inputs_embeds": False,
-    }
-    with pytest.raises(ValueError, match="engine_config has 'batch', expected batch_size, "):
-        EngineConfig.of({"batch": 2})
-
-
-@pytest.mark.parametrize(
-    ("config", "rule"),
-    [
-        ({"max_seq_len": 641}, "max_seq_len is 641, expected 640 or less"),
-        ({"kvcache_block_size": 32}, "kvcache_block_size is 32, expected 64 as the engine was built"),
-        ({"quantization": "int4"}, "quantization is 'int4', expected 'none' as the engine was built"),
-        ({"kvcache_num_blocks": 29, "batch_size": 3}, "expected 30 or more: batch_size 3 times the 10 blocks"),
-        ({"kvcache_num_blocks": 1, "max_seq_len": 65}, "expected 2 or more"),
-    ],
-)
-def test_an_engine_and_its_config_agree(engine, config, rule):
-    with pytest.raises(ValueError, match=rule):
-        EngineForCausalLM.from_pretrained(engine, engine_config=config)
-
-
-def test_rows_may_be_shorter_than_the_engine_was_built_for(engine):
-    small = EngineForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 3, "max_seq_len": 64})
-    assert small.engine.cache.num_blocks == 3
-    ids = np.array(ROWS[:1])
-    assert small.generate(ids, max_length=64).shape[1] <= 64
-    with pytest.raises(ValueError, match="input_ids has 70 columns, expected less than max_seq_len, which is 64"):
-        small.generate(np.ones((1, 70), int))
-
-
-def test_more_blocks_than_memory_holds_warn(engine, monkeypatch):
-    monkeypatch.setattr(causal_lm, "choose_capacity", lambda *_, **__: Capacity(30, 640))
-    with pytest.warns(UserWarning, match="kvcache_num_blocks is 90, more than the 30"):
-        EngineForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 90})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = EngineForCausalLM.from_pretrained(engine, engine_config={"kvcache_num_blocks": 30})
-    assert model.engine.cache.num_blocks == 30
-
-
-def test_a_mixed_engine_has_no_quantization_to_agree_with(checkpoint, build_engine):
-    manifest = Manifest.read(build_engine(checkpoint.path, quant="int8", exclude=("*.up_proj",)))
-    EngineConfig().check(manifest)
-    with pytest.raises(ValueError, match="quantization is 'int8', expected None as the engine mixes int8 and none"):
-        EngineConfig(quantization="int8").check(manifest)
-
-
-def test_quantizations_are_the_builders():
-    from qwen_build.quantization.scheme_table import SCHEMES
-
-    assert set(QUANTS) == set(SCHEMES)
+# -- help and messages
 
 
 @pytest.mark.parametrize("model", [EngineForCausalLM, QwenForCausalLM])
