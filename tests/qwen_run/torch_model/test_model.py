@@ -69,9 +69,8 @@ def test_seeds_go_through_our_loop_and_arrays_come_back_as_arrays(one):
 
 def test_an_end_that_was_taken_off_the_generation_config_is_none(one):
     (answer,) = one.ours.generate(torch.tensor(ROWS[:1]), max_new_tokens=8)[:, 7:].tolist()
-    assert one.ours.generate(torch.tensor(ROWS[:1]), max_new_tokens=8, eos_token_id=answer[2]).shape == (1, 10)
     ended = QwenForCausalLM.from_pretrained(one.path)
-    for eos, length in ((answer[2], 3), (None, 8)):
+    for eos, length in ((answer[0], 1), (None, 8)):
         ended.generation_config.eos_token_id = eos
         assert ended.generate(torch.tensor(ROWS[:1]), max_new_tokens=8, pad_token_id=PAD).shape == (1, 7 + length)
 
