@@ -80,6 +80,19 @@ def embeds_inputs(hidden_size: int) -> tuple[TensorSpec, ...]:
     )
 
 
+def find_batch_fault(inputs: Sequence[TensorSpec], hidden_size: int) -> str | None:
+    """The first input of a batch that no runtime feeds, or half of a pair; to be read after a file's name."""
+    embeds = embeds_inputs(hidden_size)
+    given = {spec.name for spec in inputs}
+    if INPUT_IDS not in given:
+        return f" has no input {INPUT_IDS}"
+    fed = (*BATCH_INPUTS, *(embeds if given & {spec.name for spec in embeds} else ()))
+    if other := next((spec for spec in inputs if spec not in fed), None):
+        return f": input {other.name} is not as expected, a batch has {', '.join(spec.name for spec in fed)}"
+    missing = next((spec.name for spec in fed[len(BATCH_INPUTS) :] if spec.name not in given), None)
+    return None if missing is None else f" has no input {missing}"
+
+
 # What the names of an attention layer's states begin with; the number of the layer follows.
 KEY_VALUE_POOLS = ("key_cache.", "value_cache.", "key_scale.", "value_scale.")
 

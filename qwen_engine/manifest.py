@@ -18,15 +18,13 @@ from pathlib import Path
 from qwen_engine import strict_json
 from qwen_engine.errors import EngineError, shown
 from qwen_engine.graph_io import (
-    BATCH_INPUTS,
     EMBEDS,
-    INPUT_IDS,
     KEY_TILE,
     KEY_VALUE_POOLS,
     STATE_KINDS,
     TensorSpec,
     cache_inputs,
-    embeds_inputs,
+    find_batch_fault,
 )
 from qwen_engine.regular_files import read_regular
 from qwen_engine.tasks import TASKS, output_fault
@@ -354,17 +352,10 @@ class Manifest:
 
     def _find_input_fault(self) -> str | None:
         """An input that no runtime feeds, or a state that is not of the sizes it says."""
-        names = [spec.name for spec in self.inputs]
-        if INPUT_IDS not in names:
-            return f" has no input {INPUT_IDS}"
-        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
-            return f" has input {twice} twice"
-        embeds = embeds_inputs(self.model.hidden_size)
-        fed = (*BATCH_INPUTS, *(embeds if {spec.name for spec in embeds} & set(names) else ()))
-        if other := next((spec for spec in self.batch_inputs if spec not in fed), None):
-            return f": input {other.name} is not as expected, a batch has {', '.join(one.name for one in fed)}"
-        if missing := next((spec for spec in fed[len(BATCH_INPUTS) :] if spec not in self.batch_inputs), None):
-            return f" has no input {missing.name}"
+        counted = Counter(spec.name for spec in self.inputs)
+        twice = next((name for name, count in counted.items() if count > 1), None)
+        if twice or (fault := find_batch_fault(self.batch_inputs, self.model.hidden_size)):
+            return f" has input {twice} twice" if twice else fault
         block_size, dtype = self.cache.block_size, self.cache.dtype
         kv_heads, head_dim = self.model.num_key_value_heads, self.model.head_dim
         layers = sorted({spec.layer for spec in self.states if spec.layer is not None})
