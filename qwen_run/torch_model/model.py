@@ -54,6 +54,7 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, arrays: EngineForCausalLM) -> None:
         super().__init__(_config(arrays.engine.manifest))
+        self.name_or_path = str(arrays.engine.directory)  # where others look for the tokenizer
         self._arrays = arrays
         self._pool = BlockPool(arrays.engine.cache, arrays.lock)
         self._calls = threading.local()

@@ -182,6 +182,7 @@ def test_it_has_what_a_model_has(one):
     assert one.ours.config.hidden_size == one.theirs.config.hidden_size
     assert one.ours.config.max_position_embeddings == one.ours.engine.manifest.limits.max_seq_len
     assert one.ours.requires_grad_(False) is one.ours
+    assert one.ours.name_or_path == str(one.path)
     assert not one.ours.training
 
 
