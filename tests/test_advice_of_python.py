@@ -283,6 +283,13 @@ FOLDERS = ("qwen_run/api", "qwen_run/harness", "qwen_run/runtime", "qwen_run/sam
 COMMANDS = "tests/test_advice_of_commands.py"
 # what is not followed here: a piece of the message -> why, or where it is
 ELSEWHERE = {
+    "build it with --inputs-embeds": "tests/qwen_run/torch_model/test_embeds.py builds so",
+    "and attn_impl 'eager'": "either alone: tests/qwen_run/api/test_engine_config.py",
+    "is {}, expected the {} of kvcache_partition_len": "either alone: tests/qwen_run/api/test_engine_config.py",
+    "leave attn_impl out, which": "tests/qwen_run/api/test_engine_config.py",
+    "leave kvcache_partition_len out, which": "tests/qwen_run/api/test_engine_config.py",
+    "ask for gradients": "tests/qwen_run/torch_model/test_embeds.py gives them so",
+    "leave subfolder out, or mend it": "tests/qwen_run/torch_model/test_hub.py does both",
     "are put before texts": "texts are what tests/whole/test_pooled.py gives",
     "make one with qwen-build, or name one": COMMANDS,
     "; build the engine again": COMMANDS,

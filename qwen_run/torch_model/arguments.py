@@ -25,6 +25,20 @@ def refuse_others(**others: Any) -> None:
             raise ValueError(f"{name} is given, {reasons.get(name, 'an engine has no such input; leave it out')}")
 
 
+def check_cache(past_key_values: Any) -> PagedCache:
+    """``past_key_values``, of a kind that the model returns.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if not isinstance(past_key_values, PagedCache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}, expected a PagedCache; leave it out, or take "
+            "new_cache()"
+        )
+    return past_key_values
+
+
 def check_ids(input_ids: Any, vocab_size: int) -> torch.Tensor:
     """``input_ids`` on the processor, (rows, columns) int64.
 

@@ -18,6 +18,7 @@ from qwen_run.api.causal_lm import Config, EngineForCausalLM
 from qwen_run.api.generate_options import with_generate_options
 from qwen_run.runtime.engine import Engine
 from qwen_run.torch_model.arguments import (
+    check_cache,
     check_embeds,
     check_ids,
     check_positions,
@@ -160,11 +161,7 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
             EngineError: the cache is full.
         """
         refuse_others(**others)
-        cache = self.new_cache() if past_key_values is None else past_key_values
-        if not isinstance(cache, PagedCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}, expected a PagedCache; leave it out, or take new_cache()"
-            )
+        cache = self.new_cache() if past_key_values is None else check_cache(past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing, expected one of them")
         embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, self.engine.manifest)

@@ -34,13 +34,7 @@ def read(
         EngineError: the cache is full, or the engine refuses a run.
     """
     counts = new.sum(1).tolist()
-    longest = engine.manifest.limits.max_seq_len
-    lengths = [past + count for past, count in zip(cache.rows.lengths, counts, strict=True)]
-    if max(lengths) > longest:
-        row = lengths.index(max(lengths))
-        raise RequestError(
-            f"row {row} has {lengths[row]} tokens, expected {longest} or fewer, the engine's max_seq_len"
-        )
+    _check_lengths(engine, cache, counts)
     logits = torch.zeros(len(counts), len(wanted), engine.manifest.model.vocab_size)
     place = torch.full((ids.shape[1],), -1, dtype=torch.int64)  # of a column among those that are wanted
     place[wanted] = torch.arange(len(wanted))
@@ -76,6 +70,17 @@ def read(
             raise
     cache.add(new)
     return logits
+
+
+def _check_lengths(engine: Engine, cache: PagedCache, counts: list[int]) -> None:
+    """Refuse rows that are longer with so many more tokens than the engine takes."""
+    longest = engine.manifest.limits.max_seq_len
+    lengths = [past + count for past, count in zip(cache.rows.lengths, counts, strict=True)]
+    if max(lengths) > longest:
+        row = lengths.index(max(lengths))
+        raise RequestError(
+            f"row {row} has {lengths[row]} tokens, expected {longest} or fewer, the engine's max_seq_len"
+        )
 
 
 def _embeds(
