@@ -171,8 +171,7 @@ class QwenForCausalLM(PreTrainedModel, GenerationMixin):
         new = new_columns(ids, attention_mask, cache)
         check_positions(position_ids, cache, new)
         following = None if labels is None else next_labels(labels, new)
-        width = ids.shape[1]
-        wanted = torch.arange(width)
+        wanted = torch.arange(ids.shape[1])
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
             wanted = wanted[kept]
