@@ -71,8 +71,8 @@ GROUPS: dict[str, dict[str, str]] = {
     "choice": {
         "float32": "--quant none",
         "int4": "--quant int4",
-        "int4 gptq": "--int4-method gptq",
-        "int4 auto": "--int4-method auto",
+        "int4 gptq": "--quant int4 --int4-method gptq",
+        "int4 auto": "--quant int4 --int4-method auto",
         **{f"int{bits}": f"--quant int{bits}" for bits in (5, 6, 8)},
         "smoothquant": "--quant smoothquant",
     },

@@ -21,7 +21,7 @@ from cases.scripted import poison, scripted_model, write_text_files
 from qwen_build.cli import main as build
 from qwen_engine.errors import EngineError, QwenError
 from qwen_engine.manifest import Manifest
-from qwen_run import LLM, AsyncLLM, EngineConfig, QwenForCausalLM, RequestOutput, SamplingParams
+from qwen_run import LLM, AsyncLLM, QwenForCausalLM, RequestOutput, SamplingParams
 from qwen_run.api.causal_lm import EngineForCausalLM
 from qwen_run.runtime.kv_cache import KVCache
 
@@ -105,10 +105,11 @@ LLMS = [
          lambda own: own.plain.generate("hi", STEPS)),
     Call(lambda own: in_a_step(own, again=True), "; call it when its step is over",
          lambda own: in_a_step(own, again=False)),
-    Call(lambda own: asyncio.run(twice("a", "a")), "; choose another request_id",
-         lambda own: asyncio.run(twice("a", "b"))),
-    Call(lambda own: asyncio.run(after_a_drain(other=False)), "takes no more requests; ask another",
-         lambda own: asyncio.run(after_a_drain(other=True))),
+    Call(lambda own: asyncio.run(asyncio.wait_for(twice("a", "a"), 60)), "; choose another request_id",
+         lambda own: asyncio.run(asyncio.wait_for(twice("a", "b"), 60))),
+    Call(lambda own: asyncio.run(asyncio.wait_for(after_a_drain(other=False), 60)),
+         "takes no more requests; ask another",
+         lambda own: asyncio.run(asyncio.wait_for(after_a_drain(other=True), 60))),
     Call(lambda own: poisoned(), "; build the engine with --kv-cache-dtype float32",
          lambda _: LLM("C", quant="int8", kv_cache_dtype="float32").generate("hi", STEPS)),
     Call(lambda own: KVCache(Manifest.read(Path(TINY)).states, 64, 2**40), "; ask for less with --kv-cache-memory",
@@ -119,8 +120,6 @@ MODELS = [
          lambda _: QwenForCausalLM.from_pretrained(TINY)),
     Call(lambda _: QwenForCausalLM.from_pretrained("C"), "; pass export=True",
          lambda _: QwenForCausalLM.from_pretrained("C", export=True)),
-    Call(lambda _: EngineConfig(use_inputs_embeds=True), "; leave it out and give generate the token ids as input_ids",
-         lambda own: own.model.generate(input_ids=ROW, max_new_tokens=2)),
     Call(lambda _: QwenForCausalLM.from_pretrained(TINY, engine_kvcache_num_blocks=1), "; or set a smaller max_seq_len",
          lambda _: small()),
     Call(lambda _: EngineForCausalLM.from_pretrained(TINY).generate(inputs_embeds=ROW),

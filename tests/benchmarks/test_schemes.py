@@ -19,7 +19,11 @@ SCHEMES = {name: options for group in GROUPS.values() for name, options in group
 
 
 def test_every_scheme_has_a_name_and_options_of_its_own():
-    assert len(SCHEMES) == sum(map(len, GROUPS.values())) == len(set(SCHEMES.values()))
+    others = {group: schemes for group, schemes in GROUPS.items() if group != "choice"}
+    options = [one for schemes in others.values() for one in schemes.values()]
+    assert len({name for schemes in others.values() for name in schemes}) == len(options) == len(set(options))
+    assert len(set(GROUPS["choice"].values())) == len(GROUPS["choice"])
+    assert all(SCHEMES[name] == one for schemes in GROUPS.values() for name, one in schemes.items())
 
 
 @pytest.mark.parametrize("options", SCHEMES.values())
@@ -82,4 +86,15 @@ def test_weights_on_the_grid_are_told_from_rounded_ones(measured, build_engine):
 
 def test_series_of_the_plot():
     families = {family(name) for name in SCHEMES}
-    assert {"float32", "int8", "smoothquant", "int4 rtn", "int4 awq", "int4 gptq", "int4 auto", "auto"} == families
+    assert {
+        "float32",
+        "int8",
+        "smoothquant",
+        "int4 rtn",
+        "int4 awq",
+        "int4 gptq",
+        "int4 auto",
+        "auto",
+        "int5",
+        "int6",
+    } == families

@@ -74,7 +74,7 @@ def served(directory: Path, raw: bool = False, **settings: Any) -> Iterator[Serv
         found.server.wait_until_idle()
     finally:
         with ThreadPoolExecutor(1) as beside:  # in this thread runs the loop of playwright
-            beside.submit(stack.close).result()
+            beside.submit(stack.close).result(PATIENCE_MS / 1000)
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Tab:
         self.page.fill("#draft", text)
         self.page.press("#draft", "Enter")
 
-    def wait(self) -> None:
+    def settle(self) -> None:
         """Until no answer is being given."""
         self.page.wait_for_selector(".message.running", state="detached")
 
@@ -139,7 +139,7 @@ class Tab:
         """The answer to a question, as it is shown."""
         self.ask(text)
         self.page.wait_for_selector(".message.assistant:last-child")
-        self.wait()
+        self.settle()
         return self.last()
 
     def last(self) -> str:

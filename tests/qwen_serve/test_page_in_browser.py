@@ -86,7 +86,7 @@ def test_an_answer_is_shown_as_it_comes_and_can_be_stopped_and_continued(tab, be
     assert tab.page.locator("#stop").is_visible()
     assert not tab.page.locator("#send").is_visible()
     tab.page.keyboard.press("Escape")
-    tab.wait()
+    tab.settle()
     behind.pause_s = 0.0
     behind.server.wait_until_idle()  # the server has given it up, too
     begun = tab.last()
@@ -94,7 +94,7 @@ def test_an_answer_is_shown_as_it_comes_and_can_be_stopped_and_continued(tab, be
     assert begun != LONG
     assert "stopped" in tab.page.inner_text(".assistant .figures")
     tab.press("Continue")
-    tab.wait()
+    tab.settle()
     assert tab.last() == LONG
     assert tab.page.locator(".message.assistant").count() == 1
     assert tab.page.get_by_role("button", name="Continue").count() == 0
@@ -107,7 +107,7 @@ def test_a_question_that_is_edited_is_a_branch(tab):
     first.get_by_role("button", name="Edit").click()
     first.locator("textarea").fill("three")
     first.locator("textarea").press("Enter")
-    tab.wait()
+    tab.settle()
     assert (tab.texts("user"), tab.texts("assistant")) == (["three"], ["THREE"])
     tab.press("Previous version", "user")
     assert (tab.texts("user"), tab.texts("assistant")) == (["one", "two"], ["ONE", "TWO"])
@@ -118,7 +118,7 @@ def test_a_question_that_is_edited_is_a_branch(tab):
 def test_an_answer_can_be_had_again_and_both_are_kept(tab):
     tab.chat("again")
     tab.press("Regenerate")
-    tab.wait()
+    tab.settle()
     assert "2/2" in tab.page.inner_text(".assistant .buttons")
     tab.press("Previous version")
     assert "1/2" in tab.page.inner_text(".assistant .buttons")
@@ -154,7 +154,7 @@ def test_an_answer_that_a_reload_has_cut_can_be_continued(tab, behind):
     assert LONG.startswith(tab.last())
     assert len(tab.last()) > 10
     tab.press("Continue")
-    tab.wait()
+    tab.settle()
     assert tab.last() == LONG
 
 
@@ -485,7 +485,7 @@ def test_calls_of_tools_are_shown_and_answered_by_hand(tab):
     assert json.loads(tab.page.inner_text(".call pre")) == {"city": "Köln"}
     tab.page.fill(".results textarea", "7 degrees")
     tab.page.click(".results button")
-    tab.wait()
+    tab.settle()
     assert "7 DEGREES" in tab.last()
     call, result = tab.bodies[-1]["messages"][1:3]
     assert result == {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": "7 degrees"}
@@ -631,7 +631,7 @@ def test_keys(tab):
     assert draft.input_value() == "one\ntwo"
     tab.page.keyboard.press("Enter")
     tab.page.wait_for_selector(".message.assistant")
-    tab.wait()
+    tab.settle()
     assert tab.texts("user") == ["one\ntwo"]
     tab.page.keyboard.press("ArrowUp")
     editor = tab.page.locator(".editor textarea")

@@ -63,7 +63,7 @@ def test_both_spellings_of_the_config(hf, tokens):
         ({"no_bias": False}, UnsupportedModel, "no_bias False is not supported, only True is"),
         ({"rotary_pct": 0.25}, UnsupportedModel, "rotary_pct 0.25 is not supported, only 1 is"),
         ({"intermediate_size": 22015}, CheckpointError, "intermediate_size is 22015, expected an even number"),
-        ({"seq_length": None}, CheckpointError, "max_position_embeddings is None, expected a positive integer"),
+        ({"seq_length": None}, CheckpointError, "config.json has no max_position_embeddings"),
     ],
 )
 def test_other_configs_are_refused(change, error, message):
