@@ -110,7 +110,7 @@ def test_what_does_not_end_in_time_is_told(start):
 
 def test_a_second_signal_does_not_wait(start):
     port = free_port()
-    process = start(port=port, drain_timeout_s=600.0, run_s=1.0)
+    process = start(port=port, drain_timeout_s=600.0, run_s=20.0)  # longer than a loaded machine needs for the rest
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: status(url) == 200)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True}
