@@ -98,13 +98,17 @@ class _Answers:
         for path, (kind_, answering) in others.items():
             _add(app, path, kind_, self._plain(kind_, answering))
 
+    async def _job(self, request: Request) -> tuple[RequestJob, str | None]:
+        """What answers ``request``, and what keeps its cached prompt from those of other keys."""
+        await self._serving.check()
+        job = RequestJob(self._serving, self._timeout(request))
+        request.state.job = job
+        return job, request.state.api_key if self._serving.settings.cache_per_key else None
+
     def _sampled(self, kind: type[Sampling], answer: Any) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             body = await self._body(request, kind)
-            await self._serving.check()
-            job = RequestJob(self._serving, self._timeout(request))
-            request.state.job = job
-            salt = request.state.api_key if self._serving.settings.cache_per_key else None
+            job, salt = await self._job(request)
             with ExitStack() as stack:
                 stack.callback(job.close)
                 begun = await unless_gone(request.receive, answer.begin(job, body, salt))
@@ -118,10 +122,7 @@ class _Answers:
     def _pooled(self, kind: type[PooledBody], answer: Any) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             body = await self._body(request, kind)
-            await self._serving.check()
-            job = RequestJob(self._serving, self._timeout(request))
-            request.state.job = job
-            salt = request.state.api_key if self._serving.settings.cache_per_key else None
+            job, salt = await self._job(request)
             try:
                 return JSONResponse(await unless_gone(request.receive, answer(job, body, salt)))
             finally:
