@@ -199,7 +199,8 @@ def test_classes_equal_transformers(model_type, labels, problem, tmp_path, build
                 assert result.outputs.num_classes == labels
 
 
-def test_any_checkpoint_makes_embeddings_if_asked(tmp_path, build_engine):
+def test_any_checkpoint_makes_embeddings_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = write_pooled(tmp_path / "own", "Qwen2ForCausalLM", "qwen2")
     with pytest.warns(UserWarning, match=r"lm_head.weight is left out: the head over the vocabulary"):
         llm = LLM(tmp_path / "own", task="embed", quant="none", threads=1)
