@@ -60,7 +60,7 @@ class Transformers:
         if (checkpoint / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         else:  # of random_checkpoint, where a byte is a token
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"), pad_token="!")
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"), eos_token="!")
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
         self.model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.tokenizer = tokenizer

@@ -31,7 +31,8 @@ struct Avx512Vnni : Avx512Lanes {
   static Ints LoadBytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static Ints And(Ints v, int32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
+  // Of bytes, as LoadBytes has them: the mask is that of UnpackLines, or the compiler broadcasts it at every step.
+  static Ints And(Ints v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
   template <int kCount>
   static Ints ShiftRight(Ints v) {
     return _mm512_srli_epi32(v, kCount);

@@ -27,7 +27,8 @@ struct Avx2Eight {
   }
   static Ints SetInts(int32_t x) { return _mm256_set1_epi32(x); }
   static Ints AddInts(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-  static Ints And(Ints v, int32_t mask) { return _mm256_and_si256(v, _mm256_set1_epi32(mask)); }
+  // Of bytes, as LoadBytes has them: the mask is that of UnpackLines, or the compiler broadcasts it at every step.
+  static Ints And(Ints v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
   template <int kBits>
   static Ints ShiftLeft(Ints v) {
     return _mm256_slli_epi32(v, kBits);
