@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from functools import cached_property
@@ -36,7 +37,7 @@ from qwen_run.text.text_model import TextModel
 Made = TypeVar("Made")
 
 
-class PooledLLM(RequestLoop):
+class PooledLLM(RequestLoop, ABC):
     """Embeddings, classes and scores of texts, many at once, each as it would be alone."""
 
     _text: TextModel | None
@@ -193,17 +194,17 @@ class PooledLLM(RequestLoop):
                 raise EngineError(output.error)
         return pending
 
-    # of LLM
+    # Of LLM.
 
     @property
-    def max_seq_len(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def max_seq_len(self) -> int: ...
 
-    def _require_text(self) -> TextModel:
-        raise NotImplementedError
+    @abstractmethod
+    def _require_text(self) -> TextModel: ...
 
-    def _next_id(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _next_id(self) -> str: ...
 
 
 def as_pairs(queries: str | List[str], documents: str | List[str]) -> list[tuple[str, str]]:

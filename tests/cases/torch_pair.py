@@ -52,7 +52,7 @@ class Pair:
         for model in (self.ours, self.theirs):
             torch.manual_seed(7)
             made = {name: value() if name in FRESH else value for name, value in options.items()}
-            found.append(model.generate(ids, attention_mask=mask, **{"max_new_tokens": 12} | made))
+            found.append(model.generate(ids, attention_mask=mask, **{"max_new_tokens": 9} | made))
         return found
 
     def alone(self, row: Sequence[int], **options: Any) -> list[int]:

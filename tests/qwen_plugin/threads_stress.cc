@@ -55,14 +55,14 @@ struct Meeting {
 // Whether all threads come, whether they wait, sleep or rest: not each time, as one that rests is left out.
 bool Meet(int count) {
   Threads threads(count);
-  for (int i = 0; i < 30; ++i) {
+  for (int i = 0; i < 12; ++i) {
     const auto latest = std::chrono::steady_clock::now() + std::chrono::minutes(1);
     for (Meeting meeting; int(meeting.came.size()) < count;) {
       threads.For(count, 1, 1, Meeting::Come, &meeting);
       if (std::chrono::steady_clock::now() > latest) return false;
     }
     if (i % 3 == 2)
-      std::this_thread::sleep_for(std::chrono::microseconds(1900 + 20 * i));  // about when they fall asleep
+      std::this_thread::sleep_for(std::chrono::microseconds(1900 + 50 * i));  // about when they fall asleep
   }
   return true;
 }
@@ -74,7 +74,7 @@ bool CallAtOnce(int count) {
   const auto call = [&](unsigned seed) {
     const std::vector<uint8_t> memory(1 << 18);
     const std::shared_ptr<Order> orders[2] = {std::make_shared<Order>(), std::make_shared<Order>()};
-    for (int i = 0; i < 400; ++i) {
+    for (int i = 0; i < 200; ++i) {
       const auto draw = [&](int64_t least, int64_t most) {
         seed = seed * 1664525 + 1013904223;
         return least + int64_t(seed >> 8) % (most - least + 1);
@@ -82,7 +82,7 @@ bool CallAtOnce(int count) {
       const int64_t items = draw(0, 300), most = draw(1, 40), least = draw(1, most);
       const Weight weight = {memory.data(), items, 64 * draw(1, 12)};
       if (!IsRight(*threads, items, least, most, i % 3 == 0 ? nullptr : orders[i % 2], weight)) right = false;
-      if (i % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      if (i % 50 == 49) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
   };
   std::thread other(call, 1);

@@ -17,7 +17,7 @@ from qwen_run.runtime.engine import Engine
 DATA = TESTS / "data"
 ANSWER_TOKENS = 64
 WINDOW = 1024
-SCHEDULES = 16  # a second or two each
+SCHEDULES = 8  # a second or two each
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

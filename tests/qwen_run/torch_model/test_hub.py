@@ -12,11 +12,12 @@ SCRIPT = """
 import json, sys
 from qwen_run import QwenForCausalLM
 from qwen_run.torch_model.loading import EngineArguments
-try:
-    model = QwenForCausalLM.from_pretrained(sys.argv[1], export=True, **json.loads(sys.argv[2]))
-    print(json.dumps([model.config.num_hidden_layers, model.engine.manifest.limits.max_seq_len]))
-except Exception as error:
-    print(json.dumps([type(error).__name__, str(error)]))
+for options in json.loads(sys.argv[1]):
+    try:
+        model = QwenForCausalLM.from_pretrained(options.pop("repo"), export=True, **options)
+        print(json.dumps([model.config.num_hidden_layers, model.engine.manifest.limits.max_seq_len]))
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error)]))
 """
 
 
@@ -36,47 +37,40 @@ def hub(tiny_checkpoint, tmp_path_factory):
     return home
 
 
-def opened(hub, tmp_path, *, environment=None, **options):
-    """What a fresh process says of the model: (layers, most tokens), or (error, message)."""
-    options = {"engine_quantization": "none"} | options
-    env = {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path)} | (environment or {"HF_HOME": str(hub)})
-    done = run_python(SCRIPT, options.pop("repo", REPO), json.dumps(options), env=env)
+def opened(cases, tmp_path, home):
+    """What a fresh process says of each model: (layers, most tokens), or (error, message)."""
+    cases = [{"repo": REPO, "engine_quantization": "none"} | options for options in cases]
+    env = {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path), "HF_HOME": str(home)}
+    done = run_python(SCRIPT, json.dumps(cases), env=env)
     assert done.returncode == 0, done.stderr
-    return tuple(json.loads(done.stdout.splitlines()[-1]))
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()[-len(cases) :]]
 
 
-@pytest.mark.parametrize(
-    ("options", "longest"),
-    [
+def test_models_of_the_hub(hub, tmp_path):
+    longest = [
         ({}, 300),
         ({"local_files_only": True}, 300),
         ({"revision": OLDER}, 200),
         ({"revision": "main", "token": False}, 300),
         ({"subfolder": "inner"}, 640),
-    ],
-    ids=str,
-)
-def test_a_model_of_the_hub(hub, tmp_path, options, longest):
-    assert opened(hub, tmp_path, **options) == (3, longest)
+    ]
+    cases = [options for options, _ in longest]
+    assert list(zip(cases, opened(cases, tmp_path, hub), strict=True)) == [(each, (3, most)) for each, most in longest]
 
 
 def test_a_cache_somewhere_else(hub, tmp_path):
-    found = opened(hub, tmp_path, environment={"HF_HOME": str(tmp_path / "empty")}, cache_dir=str(hub / "hub"))
-    assert found == (3, 300)
+    assert opened([{"cache_dir": str(hub / "hub")}], tmp_path, tmp_path / "empty") == [(3, 300)]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_is_not_there_is_one_line(hub, tmp_path):
+    messages = [
         ({"repo": "some/other"}, "cannot be reached nor is the whole model in its cache"),
         ({"repo": "some/other", "local_files_only": True}, "some/other cannot be had from the Hugging Face Hub: "),
         ({"revision": "c" * 40}, "some/tiny-qwen cannot be had from the Hugging Face Hub: "),
         ({"subfolder": "outer"}, "some/tiny-qwen has no folder outer on the Hugging Face Hub"),
-    ],
-    ids=str,
-)
-def test_what_is_not_there_is_one_line(hub, tmp_path, options, message):
-    error, said = opened(hub, tmp_path, **options)
-    assert error == "CheckpointError"
-    assert message in said
-    assert "\n" not in said
+    ]
+    found = opened([options for options, _ in messages], tmp_path, hub)
+    for (error, said), (_, message) in zip(found, messages, strict=True):
+        assert error == "CheckpointError"
+        assert message in said
+        assert "\n" not in said
