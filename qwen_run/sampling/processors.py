@@ -91,17 +91,25 @@ class SamplingContext:
 
     @property
     def changes_logits(self) -> bool:
-        """:func:`process` does anything."""
+        """:func:`changed` does anything."""
         return bool(
             self._slots
             or len(self.bias_ids)
             or self.suppresses_stop
-            or self.allowed_ids is not None
             or self.bad_words
             or self.processors
-            or self.constraints
             or self._rules.is_active
         )
+
+    @property
+    def is_bounded(self) -> bool:
+        """:func:`bounded` may leave tokens out."""
+        return self.allowed_ids is not None or len(self.constraints) > 0
+
+    def permits(self, token_id: int) -> bool:
+        """What bounds the answer lets ``token_id`` come next."""
+        named = self.allowed_ids is None or bool((self.allowed_ids == token_id).any())
+        return named and all(constraint.permits(token_id) for constraint in self.constraints)
 
     def apply_rules(self, scores: NDArray[np.float32]) -> None:
         """Change ``scores`` (vocab_size,) as the rules of the checkpoint's ``generation_config.json`` do."""
@@ -141,6 +149,14 @@ class SamplingContext:
 def process(logits: NDArray[np.float32], params: SamplingParams, context: SamplingContext) -> NDArray[np.float32]:
     """``logits`` (vocab_size,) after all that changes them; not modified, and returned where all is off.
 
+    That is :func:`changed` and then :func:`bounded`.
+    """
+    return bounded(changed(logits, params, context), context)
+
+
+def changed(logits: NDArray[np.float32], params: SamplingParams, context: SamplingContext) -> NDArray[np.float32]:
+    """``logits`` (vocab_size,) after all that changes them but for what bounds the answer; not modified.
+
     In this order: functions of the caller's, bias, penalties; then tokens that may not come are left out.
 
     Presence and frequency penalty are OpenAI's: ``logit - count * frequency_penalty - (count > 0) * presence_penalty``
@@ -169,11 +185,27 @@ def process(logits: NDArray[np.float32], params: SamplingParams, context: Sampli
     if context.bad_words:
         scores[forbidden_tokens(context.bad_words, context.output)] = -np.inf
     context.apply_rules(scores)
+    return scores
+
+
+def bounded(scores: NDArray[np.float32], context: SamplingContext) -> NDArray[np.float32]:
+    """``scores`` (vocab_size,) without the tokens that the answer may not go on with; not modified."""
+    if not context.is_bounded:
+        return scores
+    scores = scores.copy()
     for bound in (context.allowed_ids, *(constraint.allowed() for constraint in context.constraints)):
-        if bound is not None:
-            allowed = scores[bound]
-            scores = np.full_like(scores, -np.inf)
-            scores[bound] = allowed
+        if bound is None:
+            continue
+        if bound.dtype != np.bool_:
+            ids = bound
+        elif 2 * np.count_nonzero(bound) > len(bound):  # the few others are quicker to name
+            scores[np.flatnonzero(~bound)] = -np.inf
+            continue
+        else:
+            ids = np.flatnonzero(bound)
+        kept = scores[ids]
+        scores.fill(-np.inf)
+        scores[ids] = kept
     return scores
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qwen_engine.errors import RequestError
 from qwen_run.sampling.logprobs import token_logprobs
 from qwen_run.sampling.params import SamplingParams
-from qwen_run.sampling.processors import SamplingContext, check_finite, distribution, process
+from qwen_run.sampling.processors import SamplingContext, bounded, changed, check_finite, distribution
 
 __all__ = ["Sampled", "SamplingContext", "SamplingParams", "sample", "uniform"]
 
@@ -63,8 +63,11 @@ def sample(
         EngineError: the largest logit is NaN or infinite.
         RequestError: the options leave no token to choose.
     """
-    scores = process(logits, params, context)
+    scores = changed(logits, params, context)
     token_id = int(scores.argmax())
+    if context.is_bounded and not (params.greedy and context.permits(token_id)):  # then it is the best of the others
+        scores = bounded(scores, context)
+        token_id = int(scores.argmax())
     if not math.isfinite(scores[token_id]):
         check_finite(logits.max(), position)
         raise RequestError(f"the options of the request leave no token for position {position}; {NO_TOKEN_ADVICE}")

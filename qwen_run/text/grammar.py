@@ -156,8 +156,8 @@ class GrammarConstraint:
         self._begin, self._end, self._break = begin, end, break_
         self._is_thinking, self._is_first, self._may_break = is_thinking, not is_thinking, False
 
-    def allowed(self) -> NDArray[np.int64] | None:
-        """Ids that may come next; None within thinking.
+    def allowed(self) -> NDArray[np.int64] | NDArray[np.bool_] | None:
+        """What may come next; None within thinking.
 
         Raises:
             RequestError: the form has grown beyond what can be followed.
@@ -172,11 +172,29 @@ class GrammarConstraint:
         mask = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, mask, 0)
         self._check()
-        bits = np.unpackbits(mask[0].view(np.uint8), bitorder="little")[: self._vocab_size]
-        for token_id in (self._begin if self._is_first else None, self._break if self._may_break else None):
-            if token_id is not None:
-                bits[token_id] = 1
-        return np.flatnonzero(bits)
+        allowed = np.unpackbits(mask[0].view(np.uint8), bitorder="little")[: self._vocab_size].view(np.bool_)
+        allowed[list(self._beside_form())] = True
+        return allowed
+
+    def permits(self, token_id: int) -> bool:
+        """``token_id`` may come next.
+
+        Raises:
+            RequestError: the form has grown beyond what can be followed.
+        """
+        if self._is_thinking:
+            return True
+        if self._matcher.is_stopped():
+            self._check()
+            return bool((self._ends == token_id).any())
+        permitted = token_id in self._beside_form() or self._matcher.validate_tokens([token_id]) == 1
+        self._check()
+        return permitted
+
+    def _beside_form(self) -> tuple[int, ...]:
+        """Tokens that may come next and are not of the form."""
+        tokens = self._begin if self._is_first else None, self._break if self._may_break else None
+        return tuple(token_id for token_id in tokens if token_id is not None)
 
     def append(self, token_id: int) -> None:
         """Note the next token of the answer."""
@@ -219,13 +237,21 @@ class AfterToken:
         self._token_id, self._form = token_id, form
         self._open: GrammarConstraint | None = None
 
-    def allowed(self) -> NDArray[np.int64] | None:
-        """Ids that may come next; None where all may.
+    def allowed(self) -> NDArray[np.int64] | NDArray[np.bool_] | None:
+        """What may come next; None where all may.
 
         Raises:
             RequestError: the form has grown beyond what can be followed.
         """
         return None if self._open is None else self._open.allowed()
+
+    def permits(self, token_id: int) -> bool:
+        """``token_id`` may come next.
+
+        Raises:
+            RequestError: the form has grown beyond what can be followed.
+        """
+        return self._open is None or self._open.permits(token_id)
 
     def append(self, token_id: int) -> None:
         """Note the next token of the answer."""

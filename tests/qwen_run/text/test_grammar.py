@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -247,3 +248,23 @@ def test_a_schema_in_a_file(chat_engine, tmp_path):
         assert (result.exit_code, says in result.stderr) == (1, True), result.output
     result = CliRunner().invoke(main, ["x", *options, str(tmp_path / "none")])
     assert "cannot be read: No such file or directory; choose another --json-schema" in result.stderr
+
+
+@pytest.mark.parametrize("is_thinking", [False, True])
+@pytest.mark.parametrize("name", ["object", "nested", "enum", "pattern"])
+def test_what_is_permitted_is_what_is_allowed(llm, name, is_thinking):
+    size, think = llm.core.engine.manifest.model.vocab_size, llm.tokenizer.token_id("<think>")
+    form, rng = StructuredOutputsParams(json=SCHEMAS[name]), np.random.default_rng(0)
+    constraint = llm.text.grammars.constraint(form, True, is_thinking)
+    if is_thinking:
+        assert constraint.allowed() is None
+        assert constraint.permits(0)
+        constraint.append(llm.tokenizer.token_id("</think>"))
+    for _ in range(60):
+        allowed = np.zeros(size, bool)
+        allowed[constraint.allowed()] = True
+        assert [constraint.permits(token_id) for token_id in range(size)] == allowed.tolist()
+        is_thinking = is_thinking or constraint.permits(think)
+        constraint.append(int(rng.choice(np.setdiff1d(np.flatnonzero(allowed), [think]))))
+    assert is_thinking
+    assert constraint.is_complete or name == "object"
