@@ -132,3 +132,7 @@ def _require_extra() -> None:
     except ImportError as error:
         libraries = "pip install fastapi uvicorn prometheus_client llguidance"
         raise EngineError(f"{error.name} is not installed, and a server needs it; run {libraries}") from error
+
+
+if __name__ == "__main__":
+    main()

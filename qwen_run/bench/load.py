@@ -7,7 +7,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,8 @@ class Load:
         arrivals: the requests, and when each is sent where ``concurrency`` is None.
         concurrency: so many requests at once, each followed by the next; None to send them as time goes by.
         model: the name that requests carry.
+        prompts: one for each arrival; None for random words.
+        options: fields of every request beside those that a load has; one of the same name replaces it.
     """
 
     address: Address
@@ -54,6 +56,8 @@ class Load:
     model: str
     key: str | None = None
     seed: int = 0
+    prompts: Sequence[str] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -141,7 +145,8 @@ def run_load(load: Load) -> LoadFigures:
 
 async def _run(load: Load) -> LoadFigures:
     started = time.perf_counter()
-    prompts = [_prompt(load.seed, index, each.input_tokens) for index, each in enumerate(load.arrivals)]
+    words = (_prompt(load.seed, index, each.input_tokens) for index, each in enumerate(load.arrivals))
+    prompts = list(words) if load.prompts is None else load.prompts
     waiting = iter(list(zip(load.arrivals, prompts, strict=True)))
     sent: list[Sent] = []
 
@@ -174,6 +179,7 @@ async def _ask(load: Load, arrival: Arrival, prompt: str, started: float) -> Sen
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **load.options,
     }
     try:
         async for line in post(load.address, "/v1/completions", body, load.key):
