@@ -23,14 +23,15 @@ at once. llama-server keeps its own defaults but for a second cache of prompts, 
 The parts, each with sides in turns; figures are medians of the rounds, times those of all tokens or requests of all:
 
     streams   1, 4 and 16 streams, each with two requests one after another
-    poisson   requests that come independently, with lengths drawn from a trace and divided by 4; one round
+    poisson   requests that come independently, with lengths drawn from a trace; one round
     python    16 prompts at once through LLM.generate and through HTTP; the first token of one request
     schema    answers that keep to a JSON schema, and free ones
     huge      the demo: streams beside a prompt of a megabyte, refused for its length or read to its end and cut
     start     the demo: from the start of the process to the first chat answer
 
 The trace is the short one that is shipped, or --trace FILE.csv, such as the one Azure publishes of conversations
-(AzureLLMInferenceTrace_conv.csv). The table goes to --output, with the machine and the date.
+(AzureLLMInferenceTrace_conv.csv), whose lengths --divisor 4 makes small enough for two threads. The table goes to
+--output, with the machine and the date.
 """
 
 from __future__ import annotations
@@ -157,8 +158,8 @@ class Benchmark:
         parts = [", ".join(conditions), ", ".join(versions)]
         parts.append(
             f"At once: prompts of {plan.prompt} tokens, answers of {plan.new}, {plan.requests} for each stream. "
-            f"{plan.rate:g} a second: {plan.arrivals} requests with lengths of {arguments.trace.name} over "
-            f"{plan.divisor}; their p99 is about the longest."
+            f"{plan.rate:g} a second: {plan.arrivals} requests with lengths of {arguments.trace.name}"
+            f"{f' over {plan.divisor}' if plan.divisor > 1 else ''}; their p99 is about the longest."
         )
         return "\n\n".join([*parts, report(self.found)]) + "\n"
 
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--parts", type=chosen_parts, default=",".join(PARTS), help="with commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="few and short requests; its figures say little")
     parser.add_argument("--trace", type=Path, default=SAMPLE_TRACE, help="whose lengths are drawn")
+    parser.add_argument("--divisor", type=int, help="by which they are divided (default: 1, with --quick 10)")
     parser.add_argument("--rate", type=float, help="requests a second of the part poisson")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096, help="most tokens of a prompt and its answer")

@@ -68,15 +68,15 @@ class Plan:
     requests: int = 2
     prompt: int = 128
     new: int = 64
-    arrivals: int = 24
-    rate: float = 0.25
-    divisor: int = 4
+    arrivals: int = 20
+    rate: float = 0.3
+    divisor: int = 1
     firsts: int = 10
     huge_bytes: int = 1_000_000
     beside: tuple[int, int] = (4, 150)
 
 
-QUICK = Plan(1, (1, 4, 16), 1, 16, 8, 6, 4.0, 40, 2, 1_000_000, (4, 40))
+QUICK = Plan(1, (1, 4, 16), 1, 16, 8, 6, 4.0, 10, 2, 1_000_000, (4, 40))
 
 
 @dataclass
@@ -168,11 +168,12 @@ def measure_python(found: Found, server: Server, engine: Path, threads: int, pla
             prompts = texts(f"python {round_number}", [plan.prompt] * count)
             time.sleep(PAUSE_S)
             found.add("python, tok/s", count * plan.new / _python_s(llm, prompts, plan.new))
-            cpu_s = server.main_thread_cpu_s()
+            cpu_s, client_s = server.main_thread_cpu_s(), time.process_time()
             figures = asked(server, at_once(count, plan.prompt, plan.new), count, f"http {round_number}")
             found.add("http, tok/s", rate_of(figures))
             chunks = sum(len(each.timeline.token_s) for each in figures.sent)
             found.add("main thread, µs a chunk", 1e6 * (server.main_thread_cpu_s() - cpu_s) / chunks)
+            found.add("client, µs a chunk", 1e6 * (time.process_time() - client_s) / chunks)
         for number in range(plan.firsts):
             time.sleep(PAUSE_S)
             found.add("python, ms to the first token", 1e3 * _python_s(llm, texts(f"first {number}", [plan.prompt]), 1))

@@ -63,6 +63,7 @@ def _shares(values: Mapping[str, Sequence[float]]) -> Iterator[str]:
         yield f"| more to the first token of one request than through Python | {more} | 3 ms or less |"
     if (cost := "main thread, µs a chunk") in medians:
         yield f"| processor time of the server's main thread a chunk | {medians[cost]:.0f} µs | 60 µs or less |"
+        yield f"| the same of the client, on the same cores | {medians['client, µs a chunk']:.0f} µs | |"
     for name in medians:
         if name.startswith("schema, "):
             free = name.replace("schema", "free", 1)
