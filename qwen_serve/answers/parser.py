@@ -108,6 +108,9 @@ class AnswerParser:
     def _find_markers(self, part: str) -> None:
         """Read ``part``, which has ``<`` at its beginning alone: a state can change between two parts, not within."""
         self._text += part
+        if "<" not in self._text:  # every marker begins with it
+            self._flush()
+            return
         is_text = self._state in (_Reached.BEGINNING, _Reached.CONTENT)
         markers = self._spelled | ({FUNCTION} if self._reading.calls and is_text else frozenset())
         found = min(((self._text.find(each), each) for each in markers if each in self._text), default=None)

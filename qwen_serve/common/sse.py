@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 Result = TypeVar("Result")
 
 DONE = "data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no", "content-type": "text/event-stream; charset=utf-8"}
 
@@ -29,7 +30,7 @@ def event(data: Any, name: str | None = None) -> str:
     'data: {"a":1}\\n\\n'
     """
     head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"
+    return f"{head}data: {_encode(data)}\n\n"
 
 
 class EventStream(Response):
