@@ -24,6 +24,7 @@ from qwen_serve.engine.job import RequestJob
 from qwen_serve.engine.metrics import CONTENT_TYPE
 from qwen_serve.engine.serving import Serving, Status, refused
 from qwen_serve.http.middleware import Door, Log, error_response, log_line, read_body
+from qwen_serve.http.reference import reference_page
 from qwen_serve.openai.chat import ChatAnswer
 from qwen_serve.openai.completions import CompletionAnswer
 from qwen_serve.openai.fields import ApplyTemplate, Body, Chat, Completion, Detokenize, SampledBody, Tokenize, parsed
@@ -44,8 +45,18 @@ Answering = Callable[[Serving, Any], Coroutine[Any, Any, dict[str, Any]]]
 def make_app(serving: Serving, log: Log = log_line) -> ASGIApp:
     """The application that answers for ``serving``, whose engine is opened and closed by others."""
     app = FastAPI(
-        title="qwen-serve", version=__version__, summary=f"One engine, {serving.name}", redirect_slashes=False
+        title="qwen-serve",
+        version=__version__,
+        summary=f"One engine, {serving.name}",
+        redirect_slashes=False,
+        docs_url=None,  # FastAPI's page loads scripts from a public site
+        redoc_url=None,
     )
+
+    async def reference() -> Response:
+        return reference_page(app.openapi())
+
+    app.add_api_route("/docs", reference, include_in_schema=False)
     _Answers(serving).add_to(app)
     _States(serving).add_to(app)
     page = ChatPage() if serving.settings.page else None

@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,11 +209,13 @@ async def attack(server: Running, seed: int, first: int, count: int) -> tuple[Co
 
 def findings(directory: Path, seed: int, first: int, count: int) -> tuple[Counter[str], list[str]]:
     """As :func:`attack`, against a server of its own; with what it logs, and what is left in it."""
-    model, _ = scripted_model(write_text_files(directory, "qwen3"), lambda prompt: "ok", max_seq_len=MAX_SEQ_LEN)
+    model, script = scripted_model(write_text_files(directory, "qwen3"), lambda prompt: "ok", max_seq_len=MAX_SEQ_LEN)
+    script.seen = deque(maxlen=4 * AT_ONCE)
     logged = _Logged()
     logging.getLogger().addHandler(logged)
     try:
         with running(model, **SETTINGS) as server:
+            server.log = deque(maxlen=1000)  # type: ignore[assignment]
             ends, lines = asyncio.run(attack(server, seed, first, count))
             server.wait_until_idle()
             last = server.post(COMPLETIONS, {"prompt": "hi", "max_tokens": 9})
