@@ -46,7 +46,7 @@ def _route(path: str, method: str, operation: Mapping[str, Any]) -> str:
     schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in _rows(schema))
     table = f"<table><tr><th>field<th>type<th>{rows}</table>" if rows else ""
-    said = escape(operation.get("description", ""))
+    said = escape(operation.get("description", "").replace("``", ""))
     return f"<h2>{method.upper()} {escape(path)}</h2><p>{said}</p>{table}"
 
 
@@ -72,4 +72,4 @@ def type_words(schema: Mapping[str, Any]) -> str:
     if words == "array" and schema.get("items"):
         words = f"array of {type_words(schema['items'])}"
     bounds = ((" from ", "minimum"), (" to ", "maximum"), (", at least ", "minItems"), (", at most ", "maxItems"))
-    return words + "".join(f"{word}{schema[bound]}" for word, bound in bounds if bound in schema)
+    return words + "".join(f"{word}{schema[bound]:g}" for word, bound in bounds if bound in schema)
