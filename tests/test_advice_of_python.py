@@ -101,6 +101,8 @@ LLMS = [
          lambda own: own.llm.chat(HI, STEPS)),
     Call(lambda own: own.llm.generate("hi", SamplingParams(structured_outputs={"regex": "("})), "; change it",
          lambda own: own.llm.generate("hi", SamplingParams(max_tokens=2, structured_outputs={"regex": "a"}))),
+    Call(lambda _: SamplingParams(structured_outputs={"choice": ["a", "\ud800"]}), "; leave the others out",
+         lambda _: SamplingParams(structured_outputs={"choice": ["a"]})),
     Call(lambda own: own.plain.generate("hi", SamplingParams(thinking_token_budget=3)), "has no <think>; leave it out",
          lambda own: own.plain.generate("hi", STEPS)),
     Call(lambda own: in_a_step(own, again=True), "; call it when its step is over",

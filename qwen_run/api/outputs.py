@@ -64,6 +64,7 @@ class CompletionOutput:
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None while there is more to come.
         stop_reason: the stop string or token id that ended the answer; None for an end-of-sequence token.
         error: what went wrong, where ``finish_reason`` is ``error``.
+        is_refused: the request itself is why: the form that it asks for cannot be followed any further.
     """
 
     index: int
@@ -74,6 +75,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    is_refused: bool = False
 
     def followed_by(self, later: CompletionOutput) -> CompletionOutput:
         """Both as one, where ``later`` holds only what is new since this one."""

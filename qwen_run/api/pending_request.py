@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from qwen_engine.errors import RequestError
 from qwen_run.api.outputs import CompletionOutput, Logprob, Logprobs, RequestMetrics, RequestOutput
 from qwen_run.runtime.request import Request, Sequence, message_of
 from qwen_run.sampling.logprobs import TokenLogprobs
@@ -103,6 +104,7 @@ class PendingRequest:
             finish_reason=sequence.finish_reason,
             stop_reason=self._stop_reason(sequence),
             error=None if sequence.error is None else message_of(sequence.error),
+            is_refused=isinstance(sequence.error, RequestError),
         )
 
     def _make_logprobs(self, sequence: Sequence, made: _Made) -> None:

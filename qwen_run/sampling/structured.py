@@ -106,12 +106,23 @@ def _checked(kind: str, value: Any) -> Any:
         choices = tuple(value) if isinstance(value, list | tuple) else ()
         if not 0 < len(choices) <= MAX_CHOICES or not all(isinstance(each, str) and each for each in choices):
             raise RequestError(f"choice is {shown(value)}, expected 1 to {MAX_CHOICES} texts, none of them empty")
+        _check_characters(kind, "".join(choices))
         return choices
     if kind == "json":
         value = _schema_text(value)
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CHARACTERS:
         raise RequestError(f"{kind} is {shown(value)}, expected a text of at most {MAX_CHARACTERS} characters")
+    _check_characters(kind, value)
     return value
+
+
+def _check_characters(kind: str, text: str) -> None:
+    """
+    Raises:
+        RequestError: half of a character is in ``text``, as JSON can write it.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RequestError(f"{kind} is {shown(text)}, expected whole characters of Unicode; leave the others out")
 
 
 def _schema_text(schema: Any) -> str:

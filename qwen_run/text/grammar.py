@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,10 @@ from qwen_run.text.tokenizer import Tokenizer
 
 _KEPT = 64  # compiled forms
 _LONGEST_PROBLEM = 300  # characters of what llguidance says
+_DEEP_STACK = 1 << 30  # bytes of addresses; what is not touched is no memory
+_ONE_DEEP = threading.Lock()
+
+Result = TypeVar("Result")
 
 
 class Grammars:
@@ -83,14 +90,9 @@ class Grammars:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
-        import llguidance
-
-        grammar = _grammar_of(form)
-        problem = llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
-        matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
-        if problem or matcher.is_error():
-            said = " ".join((problem or matcher.get_error()).split())
-            raise RequestError(f"{form.kind} cannot be kept to: {said[:_LONGEST_PROBLEM]}; change it")
+        matcher, problem = _with_deep_stack(_compiled, vocabulary, form)
+        if problem:
+            raise RequestError(f"{form.kind} cannot be kept to: {problem[:_LONGEST_PROBLEM]}; change it")
         with self._guard:
             self._compiled[key] = matcher
             while len(self._compiled) > _KEPT:
@@ -104,10 +106,72 @@ class Grammars:
             except ImportError as error:
                 message = "llguidance is not installed, and forms of answers need it; run pip install llguidance"
                 raise EngineError(message) from error
-            self._vocabulary = llguidance.LLTokenizer(
-                self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._ends or None
-            )
+            tokenizer: Any = self._tokenizer.to_json()
+            if self._tokenizer.is_byte_level:
+                tokenizer = _Vocabulary(self._tokenizer, self._vocab_size, self._ends)
+            self._vocabulary = llguidance.LLTokenizer(tokenizer, n_vocab=self._vocab_size, eos_token=self._ends or None)
         return self._vocabulary
+
+
+class _Vocabulary:
+    """A byte-level tokenizer as llguidance takes one.
+
+    What it reads itself of a ``tokenizer.json`` makes the token ``</tool_call>`` of a text that a form demands, and
+    then refuses the token.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Collection[int]) -> None:
+        self._plain = tokenizer.without_added()
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+        self.special_token_ids = sorted(each for each in tokenizer.added_ids if each < vocab_size)
+        self.eos_token_id = next(iter(ends), 0)
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+
+def _compiled(vocabulary: Any, form: StructuredOutputsParams) -> tuple[Any, str]:
+    """A matcher of ``form``, and why it cannot be kept to; no words where it can."""
+    import llguidance
+
+    grammar = _grammar_of(form)
+    problem = llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
+    matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
+    if not problem and not matcher.is_error():
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # says whether anything may come first
+        problem = first.get_error()
+    return matcher, _with_keyword(problem or matcher.get_error())
+
+
+def _with_deep_stack(function: Callable[..., Result], *arguments: Any) -> Result:
+    """``function`` in a thread of its own: llguidance descends 4 KiB for every rule that stands within another, and
+    its end of the stack is the end of the process. It takes 65,000 rules."""
+    with _ONE_DEEP, ThreadPoolExecutor(1) as pool:
+        others = threading.stack_size(_DEEP_STACK)
+        try:
+            found = pool.submit(function, *arguments)
+        finally:
+            threading.stack_size(others)
+        return found.result()
+
+
+# what llguidance says without a keyword of the schema, and the keyword
+_KEYWORDS = {
+    "regex parse error": "pattern or regex",
+    "Pointer": "$ref",
+    "anyOf is empty": "enum or anyOf",
+    "NoExtensionBias": "nothing is of this form, as where a $ref leads to itself",
+}
+
+
+def _with_keyword(problem: str) -> str:
+    """What llguidance says, in one line, with the keyword that it means."""
+    said = " ".join(re.split("<state>|<backtrace>", problem)[0].split())
+    return ": ".join([*(keyword for words, keyword in _KEYWORDS.items() if words in said), said])
 
 
 def json_style(strict: bool) -> dict[str, Any]:
@@ -123,6 +187,7 @@ def _grammar_of(form: StructuredOutputsParams) -> str:
     matcher = llguidance.LLMatcher
     if form.kind in ("json", "json_object"):
         schema = json.loads(form.text) if form.kind == "json" else {"type": "object"}
+        _narrow_bounds(schema)
         return str(matcher.grammar_from_json_schema(json.dumps({**schema, "x-guidance": json_style(form.strict)})))
     if form.kind == "regex":
         return str(matcher.grammar_from_regex(form.text))
@@ -130,6 +195,32 @@ def _grammar_of(form: StructuredOutputsParams) -> str:
         choices = " | ".join(json.dumps(each, ensure_ascii=False) for each in form.choice or ())
         return str(matcher.grammar_from_lark(f"start: {choices}"))
     return str(matcher.grammar_from_lark(form.text))
+
+
+_DATA = ("const", "enum", "default", "examples")  # keywords that hold values, not schemas
+
+
+def _narrow_bounds(schema: dict[str, Any]) -> None:
+    """Move a whole bound that is excluded a little inwards where less than 1 is between it and the other bound.
+
+    llguidance 1.9.1 allows 0 for ``{"exclusiveMinimum": 0, "maximum": 0.5}``.
+    """
+    waiting: list[Any] = [schema]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting += each
+        if not isinstance(each, dict):
+            continue
+        waiting += [value for name, value in each.items() if name not in _DATA]
+        low, high = (each.get(f"exclusive{end}", each.get(end.lower())) for end in ("Minimum", "Maximum"))
+        if not isinstance(low, int | float) or not isinstance(high, int | float) or not 0 < high - low < 1:
+            continue
+        little = 10 ** (math.floor(math.log10(high - low)) - 3)
+        for end, bound, inwards in (("Minimum", low, little), ("Maximum", high, -little)):
+            if f"exclusive{end}" in each and bound == int(bound):
+                del each[f"exclusive{end}"]
+                each[end.lower()] = round(bound + inwards, 15)
 
 
 class GrammarConstraint:
@@ -222,7 +313,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RequestError(f"the form of the answer cannot be kept to: {self._matcher.get_error()[:200]}")
+            raise RequestError(f"the form of the answer cannot be kept to: {_with_keyword(self._matcher.get_error())}")
 
 
 class AfterToken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,6 +81,16 @@ class Tokenizer:
     def to_json(self) -> str:
         """What ``tokenizer.json`` says, for libraries that read it themselves."""
         return str(self._core.to_str())
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Every character of a token of the vocabulary stands for a byte."""
+        return self._text_rules is None
+
+    def without_added(self) -> tokenizers.Tokenizer:
+        """A copy that makes no added token of its spelling, and puts nothing around a text."""
+        described = json.loads(self._core.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps(described | {"added_tokens": [], "post_processor": None}))
 
     def encode(self, text: str, add_special_tokens: bool = False, most: int | None = None) -> list[int]:
         """Token ids of ``text``; what reads like a special token becomes one, as in transformers.

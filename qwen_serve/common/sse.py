@@ -19,6 +19,16 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no", "content-type": "text/event-stream; charset=utf-8"}
 
 
+class JsonAnswer(Response):
+    """A response of JSON; half a character, which a request may hold and an answer repeat, becomes a question mark."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode("utf-8", "replace")
+
+
 class ClientGone(Exception):
     """The client has closed its connection; nobody reads an answer."""
 

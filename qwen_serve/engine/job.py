@@ -147,7 +147,8 @@ class RequestJob:
                     if answer.finish_reason == "abort":
                         raise self._expired() if self.is_expired else self._ended()
                     if answer.finish_reason == "error":
-                        raise ServeError("engine_error", answer.error or "the engine has failed")
+                        code = "invalid_request" if answer.is_refused else "engine_error"
+                        raise ServeError(code, answer.error or "the engine has failed")
                 yield output
         except EngineError as error:
             raise await self._why(error) from None

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qwen_engine import __version__
@@ -19,11 +19,12 @@ from qwen_run.runtime.request import message_of
 from qwen_serve.anthropic.fields import Counting, Messages
 from qwen_serve.anthropic.messages import MessagesAnswer, count_tokens
 from qwen_serve.common.errors import ServeError
-from qwen_serve.common.sse import ClientGone, EventStream, unless_gone
+from qwen_serve.common.sse import ClientGone, EventStream, JsonAnswer, unless_gone
 from qwen_serve.engine.job import RequestJob
 from qwen_serve.engine.metrics import CONTENT_TYPE
 from qwen_serve.engine.serving import Serving, Status, refused
 from qwen_serve.http.middleware import Door, Log, error_response, log_line, read_body
+from qwen_serve.http.reference import reference_page
 from qwen_serve.openai.chat import ChatAnswer
 from qwen_serve.openai.completions import CompletionAnswer
 from qwen_serve.openai.fields import ApplyTemplate, Body, Chat, Completion, Detokenize, SampledBody, Tokenize, parsed
@@ -43,7 +44,19 @@ Answering = Callable[[Serving, Any], Coroutine[Any, Any, dict[str, Any]]]
 
 def make_app(serving: Serving, log: Log = log_line) -> ASGIApp:
     """The application that answers for ``serving``, whose engine is opened and closed by others."""
-    app = FastAPI(title="qwen-serve", version=__version__, summary=f"One engine, {serving.name}")
+    app = FastAPI(
+        title="qwen-serve",
+        version=__version__,
+        summary=f"One engine, {serving.name}",
+        redirect_slashes=False,
+        docs_url=None,  # FastAPI's page loads scripts from a public site
+        redoc_url=None,
+    )
+
+    async def reference() -> Response:
+        return reference_page(app.openapi())
+
+    app.add_api_route("/docs", reference, include_in_schema=False)
     _Answers(serving).add_to(app)
     _States(serving).add_to(app)
     page = ChatPage() if serving.settings.page else None
@@ -113,7 +126,7 @@ class _Answers:
                 stack.callback(job.close)
                 begun = await unless_gone(request.receive, answer.begin(job, body, salt))
                 if not body.stream:
-                    return JSONResponse(await unless_gone(request.receive, begun.whole()))
+                    return JsonAnswer(await unless_gone(request.receive, begun.whole()))
                 stack.pop_all()  # the stream closes the job
                 return EventStream(begun.chunks(), self._serving.settings.keep_alive_s, job.close)
 
@@ -124,7 +137,7 @@ class _Answers:
             body = await self._body(request, kind)
             job, salt = await self._job(request)
             try:
-                return JSONResponse(await unless_gone(request.receive, answer(job, body, salt)))
+                return JsonAnswer(await unless_gone(request.receive, answer(job, body, salt)))
             finally:
                 job.close()
 
@@ -134,7 +147,7 @@ class _Answers:
         async def endpoint(request: Request) -> Response:
             body = await self._body(request, kind)
             await self._serving.check()
-            return JSONResponse(await unless_gone(request.receive, answering(self._serving, body)))
+            return JsonAnswer(await unless_gone(request.receive, answering(self._serving, body)))
 
         return endpoint
 
@@ -180,12 +193,12 @@ class _States:
         """200 while requests are answered, also while the last ones are."""
         if self._serving.status is not Status.DRAINING:
             await self._serving.check()
-        return JSONResponse({"status": self._serving.status.value})
+        return JsonAnswer({"status": self._serving.status.value})
 
     async def _ready(self) -> Response:
         """200 while requests are taken."""
         await self._serving.check()
-        return JSONResponse({"status": self._serving.status.value})
+        return JsonAnswer({"status": self._serving.status.value})
 
     async def _metrics(self) -> Response:
         """Figures for Prometheus."""
@@ -193,18 +206,18 @@ class _States:
 
     async def _version(self) -> Response:
         """The version of the server."""
-        return JSONResponse({"version": __version__})
+        return JsonAnswer({"version": __version__})
 
     async def _models(self) -> Response:
         """The names of the model."""
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._serving.names]})
+        return JsonAnswer({"object": "list", "data": [self._model(name) for name in self._serving.names]})
 
     async def _one(self, name: str) -> Response:
         """The model, and its sampling defaults."""
         if name not in self._serving.names:
             expected = ", ".join(self._serving.names)
             raise ServeError("model_not_found", f"there is no model {name!r:.80}, expected {expected}", "model")
-        return JSONResponse(self._model(name))
+        return JsonAnswer(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
         serving = self._serving

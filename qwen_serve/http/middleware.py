@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_serve.anthropic.messages import anthropic_error
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.settings import LOOPBACK, Settings
+from qwen_serve.common.sse import JsonAnswer
 
 _ANTHROPICS = "/v1/messages"
 _NAMES_OF_REQUESTS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -125,11 +125,11 @@ async def read_body(receive: Receive, headers: Headers, most: int) -> bytes:
             return bytes(body)
 
 
-def error_response(error: ServeError, scope: Scope) -> JSONResponse:
+def error_response(error: ServeError, scope: Scope) -> JsonAnswer:
     """``error`` as a client of the route reads it."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     body = anthropic_error(error) if path.startswith(_ANTHROPICS) else error.body()
-    return JSONResponse(body, error.kind.status, error.headers())
+    return JsonAnswer(body, error.kind.status, error.headers())
 
 
 def log_line(record: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ A field that none of them has is no error; the answer's ``warnings`` name it. A 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -158,12 +159,27 @@ def parsed(kind: type[Model], body: bytes) -> Model:
         ServeError: it is no JSON, or a field is of another type; none of what it holds is repeated at length.
     """
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_no_number, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise ServeError("invalid_request", f"the request is not JSON: {_first_words(error)}") from None
     if not isinstance(value, dict):
         raise ServeError("invalid_request", f"the request is a {type(value).__name__}, expected a JSON object")
     return validated(kind, value)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _number(digits: str) -> float:
+    """
+    Raises:
+        ValueError: it is beyond what a float holds, and no answer could repeat it.
+    """
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits:.40} is too large for a number")
+    return value
 
 
 def validated(kind: type[Model], value: Mapping[str, Any]) -> Model:

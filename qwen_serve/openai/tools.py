@@ -81,7 +81,7 @@ def tools_of(body: Chat) -> Tools:
         return Tools(tools, schemas, tuple(schemas), strict=frozenset(strict))
     function = choice.get("function") if isinstance(choice, Mapping) else None
     named = function.get("name") if isinstance(function, Mapping) else None
-    if named in schemas:
+    if isinstance(named, str) and named in schemas:
         return Tools(tools, schemas, (named,), True, frozenset(strict))
     expected = f"auto, none, required or one of the tools {', '.join(schemas)}" if schemas else "auto or none: no tools"
     raise ServeError("invalid_request", f"tool_choice is {shown(choice)}, expected {expected}", "tool_choice")

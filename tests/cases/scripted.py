@@ -88,12 +88,16 @@ class Script:
             logits += [self._logits(written[:length]) for length in wanted]
         return np.array(logits, np.float32).reshape(-1, self.manifest.model.vocab_size)
 
+    def answer_to(self, prompt: tuple[int, ...]) -> list[int]:
+        return [*self.tokenizer.encode(self.reply(self.tokenizer.decode(prompt, False))), IM_END]
+
     def _logits(self, tokens: list[int]) -> np.ndarray:
         """Logits that leave no choice but the next token of the answer to the prompt that ``tokens`` begin with."""
-        prompt = max((r.prompt for r in self.seen if tuple(tokens[: len(r.prompt)]) == r.prompt), key=len, default=None)
+        seen = list(self.seen)  # others add to it meanwhile
+        prompt = max((r.prompt for r in seen if tuple(tokens[: len(r.prompt)]) == r.prompt), key=len, default=None)
         if prompt is None:  # in the middle of one, whose own tokens are judged
             return np.zeros(self.manifest.model.vocab_size, np.float32)
-        answer = [*self.tokenizer.encode(self.reply(self.tokenizer.decode(prompt, False))), IM_END]
+        answer = self.answer_to(prompt)
         logits = np.zeros(self.manifest.model.vocab_size, np.float32)
         logits[[*answer, *[0] * len(tokens)][len(tokens) - len(prompt)]] = 1000
         return logits

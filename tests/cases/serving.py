@@ -89,7 +89,7 @@ def running(model: Any, **settings: Any) -> Iterator[Running]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         found = Running(serving, f"http://127.0.0.1:{port}", port)
-        server = new_server(serving.settings, make_app(serving, found.log.append))
+        server = new_server(serving.settings, make_app(serving, lambda record: found.log.append(record)))
         thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(server.serve(sockets=[listener]), 1800)))
         thread.start()
         try:

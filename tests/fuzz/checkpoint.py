@@ -51,9 +51,13 @@ def tensors() -> dict[str, np.ndarray]:
     return {name: (rng.standard_normal(shape) * 0.15).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write_checkpoint(directory: Path) -> Path:
-    """All files of the checkpoint, in ``directory``."""
-    write_text_files(directory, eos_token_id=IM_END)
-    (directory / "config.json").write_text(json.dumps(CONFIG))
+def write_checkpoint(directory: Path, template: str = "qwen2_5", **config: Any) -> Path:
+    """All files of the checkpoint, in ``directory``.
+
+    Args:
+        config: what ``config.json`` has beside or instead of ``CONFIG``.
+    """
+    write_text_files(directory, template, eos_token_id=IM_END)
+    (directory / "config.json").write_text(json.dumps(CONFIG | config))
     write_safetensors(directory / "model.safetensors", tensors(), "float32")
     return directory

@@ -31,7 +31,7 @@ def nearby(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return rng.choice([value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value)])
+        return rng.choice([value + 1, value - 1, value * 2, value // 2, -value, float(value % 10**300), str(value)])
     if isinstance(value, float):
         return rng.choice([value * 2, -value, value / 3, 1 / value if value else 1.0])
     if isinstance(value, str):

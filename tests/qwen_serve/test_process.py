@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -89,6 +91,31 @@ def test_a_server_from_its_start_to_its_end(start):
     records = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
     assert records[-1]["finish_reasons"] == ["stop"]
     assert "Traceback" not in errors
+
+
+def test_sixteen_streams_end_properly_when_the_server_is_told_to(start):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    process = start(port=port, run_s=0.05)
+    wait_until(lambda: status(url) == 200)
+    begun = threading.Semaphore(0)
+
+    def rest_of_stream(number):
+        body = {"messages": [{"role": "user", "content": f"{number} " + "x" * 20}], "stream": True}
+        with httpx2.stream("POST", url + "/v1/chat/completions", json=body, timeout=PATIENCE_S) as response:
+            lines = response.iter_lines()
+            next(lines)
+            begun.release()
+            return [line for line in lines if line][-1]
+
+    with ThreadPoolExecutor(16) as pool:
+        rests = [pool.submit(rest_of_stream, number) for number in range(16)]
+        for _ in rests:
+            assert begun.acquire(timeout=PATIENCE_S)
+        process.send_signal(signal.SIGTERM)
+        assert {rest.result(PATIENCE_S) for rest in rests} == {"data: [DONE]"}
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in errors) == (0, False), errors
 
 
 def test_what_does_not_end_in_time_is_told(start):

@@ -42,6 +42,18 @@ SCHEMAS = {
     },
     "pattern": an_object(zip={"type": "string", "pattern": "^[0-9]{5}$"}),
     "format": an_object(day={"type": "string", "format": "date"}),
+    "excluded": {
+        "type": "array",
+        "items": {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 0.001},
+                {"type": "number", "minimum": -2.5, "exclusiveMaximum": -2},
+            ]
+        },
+        "minItems": 20,
+        "maxItems": 20,
+    },
+    "data": {"const": {"exclusiveMinimum": 0, "maximum": 0.5}},
     "multiple": an_object(n={"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}),
     "types": an_object(n={"type": ["boolean", "null"]}),
     "empty": an_object(),
@@ -194,6 +206,11 @@ REFUSED = {
     "remote": ({"json": {"$ref": "http://x.example/y"}}, "x.example"),
     "look-ahead": ({"json": {"type": "string", "pattern": "(?=a)"}}, "look-around"),
     "unbalanced": ({"regex": "("}, "regex"),
+    "unbalanced pattern": ({"json": {"type": "string", "pattern": "("}}, "pattern"),
+    "nowhere": ({"json": {"$ref": "#/$defs/none"}}, r"\$ref"),
+    "itself": ({"json": {"$ref": "#"}}, r"\$ref leads to itself"),
+    "nothing": ({"json": {"enum": []}}, "enum"),
+    "too many": ({"grammar": "start: " + '"a" ' * 70_000}, "symbols"),
     "unknown": ({"grammar": "start: bogus"}, "bogus"),
     "syntax": ({"grammar": "((("}, "expecting rule"),
 }
@@ -211,10 +228,17 @@ HOSTILE = {
     "powers": {"regex": "a{1,1000}{1,1000}"},
     "long": {"json": {"type": "string", "maxLength": 10**9}},
     "many": {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**6}},
-    "itself": {"json": {"$ref": "#"}},
     "alternatives": {"json": {"anyOf": [{"anyOf": [{"const": 64 * i + j} for j in range(64)]} for i in range(64)]}},
     "enum": {"json": {"enum": [f"v{i}" for i in range(20_000)]}},
     "window": {"regex": "(.*)a(.){30}"},
+    "rules within rules": {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "x"'},
+    "references to references": {
+        "json": {
+            "$ref": "#/$defs/0",
+            "$defs": {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(4000)} | {"4000": {}},
+        }
+    },
+    "options": {"regex": "a?" * 3000},
 }
 
 
@@ -224,7 +248,9 @@ def test_hostile_forms_end(llm, name):
     params = SamplingParams(temperature=1.5, max_tokens=20, seed=1, structured_outputs=HOSTILE[name])
     with contextlib.suppress(RequestError):
         (result,) = llm.generate("x", params, use_tqdm=False)
-        assert result.outputs[0].finish_reason in ("stop", "length", "error")
+        answer = result.outputs[0]
+        assert answer.finish_reason in ("stop", "length", "error")
+        assert answer.is_refused == (answer.finish_reason == "error")
     assert llm.generate("x", SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
 
 
