@@ -331,6 +331,8 @@ ELSEWHERE = {
     "merge_and_unload": "needs peft",
     "save_pretrained": "what save_pretrained writes is the checkpoint of every row",
     "GGUF": "the directory of the model is what every row gives",
+    "by its metadata; give it and the others": "tests/qwen_build/checkpoint/formats/test_gguf.py",
+    "is file {} of {}; give the first": "as above",
     "is not a directory; give": "as above",
     "no LoRA adapter": "tests/qwen_build/checkpoint/test_merging.py gives the folder that peft saved",
     "path_initial_model_for_weight_conversion": "needs peft",

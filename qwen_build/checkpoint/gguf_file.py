@@ -1,16 +1,18 @@
-"""One GGUF file: its metadata and where its tensors lie, checked before anything is made of them.
+"""A model's GGUF file or files: metadata and where the tensors lie, checked before anything is made of them.
 
 The format is little-endian: a magic, a version, two counts, metadata by key, a name, sizes, type and offset for each
 tensor, and their blocks (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). A file may come from anyone: no
-number in it is believed before it is compared with the file's length.
+number in it is believed before it is compared with the file's length. A large model may lie in several files, whose
+names end in ``-00001-of-00003.gguf`` and so on; the first has the metadata.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,52 +61,140 @@ TYPES = {
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
 
 
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
+
+
+def part_files(path: Path) -> tuple[Path, ...]:
+    """The files of the model of which ``path`` is one, by their names; a name that says of no others is alone.
+
+    >>> [part.name for part in part_files(Path("m-00002-of-00002.gguf"))], part_files(Path("m.gguf"))
+    (['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf'], (PosixPath('m.gguf'),))
+    """
+    match = _PART.fullmatch(path.name)
+    count = int(match["count"]) if match else 1
+    if match is None or count < 2:
+        return (path,)
+    return tuple(path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
+
+
+def model_name(path: Path) -> str:
+    """What a GGUF file is called, without the number of a part.
+
+    >>> model_name(Path("Qwen3-8B-Q8_0-00001-of-00002.gguf")), model_name(Path("m.gguf"))
+    ('Qwen3-8B-Q8_0', 'm')
+    """
+    match = _PART.fullmatch(path.name)
+    return match["stem"] if match else path.stem
+
+
 class GgufFile:
-    """The tensors and metadata of a GGUF file. Made by :meth:`open`; reading is safe from several threads.
+    """The tensors and metadata of a GGUF file, or of several. Made by :meth:`open`; reading is safe from any thread.
 
     Attributes:
+        path: of the file, or of the first.
         tensors: by name, shapes as Hugging Face has them: the innermost size last.
-        metadata: by key; arrays of numbers are arrays of NumPy.
+        metadata: by key, of the first file; arrays of numbers are arrays of NumPy.
+        files: all of them.
     """
 
-    def __init__(self, path: Path, descriptor: int, header: _Header) -> None:
-        self.path, self._descriptor = path, descriptor
-        self.tensors: Mapping[str, TensorInfo] = header.tensors
-        self.metadata: Mapping[str, Any] = header.metadata
-        self.files = (path,)
+    def __init__(self, descriptors: Mapping[Path, int], headers: Sequence[_Header]) -> None:
+        self._descriptors = descriptors
+        self.files = tuple(descriptors)
+        self.path = self.files[0]
+        self.metadata: Mapping[str, Any] = headers[0].metadata
+        self.tensors: Mapping[str, TensorInfo] = _merged(headers)
         self.notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path, lists: bool = True) -> GgufFile:
-        """Open ``path``; its header is read and checked, no tensor is.
+        """Open ``path``, and the other files of its model; headers are read and checked, no tensor is.
 
         Args:
             lists: whether ``metadata`` has arrays too, of which those of the tokenizer are large.
 
         Raises:
-            CheckpointError: it cannot be read, is no GGUF, or is damaged.
+            CheckpointError: a file cannot be read, is no GGUF or is damaged, or ``path`` is not the first of a model
+                or others of it are missing.
             UnsupportedModel: it has a type of tensor or a version that is not read.
         """
+        descriptors: dict[Path, int] = {}
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
-        try:
-            return cls(path, descriptor, _Header(path, descriptor, lists))
+            first = _opened(path, lists, descriptors)
+            others = [_opened(part, False, descriptors) for part in _other_parts(first)]
+            return cls(descriptors, [first, *others])
         except BaseException:
-            os.close(descriptor)
+            _close(descriptors)
             raise
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        _close(self._descriptors)
 
     def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as they are stored, uint8 (rows, bytes of a row); a vector is one row."""
         info = self.tensors[name]
         rows = info.shape[0] if len(info.shape) > 1 else 1
         stored = np.empty((stop - start, info.size_bytes // rows), np.uint8)
-        read_exactly(info.path, self._descriptor, stored.reshape(-1).data, info.offset + start * stored.shape[1])
+        place = info.offset + start * stored.shape[1]
+        read_exactly(info.path, self._descriptors[info.path], stored.reshape(-1).data, place)
         return stored
+
+
+def _opened(path: Path, lists: bool, descriptors: dict[Path, int]) -> _Header:
+    """The header of ``path``, whose descriptor is added to ``descriptors``."""
+    try:
+        descriptors[path] = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+    return _Header(path, descriptors[path], lists)
+
+
+def _close(descriptors: Mapping[Path, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
+def _other_parts(first: _Header) -> tuple[Path, ...]:
+    """The files after ``first``, none of which is missing; as llama.cpp, which wants the first to be named."""
+    number, count = first.part
+    if count == 1:
+        return ()
+    parts = part_files(first.path)
+    if len(parts) != count:
+        raise CheckpointError(
+            f"{first.path} is file {number + 1} of {count} by its metadata; give it and the others the names that they "
+            f"were published with, which end in -00001-of-{count:05}.gguf and so on"
+        )
+    if number or first.path != parts[0]:
+        raise CheckpointError(f"{first.path} is file {number + 1} of {count}; give the first, {parts[0].name}")
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise CheckpointError(
+            f"{first.path} is the first of {count} files, of which {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''} are not beside it; download them too"
+        )
+    return parts[1:]
+
+
+def _merged(headers: Sequence[_Header]) -> dict[str, TensorInfo]:
+    """The tensors of all files, as many as the first says."""
+    tensors: dict[str, TensorInfo] = {}
+    for index, header in enumerate(headers):
+        if header.part != (index, len(headers)):
+            number, count = header.part
+            raise CheckpointError(
+                f"{header.path} is file {number + 1} of {count} by its metadata, and {index + 1} of {len(headers)} by "
+                "its name; download the files again"
+            )
+        if twice := tensors.keys() & header.tensors.keys():
+            raise CheckpointError(
+                f"{header.path} has {min(twice)[:80]!r}, which an earlier file has too; download the files again"
+            )
+        tensors |= header.tensors
+    told = headers[0].metadata.get("split.tensors.count", len(tensors))
+    if len(headers) > 1 and told != len(tensors):
+        raise CheckpointError(
+            f"{headers[0].path} and its other files have {len(tensors)} tensors, it says {told}; download them again"
+        )
+    return tensors
 
 
 class _Header:
@@ -130,6 +220,14 @@ class _Header:
                 raise self.damaged(f"{key[:80]!r} is there twice")
             self.metadata[key] = self.value(self.scalar("I"))
         self.tensors = self.read_tensors(tensors)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which file of how many it is, from 0."""
+        number, count = (self.metadata.get(f"split.{name}", default) for name, default in (("no", 0), ("count", 1)))
+        if type(number) is not int or type(count) is not int or not 0 <= number < max(count, 1):
+            raise self.damaged(f"it would be file {str(number)[:20]} of {str(count)[:20]}")
+        return number, max(count, 1)
 
     def read_tensors(self, count: int) -> dict[str, TensorInfo]:
         """The tensors by name, each checked to lie in the file."""

@@ -1,4 +1,4 @@
-"""A GGUF file as a Hugging Face directory: config, tokenizer and template of its metadata, a link to the weights.
+"""A GGUF file as a Hugging Face directory: config, tokenizer and template of its metadata, links to the weights.
 
 The directory lies in the user's cache. Everything that reads a checkpoint reads it.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from qwen_build.checkpoint.gguf_file import GgufFile
+from qwen_build.checkpoint.gguf_file import GgufFile, model_name, part_files
 from qwen_engine.errors import BuildError, CheckpointError, UnsupportedModel
 from qwen_engine.user_cache import FOLDER, user_cache
 from qwen_engine.whole_files import whole_directory
 
-LINK = "model.gguf"
+LINK, PART_LINK = "model.gguf", "model-{number:05}-of-{count}.gguf"
 CONVERSION = 1  # raised when what is written changes, so that older copies in caches are replaced
 RECORD_FILE = "gguf.json"
 
@@ -63,12 +63,11 @@ def as_directory(path: Path) -> Path:
         CheckpointError, UnsupportedModel: the file is damaged, or of a kind that is not read.
         BuildError: the cache cannot be written.
     """
-    path = path.resolve()
+    path = path.absolute()  # not resolved: the Hub's cache has links, whose names say which part a file is
     try:
-        stat = path.stat()
-        state = [str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, CONVERSION]
+        state = [CONVERSION, *(_state(part) for part in part_files(path) if part.is_file())]
         key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-        target = cache_folder() / f"{path.stem[:80]}-{key}"
+        target = cache_folder() / f"{model_name(path)[:80]}-{key}"
         if _is_complete(target):
             return target
         with whole_directory(target, lambda: not _is_complete(target)) as directory:
@@ -84,22 +83,33 @@ def cache_folder() -> Path:
     return user_cache() / FOLDER / "gguf"
 
 
+def weights_file(directory: Path) -> Path:
+    """The file in ``directory`` that leads to the weights; of several the first."""
+    return next(iter(directory.glob(PART_LINK.format(number=1, count="?????"))), directory / LINK)
+
+
+def _state(path: Path) -> list[str | int]:
+    stat = path.stat()
+    return [str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
+
+
 def _is_complete(directory: Path) -> bool:
-    return (directory / RECORD_FILE).is_file() and (directory / LINK).is_file()
+    links = part_files(weights_file(directory))
+    return (directory / RECORD_FILE).is_file() and all(link.is_file() for link in links)
 
 
 def _write(path: Path, directory: Path) -> None:
     file = GgufFile.open(path)
     try:
         fields = GgufFields(path, file.metadata)
-        if fields.get("split.count", 1) != 1:
-            raise UnsupportedModel(f"{path} is one of several; join them with `llama-gguf-split --merge`")
         config = _config(fields, file)
         tokenizer, tokenizer_config = _tokenizer(fields)
     finally:
         file.close()
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-    (directory / LINK).symlink_to(path)
+    for number, part in enumerate(file.files, 1):
+        alone, count = len(file.files) == 1, f"{len(file.files):05}"
+        (directory / (LINK if alone else PART_LINK.format(number=number, count=count))).symlink_to(part)
     for name, value in (
         ("config.json", config),
         ("generation_config.json", ids),

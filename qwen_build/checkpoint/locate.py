@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_build.checkpoint.demo import demo_checkpoint
+from qwen_build.checkpoint.gguf_file import model_name
 from qwen_build.checkpoint.gguf_text import as_directory
 from qwen_engine.errors import CheckpointError, first_line
 from qwen_engine.user_cache import user_cache
@@ -69,8 +70,8 @@ def resolve_checkpoint(argument: str | None) -> Located:
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
             raise CheckpointError(f"no such file: {argument!r}; {EXPECTED}")
-        path = path.resolve()
-        return Located(as_directory(path), path.stem, None, str(path))
+        path = path.absolute()
+        return Located(as_directory(path), model_name(path), None, str(path))
     if argument and os.path.exists(path):
         raise CheckpointError(f"{argument} is a file; give the directory it is in")
     match = HUB_ID.fullmatch(argument)

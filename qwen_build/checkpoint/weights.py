@@ -13,8 +13,8 @@ from qwen_build.checkpoint.adapters import Adapter, LoraChoice, open_adapter
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.files import check_inside
 from qwen_build.checkpoint.formats.table import FORMATS, Format, find_quantized, quantization_config
-from qwen_build.checkpoint.gguf_file import GgufFile
-from qwen_build.checkpoint.gguf_text import LINK, cache_folder
+from qwen_build.checkpoint.gguf_file import GgufFile, part_files
+from qwen_build.checkpoint.gguf_text import cache_folder, weights_file
 from qwen_build.checkpoint.merging import adapted, merged
 from qwen_build.checkpoint.safetensors import Safetensors
 from qwen_build.checkpoint.safetensors_file import STORAGE, Float32
@@ -27,9 +27,11 @@ def _open_files(directory: Path, config: Mapping[str, Any] | None) -> Safetensor
     """The files of ``directory``; a link to a GGUF file leads out of it only where ``gguf_text.py`` made it."""
     if config is None or config["quant_method"] != "gguf":
         return Safetensors.open(directory)
+    file = weights_file(directory)
     if directory.parent != cache_folder():
-        check_inside(directory / LINK)
-    return GgufFile.open(directory / LINK, lists=False)
+        for part in part_files(file):
+            check_inside(part)
+    return GgufFile.open(file, lists=False)
 
 
 class Checkpoint:

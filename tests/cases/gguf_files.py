@@ -16,13 +16,22 @@ END = "<|im_end|>"
 
 
 def write(
-    tiny: TinyCheckpoint, path: Path, kind: str, architecture: str = "qwen2", head: str = "Q8_0", **metadata: Any
+    tiny: TinyCheckpoint,
+    path: Path,
+    kind: str,
+    architecture: str = "qwen2",
+    head: str = "Q8_0",
+    tensors_a_file: int = 0,
+    **metadata: Any,
 ) -> dict[str, np.ndarray]:
-    """Write the model of ``tiny``, matrices as ``kind``, embedding and head as ``head``; the weights it stands for."""
+    """Write the model of ``tiny``, matrices as ``kind``, embedding and head as ``head``; the weights it stands for.
+
+    With ``tensors_a_file`` there are as many files as it takes, whose names begin like that of ``path``.
+    """
     import gguf
 
     config = json.loads((tiny.path / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     add_sizes(writer, config, config["head_dim"])
     writer.add_rope_freq_base(5000.0)
     for key, value in metadata.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from qwen_build.cli import main
 from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.errors import BuildError, QwenError
+from qwen_engine.manifest import Manifest
+from qwen_run.accuracy.origin_checks import check_checkpoint
 from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.runtime.engine import Engine
 from qwen_run.text.tokenizer import Tokenizer
@@ -115,13 +118,88 @@ def test_the_tokenizer_and_the_template_are_those_of_the_metadata(tiny, tmp_path
     assert as_directory(tmp_path / "m.gguf") == as_directory(tmp_path / "m.gguf")
 
 
+@pytest.fixture
+def parts(tiny, tmp_path) -> tuple[list[Path], dict[str, np.ndarray]]:
+    """A model in three files and more, and its weights."""
+    expected = write(tiny, tmp_path / "m.gguf", "Q8_0", tensors_a_file=15)
+    files = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(files) > 2
+    return files, expected
+
+
+def test_a_model_in_several_files_is_that_of_one(parts, tiny, tmp_path):
+    files, expected = parts
+    write(tiny, tmp_path / "m.gguf", "Q8_0")
+    located = resolve_checkpoint(str(files[0]))
+    assert located.name == "m"
+    with Checkpoint.open(located.path) as weights:
+        assert len(weights.files) == len(files)
+        assert weights.tensors.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert np.array_equal(weights.read(name), weight), name
+    several = build(files[0], tmp_path / "several")
+    alone = build(tmp_path / "m.gguf", tmp_path / "alone")
+    digests = [{name: part.sha256 for name, part in Manifest.read(engine).parts.items()} for engine in (several, alone)]
+    assert digests[0] == digests[1]
+    origin = Manifest.read(several).origin.sha256
+    assert sum(name.endswith(f"-of-{len(files):05}.gguf") for name in origin) == len(files)
+    check_checkpoint(Manifest.read(several), located.path)
+
+
+def test_links_of_the_hubs_cache_are_parts_by_their_names(parts, tmp_path):
+    files, _ = parts
+    (tmp_path / "blobs").mkdir()
+    for file in files:
+        blob = tmp_path / "blobs" / file.name[::-1]
+        file.rename(blob)
+        file.symlink_to(blob)
+    assert resolve_checkpoint(str(files[0])).name == "m"
+
+
+@pytest.mark.parametrize("change", ["absent", "another", "again", "renamed", "second", "fewer"])
+def test_files_that_are_not_all_of_one_model_are_refused(change, parts, tmp_path):
+    files, _ = parts
+    count, given = len(files), files[0]
+    if change == "absent":
+        files[2].unlink()
+        message = (
+            f"m-00001-of-{count:05}.gguf is the first of {count} files, of which {files[2].name} are not beside it"
+        )
+    elif change == "another":
+        files[2].write_bytes(files[1].read_bytes())
+        message = f"{files[2].name} is file 2 of {count} by its metadata, and 3 of {count} by its name"
+    elif change == "again":
+        key, content = b"split.no", files[1].read_bytes()
+        place = content.index(key) + len(key) + 4
+        files[2].write_bytes(content[:place] + struct.pack("<H", 2) + content[place + 2 :])
+        message = f"{files[2].name} has 'blk.1.attn_k.bias', which an earlier file has too"
+    elif change == "renamed":
+        given = files[0].rename(tmp_path / "other.gguf")
+        message = f"other.gguf is file 1 of {count} by its metadata; give it and the others the names"
+    elif change == "second":
+        given = files[1]
+        message = f"{files[1].name} is file 2 of {count}; give the first, {files[0].name}"
+    else:
+        content = files[0].read_bytes()
+        key = b"split.tensors.count"
+        place = content.index(key) + len(key) + 4
+        files[0].write_bytes(content[:place] + struct.pack("<i", 3) + content[place + 4 :])
+        message = "tensors, it says 3; download them again"
+    with pytest.raises(QwenError, match=re.escape(message)):
+        resolve_checkpoint(str(given))
+    if change in ("renamed", "second"):  # their advice can be followed here
+        if change == "renamed":
+            given.rename(files[0])
+        assert resolve_checkpoint(str(files[0])).name == "m"
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({"general__architecture": ("qwen2moe", 8)}, "architecture 'qwen2moe' is not one of qwen2, qwen3, llama"),
         ({"tokenizer__ggml__model": ("llama", 8)}, "the tokenizer is 'llama' with the splitting 'qwen2'"),
         ({"tokenizer__ggml__pre": ("falcon", 8)}, "with the splitting 'falcon', expected 'gpt2' with one of qwen2"),
-        ({"split__count": (3, 4)}, "is one of several; join them with `llama-gguf-split --merge`"),
+        ({"split__count": (3, 4)}, "is file 1 of 3 by its metadata; give it and the others the names"),
         ({"qwen2__block_count": ("x", 8)}, "qwen2.block_count is 'x', expected another type"),
     ],
     ids=str,
