@@ -28,7 +28,7 @@ class Task:
         output: what the graph ends in, (L, width) float32.
         models: for which models it is, as people call them; README's table of what is supported is made of these.
         does: to be read after "the engine".
-        ask: what of ``LLM`` asks for it, and which route of a server.
+        ask: what of ``LLM`` asks for it, which option of ``qwen-run``, and which route of a server.
     """
 
     output: str
@@ -38,13 +38,18 @@ class Task:
 
 
 TASKS = {
-    GENERATE: Task(LOGITS, (), "writes text", "LLM.generate (/v1/completions)"),
+    GENERATE: Task(LOGITS, (), "writes text", "LLM.generate, qwen-run (/v1/completions)"),
     # the hidden state after the last norm
-    "embed": Task("hidden", ("Qwen3-Embedding",), "makes embeddings", "LLM.embed (/v1/embeddings)"),
+    "embed": Task("hidden", ("Qwen3-Embedding",), "makes embeddings", "LLM.embed, qwen-run --embed (/v1/embeddings)"),
     # a number for each label
-    "classify": Task("classes", ("ForSequenceClassification",), "classifies texts", "LLM.classify (/v1/classify)"),
+    "classify": Task(
+        "classes",
+        ("ForSequenceClassification",),
+        "classifies texts",
+        "LLM.classify, qwen-run --classify (/v1/classify)",
+    ),
     # the logits of the answers no and yes
-    "score": Task("answers", ("Qwen3-Reranker",), "judges documents", "LLM.score (/v1/rerank)"),
+    "score": Task("answers", ("Qwen3-Reranker",), "judges documents", "LLM.score, qwen-run --score (/v1/rerank)"),
 }
 
 

@@ -291,6 +291,7 @@ FOLDERS = ("qwen_engine", "qwen_plugin", *sorted(
 # what is not followed here: a piece of the message -> why, or where it is
 OPTIONS = "tests/test_advice.py"
 ELSEWHERE = {
+    "writes no answer; leave out": "without them: tests/qwen_run/commands/test_run_pooled.py",
     "expected one that {}; ask this one with": "tests/whole/test_pooled.py",
     "free some memory": "of the machine",
     "remove it by hand": "what cannot be removed is a fault of the file system: tests/qwen_engine/test_user_cache.py",

@@ -15,7 +15,7 @@ import click
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
 from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, printable, sentence
-from qwen_run.commands.run_options import CONTRADICTIONS, RunOptions
+from qwen_run.commands.run_options import CONTRADICTIONS, RunOptions, option_of
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
 if TYPE_CHECKING:
@@ -96,6 +96,15 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 64),
     help="Most tokens to guess ahead from what the text repeats, 0 for none; answers stay the same.  [default: 8]",
 )
+@click.option("--embed", is_flag=True, help="Write the embedding of each text, a line of JSON; of an engine for that.")
+@click.option("--score", metavar="QUERY", help="The same of how well each text answers QUERY.")
+@click.option("--classify", is_flag=True, help="The same of each text's classes.")
+@click.option(
+    "--dimensions", type=click.IntRange(1), help="First numbers of an embedding to write.  [default: all of them]"
+)
+@click.option(
+    "--instruction", metavar="TEXT", help="What queries are for, to --embed and --score.  [default: the model's]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the answer with counts and timing as one JSON object.")
 @click.option(
     "--output-logits",
@@ -118,11 +127,15 @@ def main(**given: Any) -> None:
       qwen-run --temperature 0.7 --seed 1 < essay.txt  the whole of standard input is the prompt
       qwen-run --engine engines/q3 --input-file questions.jsonl --output-file answers.jsonl
                                                        many; run again, it goes on where it stopped
+      qwen-run --engine engines/e --embed --input-file texts.txt
+                                                       embeddings, a line of JSON for each
     """
     asked = _options(given)
     for excluded, message in CONTRADICTIONS:
         if excluded(asked):
             raise click.UsageError(message)
+    if asked.pooled and (idle := asked.of_answers):
+        raise click.UsageError(f"--{asked.pooled[0]} writes no answer; leave out {' and '.join(idle)}.")
     from qwen_run.commands.run_files import check_written, prompt_text, read_schema
     from qwen_run.runtime.engine import newest_engine
 
@@ -133,6 +146,11 @@ def main(**given: Any) -> None:
     _check_not_empty(text)
     engine = asked.engine or newest_engine()
     check_written(engine, asked)
+    if asked.pooled:
+        from qwen_run.commands.run_pooled import run_pooled
+
+        assert text is not None  # else it was refused
+        return run_pooled(engine, text, asked)
     model, params = _load(engine, asked, sampling)
     if text is None:
         _chat(engine, model, params, asked)
@@ -165,8 +183,7 @@ def _checked_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 fields[field] = checked(field, value)
             except RequestError as error:
-                option = "-n" if name == "n" else f"--{name.replace('_', '-')}"
-                raise click.BadParameter(sentence(error), param_hint=f"'{option}'") from error
+                raise click.BadParameter(sentence(error), param_hint=f"'{option_of(name)}'") from error
     return fields
 
 
@@ -179,7 +196,7 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
         params = model.defaults.with_options(**sampling)
     except RequestError as error:  # each is in its range
         raise click.UsageError(sentence(error)) from error
-    idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
+    idle = [option_of(name) for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
     if params.greedy and idle:
         click.echo(f"Note: {' and '.join(idle)} without effect at temperature 0; add --temperature.", err=True)
     return model, params

@@ -32,6 +32,11 @@ class RunOptions:
     draft_tokens: int | None
     as_json: bool
     output_logits: Path | None
+    embed: bool
+    score: str | None
+    classify: bool
+    dimensions: int | None
+    instruction: str | None
     sampling: Mapping[str, Any]
     interactive: bool
 
@@ -40,13 +45,46 @@ class RunOptions:
         """The prompt that the command line holds."""
         return self.input_text if self.prompt is None else self.prompt
 
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """What is asked for in place of an answer."""
+        asked = {"embed": self.embed, "score": self.score is not None, "classify": self.classify}
+        return tuple(name for name, is_asked in asked.items() if is_asked)
+
+    @property
+    def of_answers(self) -> list[str]:
+        """The options given that only answers have, as they are typed."""
+        own = ("system", "thinking", "json_schema", "draft_tokens", "output_logits")
+        given = [name for name in own if getattr(self, name) is not None] + ["raw"] * self.raw
+        given += [name for name, value in self.sampling.items() if value is not None and value != ()]
+        return [option_of(name) for name in given]
+
     def given(self, *names: str) -> bool:
         """Whether any of these sampling options is given."""
         return any(self.sampling[name] is not None for name in names)
 
 
+def option_of(name: str) -> str:
+    """How the option called ``name`` is typed.
+
+    >>> option_of("top_p"), option_of("n")
+    ('--top-p', '-n')
+    """
+    return "-n" if name == "n" else f"--{name.replace('_', '-')}"
+
+
 # which options make no sense together, and what is said then
 CONTRADICTIONS: tuple[tuple[Callable[[RunOptions], bool], str], ...] = (
+    (lambda asked: len(asked.pooled) > 1, "--embed, --score and --classify exclude each other."),
+    (
+        lambda asked: bool(asked.pooled) and asked.interactive,
+        "--embed, --score and --classify need a text, --input-file or a pipe.",
+    ),
+    (lambda asked: asked.dimensions is not None and not asked.embed, "--dimensions is for --embed."),
+    (
+        lambda asked: asked.instruction is not None and not {"embed", "score"}.intersection(asked.pooled),
+        "--instruction is for --embed and --score.",
+    ),
     (
         lambda asked: asked.prompt is not None and asked.input_text is not None,
         "PROMPT and --input-text are the same; give one.",

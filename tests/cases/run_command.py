@@ -9,7 +9,7 @@ from qwen_run.commands import run as cli
 
 
 def run_command(*arguments, stdin=None):
-    return CliRunner().invoke(cli.main, arguments, input=stdin, catch_exceptions=False)
+    return CliRunner().invoke(cli.main, [str(each) for each in arguments], input=stdin, catch_exceptions=False)
 
 
 ASK = ("--input-file", "q.jsonl", "--output-file", "a.jsonl", "--seed", "0")

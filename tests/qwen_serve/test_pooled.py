@@ -167,7 +167,7 @@ def test_keys_do_not_share_what_was_read(serve):
 
 def test_what_is_in_force_says_what_the_engine_is_for(embedder):
     lines = list(in_force(embedder.serving))
-    assert lines[-1] == "the engine makes embeddings: LLM.embed (/v1/embeddings)"
+    assert lines[-1] == "the engine makes embeddings: LLM.embed, qwen-run --embed (/v1/embeddings)"
     assert not any("sampling" in line or "template" in line for line in lines)
 
 

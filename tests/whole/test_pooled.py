@@ -253,8 +253,8 @@ def test_commands_say_what_such_an_engine_is_for(command, arguments, embedder, b
     done = CliRunner().invoke(command, [engine if each == "ENGINE" else each for each in arguments])
     assert done.exit_code == 1
     assert done.stderr.strip() == (
-        "Error: the engine makes embeddings, expected one that writes text; ask this one with LLM.embed "
-        "(/v1/embeddings), "
+        "Error: the engine makes embeddings, expected one that writes text; ask this one with LLM.embed, "
+        "qwen-run --embed (/v1/embeddings), "
         "or build another of the checkpoint with `qwen-build CHECKPOINT --task generate`"
     )
 
