@@ -80,6 +80,7 @@ INSIDE_FUNCTIONS = {
         "torch": ("qwen_run.accuracy.reference",),
         "transformers": ("qwen_run.accuracy.reference",),
         "huggingface_hub": ("qwen_run.torch_model.loading",),
+        "gguf": ("qwen_run.accuracy.gguf_weights",),
         "llguidance": ("qwen_run.text.grammar",),
     },
     "qwen_build": {

@@ -1,11 +1,13 @@
-"""The weights of a checkpoint as the builder reads them, where no reader of the comparison's own is: other formats than
-GPTQ and AWQ, and LoRA adapters. The builder's tests compare these with each format's own library, and with peft.
+"""The weights of a checkpoint for a comparison: by readers that use nothing of the builder, but of merged adapters.
+
+What the builder makes of adapters is compared with peft by its tests.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,11 @@ from qwen_engine.errors import CheckpointError
 from qwen_engine.graph_io import EMBEDDING, HEAD
 from qwen_engine.manifest import MergedAdapter
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
-
-_OWN = ("gptq", "awq")
+from qwen_run.accuracy.gguf_weights import GgufWeights
 
 
 class BuilderWeights:
-    """Weights of a checkpoint, float32 and by Hugging Face's names, with ``adapters`` merged into them.
+    """Weights as the builder reads them, float32 and by Hugging Face's names, with ``adapters`` merged into them.
 
     Attributes:
         vocab_size: adapters may resize it.
@@ -57,8 +58,12 @@ class BuilderWeights:
         return self._checkpoint.read(f"{name}.weight", rows.start, rows.stop)
 
 
-def open_weights(directory: Path, adapters: Sequence[MergedAdapter] = ()) -> CheckpointWeights | BuilderWeights:
-    """The weights of ``directory`` with ``adapters``, by a reader of their own where there is one.
+def open_weights(
+    directory: Path, adapters: Sequence[MergedAdapter] = ()
+) -> CheckpointWeights | GgufWeights | BuilderWeights:
+    """The weights of ``directory`` with ``adapters``.
+
+    The builder reads a GGUF where the package gguf is not installed.
 
     Raises:
         CheckpointError, UnsupportedModel, WeightMismatch: they cannot be read.
@@ -66,7 +71,13 @@ def open_weights(directory: Path, adapters: Sequence[MergedAdapter] = ()) -> Che
     try:
         config = json.loads((directory / "config.json").read_bytes())
         stored = config.get("quantization_config") or config.get("compression_config") or {}
-        own = not stored or (stored["quant_method"] in _OWN and not stored.get("dynamic"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        is_gguf = stored.get("quant_method") == "gguf"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the weights of {directory} cannot be read: {error}; download it again") from error
-    return CheckpointWeights(directory) if own and not adapters else BuilderWeights(directory, adapters)
+    if adapters:
+        return BuilderWeights(directory, adapters)
+    if is_gguf:
+        with suppress(ImportError):
+            return GgufWeights(directory)
+        return BuilderWeights(directory)
+    return CheckpointWeights(directory)

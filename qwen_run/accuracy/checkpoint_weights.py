@@ -1,7 +1,8 @@
 """The weights of a checkpoint, read for a comparison: nothing of the builder is used, so that its faults show.
 
 What is read is what transformers reads: safetensors files (https://github.com/huggingface/safetensors#format), and in
-them the packed integers of GPTQ and AWQ, unpacked as AutoGPTQ's ``qlinear`` and AutoAWQ's ``gemm`` unpack them.
+them the packed integers of GPTQ, AWQ and AutoRound, unpacked as AutoGPTQ's ``qlinear`` and AutoAWQ's ``gemm`` unpack
+them; ``stored_numbers.py`` has the other formats.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import numpy as np
 
 from qwen_engine.errors import CheckpointError
 from qwen_engine.graph_io import EMBEDDING, HEAD
+from qwen_run.accuracy.stored_numbers import LinearParts, StoredNumbers, group_size_of, numbers_of
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # what a file calls a type -> how its bytes lie; bfloat16 is the upper half of a float32
-_ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4"}
+_ELEMENTS = {
+    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "F8_E4M3": "u1",
+}  # fmt: skip
 
 # AWQ: the place in an int32 of each of eight outputs side by side
 _AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -28,17 +32,17 @@ _AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor in a mapped file."""
+    """A tensor in a mapped file; ``element`` is its type by the file's name."""
 
     stored: np.ndarray
-    is_bfloat16: bool
+    element: str
 
     def __getitem__(self, part: Any) -> np.ndarray:
-        """``part`` of it in a new array: float32, or int32 as it is."""
+        """``part`` of it in a new array: float32, or integers as int32."""
         values = self.stored[part]
-        if self.is_bfloat16:
+        if self.element == "BF16":
             return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
-        return np.array(values, np.int32 if values.dtype.kind == "i" else np.float32)
+        return np.array(values, np.int32 if values.dtype.kind in "iu" else np.float32)
 
 
 class CheckpointWeights:
@@ -57,11 +61,12 @@ class CheckpointWeights:
             config = json.loads((directory / "config.json").read_bytes())
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(f"the weights of {directory} cannot be read: {error}; download it again") from error
-        self._packing: dict[str, Any] = config.get("quantization_config") or {}
+        self._packing: dict[str, Any] = config.get("quantization_config") or config.get("compression_config") or {}
 
     def is_packed(self, linear: str) -> bool:
-        """Whether the checkpoint stores ``linear`` as small integers."""
-        return f"{linear}.qweight" in self._tensors
+        """Whether the checkpoint stores ``linear`` as integers that the engine has too."""
+        numbers = self._numbers(linear)
+        return self._is_in_words(linear) or (numbers is not None and numbers.is_packed)
 
     def vector(self, name: str) -> np.ndarray:
         """A norm's weight or a bias.
@@ -77,11 +82,22 @@ class CheckpointWeights:
         Raises:
             CheckpointError: there is no such weight.
         """
-        if self.is_packed(linear):
+        if self._is_in_words(linear):
             return self._unpacked(linear, rows)
+        if (numbers := self._numbers(linear)) is not None:
+            return numbers.read(self._linear(linear), rows)
         if linear == HEAD and f"{HEAD}.weight" not in self._tensors:
             linear = EMBEDDING
         return self._tensor(f"{linear}.weight")[rows]
+
+    def _is_in_words(self, linear: str) -> bool:
+        return f"{linear}.qweight" in self._tensors
+
+    def _numbers(self, linear: str) -> StoredNumbers | None:
+        return numbers_of(self._linear(linear))
+
+    def _linear(self, linear: str) -> LinearParts:
+        return LinearParts(self._tensors, self._packing, linear)
 
     def _tensor(self, name: str) -> _Tensor:
         if name not in self._tensors:
@@ -90,48 +106,65 @@ class CheckpointWeights:
 
     def _unpacked(self, linear: str, rows: slice) -> np.ndarray:
         """(q - zero point) * scale, the latter two of the group of each input."""
-        outputs, mask = np.arange(rows.start, rows.stop), (1 << self._bits) - 1
-        places = _AWQ_PLACES if self._is_awq else np.arange(32 // self._bits)
-        words, shifts = outputs // len(places), self._bits * places[outputs % len(places)]
+        bits = self._bits(linear)
+        outputs, mask = np.arange(rows.start, rows.stop), (1 << bits) - 1
+        places = _AWQ_PLACES if self._is_awq else np.arange(32 // bits)
+        words, shifts = outputs // len(places), bits * places[outputs % len(places)]
         zeros = ((self._tensor(f"{linear}.qzeros")[:, words] >> shifts) & mask) + self._zero_offset
         if self._is_awq:  # an int32 holds outputs of one input
             q = (self._tensor(f"{linear}.qweight")[:, words] >> shifts) & mask
         else:  # inputs of one output
             packed = self._tensor(f"{linear}.qweight")[:, rows]
-            q = ((packed[:, None] >> self._bits * places[:, None]) & mask).reshape(-1, len(outputs))
+            q = ((packed[:, None] >> bits * places[:, None]) & mask).reshape(-1, len(outputs))
         groups = self._group_of(linear, len(q))
         scales = self._tensor(f"{linear}.scales")[:, rows]
         return np.ascontiguousarray(((q - zeros[groups]).astype(np.float32) * scales[groups]).T)
 
     def _group_of(self, linear: str, inputs: int) -> np.ndarray:
         """The group of each input of ``linear``."""
-        size = int(self._packing.get("group_size", self._packing.get("q_group_size", -1)))
-        if size == -1:
-            return np.zeros(inputs, np.int64)
-        if f"{linear}.g_idx" in self._tensors:
+        groups, size = len(self._tensor(f"{linear}.scales").stored), self._group_size
+        if groups > 1 and f"{linear}.g_idx" in self._tensors:
             return self._tensor(f"{linear}.g_idx")[...]
+        if -(-inputs // size) != groups:  # a rule of the config gives it other groups
+            size = group_size_of(inputs, groups)
         return np.asarray(np.arange(inputs) // size)
+
+    def _bits(self, linear: str) -> int:
+        """Of an integer of ``linear``: as many of an output's zero points are in a word."""
+        shapes = [self._tensor(f"{linear}.{suffix}").stored.shape for suffix in ("qzeros", "scales")]
+        return int(32 * shapes[0][1] // shapes[1][1])
+
+    @property
+    def _group_size(self) -> int:
+        told = int(self._packing.get("group_size", self._packing.get("q_group_size", -1)))
+        return 1 << 30 if told == -1 else told
+
+    @property
+    def _version(self) -> str:
+        """How words are packed, by the name that the format's own key gives it."""
+        keys = ("packing_format",) if self._packing["quant_method"] == "auto-round" else ("checkpoint_format", "format")
+        return next((str(self._packing[key]).lower() for key in keys if self._packing.get(key)), "gptq")
 
     @property
     def _is_awq(self) -> bool:
-        return bool(self._packing["quant_method"] == "awq")
-
-    @property
-    def _bits(self) -> int:
-        return int(self._packing.get("bits", self._packing.get("w_bit", 4)))
+        return self._packing["quant_method"] == "awq" or self._version == "auto_round:auto_awq"
 
     @cached_property
     def _zero_offset(self) -> int:
         """What is added to a stored zero point: the first version of GPTQ's format has them less one.
 
-        Where all of them are the middle of the grid, the version is the second, whatever the checkpoint says.
+        Where all of a GPTQ checkpoint are the middle of the grid, the version is the second, whatever it says.
         """
-        version = self._packing.get("checkpoint_format") or self._packing.get("format") or "gptq"
-        if self._is_awq or version != "gptq":
+        if self._is_awq or self._version in ("gptq_v2", "auto_round"):
             return 0
-        middle = 0x88888888 if self._bits == 4 else 0x80808080
-        stored = [tensor.stored for name, tensor in self._tensors.items() if name.endswith(".qzeros")]
-        return 0 if all((values.view("<u4") == middle).all() for values in stored) else 1
+        if self._packing["quant_method"] != "gptq":
+            return 1
+        stored = {
+            name.removesuffix(".qzeros"): each for name, each in self._tensors.items() if name.endswith(".qzeros")
+        }
+        middles = {4: 0x88888888, 8: 0x80808080}
+        alike = ((each.stored.view("<u4") == middles[self._bits(name)]).all() for name, each in stored.items())
+        return 0 if all(alike) else 1
 
 
 def _open_tensors(directory: Path) -> dict[str, _Tensor]:
@@ -149,7 +182,7 @@ def _open_tensors(directory: Path) -> dict[str, _Tensor]:
             element = np.dtype(_ELEMENTS[entry["dtype"]])
             place = begin + int(entry["data_offsets"][0])
             stored = np.ndarray(entry["shape"], element, file, place)
-            tensors[name] = _Tensor(stored, entry["dtype"] == "BF16")
+            tensors[name] = _Tensor(stored, entry["dtype"])
     embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), f"{EMBEDDING}.weight")
     prefix = embedding.removesuffix("embed_tokens.weight")
     return {_plain_name(name, prefix): tensor for name, tensor in tensors.items()}

@@ -26,6 +26,7 @@ from qwen_engine.manifest import MergedAdapter, Quantization
 from qwen_plugin.layout import BLOCK_COLUMNS
 from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
+from qwen_run.accuracy.gguf_weights import GgufWeights
 from qwen_run.accuracy.logits import FullLogits, ReferenceLogits, compare, following_tokens, positions_of
 from qwen_run.accuracy.recipe import Recipe
 from qwen_run.engine_files.weights import EngineWeights, StoredLinear, slices
@@ -324,7 +325,7 @@ class HuggingFace:
         assert not any(unset.values()), [name for name, elements in unset.items() if elements]
 
 
-def _checkpoint_pieces(model: Any, weights: CheckpointWeights | BuilderWeights) -> Pieces:
+def _checkpoint_pieces(model: Any, weights: CheckpointWeights | GgufWeights | BuilderWeights) -> Pieces:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             yield name, slice(None), weights.vector(name)

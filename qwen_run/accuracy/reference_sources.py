@@ -147,7 +147,8 @@ class LiveSources:
         return [*compare_text_files(engine, self.path), compare_weights(engine, self.path)]
 
     def cost(self, prompts: Sequence[Sequence[int]], threads: int) -> Cost:
-        size_bytes = sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+        files = [path for kind in ("*.safetensors", "*.gguf") for path in self.path.glob(kind)]
+        size_bytes = sum(path.stat().st_size for path in files)
         return measure_cost("reference", self.path, threads, prompts, size_bytes)
 
     def save(self, path: Path, identity: Identity, prompts: Mapping[str, tuple[int, ...]], cost: Cost | None) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from qwen_engine.manifest import ModelSizes, Quantization
 from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
+from qwen_run.accuracy.gguf_weights import GgufWeights
 from qwen_run.accuracy.report import Check
 from qwen_run.accuracy.weight_errors import (
     BLOCK_COLUMNS,
@@ -95,7 +96,7 @@ class _Comparison:
     """
 
     found: EngineWeights
-    expected: CheckpointWeights | BuilderWeights
+    expected: CheckpointWeights | GgufWeights | BuilderWeights
     complaints: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, tuple[np.ndarray, float]] = field(default_factory=dict)
     excess: dict[str, float] = field(default_factory=dict)

@@ -32,7 +32,7 @@ from qwen_build.checkpoint.weights import Checkpoint  # noqa: E402
 
 
 def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(write_gguf) == doctest.TestResults(failed=0, attempted=5)
+    assert doctest.testmod(write_gguf) == doctest.TestResults(failed=0, attempted=6)
 
 
 @pytest.fixture(scope="module")

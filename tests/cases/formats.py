@@ -80,3 +80,14 @@ def quantised(tiny: TinyCheckpoint, path: Path, config: dict[str, Any], quantise
     hf = json.loads((tiny.path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(hf | {"quantization_config": config}))
     return QuantisedCheckpoint(path, weights, model)
+
+
+def assert_read_alike(path: Path, linears: dict[str, np.ndarray]) -> None:
+    """The reader of ``qwen_run.accuracy``, which shares nothing with the builder, has the values of ``linears``."""
+    from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
+
+    weights = open_weights(path)
+    assert not isinstance(weights, BuilderWeights)
+    for name, expected in linears.items():
+        for rows in (slice(0, len(expected)), slice(3, 13), slice(7, 8)):
+            assert np.array_equal(weights.rows(name, rows), expected[rows]), name

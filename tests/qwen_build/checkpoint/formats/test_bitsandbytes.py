@@ -14,13 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cases.formats import quantised
+from cases.formats import assert_read_alike, quantised
 from cases.tiny import hf_logits, run_alone
+from qwen_build import build
+from qwen_build.checkpoint.formats import bitsandbytes
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.errors import QwenError
+from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.runtime.engine import Engine
 
 TOKENS = np.random.default_rng(5).integers(0, 131, 40).tolist()
@@ -80,6 +83,7 @@ def test_weights_are_bit_equal_whichever_rows_are_read(nested, nf4):
             for start, stop in ((1, 2), (3, 13), (7, 16)):
                 assert np.array_equal(weights.read(f"{name}.weight", start, stop), expected[start:stop]), name
         assert weights.packed == {}
+    assert_read_alike(found.path, found.weights)
 
 
 def test_an_engine_is_rounded_as_quant_says(nf4, build_engine):
@@ -120,3 +124,13 @@ def test_what_cannot_be_read_is_refused_by_name(config, name, tensor, message, n
         plan(found.path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_gate_sees_a_builder_that_reads_other_numbers(nested, nf4, build_engine, monkeypatch, tmp_path):
+    found, largest = nf4(nested), bitsandbytes.FourBitWeight._largest
+    assert compare_weights(build_engine(found.path, quant="int8"), found.path).passed
+    monkeypatch.setattr(bitsandbytes.FourBitWeight, "_largest", lambda *rows: largest(*rows) * np.float32(1.1))
+    check = compare_weights(build(found.path, tmp_path / "engine", quant="int8"), found.path)
+    assert "model.layers.0.self_attn.q_proj (" in check.message
+    assert not check.passed

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from cases.formats import QuantisedCheckpoint, in_groups, quantised
+from cases.formats import QuantisedCheckpoint, assert_read_alike, in_groups, quantised
 from cases.tiny import hf_logits, run_alone
+from qwen_build import build
+from qwen_build.checkpoint.formats import compressed
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build
@@ -112,6 +114,7 @@ def test_weights_are_those_that_the_library_reads(name, compress):
             assert np.array_equal(weights.read(f"{linear}.weight"), expected), linear
             assert np.array_equal(weights.read(f"{linear}.weight", 3, 13), expected[3:13]), linear
         assert set(weights.packed) == ({f"{linear}.weight" for linear in found.weights} if name in EXACT else set())
+    assert_read_alike(found.path, found.weights)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -195,3 +198,11 @@ def test_a_linear_that_no_group_targets_is_named(compress):
     found.configure(config_groups=groups, ignore=["re:.*layers.0.self_attn.*"])
     with pytest.raises(QwenError, match=r"layers.0.*is quantised, and ignore lists it"):
         plan(found.path)
+
+
+def test_the_gate_sees_a_builder_that_reads_other_numbers(compress, monkeypatch, tmp_path):
+    found, scales = compress("w4a16 asymmetric"), compressed.IntegerWeight.scales
+    monkeypatch.setattr(compressed.IntegerWeight, "scales", lambda *rows: scales(*rows) * np.float32(2))
+    check = compare_weights(build(found.path, tmp_path / "engine"), found.path)
+    assert "model.layers.0.self_attn.q_proj (not equal to the bit)" in check.message
+    assert not check.passed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import struct
@@ -13,10 +14,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases.formats import in_groups
+from cases.formats import assert_read_alike, in_groups
 from cases.gguf_files import END, write
 from cases.tiny import TinyCheckpoint, run_alone
-from qwen_build.checkpoint.formats.gguf import PACKED
+from qwen_build.checkpoint.formats import gguf as formats_gguf
+from qwen_build.checkpoint.formats.gguf import PACKED, _nibbles
 from qwen_build.checkpoint.gguf_file import BY_NAME, GgufFile
 from qwen_build.checkpoint.gguf_text import as_directory
 from qwen_build.checkpoint.locate import resolve_checkpoint
@@ -26,6 +28,7 @@ from qwen_build.engine_build import plan_build, write_engine
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.errors import BuildError, QwenError
 from qwen_engine.manifest import Manifest
+from qwen_run.accuracy.gguf_weights import GgufWeights
 from qwen_run.accuracy.origin_checks import check_checkpoint
 from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.runtime.engine import Engine
@@ -63,6 +66,8 @@ def test_weights_are_those_that_the_package_reads(kind, tiny, tmp_path):
             assert np.array_equal(weights.read(name, 3, 70), weight[3:70]), name
         layers = {name for name, weight in expected.items() if weight.ndim == 2 and ".layers." in name}
         assert set(weights.packed) == (layers if kind in PACKED else set())
+    linears = {name.removesuffix(".weight"): weight for name, weight in expected.items() if weight.ndim == 2}
+    assert_read_alike(as_directory(tmp_path / "m.gguf"), linears)
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -95,8 +100,8 @@ def test_a_float_engine_is_that_of_the_safetensors(tiny, tmp_path):
 
 
 def test_rows_in_pairs_are_those_of_hugging_face(tiny, tmp_path):
-    expected = write(tiny, tmp_path / "m.gguf", "Q8_0", architecture="llama")
-    file = GgufFile.open(tmp_path / "m.gguf")
+    expected = write(tiny, tmp_path / "model.gguf", "Q8_0", architecture="llama")
+    file = GgufFile.open(tmp_path / "model.gguf")
     from qwen_build.checkpoint.formats.gguf import find_gguf
 
     found = find_gguf({}, file)
@@ -105,6 +110,10 @@ def test_rows_in_pairs_are_those_of_hugging_face(tiny, tmp_path):
         weight = found.weights[name]
         assert np.array_equal(weight.read(0, weight.shape[0]), expected[name])
         assert np.array_equal(weight.read(17, 90), expected[name][17:90])
+        ours = GgufWeights(tmp_path)
+        assert np.array_equal(ours.rows(name.removesuffix(".weight"), slice(17, 90)), expected[name][17:90])
+        bias = name.removesuffix("weight") + "bias"
+        assert np.array_equal(ours.vector(bias), expected[bias])
     file.close()
 
 
@@ -144,6 +153,7 @@ def test_a_model_in_several_files_is_that_of_one(parts, tiny, tmp_path):
     origin = Manifest.read(several).origin.sha256
     assert sum(name.endswith(f"-of-{len(files):05}.gguf") for name in origin) == len(files)
     check_checkpoint(Manifest.read(several), located.path)
+    assert compare_weights(several, located.path).passed
 
 
 def test_links_of_the_hubs_cache_are_parts_by_their_names(parts, tmp_path):
@@ -276,3 +286,15 @@ def test_a_directory_may_not_link_to_a_file_elsewhere(tiny, tmp_path):
     (copy / "model.gguf").symlink_to(tmp_path / "m.gguf")
     with pytest.raises(QwenError, match=r"model.gguf"):
         Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
+def test_the_gate_sees_a_builder_that_reads_other_numbers(kind, tiny, tmp_path, monkeypatch):
+    write(tiny, tmp_path / "m.gguf", kind, head="F16")
+    turned = dataclasses.replace(PACKED["Q4_0"], q=lambda stored: _nibbles(stored >> 4 | stored << 4))
+    monkeypatch.setitem(PACKED, "Q4_0", turned)
+    dequantized = formats_gguf._dequantized
+    monkeypatch.setattr(formats_gguf, "_dequantized", lambda *stored: dequantized(*stored) * np.float32(1.1))
+    check = compare_weights(build(tmp_path / "m.gguf", tmp_path / "engine"), as_directory(tmp_path / "m.gguf"))
+    assert "model.layers.0.self_attn.q_proj (" in check.message
+    assert not check.passed

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from cases.formats import QuantisedCheckpoint, quantised
+from cases.formats import QuantisedCheckpoint, assert_read_alike, quantised
 from cases.tiny import hf_logits, run_alone
+from qwen_build import build
+from qwen_build.checkpoint.formats import scaled
 from qwen_build.checkpoint.formats.scaled import E4M3
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.engine_build import plan_build
 from qwen_build.plan.options import BuildOptions
 from qwen_engine.errors import CheckpointError, QwenError
+from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.runtime.engine import Engine
 
 TOKENS = np.random.default_rng(5).integers(0, 131, 40).tolist()
@@ -70,6 +73,7 @@ def test_weights_in_blocks_are_bit_equal(fp8):
             assert np.array_equal(weights.read(f"{name}.weight"), expected), name
             assert np.array_equal(weights.read(f"{name}.weight", 13, 15), expected[13:15]), name
         assert weights.packed == {}
+    assert_read_alike(fp8.path, fp8.weights)
 
 
 def test_weights_with_one_scale_are_bit_equal(tiny_checkpoint, tmp_path):
@@ -78,6 +82,7 @@ def test_weights_with_one_scale_are_bit_equal(tiny_checkpoint, tmp_path):
     with Checkpoint.open(found.path) as weights:
         for name, expected in found.weights.items():
             assert np.array_equal(weights.read(f"{name}.weight"), expected), name
+    assert_read_alike(found.path, found.weights)
     assert any("input_scale and 21 more are left out" in note for note in plan(found.path).notes)
 
 
@@ -118,3 +123,11 @@ def test_numbers_that_are_not_finite_are_refused(fp8):
     fp8.edit(model__layers__1__mlp__up_proj__weight=nan)
     with Checkpoint.open(fp8.path) as weights, pytest.raises(CheckpointError, match="has 160 NaN or infinite values"):
         weights.read("model.layers.1.mlp.up_proj.weight", 3, 5)
+
+
+def test_the_gate_sees_a_builder_that_reads_other_numbers(fp8, build_engine, monkeypatch, tmp_path):
+    assert compare_weights(build_engine(fp8.path, quant="int8"), fp8.path).passed
+    monkeypatch.setattr(scaled, "E4M3", np.where(np.arange(256) & 7 == 5, np.float32(1.1), np.float32(1)) * E4M3)
+    check = compare_weights(build(fp8.path, tmp_path / "engine", quant="int8"), fp8.path)
+    assert "model.layers.0.self_attn.q_proj (" in check.message
+    assert not check.passed

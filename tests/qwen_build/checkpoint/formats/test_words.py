@@ -16,6 +16,7 @@ from qwen_build.engine_build import Plan
 from qwen_build.plan.rules import Rule
 from qwen_build.quantization.schemes import dequantize
 from qwen_engine.errors import BuildError, CheckpointError, QwenError, UnsupportedModel, WeightMismatch
+from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.runtime.engine import Engine
 
 TOKENS = np.random.default_rng(5).integers(0, 131, 70).tolist()
@@ -286,11 +287,11 @@ def test_linears_have_the_bits_and_groups_that_a_rule_gives_them(pack, build_eng
     assert (found[name], found["model.layers.0.mlp.down_proj"], plan.options.quant) == ((8, 64), (4, 32), "int4")
     stored = stored_weights(packed, plan)
     assert all(np.array_equal(stored[other], weight if other == name else packed.weights[other]) for other in stored)
-    build_engine(packed.path)
+    assert compare_weights(build_engine(packed.path), packed.path).passed
 
 
 @pytest.mark.parametrize("pattern", ["model.layers.1.mlp.down_proj", r"model\.layers\.1\..*down_proj"])
-def test_autoround_keeps_what_is_otherwise_in_extra_config(pattern, pack):
+def test_autoround_keeps_what_is_otherwise_in_extra_config(pattern, pack, build_engine):
     case = next(case for case in CASES if case.version == "auto_round")
     packed = pack(case)
     name = "model.layers.1.mlp.down_proj"
@@ -300,3 +301,4 @@ def test_autoround_keeps_what_is_otherwise_in_extra_config(pattern, pack):
     stored = stored_weights(packed, packed.plan())
     assert np.array_equal(stored[name], weight)
     assert all(np.array_equal(stored[other], packed.weights[other]) for other in stored if other != name)
+    assert compare_weights(build_engine(packed.path), packed.path).passed
