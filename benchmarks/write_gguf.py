@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from benchmarks.command import run
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.checkpoint.files import read_json
+from qwen_build.checkpoint.files import read_json, read_optional_json
 from qwen_build.checkpoint.formats.gguf import LAYER_MODULES, MODULES
+from qwen_build.checkpoint.gguf_text import SPLITS
 from qwen_build.checkpoint.weights import Checkpoint
 
 STEMS = {module: stem for stem, module in (LAYER_MODULES | MODULES).items()}
 FAMILIES = ("qwen2", "qwen3")
 LLAMA = "llama"
-KINDS = ("F32", "F16", "Q8_0", "Q4_0")  # how a matrix may be stored
+KINDS = ("F32", "BF16", "F16", "Q8_0", "Q4_0")  # how a matrix may be stored
 ROWS_AT_A_TIME = 1 << 14
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
 
@@ -143,7 +145,8 @@ def _quantized(weights: Checkpoint, name: str, order: np.ndarray, dtype: Any) ->
 
 
 def _add_tokenizer(writer: Any, checkpoint: Path, config: dict[str, Any]) -> None:
-    """The checkpoint's byte-level tokenizer (not how it splits text first), or one that only has as many tokens."""
+    """The checkpoint's byte-level tokenizer and chat template, or a tokenizer that only has as many tokens."""
+    tokenizer: dict[str, Any] = {}
     if (checkpoint / "tokenizer.json").is_file():
         tokenizer = json.loads((checkpoint / "tokenizer.json").read_text("utf-8"))
         named = {
@@ -161,13 +164,29 @@ def _add_tokenizer(writer: Any, checkpoint: Path, config: dict[str, Any]) -> Non
     by_id = {index: token for token, index in named.items()}
     ids = range(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(splitting(tokenizer))
     writer.add_token_list([by_id.get(index, f"<unused{index}>") for index in ids])
     writer.add_token_types([CONTROL if index in special or index not in by_id else NORMAL for index in ids])
     writer.add_token_merges(merges)
     for name, add in (("eos_token_id", writer.add_eos_token_id), ("bos_token_id", writer.add_bos_token_id)):
         if config.get(name) is not None:
             add(_first(config[name]))
+    if isinstance(template := read_optional_json(checkpoint / "tokenizer_config.json").get("chat_template"), str):
+        writer.add_chat_template(template)
+
+
+def splitting(tokenizer: dict[str, Any]) -> str:
+    """What GGUF calls the way in which a ``tokenizer.json`` splits texts; Qwen2's where it has no name for it.
+
+    >>> splitting({"pre_tokenizer": None})
+    'qwen2'
+    """
+    for name, (_, pieces) in SPLITS.items():
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.Sequence(pieces())
+        if json.loads(made.to_str())["pre_tokenizer"] == tokenizer.get("pre_tokenizer"):
+            return name
+    return "qwen2"
 
 
 def _first(value: int | list[int]) -> int:

@@ -100,6 +100,19 @@ def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The directory of the real demo model; tests that need it are skipped where it is not installed."""
+    pytest.importorskip("gguf")
+    from qwen_build.checkpoint.locate import resolve_checkpoint
+    from qwen_engine.errors import BuildError
+
+    try:
+        return resolve_checkpoint(None).path
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def chat_engine(tmp_path_factory: pytest.TempPathFactory, build_engine: Callable[..., Path]) -> Path:
     """A tiny Qwen3 with random weights, quantised, and the tokenizer and template of the scripted model."""
     import torch

