@@ -17,6 +17,7 @@ import numpy as np
 
 from qwen_engine.errors import CheckpointError
 from qwen_engine.graph_io import EMBEDDING, HEAD
+from qwen_run.accuracy.qwen1_names import qwen2_tensors
 from qwen_run.accuracy.stored_numbers import LinearParts, StoredNumbers, group_size_of, numbers_of
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -183,9 +184,14 @@ def _open_tensors(directory: Path) -> dict[str, _Tensor]:
             place = begin + int(entry["data_offsets"][0])
             stored = np.ndarray(entry["shape"], element, file, place)
             tensors[name] = _Tensor(stored, entry["dtype"])
+    tensors = dict(qwen2_tensors(tensors, _third))
     embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), f"{EMBEDDING}.weight")
     prefix = embedding.removesuffix("embed_tokens.weight")
     return {_plain_name(name, prefix): tensor for name, tensor in tensors.items()}
+
+
+def _third(tensor: _Tensor, number: int, axis: int) -> _Tensor:
+    return _Tensor(np.split(tensor.stored, 3, axis)[number], tensor.element)
 
 
 def _plain_name(name: str, prefix: str) -> str:

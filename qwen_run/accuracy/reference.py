@@ -28,6 +28,7 @@ from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.gguf_weights import GgufWeights
 from qwen_run.accuracy.logits import FullLogits, ReferenceLogits, compare, following_tokens, positions_of
+from qwen_run.accuracy.qwen1_names import config_of
 from qwen_run.accuracy.recipe import Recipe
 from qwen_run.engine_files.weights import EngineWeights, StoredLinear, slices
 
@@ -276,11 +277,11 @@ class HuggingFace:
     def _load(self, checkpoint: Path, dtype: Any, rope_scaling: str | None, adapters: Sequence[MergedAdapter]) -> Any:
         """The model of ``checkpoint``; transformers itself reads packed weights and adapters with other packages."""
         auto = self._transformers.AutoModelForCausalLM
-        config = self._transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        config, is_known = config_of(checkpoint, self._transformers)
         if rope_scaling is not None:
             config.rope_parameters = json.loads(rope_scaling)
         packed = getattr(config, "quantization_config", None) is not None
-        if not packed and not adapters:
+        if is_known and not packed and not adapters:
             return auto.from_pretrained(checkpoint, config=config, dtype=dtype, local_files_only=True)
         if packed:
             del config.quantization_config

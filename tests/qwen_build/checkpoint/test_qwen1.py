@@ -12,16 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 
 from cases.packed import CASES
 from cases.qwen1_names import as_qwen1
 from cases.tiny import run_alone
 from qwen_build import build
+from qwen_build.checkpoint import qwen1
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.tiktoken_file import SPECIAL, read_tiktoken
 from qwen_build.checkpoint.tokenizer_files import engine_tokenizer
 from qwen_engine.errors import BuildError, CheckpointError, UnsupportedModel
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest
+from qwen_run.accuracy.qwen1_names import config_of
+from qwen_run.accuracy.reference import HuggingFace
+from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.runtime.engine import Engine
 from qwen_run.text.chat_template import ChatTemplate
 from qwen_run.text.tokenizer_file import QWEN_WORDS
@@ -184,3 +189,25 @@ def test_it_answers_as_the_same_weights_do_in_transformers(tiny_checkpoint, tmp_
     engine = Engine.load(build(old, tmp_path / "engine", quant="none"), threads=1)
     # float32 sums in another order: 1e-4 of logits that reach 10 and more
     np.testing.assert_allclose(run_alone(engine, tokens), checkpoint.logits(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gate_reads_it_itself(tiny_checkpoint, build_engine, monkeypatch, tmp_path):
+    new = tiny_checkpoint("qwen1")
+    old = as_qwen1(new.path, tmp_path / "old")
+    assert compare_weights(build_engine(old, quant="int8"), old).passed
+    (ours,), (theirs,) = ([*HuggingFace(path, 1).logits(range(3, 20))] for path in (old, new.path))
+    np.testing.assert_array_equal(ours.values, theirs.values)
+    modules = qwen1._MODULES
+    monkeypatch.setattr(qwen1, "_MODULES", modules | {"mlp.w1": modules["mlp.w2"], "mlp.w2": modules["mlp.w1"]})
+    check = compare_weights(build(old, tmp_path / "engine", quant="int8"), old)
+    assert "gate_proj" in check.message
+    assert not check.passed
+
+
+@pytest.mark.parametrize("hf", [PUBLISHED, AUGUST])
+def test_the_gate_knows_both_spellings(hf, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config, is_known = config_of(tmp_path, transformers)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (4096, 11008, 32)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (32, 32, 151936)
+    assert not is_known
