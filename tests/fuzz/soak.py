@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak") as directory:
         model, options = _served(given, Path(directory))
         with running(model, options=options, max_queue=1000) as server:
-            server.log = deque(maxlen=10_000)  # type: ignore[assignment]
+            server.log = deque(maxlen=1000)  # type: ignore[assignment]
             begun = time.monotonic()
 
             def tell(done: int) -> None:
