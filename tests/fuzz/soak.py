@@ -148,7 +148,9 @@ def main() -> None:
             def tell(done: int) -> None:
                 print(f"{done} requests, {time.monotonic() - begun:.0f} s, {resident_mib():.1f} MiB", flush=True)
 
-            found = asyncio.run(soak(server.url, asks, given.requests, tell))
+            found = asyncio.run(
+                asyncio.wait_for(soak(server.url, asks, given.requests, tell), PATIENCE_S + given.requests)
+            )
             left = what_is_left(server)
             print(server.serving.opened.statistics)
     print(*found.wrong[:20], *left, sep="\n")
