@@ -90,7 +90,7 @@ class Grammars:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
-        matcher, problem = _with_deep_stack(_compiled, vocabulary, form)
+        matcher, problem = _with_deep_stack(_compile, vocabulary, form)
         if problem:
             raise RequestError(f"{form.kind} cannot be kept to: {problem[:_LONGEST_PROBLEM]}; change it")
         with self._guard:
@@ -133,7 +133,7 @@ class _Vocabulary:
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
 
-def _compiled(vocabulary: Any, form: StructuredOutputsParams) -> tuple[Any, str]:
+def _compile(vocabulary: Any, form: StructuredOutputsParams) -> tuple[Any, str]:
     """A matcher of ``form``, and why it cannot be kept to; no words where it can."""
     import llguidance
 

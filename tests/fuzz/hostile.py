@@ -216,7 +216,7 @@ def findings(directory: Path, seed: int, first: int, count: int) -> tuple[Counte
     try:
         with running(model, **SETTINGS) as server:
             server.log = deque(maxlen=1000)  # type: ignore[assignment]
-            ends, lines = asyncio.run(attack(server, seed, first, count))
+            ends, lines = asyncio.run(asyncio.wait_for(attack(server, seed, first, count), PATIENCE_S + count))
             server.wait_until_idle()
             last = server.post(COMPLETIONS, {"prompt": "hi", "max_tokens": 9})
             lines += [] if last.status_code == 200 else [f"afterwards: {last.text}"]

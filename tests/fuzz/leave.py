@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
+from cases.processes import PATIENCE_S
 from cases.scripted import Script, scripted_model, write_text_files
 from cases.serving import Running, running
 from fuzz.answers import CHAT, COMPLETIONS
@@ -80,7 +81,7 @@ def findings(directory: Path, count: int, run_s: float = 0.002) -> tuple[Counter
     assert isinstance(script, Script)
     with running(model, options={"max_batch_size": BATCH, "max_batch_tokens": 64}, max_queue=1000) as server:
         server.log = deque(maxlen=100)  # type: ignore[assignment]
-        went, memory = asyncio.run(leave(server, count))
+        went, memory = asyncio.run(asyncio.wait_for(leave(server, count), PATIENCE_S + count))
         server.wait_until_idle()
         answer = server.post(COMPLETIONS, {"prompt": "hi"}).json()
         complaints = [] if answer["choices"][0]["text"] == "HI" else [f"afterwards: {answer}"]

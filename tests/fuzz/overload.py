@@ -16,6 +16,7 @@ import random
 import time
 from collections import defaultdict
 
+from cases.processes import PATIENCE_S
 from fuzz.answers import CHAT
 from qwen_run.bench.http_client import Address
 
@@ -83,7 +84,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--long", type=int, default=0, help="clients that let a megabyte be tokenized, besides")
     given = parser.parse_args()
-    took = asyncio.run(overload(given.url, given.places, given.seconds, given.long))
+    took = asyncio.run(
+        asyncio.wait_for(overload(given.url, given.places, given.seconds, given.long), given.seconds + PATIENCE_S)
+    )
     print("status or path: how many, ms to the first line: median, 99 of 100, longest")
     for name, times in sorted(took.items()):
         times.sort()

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,16 +139,20 @@ def main() -> None:
     parser.add_argument("--cache-kib", type=int, default=300, help="of an engine (default 300, for the tiny one)")
     given = parser.parse_args()
     asks = [make_ask(random.Random(f"ask {index}"), index) for index in range(given.distinct)]
+    if given.real or given.engine is not None:
+        asks = [replace(ask, expected=None) for ask in asks]
     with tempfile.TemporaryDirectory(prefix="soak") as directory:
         model, options = _served(given, Path(directory))
         with running(model, options=options, max_queue=1000) as server:
-            server.log = deque(maxlen=10_000)  # type: ignore[assignment]
+            server.log = deque(maxlen=1000)  # type: ignore[assignment]
             begun = time.monotonic()
 
             def tell(done: int) -> None:
                 print(f"{done} requests, {time.monotonic() - begun:.0f} s, {resident_mib():.1f} MiB", flush=True)
 
-            found = asyncio.run(soak(server.url, asks, given.requests, tell))
+            found = asyncio.run(
+                asyncio.wait_for(soak(server.url, asks, given.requests, tell), PATIENCE_S + given.requests)
+            )
             left = what_is_left(server)
             print(server.serving.opened.statistics)
     print(*found.wrong[:20], *left, sep="\n")
