@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="qwen2.5-0.5b", help="a shape, or a directory")
     parser.add_argument("--parts", type=chosen_parts, default=",".join(PARTS), help="with commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="few and short requests; its figures say little")
+    parser.add_argument("--rounds", type=int, help="of everything but poisson (default: 3, with --quick 1)")
     parser.add_argument("--trace", type=Path, default=SAMPLE_TRACE, help="whose lengths are drawn")
     parser.add_argument("--divisor", type=int, help="by which they are divided (default: 1, with --quick 10)")
     parser.add_argument("--rate", type=float, help="requests a second of the part poisson")
