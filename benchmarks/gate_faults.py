@@ -15,6 +15,8 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.command import run, say
@@ -52,12 +54,15 @@ def complaints(report: Report) -> list[str]:
 class Bench:
     """A checkpoint and its engines, each tried with every fault.
 
-    ``cells``: (fault, scheme) -> what was found; None where the fault is none to the scheme.
+    Attributes:
+        cells: (fault, scheme) -> what was found; None where the fault is none to the scheme.
+        seconds: scheme -> how long the gate took on the healthy engine, the reference's side computed.
     """
 
     def __init__(self, checkpoint: Path, directory: Path, name: str) -> None:
         self.checkpoint, self.directory, self.name = checkpoint, directory, name
         self.cells: dict[tuple[str, str], list[str] | None] = {}
+        self.seconds: dict[str, float] = {}
 
     def try_scheme(self, scheme: str, faults: list[str]) -> list[str]:
         """Fill the column of ``scheme``; what the gate says of the healthy engine."""
@@ -65,7 +70,9 @@ class Bench:
         if not engine.exists():
             build_engine(self.checkpoint, scheme, engine)
         place = self.directory / "reports" / scheme
+        started = time.perf_counter()
         healthy = complaints(judge(engine, self.checkpoint, place))
+        self.seconds[scheme] = time.perf_counter() - started
         say(f"{self.name}, {scheme}: healthy {healthy or 'passed'}")
         for fault in faults:
             self.cells[fault, scheme] = self._try(fault, scheme, engine, place / "reference.npz")
@@ -85,6 +92,13 @@ class Bench:
             if not compare_weights(copy, self.checkpoint).passed:
                 return ["weights"]
             return complaints(judge(copy, self.checkpoint, directory / "report"))
+
+
+def healthy_table(bench: Bench, healthy: Mapping[str, list[str]]) -> Iterator[str]:
+    """Markdown: a row a scheme, what the gate says of its engine as it is, and how long that took."""
+    yield from ("| healthy engine | the gate says | s |", "|---|---|---|")
+    for scheme, found in healthy.items():
+        yield f"| {scheme} | {', '.join(found) or 'passed'} | {bench.seconds[scheme]:.0f} |"
 
 
 def table(bench: Bench, schemes: list[str], faults: list[str]) -> str:
@@ -129,7 +143,7 @@ def main() -> None:
         bench = Bench(checkpoint, directory, name)
         healthy = {scheme: bench.try_scheme(scheme, faults) for scheme in arguments.schemes}
         print(f"## {name}\n", flush=True)
-        print("\n".join(f"- healthy {scheme}: {', '.join(found) or 'passed'}" for scheme, found in healthy.items()))
+        print("\n".join(healthy_table(bench, healthy)))
         if faults:
             print("\n" + table(bench, arguments.schemes, faults), flush=True)
         bad += [f"{name}, {scheme}: a healthy engine" for scheme, found in healthy.items() if found]

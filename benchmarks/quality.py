@@ -65,6 +65,7 @@ LADDER = {
     "int4, int4 head": "--quant int4 --embedding-quant int4",
     "int4 g64, int6 head": "--quant int4 --group-size 64 --embedding-quant int6",
     "int4, int6 head": "--quant int4 --embedding-quant int6",
+    "int4-mixed": "--quant int4-mixed",
     "int4": "--quant int4",
     "int5, int6 head": "--quant int5 --embedding-quant int6",
     "int5": "--quant int5",

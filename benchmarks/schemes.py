@@ -78,6 +78,7 @@ GROUPS: dict[str, dict[str, str]] = {
         **{f"int{bits}": f"--quant int{bits}" for bits in (5, 6, 8)},
         "smoothquant": "--quant smoothquant",
     },
+    "mixes": {"int4": "--quant int4", "int4-mixed": "--quant int4-mixed"},
     "float": {"float32": "--quant none"},
     "int8": {
         **{f"int8 g{size}": f"--quant int8 --group-size {size}" for size in GROUP_SIZES},

@@ -23,6 +23,7 @@ from qwen_engine.choices import (
     GROUP_SIZES,
     INT4_METHODS,
     KERNELS,
+    MIXED,
     QUANTS,
     WEIGHT_SCALES,
 )
@@ -63,8 +64,9 @@ class Size(click.ParamType[Any]):
 @click.argument("checkpoint", required=False)
 @click.option(
     "--quant",
-    type=click.Choice((*QUANTS, *CALIBRATED, AUTO)),
-    help="How the linear layers' weights are stored; smoothquant: int8, after outliers of their inputs were moved into "
+    type=click.Choice((*QUANTS, *MIXED, *CALIBRATED, AUTO)),
+    help="How the linear layers' weights are stored; int4-mixed: int4, with more bits where errors cost most; "
+    "smoothquant: int8, after outliers of their inputs were moved into "
     "the weights (calibrated); auto: each as a budget allows, see --max-kl.  [default: int4; as they are in a GPTQ or "
     "AWQ checkpoint]",
 )
@@ -82,7 +84,8 @@ class Size(click.ParamType[Any]):
 @click.option(
     "--embedding-quant",
     type=click.Choice(QUANTS),
-    help="The same for embedding and head.  [default: int8; none with --quant none]",
+    help="The same for embedding and head.  [default: int8; none with --quant none; int6 with int4-mixed, and int4 for "
+    "an embedding that is not the head]",
 )
 @click.option(
     "--exclude",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 QUANTS = ("none", "int8", "int6", "int5", "int4")
+MIXED = ("int4-mixed",)
 CALIBRATED = ("smoothquant",)
 AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)

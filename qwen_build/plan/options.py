@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,29 @@ DEFAULT_GROUP_SIZE = 32
 # the choices of --quant that calibrate -> the scheme they round to
 CALIBRATED = {"smoothquant": "int8"}
 DEFAULT_ALPHA: Literal["auto"] = "auto"
+
+
+class Mix(NamedTuple):
+    """A choice of --quant that gives some linears more bits than the others.
+
+    Attributes:
+        quant: of the linears that ``linears`` does not name.
+        linears: the last part of a linear's name -> its scheme.
+        head: of the head, and of an embedding that is the head as well.
+        lookup: of an embedding that is looked up alone: its error reaches one token, and is one of many there.
+    """
+
+    quant: str
+    linears: Mapping[str, str]
+    head: str
+    lookup: str
+
+
+# A byte takes most of the KL away in v_proj, the smallest of all, and then in down_proj; q_proj and k_proj have the
+# bits of v_proj so that the three stay one product. Beside int4 a head of 8 bits is more exact than all else, and what
+# two of its bits weigh buys more elsewhere. Figures: docs/accuracy.md.
+_QKV_6 = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "int6")
+MIXES = {"int4-mixed": Mix("int4", _QKV_6 | {"down_proj": "int5"}, "int6", "int4")}
 
 
 class OptionRule(NamedTuple):
@@ -59,7 +82,7 @@ def _is_factor(value: Any) -> bool:
 
 
 RULES = {
-    "quant": _one_of((*choices.QUANTS, *CALIBRATED, choices.AUTO)),
+    "quant": _one_of((*choices.QUANTS, *MIXES, *CALIBRATED, choices.AUTO)),
     "group_size": _one_of(choices.GROUP_SIZES),
     "symmetric": _one_of((True, False)),
     "kernels": _one_of(choices.KERNELS, optional=False),
@@ -90,7 +113,8 @@ class BuildOptions:
     """What a user may choose; None means the default that goes with ``quant``. The values are those of :data:`RULES`.
 
     A float engine keeps embedding and cache in float32, so that it equals Hugging Face; a quantised one stores the
-    embedding in int8 and the cache in float16, whose error is far below that of its linears.
+    embedding in int8 and the cache in float16, whose error is far below that of its linears. A mix says itself how it
+    stores the embedding.
 
     Attributes:
         quant: None is int4, or what the checkpoint is stored in.
@@ -155,12 +179,13 @@ class BuildOptions:
         int8 have the largest groups that need no padding, see ``scheme_plan.py``.
         """
         exact = self.quant == "none"
+        embedding = MIXES[self.quant].head if self.quant in MIXES else "none" if exact else "int8"
         fields = vars(self) | {
             "quant": self.quant or "int4",
             "weight_scales": self.weight_scales or "group",
             "alpha": DEFAULT_ALPHA if self.alpha is None and self.quant == "smoothquant" else self.alpha,
             "int4_method": self.int4_method or "rtn",
-            "embedding_quant": self.embedding_quant or ("none" if exact else "int8"),
+            "embedding_quant": self.embedding_quant or embedding,
             "kv_cache_dtype": self.kv_cache_dtype or ("float32" if exact else "float16"),
         }
         return ResolvedOptions(**fields)

@@ -11,8 +11,8 @@ from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.stored import PackedWeight
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LAYER, linear_names
-from qwen_build.graph.layers import Schemes
-from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, BuildOptions, ResolvedOptions
+from qwen_build.graph.layers import SchemeChoice, Schemes
+from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, MIXES, BuildOptions, ResolvedOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
 from qwen_build.quantization.scheme_table import make_scheme
 from qwen_build.quantization.schemes import Scheme
@@ -97,13 +97,30 @@ def plan_schemes(options: ResolvedOptions, config: ModelConfig, checkpoint: Chec
         )
 
     packed = packed_choices(config, checkpoint, scheme_of_packed)
-    rest = "none" if packed and not rounds_rest(config, checkpoint) else CALIBRATED.get(options.quant, options.quant)
+    rest = "none" if packed and not rounds_rest(config, checkpoint) else _most(options.quant)
     rules = (*excluding(options.exclude), *options.quant_config)
+    mixed = {name: SchemeChoice(scheme(quant)) for name, quant in _mixed(options, config).items()}
     return Schemes(
         scheme(rest, **scales),
         scheme(options.embedding_quant, group_size=_embedding_group_size(options, config)),
-        choose(linear_names(config), packed, rules, scheme_of),
+        mixed | choose(linear_names(config), packed, rules, scheme_of),
     )
+
+
+def _most(quant: str) -> str:
+    """The scheme that a choice of ``--quant`` gives most linears."""
+    return MIXES[quant].quant if quant in MIXES else CALIBRATED.get(quant, quant)
+
+
+def _mixed(options: ResolvedOptions, config: ModelConfig) -> dict[str, str]:
+    """What a mix stores otherwise than most of the linears, by name."""
+    if options.quant not in MIXES:
+        return {}
+    mix = MIXES[options.quant]
+    found = {name: mix.linears.get(name.rpartition(".")[2]) for name in linear_names(config) if LAYER.match(name)}
+    if not config.tie_word_embeddings and options.embedding_quant == mix.head:
+        found[EMBEDDING] = mix.lookup
+    return {name: quant for name, quant in found.items() if quant}
 
 
 def _embedding_group_size(options: ResolvedOptions, config: ModelConfig) -> int | None:

@@ -50,7 +50,10 @@ def test_an_odd_value_is_taken_or_refused_by_name(name, tiny_checkpoint):
     [
         ({"symmetric": 1}, "symmetric is 1, expected one of True, False"),
         ({"group_size": 64.0}, "group_size is 64.0, expected one of 32, 64, 128"),
-        ({"quant": ["int8"]}, r"quant is \['int8'\], expected one of none, int8, int6, int5, int4, smoothquant, auto"),
+        (
+            {"quant": ["int8"]},
+            r"quant is \['int8'\], expected one of none, int8, int6, int5, int4, int4-mixed, smooth",
+        ),
         ({"alpha": math.nan}, "alpha is nan, expected a number from 0 to 1, or 'auto'"),
         ({"exclude": [1]}, r"exclude is \(1,\), expected a pattern of names or several"),
         ({"max_seq_len": True}, "max_seq_len is True, expected a number of tokens"),

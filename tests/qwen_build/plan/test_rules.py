@@ -17,11 +17,12 @@ from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.cli import main
 from qwen_build.engine_build import Plan, plan_build
-from qwen_build.plan.options import BuildOptions
+from qwen_build.plan.options import MIXES, BuildOptions
 from qwen_build.plan.rules import Rule, read_rules
 from qwen_build.plan.scheme_plan import plan_schemes
 from qwen_build.quantization.scheme_table import make_scheme
 from qwen_build.quantization.schemes import dequantize
+from qwen_engine.choices import MIXED
 from qwen_engine.errors import BuildError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE
 from qwen_run.runtime.engine import Engine
@@ -55,6 +56,39 @@ def test_the_first_pattern_decides_and_the_rest_is_as_the_options_say(tiny_check
         **{f"model.layers.{i}.mlp.down_proj": "int4-64" if i != 1 else "int8-128" for i in range(3)},
         "lm_head": "none-0",
     }
+
+
+def test_a_mix_has_more_bits_where_errors_cost_most(tiny_checkpoint):
+    untied, tied = (schemes(tiny_checkpoint(name).path, quant="int4-mixed") for name in ("qwen2", "qwen2-tied"))
+    layers = {
+        f"model.layers.{i}.{name}": f"{quant}-32"
+        for i in range(3)
+        for name, quant in {
+            "self_attn.qkv_proj": "int6", "self_attn.o_proj": "int4",
+            "mlp.gate_up_proj": "int4", "mlp.down_proj": "int5",
+        }.items()
+    }  # fmt: skip
+    assert untied == {"model.embed_tokens": "int4-32", **layers, "lm_head": "int6-32"}
+    assert tied == {"model.embed_tokens": "int6-32", **layers, "lm_head": "int6-32"}
+
+
+def test_rules_and_options_go_before_a_mix(tiny_checkpoint):
+    rules = (rule("*.0.self_attn.v_proj", "int8"),)
+    found = schemes(
+        tiny_checkpoint("qwen2").path, quant="int4-mixed", quant_config=rules, group_size=64, embedding_quant="int8"
+    )
+    assert found["model.layers.0.self_attn.v_proj"] == "int8-64"
+    assert found["model.layers.1.self_attn.qkv_proj"] == "int6-64"
+    assert found["model.embed_tokens"] == found["lm_head"] == "int8-64"
+
+
+def test_stock_kernels_have_no_mix(tiny_checkpoint):
+    with pytest.raises(BuildError, match="--kernels stock has no weights of 6 bits; use --kernels native"):
+        plan(tiny_checkpoint("qwen2").path, quant="int4-mixed", kernels="stock")
+
+
+def test_the_command_line_has_the_mixes_of_the_table():
+    assert set(MIXED) == set(MIXES)
 
 
 def test_what_is_fused_comes_apart_where_its_parts_differ(tiny_checkpoint):
