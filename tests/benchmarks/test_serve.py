@@ -15,6 +15,7 @@ from benchmarks.serve_parts import Found, Plan, asked, poisson, texts
 from benchmarks.serve_report import report
 from benchmarks.serve_sides import LLAMA, OURS, Server, first_answer_s, with_words
 from cases import ROOT
+from cases.processes import PATIENCE_S, start_python
 from qwen_engine.errors import RequestError
 from qwen_run.bench.figures import Timeline
 from qwen_run.bench.load import LoadFigures, Sent
@@ -109,8 +110,8 @@ def test_every_token_of_a_random_checkpoint_is_a_text(tmp_path: Path) -> None:
 def test_an_answer_of_another_length_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_parts, "PAUSE_S", 0.0)
     monkeypatch.setattr(serve_parts, "run_load", lambda load: figures(0.01, 5))
-    server = Server(OURS, subprocess.Popen([sys.executable, "-c", ""]), 1)
-    server.process.wait()
+    server = Server(OURS, start_python(""), 1)
+    server.process.wait(PATIENCE_S)
     assert asked(server, [Arrival(0.0, 3, 5)], 1, "a").done
     with pytest.raises(RequestError, match=r"qwen-serve answers with \[5\] tokens, expected \[6\]"):
         asked(server, [Arrival(0.0, 3, 6)], 1, "a")
