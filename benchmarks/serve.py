@@ -82,9 +82,9 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.plan = replace(
-            QUICK if arguments.quick else Plan(), **({"rate": arguments.rate} if arguments.rate else {})
-        )
+        plan = QUICK if arguments.quick else Plan()
+        chosen = {name: getattr(arguments, name) for name in ("rounds", "rate", "divisor")}
+        self.plan = replace(plan, **{name: value for name, value in chosen.items() if value is not None})
         self.shape = Shape(arguments.threads, max(self.plan.streams), arguments.length)
         self.work = arguments.work / work_name(arguments.checkpoint)
         self.found = Found()
