@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 from qwen_build.architectures import ARCHITECTURES
+from qwen_build.checkpoint.formats.gguf import PACKED
+from qwen_build.checkpoint.formats.table import EXACT, FORMATS
 from qwen_build.checkpoint.rope import ROPE_TYPES
+from qwen_engine.choices import MIXED, QUANTS
 from qwen_engine.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 
 FAMILIES = ARCHITECTURES.items()
+QUANTISED = [row for method, row in FORMATS.items() if method != "gguf"]
 
 # row of README.md, of README.zh-CN.md -> the names it begins with, in order
 SUPPORTED = {
@@ -22,6 +26,10 @@ SUPPORTED = {
     ],
     ("other tasks", "其他任务"): [name for row in TASKS.values() for name in row.models],
     ("rotary embeddings", "旋转位置编码"): list(ROPE_TYPES),
+    ("quantised ones", "已量化的检查点"): [row.title for row in QUANTISED if EXACT in row.becomes],
+    ("those that are rounded again", "重新舍入的检查点"): [row.title for row in QUANTISED if EXACT not in row.becomes],
+    ("GGUF bit for bit", "逐位保存的 GGUF"): list(PACKED),
+    ("weights", "权重"): [*QUANTS, *MIXED],
 }
 
 

@@ -30,6 +30,7 @@ class Format:
 
     Attributes:
         name: in messages.
+        title: as people call what is read of it; README's table of what is supported is made of these.
         becomes: what the engine has of its quantised linears, ``EXACT`` or ``ROUNDED`` or both.
         keeps_float: whether linears that it leaves float stay so; else they are rounded as ``--quant`` says.
         find: reads ``quantization_config`` and finds the weights among the tensors of :class:`Safetensors`, or of
@@ -37,6 +38,7 @@ class Format:
     """
 
     name: str
+    title: str
     becomes: tuple[str, ...]
     keeps_float: bool
     find: Callable[[Mapping[str, Any], Any], Found]
@@ -44,13 +46,15 @@ class Format:
 
 # quant_method -> the format
 FORMATS = {
-    "gptq": Format("gptq", (EXACT,), keeps_float=True, find=find_words),
-    "awq": Format("awq", (EXACT,), keeps_float=True, find=find_words),
-    "auto-round": Format("auto-round", (EXACT,), keeps_float=True, find=find_words),
-    "compressed-tensors": Format("compressed-tensors", (EXACT, ROUNDED), keeps_float=True, find=find_compressed),
-    "fp8": Format("fp8", (ROUNDED,), keeps_float=False, find=find_fp8),
-    "gguf": Format("GGUF", (EXACT, ROUNDED), keeps_float=False, find=find_gguf),
-    "bitsandbytes": Format("bitsandbytes", (ROUNDED,), keeps_float=False, find=find_four_bits),
+    "gptq": Format("gptq", "GPTQ", (EXACT,), keeps_float=True, find=find_words),
+    "awq": Format("awq", "AWQ", (EXACT,), keeps_float=True, find=find_words),
+    "auto-round": Format("auto-round", "AutoRound", (EXACT,), keeps_float=True, find=find_words),
+    "compressed-tensors": Format(
+        "compressed-tensors", "compressed-tensors", (EXACT, ROUNDED), keeps_float=True, find=find_compressed
+    ),
+    "fp8": Format("fp8", "FP8", (ROUNDED,), keeps_float=False, find=find_fp8),
+    "gguf": Format("GGUF", "GGUF", (EXACT, ROUNDED), keeps_float=False, find=find_gguf),
+    "bitsandbytes": Format("bitsandbytes", "NF4", (ROUNDED,), keeps_float=False, find=find_four_bits),
 }
 
 
