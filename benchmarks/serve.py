@@ -71,6 +71,7 @@ from qwen_run.bench.trace import SAMPLE_TRACE
 SHAPE = ("streams", "poisson", "python", "schema")  # parts on the random checkpoint
 DEMO = ("huge", "start")
 PARTS = (*SHAPE, *DEMO)
+UNBOUNDED = ("--prompt-tokens-beside", "256")  # prompts beside answers have all of a step, as in LLM.generate
 
 
 class Benchmark:
@@ -114,10 +115,12 @@ class Benchmark:
                 for server in servers:
                     figures = asked(server, arrivals, None, "poisson")
                     self.found.note(f"{self.plan.rate:g} a second", server.name, figures)
-            if "python" in parts:
-                measure_python(self.found, servers[0], engine, self.shape.threads, self.plan)
             if "schema" in parts:
                 measure_schema(self.found, servers[0], self.plan)
+        if "python" in parts:
+            command = our_command(engine, self.shape, self._cache_bytes(engine), UNBOUNDED)
+            with started(OURS, command, self._log("python")) as server:
+                measure_python(self.found, server, engine, self.shape.threads, self.plan)
 
     def _demo_parts(self, parts: list[str]) -> None:
         models = Models(find_checkpoint("demo", self.work), self.arguments.work / "demo" / "serve", "int8", None)
@@ -134,13 +137,17 @@ class Benchmark:
     def _servers(self, models: Models) -> Iterator[list[Server]]:
         """Ours, and llama-server where it is; with as much cache."""
         engine = models.path("engine")
-        cache_bytes = self.shape.streams * self.shape.length * Manifest.read(engine).cache.bytes_per_token
-        commands = {OURS: our_command(engine, self.shape, cache_bytes)}
+        own = self.arguments.options.split()
+        commands = {OURS: our_command(engine, self.shape, self._cache_bytes(engine), own)}
         if (program := self.arguments.llama_server) is not None:
             more = self.arguments.llama_options.split()
             commands[LLAMA] = llama_command(program, models.path("gguf"), self.shape, more)
         with ExitStack() as stack:
             yield [stack.enter_context(started(name, command, self._log(name))) for name, command in commands.items()]
+
+    def _cache_bytes(self, engine: Path) -> int:
+        """Of a cache that holds every stream at its longest."""
+        return self.shape.streams * self.shape.length * Manifest.read(engine).cache.bytes_per_token
 
     def _log(self, name: str) -> Path:
         return Path(self.arguments.work / f"{name}.log")
@@ -152,7 +159,10 @@ class Benchmark:
             Path(arguments.checkpoint).name, f"{datetime.now(UTC):%Y-%m-%d}", processor_name(),
             f"{self.shape.threads} threads", f"median of {plan.rounds} rounds",
         ]  # fmt: skip
-        versions = [f"qwen-engine {__version__}", f"onnxruntime {metadata.version('onnxruntime')}"]
+        versions = [
+            f"qwen-engine {__version__} {arguments.options}".strip(),
+            f"onnxruntime {metadata.version('onnxruntime')}",
+        ]
         if arguments.llama_server is not None:
             versions.append(f"llama-server {llama_version(arguments.llama_server)} {arguments.llama_options}".strip())
         parts = [", ".join(conditions), ", ".join(versions)]
@@ -182,6 +192,7 @@ def chosen_parts(words: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-server", type=Path, metavar="PATH", help="the program; without it our side alone")
+    parser.add_argument("--options", default="", help="more options of qwen-serve, in one word")
     parser.add_argument("--llama-options", default="", help="more options of it, in one word")
     parser.add_argument("--checkpoint", default="qwen2.5-0.5b", help="a shape, or a directory")
     parser.add_argument("--parts", type=chosen_parts, default=",".join(PARTS), help="with commas (default: all)")

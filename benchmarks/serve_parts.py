@@ -159,7 +159,7 @@ def poisson(trace: Path, plan: Plan, longest: int) -> list[Arrival]:
 
 
 def measure_python(found: Found, server: Server, engine: Path, threads: int, plan: Plan) -> None:
-    """The same work through ``LLM.generate`` in this process and through HTTP, in turns."""
+    """The same work through ``LLM.generate`` in this process and through HTTP, in turns. Both schedule alike."""
     count = max(plan.streams)
     llm = LLM(engine, threads=threads, max_batch_size=count, max_seq_len=4 * (plan.prompt + plan.new), max_drafts=0)
     with llm:

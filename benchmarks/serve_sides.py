@@ -73,12 +73,12 @@ class Server:
         return int(fields[0]) / 1e9
 
 
-def our_command(engine: Path, shape: Shape, cache_bytes: int | None = None) -> list[str]:
+def our_command(engine: Path, shape: Shape, cache_bytes: int | None = None, more: Sequence[str] = ()) -> list[str]:
     """Of qwen-serve, without guessing ahead: a token is a step of the model on both sides."""
     options = ["--threads", shape.threads, "--max-batch-size", shape.streams, "--max-seq-len", shape.length]
     options += ["--draft-tokens", 0, "--no-access-log"]
     options += [] if cache_bytes is None else ["--kv-cache-memory", -(-cache_bytes >> 20)]
-    return [sys.executable, "-P", "-m", "qwen_serve.cli", str(engine), *map(str, options)]
+    return [sys.executable, "-P", "-m", "qwen_serve.cli", str(engine), *map(str, options), *more]
 
 
 def llama_command(program: Path, model: Path, shape: Shape, more: Sequence[str]) -> list[str]:

@@ -11,7 +11,15 @@ from qwen_engine.errors import EngineError
 from qwen_plugin import MOST_THREADS
 from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option
 
-_ENGINE_OPTIONS = ("threads", "cache_bytes", "max_seq_len", "max_batch_size", "max_drafts", "quant")
+_ENGINE_OPTIONS = (
+    "threads",
+    "cache_bytes",
+    "max_seq_len",
+    "max_batch_size",
+    "prompt_tokens_beside",
+    "max_drafts",
+    "quant",
+)
 
 
 @click.command("qwen-serve", cls=Command)
@@ -37,6 +45,12 @@ _ENGINE_OPTIONS = ("threads", "cache_bytes", "max_seq_len", "max_batch_size", "m
 @click.option("--strict-model", is_flag=True, help="Refuse requests that name another model.")
 @click.option("--max-queue", type=click.IntRange(0), help="Answers that may wait.  [default: 4 for each of a batch]")
 @click.option("--max-batch-size", type=click.IntRange(1), default=16, help="Answers that are made at once.")
+@click.option(
+    "--prompt-tokens-beside",
+    type=click.IntRange(1),
+    default=64,
+    help="Tokens of prompts in a step in which others get theirs, who wait for them.",
+)
 @click.option("--max-body-mib", type=click.IntRange(1, 1 << 12), default=8, help="Largest request.")
 @click.option("--request-timeout", type=click.FloatRange(0, min_open=True), help="Seconds of a request.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds that requests have at the end.")

@@ -32,7 +32,11 @@ class Core:
         self.engine = engine
         self.options = options = options or CoreOptions()
         self._scheduler = Scheduler(
-            engine.cache, options.max_batch_size, options.max_batch_tokens, options.prefix_caching
+            engine.cache,
+            options.max_batch_size,
+            options.max_batch_tokens,
+            options.prefix_caching,
+            options.prompt_tokens_beside,
         )
         self._speculator = (
             Speculator(options.max_drafts, engine.manifest.limits.max_seq_len) if options.max_drafts else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qwen_engine.errors import EngineError
 
-_LEAST = {"max_batch_size": 1, "max_batch_tokens": 1, "max_drafts": 0, "max_logprobs": 0}
+_LEAST = {"max_batch_size": 1, "max_batch_tokens": 1, "prompt_tokens_beside": 1, "max_drafts": 0, "max_logprobs": 0}
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class CoreOptions:
         max_batch_tokens: most tokens in one step, at least ``max_batch_size``; longer prompts are fed in chunks. More
             of them make a prompt no faster from 128 on (two cores), but whoever answers waits for them:
             ``benchmarks/stall.py``.
+        prompt_tokens_beside: most tokens of prompts in a step in which others answer, who wait for them, and twice as
+            many if more begin than answer; None for what ``max_batch_tokens`` leaves.
         prefix_caching: prompts that begin like an earlier one are not fed again.
         max_drafts: most tokens to guess for a sequence in one step; 0 turns speculation off.
         keep_logits: set ``logits`` of every token.
@@ -29,6 +31,7 @@ class CoreOptions:
 
     max_batch_size: int = 16
     max_batch_tokens: int = 256
+    prompt_tokens_beside: int | None = None
     prefix_caching: bool = True
     max_drafts: int = 0
     keep_logits: bool = False
@@ -37,6 +40,8 @@ class CoreOptions:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            if value is None and name == "prompt_tokens_beside":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise EngineError(f"{name} is {value!r}, expected a whole number, {least} or more")
         for name in ("prefix_caching", "keep_logits"):

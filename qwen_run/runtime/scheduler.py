@@ -3,7 +3,8 @@
 A step has a budget of tokens. First every sequence that has one token to feed gets its place, so that a long prompt
 never stalls the answers of others. What is left of the budget is shared among the prompts, none of which gets more
 than a fair part while another wants it: half is for short prompts, half for long ones. What is then left goes to
-drafts.
+drafts. Beside sequences that answer, prompts may be bounded to fewer tokens, for these wait for them; to twice as
+many where more wait for their first token than for their next.
 
 Blocks are given out as sequences grow. When none are left the youngest running sequence is preempted: it gives its
 blocks back, waits first in line, and later feeds prompt and answer again, which is the same as a longer prompt.
@@ -62,11 +63,19 @@ class Scheduler:
         num_prefix_tokens: tokens that were found in the cache instead of being fed.
     """
 
-    def __init__(self, cache: KVCache, max_batch_size: int, max_batch_tokens: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        prefix_caching: bool = True,
+        prompt_tokens_beside: int | None = None,
+    ) -> None:
         self._cache = cache
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._prefix_caching = prefix_caching
+        self._prompt_tokens_beside = prompt_tokens_beside
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._guests: set[Sequence] = set()  # of the running ones
@@ -111,7 +120,10 @@ class Scheduler:
         left_out = resting.union(plan)
         prompts = [sequence for sequence in self._running if sequence.num_pending and sequence not in left_out]
         prompts = prompts[: self._max_batch_size - len(plan)]
-        shares = self._shares(self._max_batch_tokens - len(plan), prompts)
+        left = self._max_batch_tokens - len(plan)
+        if plan and self._prompt_tokens_beside is not None:
+            left = min(left, self._prompt_tokens_beside * (1 + (len(prompts) > len(plan))))
+        shares = self._shares(left, prompts)
         num_judged = 0
         for sequence, count in zip(prompts, shares, strict=True):
             if sequence.request.params.prompt_logprobs is not None:

@@ -151,6 +151,7 @@ def play_mixture(engine: Engine, lonely: Engine, rng: random.Random, text: list[
     options = CoreOptions(
         max_batch_size,
         max_batch_tokens=rng.choice([max_batch_size, 13, 40, 150]),
+        prompt_tokens_beside=rng.choice([None, 1, 20]),
         prefix_caching=rng.random() < 0.7,
         max_drafts=rng.choice([0, 2, 6]),
     )

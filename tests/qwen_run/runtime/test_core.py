@@ -102,6 +102,7 @@ def traffic(draw: st.DrawFn) -> Traffic:
         CoreOptions(
             max_batch_size=(max_batch_size := draw(st.integers(3, 6))),
             max_batch_tokens=draw(st.integers(max_batch_size, 40)),
+            prompt_tokens_beside=draw(st.none() | st.integers(1, 9)),
             prefix_caching=draw(st.sampled_from([True, True, False])),
             max_drafts=draw(st.sampled_from([0, 1, 5])),
         ),

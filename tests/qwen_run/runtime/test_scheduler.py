@@ -16,9 +16,13 @@ BLOCK_SIZE = 4
 
 
 def make_scheduler(
-    num_blocks: int = 50, max_batch_size: int = 4, max_batch_tokens: int = 10, prefix_caching: bool = True
+    num_blocks: int = 50,
+    max_batch_size: int = 4,
+    max_batch_tokens: int = 10,
+    prefix_caching: bool = True,
+    prompt_tokens_beside: int | None = None,
 ) -> Scheduler:
-    return Scheduler(make_cache(num_blocks), max_batch_size, max_batch_tokens, prefix_caching)
+    return Scheduler(make_cache(num_blocks), max_batch_size, max_batch_tokens, prefix_caching, prompt_tokens_beside)
 
 
 def make_cache(num_blocks: int) -> KVCache:
@@ -71,6 +75,20 @@ def test_a_late_request_starts_in_the_next_step() -> None:
     scheduler.add(short.request)
     assert shape(step(scheduler), [long, short]) == [(0, 6, 0), (1, 4, 1)]
     assert shape(step(scheduler), [long, short]) == [(1, 1, 1), (0, 9, 0)]
+
+
+def test_prompts_are_bounded_beside_answers_alone() -> None:
+    scheduler = make_scheduler(max_batch_tokens=20, prompt_tokens_beside=4)
+    (short,) = add(scheduler, 4)
+    step(scheduler)
+    long, late = make_sequence(40, 1000), make_sequence(30, 2000)
+    scheduler.add(long.request)
+    assert shape(step(scheduler), [short, long]) == [(0, 1, 1), (1, 4, 0)]
+    scheduler.add(late.request)  # more begin than answer
+    assert sum(count for _, count, _ in shape(step(scheduler), [short, long, late])) == 1 + 8
+    alone = make_scheduler(max_batch_tokens=20, prompt_tokens_beside=4)
+    sequences = add(alone, 50)
+    assert shape(step(alone), sequences) == [(0, 20, 0)]
 
 
 def numbered(scheduler: Scheduler, first: int, *lengths: int) -> list[Sequence]:
