@@ -49,7 +49,7 @@ _ENGINE_OPTIONS = (
     "--prompt-tokens-beside",
     type=click.IntRange(1),
     default=64,
-    help="Tokens of prompts in a step in which others get theirs, who wait for them.",
+    help="Most tokens of new prompts in a step; answers under way wait for them.",
 )
 @click.option("--max-body-mib", type=click.IntRange(1, 1 << 12), default=8, help="Largest request.")
 @click.option("--request-timeout", type=click.FloatRange(0, min_open=True), help="Seconds of a request.")
