@@ -154,7 +154,7 @@ def main() -> None:
         f"{located.name}, {arguments.windows} x {arguments.window} held-out tokens of WikiText-2; {processor_name()}, "
         f"onnxruntime {version('onnxruntime')}, torch {version('torch')}, transformers {version('transformers')}"
     )
-    lines = [head, "", *table_lines(results), "", DEFINITIONS.replace("\n", " ")]
+    lines = [head, "", *table_lines(results), "", DEFINITIONS]
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = arguments.output / f"activations-{located.name}.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable
 
 from qwen_engine.errors import QwenError
@@ -21,6 +22,11 @@ def run(main: Callable[[], None]) -> None:
         if error.name not in EXTRAS:
             raise
         sys.exit(f"Error: the package {error.name} is not installed; run pip install -e '.[{EXTRAS[error.name]}]'")
+
+
+def paragraph(words: str) -> str:
+    """``words`` in lines of at most 120 characters."""
+    return textwrap.fill(words, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def say(words: str) -> None:

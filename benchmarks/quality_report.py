@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import paragraph
 from qwen_run.reports.plots import scatter_plot
 
 DEFINITIONS = """\
@@ -89,8 +90,8 @@ def plot(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def write_report(path: Path, head: str, texts: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> None:
     """Both tables and what they mean to ``path``, and the plot beside it."""
-    notes = [" ".join(words.split()) for words in (DEFINITIONS, ERRORS)]
-    lines = [head, "", *table_lines(texts, results), "", notes[0], "", *error_lines(results), "", notes[1]]
+    tables = [*table_lines(texts, results), "", DEFINITIONS, "", *error_lines(results), "", ERRORS]
+    lines = [paragraph(head), "", *tables]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if any(result[texts[0]]["kl"][0] > FLOAT_KL for result in results.values()):

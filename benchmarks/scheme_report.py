@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import paragraph
 from qwen_run.reports.plots import scatter_plot
 
 # A quantised weight nearer than this to the checkpoint's (relative rms; rounding a scale to float16 alone makes 2e-4)
@@ -78,11 +79,11 @@ def plot(results: dict[str, dict[str, Any]]) -> str:
 
 def write_report(path: Path, head: str, results: dict[str, Any], failed: dict[str, str]) -> None:
     """The table, what it means and what could not be built, to ``path``, and the plot beside it."""
-    notes = [DEFINITIONS.replace("\n", " ")]
+    notes = [DEFINITIONS]
     if any(is_same_grid(*row) for row in results.items()):
         notes.append("\\* Not a result: the checkpoint's weights lie on this grid already, rounding loses nothing.")
     notes += [f"Not built: {name}: {message}" for name, message in failed.items()]
-    lines = [head, "", *table_lines(results), "", *("\n\n".join(notes).splitlines())]
+    lines = [paragraph(head), "", *table_lines(results), "", *("\n\n".join(notes).splitlines())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if any(family(name) != "float32" for name in results):

@@ -45,7 +45,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.command import run, say
+from benchmarks.command import paragraph, run, say
 from benchmarks.peer_environments import ROOT
 from benchmarks.peer_match import Models
 from benchmarks.peers import find_checkpoint, work_name
@@ -165,13 +165,13 @@ class Benchmark:
         ]
         if arguments.llama_server is not None:
             versions.append(f"llama-server {llama_version(arguments.llama_server)} {arguments.llama_options}".strip())
-        parts = [", ".join(conditions), ", ".join(versions)]
-        parts.append(
+        parts = [paragraph(", ".join(words)) for words in (conditions, versions)]
+        sizes = (
             f"At once: prompts of {plan.prompt} tokens, answers of {plan.new}, {plan.requests} for each stream. "
             f"{plan.rate:g} a second: {plan.arrivals} requests with lengths of {arguments.trace.name}"
             f"{f' over {plan.divisor}' if plan.divisor > 1 else ''}; their p99 is about the longest."
         )
-        return "\n\n".join([*parts, report(self.found)]) + "\n"
+        return "\n\n".join([*parts, paragraph(sizes), report(self.found)]) + "\n"
 
 
 def llama_version(program: Path) -> str:

@@ -14,12 +14,10 @@ from qwen_engine.errors import RequestError
 from qwen_engine.json_output import head, rounded, to_json
 from qwen_engine.manifest import GRAPH_FILE, Manifest
 from qwen_engine.user_cache import FOLDER, Kept, list_kept, remove, user_cache
-from qwen_run.commands.command import Command, SvgFile, printable
+from qwen_run.commands.command import MIB, Command, SvgFile, printable
 
 if TYPE_CHECKING:
     from qwen_run.inspection.linears import LinearRow, Totals
-
-MIB = 1 << 20
 
 
 @click.command("qwen-inspect", cls=Command)

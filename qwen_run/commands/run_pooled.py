@@ -20,14 +20,13 @@ from qwen_engine.tasks import check_task
 from qwen_run.api.llm import LLM
 from qwen_run.api.pooling import PoolingParams, PoolingRequestOutput
 from qwen_run.commands.answer_file import AnswerFile, AnswerStream, Record
-from qwen_run.commands.command import printable
+from qwen_run.commands.command import MIB, printable
 from qwen_run.commands.prompt_file import FilePrompt, parse_prompts
 from qwen_run.commands.run_files import open_output, output_of_many
 from qwen_run.commands.run_options import RunOptions
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.machine import peak_memory_bytes
 
-MIB = 1 << 20
 # what is asked for -> the tasks of engines that can say it; embeddings are compared by their cosine
 TASKS_FOR = {"embed": ("embed",), "score": ("score", "embed"), "classify": ("classify",)}
 TEXTS_AT_A_TIME = 256  # of a file; what is made of them is written before others are read

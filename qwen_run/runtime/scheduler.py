@@ -120,10 +120,7 @@ class Scheduler:
         left_out = resting.union(plan)
         prompts = [sequence for sequence in self._running if sequence.num_pending and sequence not in left_out]
         prompts = prompts[: self._max_batch_size - len(plan)]
-        left = self._max_batch_tokens - len(plan)
-        if plan and self._prompt_tokens_beside is not None:
-            left = min(left, self._prompt_tokens_beside * (1 + (len(prompts) > len(plan))))
-        shares = self._shares(left, prompts)
+        shares = self._shares(self._prompt_budget(len(plan), len(prompts)), prompts)
         num_judged = 0
         for sequence, count in zip(prompts, shares, strict=True):
             if sequence.request.params.prompt_logprobs is not None:
@@ -136,6 +133,14 @@ class Scheduler:
         chunks = [self._chunk(sequence, count, drafts.get(sequence, [])) for sequence, count in plan.items()]
         assert chunks or self.is_done, "no sequence can run"
         return chunks
+
+    def _prompt_budget(self, num_answering: int, num_beginning: int) -> int:
+        """Tokens that prompts may have of a step."""
+        budget = self._max_batch_tokens - num_answering
+        if num_answering == 0 or self._prompt_tokens_beside is None:
+            return budget
+        times = 2 if num_beginning > num_answering else 1
+        return min(budget, times * self._prompt_tokens_beside)
 
     def advance(self, chunk: Chunk, num_rejected: int = 0) -> None:
         """Note that the engine has run ``chunk``: its tokens but the last ``num_rejected`` are in the cache."""
