@@ -78,10 +78,10 @@ def check_task(found: str, *wanted: str) -> None:
     """
     if found in wanted:
         return
-    others = " or ".join(f"--task {task}" for task in wanted)
+    others = " or ".join(f"`qwen-build CHECKPOINT --task {task}`" for task in wanted)
     raise RequestError(
         f"the engine {TASKS[found].does}, expected one that {TASKS[wanted[0]].does}; ask this one with "
-        f"{TASKS[found].ask}, or build another of the checkpoint with `qwen-build CHECKPOINT {others}`"
+        f"{TASKS[found].ask}, or build another of the checkpoint with {others}"
     )
 
 
