@@ -57,7 +57,6 @@ from qwen_engine.manifest import (
     WEIGHTS_FILE,
     CacheLayout,
     Limits,
-    LinearPart,
     LinearRecord,
     Manifest,
     MergedAdapter,
@@ -100,11 +99,13 @@ class Plan:
 
     def _linear(self, name: str, module: StoredModule) -> LinearRecord:
         rows, columns = module.shape
+        parts = module_parts(name, rows, self.config)
         return LinearRecord(
             name,
             in_features=columns,
             out_features=rows,
-            parts=tuple(LinearPart(*part) for part in module_parts(name, rows, self.config)),
+            parts=parts.parts,
+            stack=parts.stack,
             quantization=dataclasses.replace(module.record, method=self._method(f"{name}.weight")),
             stored_bytes=sum(part.size_bytes for part in module.scheme.parts(module.shape).values()),
         )
@@ -200,7 +201,7 @@ def _stored_as(checkpoint: Checkpoint, linears: Sequence[LinearRecord]) -> str |
         return None
     counts: Counter[str] = Counter()
     for linear in linears:
-        for part in linear.parts:
+        for part in linear.all_parts:
             packed = checkpoint.packed.get(f"{part.name}.weight", checkpoint.packed.get(f"{EMBEDDING}.weight"))
             if linear.quantization.method == "imported":
                 exact = packed is None or packed.exact

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from qwen_build.checkpoint import qwen1
+from qwen_build.checkpoint.experts import split_experts
 from qwen_build.checkpoint.files import check_inside, read_json
 from qwen_build.checkpoint.safetensors_file import CHUNK_BYTES, TensorInfo, read_exactly, read_header
 from qwen_engine.errors import CheckpointError
@@ -80,6 +81,7 @@ def open_shards(directory: Path) -> Shards:
         if not merged:
             raise CheckpointError(f"{directory} has weight files without a tensor; download or save it again")
         tensors, notes = _renamed(directory, merged)
+        tensors = split_experts(tensors)
     except BaseException:
         close(descriptors)
         raise

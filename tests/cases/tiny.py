@@ -23,12 +23,24 @@ TINY = {
 }
 
 
+# Those of mixtures of experts have rows in whole panels; the first layer is dense.
+MIXTURE: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "moe_intermediate_size": 48,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "mlp_only_layers": [0],
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "llama": {"model_type": "llama", "head_dim": 16, "attention_bias": True},
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+    "qwen2-moe": MIXTURE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 144, "norm_topk_prob": False},
+    "qwen3-moe": MIXTURE | {"model_type": "qwen3_moe", "head_dim": 24, "norm_topk_prob": True},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "attention_bias": True},
 }
 # What a Qwen-1 may be: each query has a key and a value of its own.

@@ -59,8 +59,8 @@ def test_the_layers_of_qwen():
     assert kind.reader_names["input_layernorm"] == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     assert kind.states(CONFIG, 7, 64, "int8") == cache_inputs([7], 2, 64, 64, "int8")
     qwen3 = ModelConfig.from_json({**PUBLISHED, "model_type": "qwen3"})
-    assert set(kind.vectors(CONFIG)) - set(kind.vectors(qwen3)) == {f"self_attn.{x}_proj.bias" for x in "qkv"}
-    assert set(kind.vectors(qwen3)) - set(kind.vectors(CONFIG)) == {f"self_attn.{x}_norm.weight" for x in "qk"}
+    assert set(kind.plain(CONFIG)) - set(kind.plain(qwen3)) == {f"self_attn.{x}_proj.bias" for x in "qkv"}
+    assert set(kind.plain(qwen3)) - set(kind.plain(CONFIG)) == {f"self_attn.{x}_norm.weight" for x in "qk"}
 
 
 def test_a_module_of_the_graph_is_the_linears_of_its_own_layers_kind(made_up):
