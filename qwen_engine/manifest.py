@@ -27,6 +27,7 @@ from qwen_engine.graph_io import (
     find_batch_fault,
 )
 from qwen_engine.regular_files import read_regular
+from qwen_engine.sizes import ModelSizes
 from qwen_engine.tasks import TASKS, output_fault
 
 FORMAT_VERSION = 6
@@ -58,65 +59,6 @@ ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "int8": 1, "ui
 
 # what shares a scale of an input -> how it is said
 _ACTIVATION_SCALES = {"group": "", "block": " per block", "token": " per token", "static": " static"}
-
-
-@dataclass(frozen=True)
-class ExpertSizes:
-    """The sizes of a mixture of experts, in Hugging Face's own field names.
-
-    Attributes:
-        num_experts_per_tok: experts that a token has.
-        moe_intermediate_size: of one expert.
-        shared_expert_intermediate_size: of the expert that every token has beside those; 0: there is none.
-        norm_topk_prob: whether the weights of a token's experts are divided by their sum.
-    """
-
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    shared_expert_intermediate_size: int
-    norm_topk_prob: bool
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes of the model, in Hugging Face's own field names.
-
-    Attributes:
-        experts: of the layers that are mixtures of experts; None: there are none.
-        rope_type, rope_factor: ``rope_type`` and ``factor`` of the rope object; "default" and 1 where there is none.
-    """
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_type: str
-    rope_factor: float
-    tie_word_embeddings: bool
-    experts: ExpertSizes | None
-
-    @property
-    def mixture(self) -> ExpertSizes:
-        """:attr:`experts` of a model that has some."""
-        assert self.experts is not None, "no layer of this model is a mixture of experts"
-        return self.experts
-
-    @property
-    def rope_words(self) -> str | None:
-        """What to know of the rotation of positions; None: nothing."""
-        if self.rope_type != "yarn":
-            return None
-        return (
-            f"positions are stretched by YaRN, {self.rope_factor:g} times: one rotation for every length, "
-            "which changes the answers to short texts a little"
-        )
 
 
 @dataclass(frozen=True)

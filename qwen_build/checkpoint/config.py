@@ -20,7 +20,7 @@ from qwen_build.checkpoint.fields import boolean, integer, number, token_ids
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.rope import ROPE_OBJECTS, Rope, read_rope
 from qwen_engine.errors import CheckpointError, UnsupportedModel
-from qwen_engine.manifest import ModelSizes
+from qwen_engine.sizes import ModelSizes
 
 MOST_POSITIONS = 2**24  # the rotary tables grow with them
 # what every config.json says of a model; where one does not, its family's class in transformers has a default

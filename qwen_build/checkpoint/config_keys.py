@@ -179,7 +179,7 @@ def unknown_keys(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str
     known = COMPUTED | ONLY.keys() | WITHOUT_EFFECT | FOREIGN_QUANTIZATION.keys()
     known |= frozenset(architecture.window.keys if architecture.window else ())
     known |= frozenset((*architecture.only, *architecture.idle))
-    known |= frozenset(EXPERT_KEYS if architecture.sparse else ()) | {architecture.qkv_bias_key}
+    known |= frozenset((*(EXPERT_KEYS if architecture.sparse else ()), architecture.qkv_bias_key or ""))
     own = (key for key, value in hf.items() if value is not None and key not in known and key[:1] != "_")
     return (*own, *unknown_rope_keys(hf))
 

@@ -19,7 +19,7 @@ from qwen_build.checkpoint.config_keys import MOST_LAYERS
 from qwen_build.checkpoint.fields import MOST, boolean, integer
 from qwen_build.checkpoint.safetensors_file import ELEMENTS, TensorInfo
 from qwen_engine.errors import CheckpointError, UnsupportedModel
-from qwen_engine.manifest import ExpertSizes
+from qwen_engine.sizes import ExpertSizes
 from qwen_plugin.layout import PANEL
 
 OTHER_COUNT = "num_local_experts"  # which transformers 5 writes for num_experts

@@ -43,6 +43,12 @@ class Shards(NamedTuple):
     notes: tuple[str, ...]
 
 
+def has_config_alone(directory: Path) -> bool:
+    """Whether ``directory`` has a config.json and nothing that could be weights."""
+    kinds = ("*.safetensors", "*.bin", "*.gguf", INDEX_FILE, ADAPTER_FILE)
+    return (directory / "config.json").is_file() and not any(any(directory.glob(kind)) for kind in kinds)
+
+
 def open_file(path: Path) -> Shards:
     """Open one safetensors file by itself, whose names stay as they are.
 

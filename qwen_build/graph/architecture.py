@@ -350,7 +350,7 @@ def linear_names(config: ModelConfig) -> list[str]:
 
 def linear_members(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Every linear and the embedding, and the linears of the checkpoint that it consists of: itself, but of experts."""
-    found = {EMBEDDING: (EMBEDDING,)}
+    found: dict[str, tuple[str, ...]] = {EMBEDDING: (EMBEDDING,)}
     for layer in range(config.num_hidden_layers):
         for linear in layer_kind(config, layer).linears:
             name = f"model.layers.{layer}.{linear.name}"

@@ -104,9 +104,7 @@ class SharedExpert(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes):
         super().__init__()
         own = "mlp.shared_expert"
-        gate_up = linears_reading(
-            config, layer, schemes, "post_attention_layernorm", fused=f"{own}.gate_up_proj"
-        )
+        gate_up = linears_reading(config, layer, schemes, "post_attention_layernorm", fused=f"{own}.gate_up_proj")
         down = linears_reading(config, layer, schemes, f"{own}.down_proj.input", own)
         self.gate_up = list(gate_up.values())
         for name, linear in (gate_up | down).items():

@@ -150,8 +150,8 @@ class Graph:
     """The graph, its weights still without values.
 
     ``stored`` holds the modules whose weight a scheme stores, ``plain`` the remaining parameters
-    (norms, biases, routers, the few rows of :class:`PooledModel`: float32), both by the name of the weight in the checkpoint's
-    manner.
+    (norms, biases, routers, the few rows of :class:`PooledModel`: float32), both by the name of the weight in the
+    checkpoint's manner.
     """
 
     model: ir.Model

@@ -147,6 +147,16 @@ def map_weights(
     return MappedWeights(plan, notes)
 
 
+def described_weights(
+    shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig, ignored: Iterable[str] = ()
+) -> MappedWeights:
+    """As :func:`map_weights`, where config.json alone is there: the sources that the weights would have."""
+    if missing := config.missing:
+        raise CheckpointError(missing)
+    note = "config.json alone was read: what the weights would be was not compared with it."
+    return MappedWeights({name: source(name, shape, config) for name, shape in shapes.items()}, (note,))
+
+
 def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than the checkpoint: before a graph of what may be any number is made.
 

@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-moe": MIXTURE | {"model_type": "qwen3_moe", "head_dim": 24, "norm_topk_prob": True},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "attention_bias": True},
 }
+DENSE = {name: family for name, family in FAMILIES.items() if "num_experts" not in family}
 # What a Qwen-1 may be: each query has a key and a value of its own.
 QWEN1: dict[str, dict[str, Any]] = {
     "qwen1": {"model_type": "qwen2", "num_key_value_heads": 10},

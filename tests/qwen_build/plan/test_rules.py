@@ -11,7 +11,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from cases.tiny import FAMILIES, hf_logits, run_alone
+from cases.tiny import DENSE, hf_logits, run_alone
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
@@ -106,7 +106,7 @@ def test_what_is_fused_comes_apart_where_its_parts_differ(tiny_checkpoint):
     assert found["model.layers.2.self_attn.qkv_proj"] == "none-0"  # they agree again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("kernels", ["native", "stock"])
 def test_a_mixed_engine_equals_transformers_with_the_dequantised_weights(
     family, kernels, tiny_checkpoint, build_engine
