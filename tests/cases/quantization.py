@@ -29,10 +29,11 @@ def stored_as(scheme: Scheme, parameter: Any) -> Any:
     return torch.tensor(rounded.reshape(parameter.shape))
 
 
-def dequantised(model: Any, scheme: Scheme) -> Any:
-    """A copy of ``model`` whose linears and embeddings hold what ``scheme`` makes of them."""
+def dequantised(model: Any, scheme: Scheme, embedding: Scheme | None = None) -> Any:
+    """A copy of ``model`` whose linears hold what ``scheme`` makes of them, embedding and head of ``embedding``."""
     model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not name.endswith(ROUTERS):
-            parameter.data = stored_as(scheme, parameter)
+            outer = name.startswith(("model.embed_tokens", "lm_head"))
+            parameter.data = stored_as(embedding if embedding and outer else scheme, parameter)
     return model

@@ -50,6 +50,17 @@ QWEN1: dict[str, dict[str, Any]] = {
     "qwen1-large": {"model_type": "qwen2", "num_key_value_heads": 10, "vocab_size": 640},
 }
 
+# Mixtures of experts beside those of FAMILIES: of one, of all, in every other layer, with the other rule of weights.
+_QWEN3_MIXTURE = FAMILIES["qwen3-moe"] | {"mlp_only_layers": []}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "experts-one": _QWEN3_MIXTURE | {"num_experts": 1, "num_experts_per_tok": 1},
+    "experts-all": _QWEN3_MIXTURE | {"num_experts": 4, "num_experts_per_tok": 4},
+    "experts-many": _QWEN3_MIXTURE | {"num_experts": 21, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+    "experts-not-normalised": _QWEN3_MIXTURE | {"norm_topk_prob": False, "attention_bias": True},
+    "experts-every-other": FAMILIES["qwen2-moe"]
+    | {"decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": True, "tie_word_embeddings": True},
+    "experts-unbiased": FAMILIES["qwen2-moe"] | {"qkv_bias": False, "mlp_only_layers": [2]},
+}
 # Families with layers that see the last 40 tokens alone.
 WINDOWED: dict[str, dict[str, Any]] = {
     "qwen2-windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
