@@ -126,7 +126,7 @@ ARCHITECTURES = {
         trained={40960: 32768}, window=_QWEN_WINDOW,
     ),
     "qwen2_moe": Architecture(
-        ("Qwen1.5-MoE", "Qwen2-57B-A14B"), qkv_bias_key="qkv_bias", only=_NO_WINDOW, idle=_IDLE_WINDOW,
+        ("Qwen1.5-MoE", "Qwen2-MoE"), qkv_bias_key="qkv_bias", only=_NO_WINDOW, idle=_IDLE_WINDOW,
         sparse="shared_experts",
         defaults=_MOE_DEFAULTS
         | {"intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "qkv_bias": True,
@@ -134,7 +134,7 @@ ARCHITECTURES = {
            "num_experts_per_tok": 4},
     ),
     "qwen3_moe": Architecture(
-        ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-30B-A3B"), bias_key="attention_bias", qk_norm=True,
+        ("Qwen3-MoE",), bias_key="attention_bias", qk_norm=True,
         only=_NO_WINDOW, idle=_IDLE_WINDOW, trained={40960: 32768}, sparse="experts",
         defaults=_MOE_DEFAULTS
         | {"intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,

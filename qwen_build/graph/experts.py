@@ -35,6 +35,10 @@ class ExpertStack(StoredModule):
         self.stack = spec.stack.count(config)
         self.gated_panels = spec.stack.gated and choice.scheme.fuses
 
+    def forward(self, op: OpBuilder) -> list[ir.Value]:
+        """What the operator reads of it."""
+        return list(self.parts.values())
+
 
 class ExpertWeights(nn.Module):
     """The linears of all experts of a layer."""
@@ -48,6 +52,18 @@ class ExpertWeights(nn.Module):
             if spec.stack:
                 choice = schemes.choice_of(f"model.layers.{layer}.{spec.name}")
                 setattr(self, spec.name.rpartition(".")[2], ExpertStack(spec, config, choice))
+
+    def forward(self, op: OpBuilder) -> list[ir.Value]:
+        """What the operator reads of both, ``gate_up_proj`` first."""
+        return [*self.gate_up_proj(op), *self.down_proj(op)]
+
+    @property
+    def attributes(self) -> dict[str, int | str]:
+        """How both are stored, by the names of the operator's attributes."""
+        stacks = {"gate_up": self.gate_up_proj, "down": self.down_proj}
+        return {
+            f"{name}_{key}": value for name, stack in stacks.items() for key, value in stack.scheme.in_experts.items()
+        }
 
 
 class Experts(SubBlock):
@@ -74,16 +90,11 @@ class Experts(SubBlock):
     ) -> ir.Value:
         """The residual ``x``, the experts of its norm, and ``shared`` (T, H) behind its gate (H)."""
         sizes, path = self.config.mixture, f"model.layers.{self.layer}"
-        stacks = {"gate_up": self.experts.gate_up_proj, "down": self.experts.down_proj}
-        stored = {
-            f"{name}_{key}": value for name, stack in stacks.items() for key, value in stack.scheme.in_experts.items()
-        }
         outputs = op.MoE(
-            x, self.gate.weight, *(value for stack in stacks.values() for value in stack.parts.values()),
-            norm.weight, None if step.exposing else x, shared, shared_gate,
+            x, self.gate(op), *self.experts(op), norm.weight, None if step.exposing else x, shared, shared_gate,
             num_experts=sizes.num_experts, top_k=sizes.num_experts_per_tok, hidden_size=self.config.hidden_size,
             intermediate_size=sizes.moe_intermediate_size, norm_topk_prob=int(sizes.norm_topk_prob), epsilon=norm.eps,
-            **stored, _domain=PLUGIN_DOMAIN, _outputs=5 if step.exposing else 1,
+            **self.experts.attributes, _domain=PLUGIN_DOMAIN, _outputs=5 if step.exposing else 1,
         )  # fmt: skip
         if not step.exposing:
             found: ir.Value = outputs
@@ -127,4 +138,4 @@ class SharedExperts(Experts):
     def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
         """``x + experts(norm(x)) + sigmoid(gate(norm(x))) * shared_expert(norm(x))``"""
         shared = self.shared_expert(op, x, norm, step)
-        return self._mixed(op, x, norm, step, shared, op.Squeeze(self.shared_expert_gate.weight, [0]))
+        return self._mixed(op, x, norm, step, shared, op.Squeeze(self.shared_expert_gate(op), [0]))

@@ -261,11 +261,14 @@ class Embedding(StoredModule):
 
 
 class Matrix(nn.Module):
-    """A float32 matrix that no scheme stores."""
+    """A float32 matrix that no scheme stores; what reads it multiplies."""
 
     def __init__(self, shape: tuple[int, int]):
         super().__init__()
         self.weight = nn.Parameter(shape)
+
+    def forward(self, op: OpBuilder) -> ir.Value:
+        return self.weight
 
 
 class RMSNorm(nn.Module):
