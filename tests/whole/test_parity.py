@@ -13,6 +13,7 @@ from cases.plugin_session import ISAS
 from cases.quantization import STORED, dequantised
 from cases.tiny import DENSE, FAMILIES, hf_logits, run_alone, run_chunks
 from qwen_build.quantization.scheme_table import KERNELS, make_scheme
+from qwen_engine.graph_io import CHOSEN
 from qwen_engine.manifest import LAYERS_GRAPH_FILE
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.runtime.engine import Batch, Engine
@@ -191,21 +192,25 @@ def test_the_layers_graph_names_what_transformers_computes(family, tiny_checkpoi
 
     def keep(name):
         def hook(module, args, output):
-            seen[name] = (output[0] if isinstance(output, tuple) else output).squeeze(0).numpy()
+            if f"{name}{CHOSEN}" in outputs:
+                seen[f"{name}{CHOSEN}"] = output[2].numpy()
+                return
+            seen[name] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).numpy()
             if name.endswith(("o_proj", "down_proj")):
-                seen[f"{name}.input"] = args[0].squeeze(0).numpy()
+                seen[f"{name}.input"] = args[0].flatten(0, -2).numpy()
 
         return hook
 
     modules = dict(checkpoint.model.named_modules())
-    names = {"lm_head" if name == "logits" else name.removesuffix(".input") for name in outputs}
+    names = {"lm_head" if name == "logits" else name.removesuffix(".input").removesuffix(CHOSEN) for name in outputs}
     hooks = [modules[name].register_forward_hook(keep(name)) for name in names]
     with torch.no_grad():
         checkpoint.model(torch.tensor([tokens]))
     for hook in hooks:
         hook.remove()
 
-    assert len(outputs) == 2 + 1 + 7 * 3  # logits and embedding, last norm, and seven a layer
+    # logits and embedding, last norm, and seven a layer; of a shared expert what it is and what it reads inside
+    assert len(outputs) == 2 + 1 + 7 * 3 + 2 * sum("shared_expert.down_proj.input" in name for name in outputs)
     for name, value in outputs.items():
         expected = seen["lm_head" if name == "logits" else name]
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4, err_msg=name)
