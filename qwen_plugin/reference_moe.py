@@ -45,7 +45,7 @@ class MoEAttributes:
 
     def linear(self, name: str) -> QuantLinearAttributes | None:
         """One expert's product, ``gate_up`` or ``down``, as ``qwen::QuantLinear`` has it; None if it is of float32."""
-        sizes = {"N": 2 * self.intermediate_size, "K": self.hidden_size}
+        sizes: dict[str, Any] = {"N": 2 * self.intermediate_size, "K": self.hidden_size}
         if name == "down":
             sizes = {"N": self.hidden_size, "K": self.intermediate_size}
         stored = asdict(self)
