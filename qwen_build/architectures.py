@@ -36,6 +36,7 @@ class Architecture:
     Attributes:
         models: as people call them; README's table of what is supported is made of these.
         qkv_bias: whether q, k and v have biases, whatever ``config.json`` says.
+        qkv_bias_key: the key of ``config.json`` that gives biases to q, k and v; None: none does.
         bias_key: the key of ``config.json`` that gives biases to q, k, v and o; None: none does.
         qk_norm: whether queries and keys of each head are normalised.
         head_dim: where ``config.json`` has none; None: hidden_size / heads.
@@ -46,10 +47,14 @@ class Architecture:
         window: how layers with a window are named; None: there are none.
         beyond: what it needs beyond its longest text and engines have not; None: nothing.
         layer_kinds: of its layers, by turns where ``config.json`` has no layer_types; see ``graph/architecture.py``.
+        sparse: the kind of its layers that are mixtures of experts, which ``EXPERT_KEYS`` count; None: there are none.
+        only: keys that its class reads and the graph computes for one value only, as ``ONLY`` of
+            ``checkpoint/config_keys.py``; with that value, ``idle`` ones change nothing.
     """
 
     models: tuple[str, ...]
     qkv_bias: bool = False
+    qkv_bias_key: str | None = None
     bias_key: str | None = None
     qk_norm: bool = False
     head_dim: int | None = None
@@ -58,6 +63,9 @@ class Architecture:
     trained: Mapping[int, int] = field(default_factory=dict, hash=False)
     window: WindowKeys | None = None
     layer_kinds: tuple[str, ...] = ("full_attention",)
+    sparse: str | None = None
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
+    idle: tuple[str, ...] = ()
     beyond: str | None = None
 
 
@@ -76,6 +84,20 @@ _QWEN_DEFAULTS = {
     "max_window_layers": 28,
 }
 _QWEN_WINDOW = WindowKeys(switch="use_sliding_window", first_layer="max_window_layers")
+
+# a window of mixtures of experts has rules of its own, and no published one has it
+_NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
+_IDLE_WINDOW = ("sliding_window", "max_window_layers")
+_MOE_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+}
 
 _LLAMA_DEFAULTS = {
     "vocab_size": 32000,
@@ -102,6 +124,21 @@ ARCHITECTURES = {
     "qwen3": Architecture(
         ("Qwen3 (dense)",), bias_key="attention_bias", qk_norm=True, head_dim=128, defaults=_QWEN_DEFAULTS,
         trained={40960: 32768}, window=_QWEN_WINDOW,
+    ),
+    "qwen2_moe": Architecture(
+        ("Qwen1.5-MoE", "Qwen2-MoE"), qkv_bias_key="qkv_bias", only=_NO_WINDOW, idle=_IDLE_WINDOW,
+        sparse="shared_experts",
+        defaults=_MOE_DEFAULTS
+        | {"intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "qkv_bias": True,
+           "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 60,
+           "num_experts_per_tok": 4},
+    ),
+    "qwen3_moe": Architecture(
+        ("Qwen3-MoE",), bias_key="attention_bias", qk_norm=True,
+        only=_NO_WINDOW, idle=_IDLE_WINDOW, trained={40960: 32768}, sparse="experts",
+        defaults=_MOE_DEFAULTS
+        | {"intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
+           "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
     ),
     "qwen": Architecture(
         ("Qwen (2023)",), qkv_bias=True, defaults={"tie_word_embeddings": False},

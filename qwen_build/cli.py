@@ -247,13 +247,15 @@ def main(
       qwen-build ./Qwen3-0.6B --lora ./my-adapter     with an adapter that peft saved, merged
       qwen-build Qwen/Qwen3-Embedding-0.6B --quant int8
       qwen-build Qwen/Qwen3-Reranker-0.6B --quant int8 --task score
-      qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes
+      qwen-build ./Qwen3-0.6B --dry-run               every linear, its bytes, the memory the build takes; config.json
+                                                      alone is enough
 
     A calibration that was interrupted goes on when the same command is run again: finished layers are kept in
     .NAME.KEY.calibration beside the engine, until a build of that engine is finished.
     """
     started = time.monotonic()
     from qwen_build.checkpoint.locate import resolve_checkpoint
+    from qwen_build.checkpoint.shards import has_config_alone
     from qwen_build.checkpoint.weights import Checkpoint
     from qwen_build.engine_build import plan_build, write_engine
     from qwen_build.plan.rope_options import rope_override
@@ -266,7 +268,8 @@ def main(
     options = read_options(chosen)
     rope_override(options)  # an option that cannot be is refused before a checkpoint is looked for
     located = resolve_checkpoint(checkpoint)
-    with Checkpoint.open(located.path, options.lora) as weights:
+    described = dry_run and not options.lora and has_config_alone(located.path)
+    with Checkpoint.described(located.path) if described else Checkpoint.open(located.path, options.lora) as weights:
         checkpoint_bytes = sum(path.stat().st_size for path in weights.files)
         plan = None if automatic else plan_build(weights, located, options)
         if output is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from qwen_engine.json_output import head, rounded, to_json
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_engine.tasks import GENERATE, TASKS
 from qwen_run.commands.command import printable
+from qwen_run.inspection.experts import ExpertTotals, expert_totals, read_bytes
 from qwen_run.runtime.machine import peak_memory_bytes
 
 MIB = 2**20
@@ -38,6 +39,8 @@ def summarize(output: Path, target: Path, checkpoint_bytes: int, seconds: float)
 
 def describe(plan: Any) -> dict[str, Any]:
     """A plan as plain data: every linear, and the totals."""
+    linears = plan.linears
+    experts = expert_totals(linears, plan.config)
     return {
         "checkpoint": plan.located.source,
         "dtype": plan.dtype,
@@ -51,8 +54,10 @@ def describe(plan: Any) -> dict[str, Any]:
                 **vars(linear.quantization),
                 "stored_bytes": linear.stored_bytes,
             }
-            for linear in plan.linears
+            for linear in linears
         ],
+        "experts": experts and asdict(experts),
+        "read_bytes_per_token": sum(read_bytes(linear, plan.config) for linear in linears),
         "tied": plan.head_is_shared,
         "weights_bytes": plan.layout.size_bytes,
         "cache_bytes_per_token": plan.cache_bytes_per_token,
@@ -73,8 +78,11 @@ def print_table(description: dict[str, Any]) -> None:
         size = f"{linear['stored_bytes'] / MIB:9.2f}"
         click.echo(f"{linear['name']:{width}}  {shape:>15}  {scheme:{words}}  {size}{shared}")
     token_bytes, tokens = description["cache_bytes_per_token"], description["max_seq_len"]
+    experts = ExpertTotals(**description["experts"]) if description["experts"] else None
     click.echo(
-        f"\nweights       {description['weights_bytes'] / MIB:,.1f} MiB\n"
+        f"\nweights       {description['weights_bytes'] / MIB:,.1f} MiB"
+        + (f", {experts.stored_bytes / MIB:,.1f} of experts: {experts.words}" if experts else "")
+        + f"\na token reads {description['read_bytes_per_token'] / MIB:,.1f} MiB of them\n"
         f"cache         {token_bytes / 2**10:,.1f} KiB a token, {token_bytes * tokens / MIB:,.0f} MiB for {tokens}\n"
         f"build memory  about {description['build_memory_bytes'] / MIB:,.0f} MiB"
     )

@@ -31,7 +31,7 @@ from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import layer_kind, module_parts
 from qwen_build.graph.layers import Schemes, StoredModule
 from qwen_build.graph.model import Graph, build_graph
-from qwen_build.graph.weight_map import AnySource, Source, check_layers, map_weights
+from qwen_build.graph.weight_map import AnySource, Source, check_layers, described_weights, map_weights
 from qwen_build.plan.options import BuildOptions, ResolvedOptions
 from qwen_build.plan.rope_options import rope_given, rope_override
 from qwen_build.plan.scheme_plan import as_stored, padding_notes, plan_schemes
@@ -57,7 +57,6 @@ from qwen_engine.manifest import (
     WEIGHTS_FILE,
     CacheLayout,
     Limits,
-    LinearPart,
     LinearRecord,
     Manifest,
     MergedAdapter,
@@ -100,11 +99,13 @@ class Plan:
 
     def _linear(self, name: str, module: StoredModule) -> LinearRecord:
         rows, columns = module.shape
+        parts = module_parts(name, rows, self.config)
         return LinearRecord(
             name,
             in_features=columns,
             out_features=rows,
-            parts=tuple(LinearPart(*part) for part in module_parts(name, rows, self.config)),
+            parts=parts.parts,
+            stack=parts.stack,
             quantization=dataclasses.replace(module.record, method=self._method(f"{name}.weight")),
             stored_bytes=sum(part.size_bytes for part in module.scheme.parts(module.shape).values()),
         )
@@ -161,7 +162,8 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     config = checkpoint.adapted(ModelConfig.from_hf(located.path, rope_override(options)))
     ending = read_ending(located.path, config.hidden_size, options.task)
     config = dataclasses.replace(config, ending=ending)
-    check_layers(config, checkpoint)
+    if not checkpoint.is_described:
+        check_layers(config, checkpoint)
     filled = as_stored(options, config, checkpoint).resolved()
     text = read_text_files(located.path, config)
     max_seq_len = _max_seq_len(filled, config)
@@ -172,7 +174,9 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
     shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in graph.stored.items()}
     scales = [name for name in graph.plain if name.endswith(".input_scale")]  # no checkpoint has them
     shapes |= {name: tuple(value.shape) for name, value in graph.plain.items() if name not in scales}
-    mapped = map_weights(shapes, checkpoint, config, options.ignore_tensors)
+    mapped = (described_weights if checkpoint.is_described else map_weights)(
+        shapes, checkpoint, config, options.ignore_tensors
+    )
     sources = mapped.sources | {name: Source(((name, (1,)),)) for name in scales}
     plan = Plan(
         located=located,
@@ -200,7 +204,7 @@ def _stored_as(checkpoint: Checkpoint, linears: Sequence[LinearRecord]) -> str |
         return None
     counts: Counter[str] = Counter()
     for linear in linears:
-        for part in linear.parts:
+        for part in linear.all_parts:
             packed = checkpoint.packed.get(f"{part.name}.weight", checkpoint.packed.get(f"{EMBEDDING}.weight"))
             if linear.quantization.method == "imported":
                 exact = packed is None or packed.exact

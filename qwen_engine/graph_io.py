@@ -28,6 +28,8 @@ LOGITS = "logits"
 
 # The modules that have the vocabulary, as Hugging Face names them.
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# The layers graph has the numbers of the experts that a router chose, int32 (T, k), by the router's name and this.
+CHOSEN = ".experts"
 
 # The domain of the plugin's operators.
 PLUGIN_DOMAIN = "qwen"

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,10 @@ from qwen_engine.graph_io import (
     find_batch_fault,
 )
 from qwen_engine.regular_files import read_regular
+from qwen_engine.sizes import ModelSizes
 from qwen_engine.tasks import TASKS, output_fault
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 ENGINES = Path("engines")  # where commands put engines, and look for the newest
 MANIFEST_FILE = "engine.json"
@@ -50,6 +51,7 @@ MIN_SEQ_LEN = 2  # one token of a prompt and one of its answer
 
 # No integer of a manifest is larger: sizes in bytes fit, and no product of a few overflows a float.
 _MOST = 2**53
+_MOST_STACKED = 2**16  # weights of a stack, whose names are listed
 
 # bytes of one element of each dtype a manifest may name
 ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "int8": 1, "uint8": 1}
@@ -57,39 +59,6 @@ ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "int8": 1, "ui
 
 # what shares a scale of an input -> how it is said
 _ACTIVATION_SCALES = {"group": "", "block": " per block", "token": " per token", "static": " static"}
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes of the model, in Hugging Face's own field names.
-
-    Attributes:
-        rope_type, rope_factor: ``rope_type`` and ``factor`` of the rope object; "default" and 1 where there is none.
-    """
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_type: str
-    rope_factor: float
-    tie_word_embeddings: bool
-
-    @property
-    def rope_words(self) -> str | None:
-        """What to know of the rotation of positions; None: nothing."""
-        if self.rope_type != "yarn":
-            return None
-        return (
-            f"positions are stretched by YaRN, {self.rope_factor:g} times: one rotation for every length, "
-            "which changes the answers to short texts a little"
-        )
 
 
 @dataclass(frozen=True)
@@ -148,12 +117,19 @@ class LinearPart:
     rows: int
 
 
+def stacked_parts(parts: Sequence[LinearPart], stack: int) -> Iterator[LinearPart]:
+    """``parts`` once for each weight of a stack, with its number in place of ``*`` in their names."""
+    return (LinearPart(part.name.replace("*", str(number)), part.rows) for number in range(stack) for part in parts)
+
+
 @dataclass(frozen=True)
 class LinearRecord:
     """One linear layer or embedding of the graph.
 
     Attributes:
         parts: the modules whose rows follow each other in it; where there is one, that is itself.
+        stack: weights that lie in it one after the other, each with ``parts`` and stored by itself: those of a layer's
+            experts, whose number ``*`` in the parts' names stands for; else 1.
         stored_bytes: everything it reads.
         output_error: relative error (rms) of its output on the calibration text; None: not calibrated.
     """
@@ -162,9 +138,15 @@ class LinearRecord:
     in_features: int
     out_features: int
     parts: tuple[LinearPart, ...]
+    stack: int
     quantization: Quantization
     stored_bytes: int
     output_error: float | None = None
+
+    @property
+    def all_parts(self) -> Iterator[LinearPart]:
+        """Each module of Hugging Face whose rows it has, in their order."""
+        return stacked_parts(self.parts, self.stack)
 
 
 @dataclass(frozen=True)
@@ -332,9 +314,12 @@ class Manifest:
                 if not least <= (size := getattr(linear, field)) <= _MOST:
                     return f": {linear.name} has {field} {shown(size)}, expected {least} or more"
             rows = [part.rows for part in linear.parts]
-            if not all(1 <= count <= _MOST for count in rows) or sum(rows) != linear.out_features:
-                return f": {linear.name} has {linear.out_features} rows, its parts {rows}"
-        names = [part.name for linear in self.linears for part in linear.parts]
+            if not 1 <= linear.stack <= _MOST_STACKED:
+                return f": {linear.name} has stack {shown(linear.stack)}, expected 1 to {_MOST_STACKED}"
+            if not all(1 <= count <= _MOST for count in rows) or sum(rows) * linear.stack != linear.out_features:
+                times = "" if linear.stack == 1 else f"{linear.stack} times "
+                return f": {linear.name} has {linear.out_features} rows, its parts {times}{rows}"
+        names = [part.name for linear in self.linears for part in linear.all_parts]
         if twice := next((name for name, count in Counter(names).items() if count > 1), None):
             return f": two linears have the rows of {twice}"
         return None

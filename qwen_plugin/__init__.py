@@ -19,7 +19,12 @@ THREADS_ENTRY = "qwen.threads"
 MOST_THREADS = 1024
 
 # (domain, name) -> version of every operator in the library
-OPERATORS = {("qwen", "PagedAttention"): 1, ("qwen", "QuantLinear"): 4, ("qwen", "QuantEmbedding"): 2}
+OPERATORS = {
+    ("qwen", "PagedAttention"): 1,
+    ("qwen", "QuantLinear"): 4,
+    ("qwen", "QuantEmbedding"): 2,
+    ("qwen", "MoE"): 1,
+}
 
 
 def library_path() -> Path:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from cases.packed import Case, PackedCheckpoint, random_packed
 from cases.scripted import write_text_files
-from cases.tiny import FAMILIES, QWEN1, ROTATED, TINY, WINDOWED, TinyCheckpoint
+from cases.tiny import FAMILIES, MIXTURES, QWEN1, ROTATED, TINY, WINDOWED, TinyCheckpoint
 
 # A shell's background job ignores the key that interrupts, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,7 +66,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
         transformers.utils.logging.disable_progress_bar()
         path = tmp_path_factory.mktemp(family)
         torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(**TINY | (FAMILIES | QWEN1 | ROTATED | WINDOWED)[family])
+        config = transformers.AutoConfig.for_model(**TINY | (FAMILIES | QWEN1 | ROTATED | WINDOWED | MIXTURES)[family])
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
         for parameter in model.parameters():
             if parameter.dim() == 1:  # transformers starts norms at 1 and biases at 0, which hides mistakes

@@ -50,7 +50,7 @@ def read_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> Layer
     """
     path, kind = f"model.layers.{layer}", layer_kind(config, layer)
     weights = {f"{name}.weight": checkpoint.read(f"{path}.{name}.weight") for name in kind.shapes(config)}
-    return weights | {name: checkpoint.read(f"{path}.{name}") for name in kind.vectors(config)}
+    return weights | {name: checkpoint.read(f"{path}.{name}") for name in kind.plain(config)}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ def _layer_graph(config: ModelConfig, layer: int, max_tokens: int, states: Seque
         graph.initializers.pop(parameter.name)
         parameter.name = name
         graph.inputs.append(parameter)
-    inputs = {name: step.exposed[f"{module.path}.{name}"] for name in layer_kind(config, layer).inputs}
+    values = step.exposed | step.inside
+    inputs = {name: values[f"{module.path}.{name}"] for name in layer_kind(config, layer).inputs}
     for name, value in {OUTPUT: output, **inputs}.items():
         value.type = ir.TensorType(ir.DataType.FLOAT)
         builder.add_output(value, name)

@@ -15,13 +15,14 @@ from qwen_build.architectures import ARCHITECTURES, REFUSED, Architecture
 from qwen_build.checkpoint import qwen1
 from qwen_build.checkpoint.config_keys import check_only, read_window, sliding_layers, unknown_keys
 from qwen_build.checkpoint.endings import Ending
+from qwen_build.checkpoint.experts import check_experts, read_experts, sparse_layers, with_one_count
+from qwen_build.checkpoint.fields import boolean, integer, number, token_ids
 from qwen_build.checkpoint.files import read_json
 from qwen_build.checkpoint.rope import ROPE_OBJECTS, Rope, read_rope
 from qwen_engine.errors import CheckpointError, UnsupportedModel
-from qwen_engine.manifest import ModelSizes
+from qwen_engine.sizes import ModelSizes
 
-# No size is larger, and none makes the product of two overflow 64 bits; the rotary tables grow with the positions.
-MOST, MOST_POSITIONS = 2**31 - 1, 2**24
+MOST_POSITIONS = 2**24  # the rotary tables grow with them
 # what every config.json says of a model; where one does not, its family's class in transformers has a default
 SIZES = (
     "vocab_size",
@@ -131,16 +132,20 @@ class ModelConfig(ModelSizes):
         architecture = ARCHITECTURES[model_type]
         if model_type == qwen1.MODEL_TYPE:
             hf = qwen1.as_other_families(hf)
-        check_only(hf)
+        if architecture.sparse:
+            hf = with_one_count(hf)
+        check_only(hf, architecture)
         assumed = tuple(key for key in SIZES if key not in hf)
         hf = with_defaults(hf, architecture)
         check_complete(hf)
         hidden_size, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         positions = integer(hf, "max_position_embeddings", most=MOST_POSITIONS)
         biased = architecture.bias_key is not None and boolean(hf, architecture.bias_key)
+        qkv_biased = architecture.qkv_bias_key is not None and boolean(hf, architecture.qkv_bias_key)
         rope = read_rope(hf, architecture.rope_theta, positions)
         length = longest(hf, rope, architecture, positions)
         window, kinds = layer_kinds(hf, architecture, length.tokens, assumed)
+        experts = read_experts(hf, architecture)
         config = cls(
             architecture=architecture,
             layer_kinds=kinds,
@@ -160,7 +165,8 @@ class ModelConfig(ModelSizes):
             max_position_embeddings=positions,
             rope=rope,
             longest=length,
-            qkv_bias=architecture.qkv_bias or biased,
+            experts=experts,
+            qkv_bias=architecture.qkv_bias or biased or qkv_biased,
             o_bias=biased,
             eos_token_ids=token_ids(hf.get("eos_token_id")),
             sliding_window=window,
@@ -243,6 +249,8 @@ def layer_kinds(
         kinds = check_layer_types(found, architecture, window, count)
     if window is None or window >= most or "sliding_attention" not in kinds:
         window, kinds = None, tuple("full_attention" if kind == "sliding_attention" else kind for kind in kinds)
+    if architecture.sparse:
+        kinds = sparse_layers(hf, architecture.sparse, kinds, count)
     for turns in (architecture.layer_kinds, kinds[:1]):
         if all(kind == expected for kind, expected in zip(kinds, cycle(turns), strict=False)):
             return window, turns
@@ -274,7 +282,7 @@ def check_layer_types(found: Any, architecture: Architecture, window: int | None
 
 
 def check_sizes(config: ModelConfig) -> None:
-    """Raise unless the sizes fit each other and the attention operator."""
+    """Raise unless the sizes fit each other and the operators."""
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     if heads % kv_heads:
         raise CheckpointError(
@@ -282,41 +290,5 @@ def check_sizes(config: ModelConfig) -> None:
         )
     if head_dim % 8 or head_dim > 256:
         raise UnsupportedModel(f"head_dim {head_dim} is not a multiple of 8 up to 256")
-
-
-def token_ids(value: Any) -> tuple[int, ...]:
-    """``eos_token_id`` of a config: absent, one id, or a list of ids.
-
-    >>> token_ids([151645, 151643]), token_ids(2), token_ids(None)
-    ((151645, 151643), (2,), ())
-    """
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"eos_token_id is {value!r}, expected an integer or a list of integers")
-    return tuple(ids)
-
-
-def integer(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST) -> int:
-    """A field from 1 to ``most``; ``default`` where it is null or absent."""
-    value = default if hf.get(key) is None else hf[key]
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer")
-    if value > most:
-        raise UnsupportedModel(f"config.json: {key} is {value}, expected at most {most}")
-    return value
-
-
-def number(hf: Mapping[str, Any], key: str) -> float:
-    """A positive number field that a float32 can hold."""
-    value = hf.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 3e38:  # NaN is not
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def boolean(hf: Mapping[str, Any], key: str) -> bool:
-    """A true or false field."""
-    value = hf.get(key)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected true or false")
-    return value
+    if config.experts is not None:
+        check_experts(config.experts, config.hidden_size)

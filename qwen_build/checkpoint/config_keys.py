@@ -56,7 +56,23 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),  # the same numbers in other pieces, and nothing but 0 was ever published
     "pruned_heads": ({},),
     "per_layer_config": ({},),
+    "scoring_func": ("softmax",),  # how routers of other families choose experts
+    "n_group": (1,),
+    "topk_group": (1,),
+    "routed_scaling_factor": (1,),
 }
+
+# of families that have mixtures of experts, read by ``experts.py``
+EXPERT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 
 # how the model is trained, saved, loaded and shown, what generation_config.json has taken over, and keys that some
 # families' classes have and others' leave unread
@@ -86,6 +102,7 @@ WITHOUT_EFFECT = frozenset(
         "prefix",
         "pretraining_tp",
         "return_dict",
+        "router_aux_loss_coef",
         "sep_token_id",
         "task_specific_params",
         "tf_legacy_loss",
@@ -109,9 +126,9 @@ MOST_LAYERS = 2**16  # of a config that names them one by one
 FOREIGN_QUANTIZATION = {"quantization": "mlx"}
 
 
-def check_only(hf: Mapping[str, Any]) -> None:
+def check_only(hf: Mapping[str, Any], architecture: Architecture) -> None:
     """Raise :class:`UnsupportedModel` naming the first key that asks for what the graph does not have."""
-    for key, supported in ONLY.items():
+    for key, supported in (ONLY | dict(architecture.only)).items():
         if hf.get(key) is not None and not any(_same(hf[key], value) for value in supported):
             raise UnsupportedModel(f"config.json: {key} {hf[key]!r} is not supported, only {supported[0]!r} is")
     for key, program in FOREIGN_QUANTIZATION.items():
@@ -161,6 +178,8 @@ def unknown_keys(hf: Mapping[str, Any], architecture: Architecture) -> tuple[str
     """
     known = COMPUTED | ONLY.keys() | WITHOUT_EFFECT | FOREIGN_QUANTIZATION.keys()
     known |= frozenset(architecture.window.keys if architecture.window else ())
+    known |= frozenset((*architecture.only, *architecture.idle))
+    known |= frozenset((*(EXPERT_KEYS if architecture.sparse else ()), architecture.qkv_bias_key or ""))
     own = (key for key, value in hf.items() if value is not None and key not in known and key[:1] != "_")
     return (*own, *unknown_rope_keys(hf))
 

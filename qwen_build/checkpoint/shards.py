@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from qwen_build.checkpoint import qwen1
+from qwen_build.checkpoint.experts import split_experts
 from qwen_build.checkpoint.files import check_inside, read_json
 from qwen_build.checkpoint.safetensors_file import CHUNK_BYTES, TensorInfo, read_exactly, read_header
 from qwen_engine.errors import CheckpointError
@@ -40,6 +41,12 @@ class Shards(NamedTuple):
     tensors: dict[str, TensorInfo]
     descriptors: dict[Path, int]
     notes: tuple[str, ...]
+
+
+def has_config_alone(directory: Path) -> bool:
+    """Whether ``directory`` has a config.json and nothing that could be weights."""
+    kinds = ("*.safetensors", "*.bin", "*.gguf", INDEX_FILE, ADAPTER_FILE)
+    return (directory / "config.json").is_file() and not any(any(directory.glob(kind)) for kind in kinds)
 
 
 def open_file(path: Path) -> Shards:
@@ -80,6 +87,7 @@ def open_shards(directory: Path) -> Shards:
         if not merged:
             raise CheckpointError(f"{directory} has weight files without a tensor; download or save it again")
         tensors, notes = _renamed(directory, merged)
+        tensors = split_experts(tensors)
     except BaseException:
         close(descriptors)
         raise

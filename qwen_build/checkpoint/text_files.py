@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_build.checkpoint import generation_defaults, qwen1, tokenizer_files
-from qwen_build.checkpoint.config import ModelConfig, token_ids
+from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.fields import token_ids
 from qwen_build.checkpoint.files import read_bytes, read_json, read_optional_json
 from qwen_build.checkpoint.tokenizer_files import CONFIG_FILE, EngineTokenizer, engine_tokenizer
 from qwen_engine.errors import CheckpointError

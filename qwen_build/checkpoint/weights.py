@@ -12,13 +12,13 @@ from typing import Any
 from qwen_build.checkpoint.adapters import Adapter, LoraChoice, open_adapter
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.files import check_inside
-from qwen_build.checkpoint.formats.table import FORMATS, Format, find_quantized, quantization_config
+from qwen_build.checkpoint.formats.table import EXACT, FORMATS, Format, find_quantized, quantization_config
 from qwen_build.checkpoint.gguf_file import GgufFile, part_files
 from qwen_build.checkpoint.gguf_text import cache_folder, weights_file
 from qwen_build.checkpoint.merging import adapted, merged
 from qwen_build.checkpoint.safetensors import Safetensors
 from qwen_build.checkpoint.safetensors_file import STORAGE, Float32
-from qwen_build.checkpoint.shards import some
+from qwen_build.checkpoint.shards import Shards, some
 from qwen_build.checkpoint.stored import FloatWeight, PackedWeight, StoredWeight
 from qwen_engine.errors import CheckpointError
 
@@ -87,6 +87,26 @@ class Checkpoint:
             raise
         return checkpoint
 
+    @classmethod
+    def described(cls, directory: Path) -> Checkpoint:
+        """The checkpoint of a ``directory`` of which config.json alone is there: it has no tensor to read.
+
+        Raises:
+            CheckpointError: what its weights are stored in decides how an engine stores them.
+        """
+        config = quantization_config(directory)
+        if config is not None and EXACT in FORMATS[config["quant_method"]].becomes:
+            raise CheckpointError(
+                f"{directory} has no weights, and those of a {config['quant_method']} checkpoint say how an engine "
+                "stores them; give them too"
+            )
+        return cls(Safetensors(Shards({}, {}, ())), None)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether config.json alone is there, see :meth:`described`."""
+        return not self.files
+
     def _merge(self, directory: Path, lora: Iterable[LoraChoice]) -> None:
         for choice in lora:
             self.adapters += (open_adapter(choice),)
@@ -143,11 +163,13 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype most float parameters are stored in: ``float32``, ``float16`` or ``bfloat16``."""
+        """The dtype most float parameters are stored in: ``float32``, ``float16`` or ``bfloat16``; else ``unknown``."""
         parameters: Counter[str] = Counter()
         for info in self._files.tensors.values():
             if info.dtype in STORAGE:
                 parameters[info.dtype] += math.prod(info.shape)
+        if not parameters:
+            return "unknown"
         return STORAGE[max(parameters, key=parameters.__getitem__)].hf_name
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Float32:

@@ -80,6 +80,8 @@ class StepTensors:
 
     Attributes:
         exposing: whether this is the layers graph, so that every sub-block has to have a value of its own.
+        exposed: these values, by the Hugging Face name of what computes them.
+        inside: what calibration alone reads besides, inputs of linears inside an operator.
     """
 
     inputs: Mapping[str, ir.Value]
@@ -87,6 +89,7 @@ class StepTensors:
     sin: ir.Value
     exposing: bool
     exposed: dict[str, ir.Value] = field(default_factory=dict)
+    inside: dict[str, ir.Value] = field(default_factory=dict)
 
     def expose(self, name: str | None, value: ir.Value) -> ir.Value:
         """Make ``value`` an output of the layers graph, under the Hugging Face name of what computes it."""
@@ -99,6 +102,7 @@ class StoredModule(nn.Module):
     """A weight (out_features, in_features) as its scheme stores it."""
 
     gated_panels = False  # whether rows of two halves take turns, see qwen_plugin/layout.py
+    stack = 1  # weights in it that are stored one after the other
 
     def __init__(self, shape: WeightShape, scheme: Scheme):
         super().__init__()
@@ -240,6 +244,12 @@ def concatenated(op: OpBuilder, linears: Iterable[Linear], x: ir.Value, step: St
     return outputs[0] if len(outputs) == 1 else op.Concat(*outputs, axis=-1)
 
 
+def gated(op: OpBuilder, linears: Iterable[Linear], x: ir.Value, step: StepTensors, norm: Norm) -> ir.Value:
+    """``silu(gate(norm(x))) * up(norm(x))``, of two linears or of one that has the rows of both."""
+    outputs = [linear(op, x, step, norm=norm) for linear in linears]
+    return outputs[0] if len(outputs) == 1 else swiglu(op, *outputs)  # (T, I)
+
+
 class Embedding(StoredModule):
     """Rows of a (vocab_size, hidden_size) weight; each row is contiguous, so a part is declared as a matrix."""
 
@@ -248,6 +258,17 @@ class Embedding(StoredModule):
 
     def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
         return self.scheme.lookup(op, input_ids, self.parts, self.shape)
+
+
+class Matrix(nn.Module):
+    """A float32 matrix that no scheme stores; what reads it multiplies."""
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.weight = nn.Parameter(shape)
+
+    def forward(self, op: OpBuilder) -> ir.Value:
+        return self.weight
 
 
 class RMSNorm(nn.Module):
@@ -265,8 +286,8 @@ class RMSNorm(nn.Module):
 class SubBlock(nn.Module):
     """A sub-block of a decoder layer, see :class:`~qwen_build.graph.architecture.BlockSpec`.
 
-    Its linears and inner norms are attributes, by the last part of the names they have in the graph; a norm that the
-    model does without is None.
+    Its linears, inner norms and float matrices are attributes, by the last part of the names they have in the graph; a
+    norm that the model does without is None.
     """
 
     def __init__(self, config: ModelConfig, layer: int, schemes: Schemes, block: BlockSpec):
@@ -275,6 +296,8 @@ class SubBlock(nn.Module):
         for norm in block.inner_norms:
             module = RMSNorm(norm.size(config), config.rms_norm_eps) if norm.present(config) else None
             setattr(self, norm.name.rpartition(".")[2], module)
+        for matrix in block.floats:
+            setattr(self, matrix.name.rpartition(".")[2], Matrix(matrix.shape(config)))
 
     def add_linears(self, input_name: str, output_name: str | None = None, fused: str | None = None) -> list[Linear]:
         """Make the linears of :func:`linears_reading` attributes."""
@@ -300,9 +323,7 @@ class MLP(SubBlock):
 
     def forward(self, op: OpBuilder, x: ir.Value, norm: Norm, step: StepTensors) -> ir.Value:
         """``x + mlp(norm(x))``"""
-        outputs = [linear(op, x, step, norm=norm) for linear in self.gate_up]
-        gated = outputs[0] if len(outputs) == 1 else swiglu(op, *outputs)  # (T, I)
-        return self.down_proj(op, gated, step, residual=x)
+        return self.down_proj(op, gated(op, self.gate_up, x, step, norm), step, residual=x)
 
 
 class Attention(SubBlock):

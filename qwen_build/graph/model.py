@@ -11,6 +11,7 @@ from onnxscript import GraphBuilder, OpBuilder, nn
 
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.graph.architecture import layer_kind
+from qwen_build.graph.experts import Experts, SharedExperts
 from qwen_build.graph.layers import (
     MLP,
     Attention,
@@ -26,6 +27,7 @@ from qwen_build.graph.layers import (
 from qwen_build.graph.rope import rope_tables
 from qwen_build.quantization.schemes import Norm
 from qwen_engine.graph_io import (
+    CHOSEN,
     EMBEDDING,
     EMBEDS,
     EMBEDS_INDICES,
@@ -53,6 +55,8 @@ BLOCK_MODULES: dict[str, type[SubBlock]] = {
     "attention": Attention,
     "sliding_attention": SlidingAttention,
     "gated_mlp": MLP,
+    "experts": Experts,
+    "shared_experts": SharedExperts,
 }
 
 
@@ -146,8 +150,8 @@ class Graph:
     """The graph, its weights still without values.
 
     ``stored`` holds the modules whose weight a scheme stores, ``plain`` the remaining parameters
-    (norms, biases, the few rows of :class:`PooledModel`: float32), both by the name of the weight in the checkpoint's
-    manner.
+    (norms, biases, routers, the few rows of :class:`PooledModel`: float32), both by the name of the weight in the
+    checkpoint's manner.
     """
 
     model: ir.Model
@@ -161,7 +165,8 @@ def build_graph(
     """Define the engine graph over ``inputs`` (see :mod:`qwen_engine.graph_io`).
 
     With ``expose`` the output of every sub-block is an output of the graph too, named as the module
-    in Hugging Face; the input of ``o_proj`` and ``down_proj`` is named ``….input``.
+    in Hugging Face; the input of ``o_proj`` and ``down_proj`` is named ``….input``, what a router chose
+    ``….experts``.
     """
     opsets = {"": OPSET, "com.microsoft": 1, PLUGIN_DOMAIN: 1}
     graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name="qwen")
@@ -178,7 +183,7 @@ def build_graph(
     output = output_of(config.task, config.width)
     last = model(builder.op, step)
     for name, value in {output.name: last, **step.exposed}.items():
-        value.type = ir.TensorType(ir.DataType.FLOAT)
+        value.type = ir.TensorType(ir.DataType.INT32 if name.endswith(CHOSEN) else ir.DataType.FLOAT)
         builder.add_output(value, name)
     last.shape = ir.Shape(output.shape)
     stored = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, StoredModule)}

@@ -8,13 +8,17 @@ graph has the parts, by their own names.
 from __future__ import annotations
 
 import shlex
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from qwen_build.checkpoint.config import ModelConfig
+from qwen_build.checkpoint.shards import some
 from qwen_build.checkpoint.stored import Shape
 from qwen_build.checkpoint.weights import Checkpoint
 from qwen_build.graph.architecture import LAYER, module_parts
@@ -26,6 +30,7 @@ from qwen_engine.tasks import GENERATE
 
 # Rows of a tied head that are compared with the embedding at a time.
 _COMPARED_ROWS = 4096
+_NAMED = 100  # names that a message has: those of experts may be thousands
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,19 @@ def row_ranges(shapes: Iterable[tuple[str, Shape]], start: int, stop: int) -> It
     >>> list(row_ranges([("q", (4,)), ("k", (2,)), ("v", (2,))], 3, 6))
     [('q', 3, 4), ('k', 0, 2)]
     """
-    for name, (rows, *_) in shapes:
-        if start < rows and stop > 0:
-            yield name, max(start, 0), min(stop, rows)
-        start, stop = start - rows, stop - rows
+    shapes = tuple(shapes)
+    firsts = _firsts(shapes)
+    for number in range(bisect_right(firsts, start) - 1, len(shapes)):
+        first, (name, (rows, *_)) = firsts[number], shapes[number]
+        if first >= stop:
+            return
+        yield name, max(start - first, 0), min(stop - first, rows)
+
+
+@lru_cache(maxsize=64)
+def _firsts(shapes: tuple[tuple[str, Shape], ...]) -> list[int]:
+    """The first row of each of the tensors ``shapes`` among those of them all."""
+    return list(accumulate((rows for _, (rows, *_) in shapes), initial=0))
 
 
 def source(name: str, shape: Shape, config: ModelConfig) -> AnySource:
@@ -85,7 +99,7 @@ def source(name: str, shape: Shape, config: ModelConfig) -> AnySource:
     if name == f"{HEAD}.weight" and (rows := config.ending.rows):
         return ChosenRows(((f"{module}.{kind}", (config.vocab_size, *shape[1:])),), rows)
     parts = module_parts(module, shape[0], config)
-    return Source(tuple((f"{part}.{kind}", (rows, *shape[1:])) for part, rows in parts))
+    return Source(tuple((f"{part.name}.{kind}", (part.rows, *shape[1:])) for part in parts.all))
 
 
 class MappedWeights(NamedTuple):
@@ -133,6 +147,16 @@ def map_weights(
     return MappedWeights(plan, notes)
 
 
+def described_weights(
+    shapes: Mapping[str, Shape], checkpoint: Checkpoint, config: ModelConfig, ignored: Iterable[str] = ()
+) -> MappedWeights:
+    """As :func:`map_weights`, where config.json alone is there: the sources that the weights would have."""
+    if missing := config.missing:
+        raise CheckpointError(missing)
+    note = "config.json alone was read: what the weights would be was not compared with it."
+    return MappedWeights({name: source(name, shape, config) for name, shape in shapes.items()}, (note,))
+
+
 def check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than the checkpoint: before a graph of what may be any number is made.
 
@@ -150,14 +174,15 @@ def check_agreement(needed: Mapping[str, Shape], present: Mapping[str, Shape], w
     """Raise :class:`WeightMismatch` unless names and shapes are the same on both sides; ``why`` ends the message."""
     complaints = []
     if missing := sorted(needed.keys() - present.keys()):
-        complaints.append(f"the checkpoint lacks {', '.join(missing)}")
+        complaints.append(f"the checkpoint lacks {some(missing, _NAMED)}")
     if unused := sorted(present.keys() - needed.keys()):
-        complaints.append(f"the graph has no place for {', '.join(unused)}")
-    complaints += [
+        complaints.append(f"the graph has no place for {some(unused, _NAMED)}")
+    unlike = [
         f"{name}: graph expects {needed[name]}, checkpoint has {present[name]}"
         for name in sorted(needed.keys() & present.keys())
         if needed[name] != present[name]
     ]
+    complaints += unlike[:_NAMED]
     if not complaints:
         return
     if unused and not missing:

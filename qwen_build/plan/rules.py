@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.stored import PackedWeight
 from qwen_build.checkpoint.weights import Checkpoint
-from qwen_build.graph.architecture import linear_names
+from qwen_build.graph.architecture import linear_members
 from qwen_build.graph.layers import SchemeChoice
 from qwen_build.quantization.scheme_table import SCHEMES
 from qwen_build.quantization.schemes import Scheme
-from qwen_engine.errors import BuildError
+from qwen_engine.errors import BuildError, UnsupportedModel
 from qwen_engine.regular_files import read_regular
 
 
@@ -104,26 +104,68 @@ def packed_choices(
     Raises:
         BuildError: the order of a linear's inputs cannot be read.
     """
-    stored = {name: f"{name}.weight" for name in linear_names(config)}
-    found = {name: checkpoint.packed[weight] for name, weight in stored.items() if weight in checkpoint.packed}
-    return {name: SchemeChoice(scheme_of(weight), weight.order, packed=True) for name, weight in found.items()}
+    found: dict[str, SchemeChoice] = {}
+    for name, members in linear_members(config).items():
+        weights = [checkpoint.packed[weight] for one in members if (weight := f"{one}.weight") in checkpoint.packed]
+        if members != (name,) and weights:
+            check_stackable(name, members, weights)
+        if weights:
+            found[name] = SchemeChoice(scheme_of(weights[0]), weights[0].order, packed=True)
+    return found
+
+
+def _matches(pattern: str, name: str, members: Sequence[str], where: str) -> bool:
+    """Whether ``pattern`` is of the linear ``name``, or of all its members."""
+    if fnmatchcase(name, pattern):
+        return True
+    if not (own := [one for one in members if fnmatchcase(one, pattern)]):
+        return False
+    if len(own) < len(members):
+        raise BuildError(
+            f"{where} matches {own[0]} and not all of the {len(members)} linears that are stored alike as {name}; "
+            "give that name"
+        )
+    return True
+
+
+def check_stackable(name: str, members: Sequence[str], weights: Sequence[PackedWeight]) -> None:
+    """Refuse packed weights of experts that cannot lie in one weight ``name``, bit for bit.
+
+    Raises:
+        UnsupportedModel: some of ``members`` are not packed, on other grids, or their inputs are in an order of theirs.
+    """
+    if len(weights) < len(members):
+        found = f"{len(weights)} of the {len(members)} linears packed"
+    elif any(weight.order is not None for weight in weights):
+        found = "inputs in another order (desc_act)"
+    elif len({(weight.grid, weight.activation_scales) for weight in weights}) > 1:
+        found = "linears on several grids"
+    else:
+        return
+    raise UnsupportedModel(
+        f"the experts of {name} have {found}, expected all on one grid with their inputs in order; "
+        "build from the float checkpoint"
+    )
 
 
 def choose(
-    names: Sequence[str], packed: Mapping[str, SchemeChoice], rules: Iterable[Rule], scheme_of: Callable[[Rule], Scheme]
+    members: Mapping[str, Sequence[str]],
+    packed: Mapping[str, SchemeChoice],
+    rules: Iterable[Rule],
+    scheme_of: Callable[[Rule], Scheme],
 ) -> dict[str, SchemeChoice]:
     """``packed``, and how the linears are stored that a rule matches: the first one decides.
 
     Args:
-        names: of every linear.
+        members: of every linear, the linears of the checkpoint that it consists of.
 
     Raises:
-        BuildError: a rule decides nothing, or a linear that is packed.
+        BuildError: a rule decides nothing, a linear that is packed, or some of the experts of a layer alone.
     """
-    choices = dict(packed)
+    choices, names = dict(packed), list(members)
     for rule in rules:
         where = f"{rule.origin}: {rule.pattern!r}"
-        matching = [name for name in names if fnmatchcase(name, rule.pattern)]
+        matching = [name for name, own in members.items() if _matches(rule.pattern, name, own, where)]
         if not matching:
             raise BuildError(f"{where} matches no linear; their names are such as {names[1]} and {names[-1]}")
         if stored := next((name for name in matching if name in packed), None):

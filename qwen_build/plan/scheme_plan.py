@@ -10,7 +10,7 @@ from typing import Any
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.stored import PackedWeight
 from qwen_build.checkpoint.weights import Checkpoint
-from qwen_build.graph.architecture import LAYER, linear_names
+from qwen_build.graph.architecture import LAYER, linear_members, linear_names
 from qwen_build.graph.layers import SchemeChoice, Schemes
 from qwen_build.plan.options import CALIBRATED, DEFAULT_GROUP_SIZE, MIXES, BuildOptions, ResolvedOptions
 from qwen_build.plan.rules import Rule, choose, excluding, packed_choices
@@ -56,7 +56,8 @@ def as_stored(options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint
 def rounds_rest(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     """Whether a linear of a layer is rounded as ``quant`` says, and neither packed nor left float."""
     if checkpoint.format is None or not checkpoint.format.keeps_float:
-        return not all(checkpoint.is_packed(name) for name in linear_names(config) if LAYER.match(name))
+        members = (own for name, own in linear_members(config).items() if LAYER.match(name))
+        return not all(checkpoint.is_packed(one) for own in members for one in own)
     return False
 
 
@@ -100,11 +101,23 @@ def plan_schemes(options: ResolvedOptions, config: ModelConfig, checkpoint: Chec
     rest = "none" if packed and not rounds_rest(config, checkpoint) else _most(options.quant)
     rules = (*excluding(options.exclude), *options.quant_config)
     mixed = {name: SchemeChoice(scheme(quant)) for name, quant in _mixed(options, config).items()}
-    return Schemes(
+    schemes = Schemes(
         scheme(rest, **scales),
         scheme(options.embedding_quant, group_size=_embedding_group_size(options, config)),
-        mixed | choose(linear_names(config), packed, rules, scheme_of),
+        mixed | choose(linear_members(config), packed, rules, scheme_of),
     )
+    _check_experts(options, config, schemes)
+    return schemes
+
+
+def _check_experts(options: ResolvedOptions, config: ModelConfig, schemes: Schemes) -> None:
+    """Refuse experts that their operator could not multiply."""
+    stacked = (name for name, members in linear_members(config).items() if members != (name,))
+    name = next((name for name in stacked if not schemes.choice_of(name).scheme.in_experts), None)
+    if name is not None and options.kernels == "stock":
+        raise OptionsError(f"--kernels stock cannot multiply with experts ({name}); use --kernels native")
+    if name is not None:
+        raise OptionsError(f"--activation-scales static cannot be had of experts ({name}); choose token")
 
 
 def _most(quant: str) -> str:

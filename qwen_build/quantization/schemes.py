@@ -118,6 +118,10 @@ class Scheme(Protocol):
         """Rows ``token_ids`` (T) of the weight, (T, in_features) float32."""
 
     @property
+    def in_experts(self) -> Mapping[str, int | str]:
+        """What ``qwen::MoE`` has to know of it; empty where it cannot read such a weight."""
+
+    @property
     def record(self) -> Quantization:
         """The scheme as the manifest describes it."""
 
@@ -143,6 +147,10 @@ class Float32:
 
     def lookup(self, op: OpBuilder, token_ids: ir.Value, weight: Values, shape: WeightShape) -> ir.Value:
         return op.Gather(weight["weight"], token_ids)
+
+    @property
+    def in_experts(self) -> Mapping[str, int | str]:
+        return {"bits": 32}
 
     @property
     def record(self) -> Quantization:
@@ -221,6 +229,10 @@ class StockInt:
         if shape[1] % self.grid.group_size == 0:
             return rows
         return op.Slice(rows, [0], [shape[1]], [1])  # the padding of the last group
+
+    @property
+    def in_experts(self) -> Mapping[str, int | str]:
+        return {}
 
     @property
     def record(self) -> Quantization:
@@ -321,6 +333,18 @@ class NativeInt:
             "bits": grid.bits,
             "group_size": grid.group_size,
             "symmetric": int(grid.symmetric),
+        }
+
+    @property
+    def in_experts(self) -> Mapping[str, int | str]:
+        if self.activation_scales == "static":  # a constant for each expert, which the operator does not take
+            return {}
+        return {
+            "bits": self.grid.bits,
+            "group_size": self.grid.group_size,
+            "symmetric": int(self.grid.symmetric),
+            "precision": self.activations,
+            "activation_scales": self.activation_scales,
         }
 
     @property

@@ -74,22 +74,26 @@ class PlannedWeight:
     scheme: Scheme
     places: Mapping[str, Place]
     gated_panels: bool = False
+    stack: int = 1
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray | Rounded:
         """Rows [start, stop) in the order they are stored in: as the source has them, or in gated panels."""
         if not self.gated_panels:
             return self.source.read(checkpoint, start, stop)
-        half = self.shape[0] // 2
-        halves = [self.source.read(checkpoint, first + start // 2, first + stop // 2) for first in (0, half)]
+        each = self.shape[0] // self.stack
+        own = start // each * each  # the first row of the weight in the stack
+        begin, end = (start - own) // 2, (stop - own) // 2
+        halves = [self.source.read(checkpoint, first + begin, first + end) for first in (own, own + each // 2)]
         order = gated_order(0, stop - start, stop - start)
         return joined(halves, lambda arrays: np.concatenate(arrays)[order])
 
     def slices(self) -> Iterator[tuple[int, int]]:
-        """Row ranges of whole blocks: at most ``SLICE_ELEMENTS`` elements, or one block."""
+        """Row ranges of whole blocks of one weight: at most ``SLICE_ELEMENTS`` elements, or one block."""
         rows, *rest = self.shape
-        block = self.scheme.block_rows
+        block, each = self.scheme.block_rows, rows // self.stack
         step = max(1, SLICE_ELEMENTS // math.prod(rest) // block if rest else rows) * block
-        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+        for own in range(0, rows, each):
+            yield from ((own + start, own + min(start + step, each)) for start in range(0, each, step))
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,9 @@ def plan_layout(graph: Graph, sources: Mapping[str, WeightSource]) -> Layout:
         key = sources[name], module.scheme
         if key not in planned:
             places_of = {part: put(stored) for part, stored in module.scheme.parts(module.shape).items()}
-            planned[key] = PlannedWeight(sources[name], module.shape, module.scheme, places_of, module.gated_panels)
+            planned[key] = PlannedWeight(
+                sources[name], module.shape, module.scheme, places_of, module.gated_panels, module.stack
+            )
         for part, value in module.parts.items():
             places[value.name] = planned[key].places[part]
     return Layout(tuple(planned.values()), tuple(constants), places, end)
@@ -178,7 +184,7 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
                 try:
                     tensors = weight.scheme.quantize(weight.read(checkpoint, start, stop))
                 except OverflowError as error:
-                    name = " or ".join(name for name, _ in weight.source.shapes)
+                    name = " or ".join(name for name, _ in weight.source.shapes[:4])
                     raise CheckpointError(f"{name}: {error}; use --kernels stock") from error
                 for part, place in weight.places.items():
                     offset = place.offset + start // weight.scheme.block_rows * place.block_bytes

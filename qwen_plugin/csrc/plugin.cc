@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "attention/paged_attention.h"
+#include "experts/operators.h"
 #include "linear/quant_operators.h"
 #include "operator/operator.h"
 
@@ -44,8 +45,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     SessionThreads& threads = *new SessionThreads(ReadThreads(api, options));
     OrtCustomOpDomain* domain;
     operators::Check(api.CreateCustomOpDomain("qwen", &domain));
-    for (const OrtCustomOp* op :
-         {paged_attention::NewOperator(api, threads), NewQuantLinear(api, threads), NewQuantEmbedding(api, threads)})
+    for (const OrtCustomOp* op : {paged_attention::NewOperator(api, threads), NewQuantLinear(api, threads),
+                                  NewQuantEmbedding(api, threads), NewMoE(api, threads)})
       operators::Check(api.CustomOpDomain_Add(domain, op));
     operators::Check(api.AddCustomOpDomain(options, domain));
   });

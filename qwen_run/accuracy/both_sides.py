@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from qwen_engine.errors import EngineError, RequestError
-from qwen_engine.graph_io import LOGITS
+from qwen_engine.graph_io import CHOSEN, LOGITS
 from qwen_run.accuracy.datasets import Document
 from qwen_run.accuracy.logits import (
     FullLogits,
@@ -226,6 +226,8 @@ def layer_errors(
     """The error of every sub-block's output, in the order they are computed; both map names to (T, features)."""
     errors: dict[str, LayerError] = {}
     for block, found in engine.items():
+        if block.endswith(CHOSEN):
+            continue
         expected = reference[block].astype(np.float64)
         difference = found - expected
         rms = float(np.sqrt(np.mean(expected**2)))

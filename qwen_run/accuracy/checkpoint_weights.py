@@ -27,6 +27,9 @@ _ELEMENTS = {
     "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "F8_E4M3": "u1",
 }  # fmt: skip
 
+# the last part of a tensor of all experts -> the linears of an expert whose rows follow each other in it
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
 # AWQ: the place in an int32 of each of eight outputs side by side
 _AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
@@ -184,10 +187,25 @@ def _open_tensors(directory: Path) -> dict[str, _Tensor]:
             place = begin + int(entry["data_offsets"][0])
             stored = np.ndarray(entry["shape"], element, file, place)
             tensors[name] = _Tensor(stored, entry["dtype"])
-    tensors = dict(qwen2_tensors(tensors, _third))
+    tensors = _of_each_expert(dict(qwen2_tensors(tensors, _third)))
     embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), f"{EMBEDDING}.weight")
     prefix = embedding.removesuffix("embed_tokens.weight")
     return {_plain_name(name, prefix): tensor for name, tensor in tensors.items()}
+
+
+def _of_each_expert(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+    """``tensors``, where a layer's experts have one tensor of three dimensions with one for each linear of each."""
+    found: dict[str, _Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if not module.endswith(".mlp.experts") or tensor.stored.ndim != 3:
+            found[name] = tensor
+            continue
+        linears = STACKED[last]
+        for number, expert in enumerate(tensor.stored):
+            for linear, rows in zip(linears, np.split(expert, len(linears)), strict=True):
+                found[f"{module}.{number}.{linear}.weight"] = _Tensor(rows, tensor.element)
+    return found
 
 
 def _third(tensor: _Tensor, number: int, axis: int) -> _Tensor:

@@ -37,7 +37,7 @@ class Recipe:
             EngineError: it cannot be read.
         """
         manifest = Manifest.read(engine)
-        quantizations = {part.name: linear.quantization for linear in manifest.linears for part in linear.parts}
+        quantizations = {part.name: linear.quantization for linear in manifest.linears for part in linear.all_parts}
         calibrated = any(linear.output_error is not None for linear in manifest.linears)
         digest = manifest.parts[WEIGHTS_FILE].sha256 if calibrated else None
         return cls(engine, quantizations, manifest.cache.dtype, digest, manifest.origin.rope_scaling)

@@ -10,7 +10,7 @@ This is the only module that imports torch and transformers, inside functions.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,25 +21,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_engine.errors import CheckpointError, RequestError, first_line
-from qwen_engine.graph_io import HEAD, LOGITS
+from qwen_engine.graph_io import CHOSEN, HEAD, LOGITS
 from qwen_engine.manifest import MergedAdapter, Quantization
-from qwen_plugin.layout import BLOCK_COLUMNS
 from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.gguf_weights import GgufWeights
 from qwen_run.accuracy.logits import FullLogits, ReferenceLogits, compare, following_tokens, positions_of
 from qwen_run.accuracy.qwen1_names import config_of
 from qwen_run.accuracy.recipe import Recipe
-from qwen_run.engine_files.weights import EngineWeights, StoredLinear, slices
+from qwen_run.accuracy.reference_experts import expert_linears, place_of, round_experts, routed_as
+from qwen_run.accuracy.rounded_inputs import ROUNDING_STEPS, round_activations, rounding, rounding_hook
+from qwen_run.engine_files.weights import EngineWeights, slices
 
 # Positions whose logits are in memory at a time.
 CHUNK_TOKENS = 128
 
 # The name of a module's input is that of the module and this; the name of its output is the module's own.
 INPUT = ".input"
-
-# precision of a product's input -> the largest of the integers it is rounded to: one byte, two bytes
-ROUNDING_STEPS = {"int8": 127, "int8x2": 127 * 256}
 
 # name of a parameter, some of its rows, their values
 Pieces = Iterable[tuple[str, slice, np.ndarray]]
@@ -199,16 +197,23 @@ class HuggingFace:
                 those computed here, so that errors do not add up: a sub-block that differs is itself at fault.
 
         Returns:
-            (tokens, features) float32 of each of ``names``.
+            (tokens, features) float32 of each of ``names``; of a router the experts it chose, (tokens, k) int32.
         """
         seen: dict[str, np.ndarray] = {}
 
         def exchange(name: str, tensor: Any) -> Any:
-            seen[name] = tensor[0].numpy()
-            return tensor if given is None else self._torch.tensor(given[name])[None]
+            seen[name] = tensor.flatten(0, -2).numpy()
+            return tensor if given is None else self._torch.tensor(given[name]).reshape(tensor.shape)
 
         def on_input(name: str) -> Any:
             return lambda module, arguments: (exchange(name, arguments[0]), *arguments[1:])
+
+        def on_router(name: str) -> Any:
+            def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+                seen[name] = output[2].numpy().astype(np.int32)
+                return output if given is None else routed_as(self._torch, module, output, given[name])
+
+            return hook
 
         def on_output(name: str) -> Any:
             def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -222,8 +227,10 @@ class HuggingFace:
         for name in names:
             if name == LOGITS:
                 continue
-            module = self._model.get_submodule(name.removesuffix(INPUT))
-            if name.endswith(INPUT):  # as it is before the hook that rounds it
+            module = self._model.get_submodule(name.removesuffix(INPUT).removesuffix(CHOSEN))
+            if name.endswith(CHOSEN):
+                hooks.append(module.register_forward_hook(on_router(name)))
+            elif name.endswith(INPUT):  # as it is before the hook that rounds it
                 hooks.append(module.register_forward_pre_hook(on_input(name), prepend=True))
             else:
                 hooks.append(module.register_forward_hook(on_output(name)))
@@ -298,16 +305,24 @@ class HuggingFace:
         if self._model.config.tie_word_embeddings and not weights.head_is_shared:
             self._model.lm_head.weight = self._torch.nn.Parameter(self._model.lm_head.weight.detach().clone())
         self._fill(self._model, _engine_pieces(weights))
+        round_experts(self._torch, self._model, recipe, self._rounding_of_experts)
+        modules = dict(self._model.named_modules())
         for name, quantization in recipe.quantizations.items():
-            module = self._model.get_submodule(name)
+            module = modules.get(name)  # there is none of an expert
             if quantization.activations in ROUNDING_STEPS and isinstance(module, self._torch.nn.Linear):
                 stored = weights.linears[weights.parts[name].owner]
-                hook = _rounding_hook(self._torch, quantization, stored)
+                hook = rounding_hook(self._torch, quantization, stored)
                 alone = stored.permutation is not None or quantization.activation_scales == "static"
                 kind = name if alone else (
                     quantization.activations, quantization.activation_scales, quantization.group_size,
                 )  # fmt: skip
                 module.register_forward_pre_hook(partial(self._round_input, hook, kind))
+
+    def _rounding_of_experts(self, quantization: Quantization) -> Callable[[Any], Any]:
+        if quantization.activations not in ROUNDING_STEPS:
+            return lambda x: x
+        rounded = rounding(self._torch, quantization)
+        return lambda x: rounded(x) if self.rounds_inputs else x
 
     def _round_input(self, hook: Any, kind: Any, module: Any, arguments: tuple[Any, ...]) -> Any:
         """``arguments`` rounded by ``hook``; linears that read one tensor and round it alike (``kind``) share that."""
@@ -321,8 +336,9 @@ class HuggingFace:
         """Set all parameters of ``model``, each piece of which comes once."""
         unset = {name: parameter.numel() for name, parameter in model.named_parameters()}
         for name, rows, values in pieces:
-            model.get_parameter(name).data[rows] = self._torch.tensor(values)
-            unset[name] -= values.size
+            owner, place = place_of(model, name)
+            place[rows] = self._torch.tensor(values)
+            unset[owner] -= values.size
         assert not any(unset.values()), [name for name, elements in unset.items() if elements]
 
 
@@ -331,8 +347,9 @@ def _checkpoint_pieces(model: Any, weights: CheckpointWeights | GgufWeights | Bu
         if parameter.dim() == 1:
             yield name, slice(None), weights.vector(name)
             continue
-        for rows in slices(*parameter.shape):
-            yield name, rows, weights.rows(name.removesuffix(".weight"), rows)
+        linear = name.removesuffix(".weight")
+        own = [(linear, parameter.shape)] if parameter.dim() == 2 else expert_linears(name, parameter)
+        yield from ((f"{one}.weight", rows, weights.rows(one, rows)) for one, shape in own for rows in slices(*shape))
 
 
 def _engine_pieces(weights: EngineWeights) -> Pieces:
@@ -341,46 +358,6 @@ def _engine_pieces(weights: EngineWeights) -> Pieces:
     for name in weights.parts:
         if name != HEAD or not weights.head_is_shared:
             yield from ((f"{name}.weight", rows, values) for rows, values in weights.pieces(name))
-
-
-def _rounding_hook(torch: Any, quantization: Quantization, linear: StoredLinear) -> Any:
-    most = ROUNDING_STEPS[quantization.activations]
-
-    def rounded(x: Any) -> Any:
-        if quantization.activation_scales == "static":
-            return round_statically(x, torch.tensor(linear.tensors["input_scale"]), most)
-        sizes = {"block": BLOCK_COLUMNS, "token": x.shape[-1]}
-        group_size = sizes.get(quantization.activation_scales, quantization.group_size)
-        return round_activations(torch, x, group_size, most)
-
-    if linear.permutation is None:
-        return lambda module, arguments: (rounded(arguments[0]),)
-    stored, restored = (torch.tensor(order) for order in (linear.permutation, np.argsort(linear.permutation)))
-    return lambda module, arguments: (rounded(arguments[0][..., stored])[..., restored],)
-
-
-def round_activations(torch: Any, x: Any, group_size: int, most: int) -> Any:
-    """``x`` as ``QuantLinear`` and ``MatMulNBits`` (``accuracy_level`` 4) read it: a scale for each group of a row.
-
-    ``q = round(x * (most / max|x|))`` with ties to even, in float32; the value is ``q * (max|x| / most)``. That gives
-    the operators' numbers for every tie; dividing by the scale, or rounding ties away from 0, does not.
-
-    Args:
-        x: tensor (..., features) float32; the last group may be shorter.
-        most: the largest q, see ``ROUNDING_STEPS``.
-    """
-    features = x.shape[-1]
-    groups = torch.nn.functional.pad(x, (0, -features % group_size)).unflatten(-1, (-1, group_size))
-    largest = groups.abs().amax(-1, keepdim=True)
-    steps = torch.tensor(float(most))  # a tensor: torch would multiply the number with a rounded reciprocal
-    inverse = torch.where(largest > 1e-36, steps / largest, 0)  # nothing, or too little for a reciprocal, is 0
-    return ((groups * inverse).round() * (largest / steps)).flatten(-2)[..., :features]
-
-
-def round_statically(x: Any, input_scale: Any, most: int) -> Any:
-    """``x`` as ``QuantLinear`` reads it with static activation scales: 127 times ``input_scale`` becomes ``most``."""
-    steps = most / 127
-    return (x * (steps / input_scale)).clamp(-most, most).round() * (input_scale / steps)
 
 
 def _import_torch_and_transformers() -> tuple[ModuleType, ModuleType]:

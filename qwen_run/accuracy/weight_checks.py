@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_engine.manifest import ModelSizes, Quantization
+from qwen_engine.manifest import Quantization
+from qwen_engine.sizes import ModelSizes
 from qwen_run.accuracy.builder_weights import BuilderWeights, open_weights
 from qwen_run.accuracy.checkpoint_weights import CheckpointWeights
 from qwen_run.accuracy.gguf_weights import GgufWeights

@@ -150,8 +150,11 @@ def _graph(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
 
 def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
     """The linears as text and as a picture."""
+    from qwen_run.inspection.experts import expert_totals, read_bytes
     from qwen_run.inspection.linears import draw_bits, linear_rows, totals
 
+    experts = expert_totals(manifest.linears, manifest.model)
+    read = sum(read_bytes(linear, manifest.model) for linear in manifest.linears)
     rows = linear_rows(manifest)
     whole = totals(manifest, rows)
     title = f"{manifest.name}: {whole.bits_per_weight:.2f} bits a weight, {whole.stored_bytes / MIB:,.1f} MiB"
@@ -159,16 +162,20 @@ def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]
         **head("qwen-inspect", engine),
         "linears": rounded([asdict(row) for row in rows]),
         "totals": rounded(asdict(whole)),
+        "read_bytes_per_token": read,
+        "experts": experts and asdict(experts),
         "rope_type": manifest.model.rope_type,
         "rope_words": manifest.model.rope_words,
     }
-    return to_json(data, indent=1) if as_json else _table(rows, whole, manifest.model.rope_words), draw_bits(
-        title, rows
-    )
+    said = [f"a token reads {read / MIB:,.1f} MiB of the linears"]
+    if experts is not None:
+        said.insert(0, f"experts  {experts.stored_bytes / MIB:,.1f} MiB: {experts.words}")
+    said += [manifest.model.rope_words] if manifest.model.rope_words else []
+    return to_json(data, indent=1) if as_json else _table(rows, whole, said), draw_bits(title, rows)
 
 
-def _table(rows: Sequence[LinearRow], whole: Totals, rope: str | None) -> str:
-    """The linears in columns, what they take together, and what to know of the rotation of positions."""
+def _table(rows: Sequence[LinearRow], whole: Totals, said: Sequence[str]) -> str:
+    """The linears in columns, what they take together, and a line of each that is ``said`` besides."""
     calibrated = any(row.output_error is not None for row in rows)
     head = ["linear", "shape", "scheme", "bits", "MiB", *(["error"] if calibrated else []), ""]
     cells = [head]
@@ -191,7 +198,7 @@ def _table(rows: Sequence[LinearRow], whole: Totals, rope: str | None) -> str:
         f"\n\nlinears  {whole.weights / 1e6:,.1f} M weights, {whole.stored_bytes / MIB:,.1f} MiB, "
         f"{whole.bits_per_weight:.2f} bits a weight\n"
         f"others   {whole.other_bytes / MIB:,.1f} MiB: norms, biases, rotary tables, padding"
-        + (f"\n{printable(rope)}" if rope else "")
+        + "".join(f"\n{printable(line)}" for line in said)
     )
 
 

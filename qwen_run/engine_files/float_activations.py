@@ -13,23 +13,31 @@ from qwen_run.engine_files.protobuf import rewritten
 # Field numbers on the way to an attribute (onnx.proto): ModelProto.graph, GraphProto.node, NodeProto.attribute.
 _ATTRIBUTES = (7, 1, 5)
 
-# The beginning of an AttributeProto as protobuf writes it: field 1, a length and so many bytes of name; then
-# field 3 (i), a number, or field 4 (s), a length and so many bytes. -> the same for float32
-_FLOAT32_LEVEL = b"\x0a\x0eaccuracy_level\x18\x01"  # of MatMulNBits
-_FLOAT32_PRECISION = b"\x0a\x09precision\x22\x07float32"  # of QuantLinear
-_TO_FLOAT32 = {
-    b"\x0a\x0eaccuracy_level\x18\x04": _FLOAT32_LEVEL,
-    _FLOAT32_LEVEL: _FLOAT32_LEVEL,
-    b"\x0a\x09precision\x22\x04int8": _FLOAT32_PRECISION,
-    b"\x0a\x09precision\x22\x06int8x2": _FLOAT32_PRECISION,
-    _FLOAT32_PRECISION: _FLOAT32_PRECISION,
+# of QuantLinear, and of the two products of MoE
+_PRECISIONS = (b"precision", b"gate_up_precision", b"down_precision")
+
+
+def _named(name: bytes) -> bytes:
+    """How an AttributeProto of this name begins, as protobuf writes it: field 1, a length and so many bytes."""
+    return b"\x0a" + bytes([len(name)]) + name
+
+
+def _text(name: bytes, value: bytes) -> bytes:
+    """The same with its value behind it: field 4 (s), a length and so many bytes."""
+    return _named(name) + b"\x22" + bytes([len(value)]) + value
+
+
+# The beginning of an attribute -> the same for float32. A number is field 3 (i).
+_LEVEL = _named(b"accuracy_level") + b"\x18"  # of MatMulNBits
+_TO_FLOAT32 = {_LEVEL + level: _LEVEL + b"\x01" for level in (b"\x01", b"\x04")} | {
+    _text(name, value): _text(name, b"float32") for name in _PRECISIONS for value in (b"int8", b"int8x2", b"float32")
 }
-_NAMES = (b"\x0a\x0eaccuracy_level", b"\x0a\x09precision")
+_NAMES = tuple(_named(name) for name in (b"accuracy_level", *_PRECISIONS))
 _TYPE = b"\xa0\x01"  # the field that follows, 20
 
 
 def with_float_activations(graph: bytes) -> bytes:
-    """``graph``, an ONNX model, with every ``MatMulNBits`` and ``QuantLinear`` told to compute in float32.
+    """``graph``, an ONNX model, with every ``MatMulNBits``, ``QuantLinear`` and ``MoE`` told to compute in float32.
 
     Raises:
         EngineError: it is no ONNX model, or sets a precision in an unknown way.

@@ -15,7 +15,7 @@ from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Linear
 from qwen_plugin.layout import PANEL, ZERO_POINTS
 from qwen_run.engine_files.checksums import check_operators
 from qwen_run.engine_files.onnx_file import Tensor, read_graph
-from qwen_run.engine_files.stored_rows import READERS, read_rows
+from qwen_run.engine_files.stored_rows import READERS, WeightShape, read_rows
 
 # elements of a weight that are dequantised at a time: bounds the memory that takes to some tens of megabytes
 SLICE_ELEMENTS = 1 << 20
@@ -34,7 +34,7 @@ class WeightPart:
 def parts_of(record: LinearRecord) -> Iterator[WeightPart]:
     """The modules of Hugging Face whose rows a linear of the engine has."""
     start = 0
-    for part in record.parts:
+    for part in record.all_parts:
         yield WeightPart(part.name, record.name, start, start + part.rows)
         start += part.rows
 
@@ -54,18 +54,35 @@ class StoredLinear:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the weight, float32 (rows, in_features), the columns in the order of the inputs."""
-        shape = self.record.out_features, self.record.in_features
-        return self._in_order(read_rows(self.record.quantization, shape, self.tensors, start, stop))
+        tensors, shape, first = self._holding(start, stop)
+        return self._in_order(read_rows(self.record.quantization, shape, tensors, start - first, stop - first))
 
     def integers(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows [start, stop) of a weight that is (q - zero point) * scale: these three, each (rows, in_features)."""
-        stored, shape = self.record.quantization, (self.record.out_features, self.record.in_features)
-        q, scales, zero_points = READERS[stored.layout](stored, shape, self.tensors, start, stop)
+        stored = self.record.quantization
+        tensors, shape, first = self._holding(start, stop)
+        q, scales, zero_points = READERS[stored.layout](stored, shape, tensors, start - first, stop - first)
         if zero_points is None:
             zero_points = np.full(scales.shape, ZERO_POINTS[stored.bits], np.uint8)
         spread = (values.repeat(stored.group_size, axis=1) for values in (scales, zero_points))
         scales, zero_points = (self._in_order(values) for values in spread)
         return self._in_order(q), scales, zero_points
+
+    def _holding(self, start: int, stop: int) -> tuple[Mapping[str, np.ndarray], WeightShape, int]:
+        """The weight of the stack that rows [start, stop) are in: its tensors, its shape, its first row."""
+        record = self.record
+        each = record.out_features // record.stack
+        number = start // each
+        assert stop <= (number + 1) * each, "no part has rows of two weights"
+        return self.weight(number), (each, record.in_features), number * each
+
+    def weight(self, number: int) -> Mapping[str, np.ndarray]:
+        """The tensors of one weight of the stack."""
+        count = self.record.stack
+        if count == 1:
+            return self.tensors
+        shares = {kind: len(tensor) // count for kind, tensor in self.tensors.items()}
+        return {kind: tensor[number * shares[kind] :][: shares[kind]] for kind, tensor in self.tensors.items()}
 
     def _in_order(self, stored: np.ndarray) -> np.ndarray:
         """Stored columns (R, padded) in the order of the inputs, (R, in_features)."""

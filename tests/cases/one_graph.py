@@ -18,16 +18,16 @@ from qwen_engine.manifest import (
     CacheLayout,
     Limits,
     Manifest,
-    ModelSizes,
     Origin,
 )
+from qwen_engine.sizes import ModelSizes
 from qwen_engine.tasks import GENERATE, output_of
 from qwen_run.engine_files.checksums import measure_part
 from qwen_run.runtime.engine import Batch
 
 VOCAB_SIZE, HIDDEN_SIZE, MAX_SEQ_LEN, BLOCK_SIZE = 13, 6, 100, 32
 STATES = cache_inputs(layers=(0, 1), kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")
-MODEL = ModelSizes("qwen2", VOCAB_SIZE, HIDDEN_SIZE, 7, 2, 4, 2, 8, 1e-6, 10000.0, "default", 1.0, False)
+MODEL = ModelSizes("qwen2", VOCAB_SIZE, HIDDEN_SIZE, 7, 2, 4, 2, 8, 1e-6, 10000.0, "default", 1.0, False, None)
 RNG = np.random.default_rng(5)
 EMBEDDING = RNG.normal(size=(VOCAB_SIZE, HIDDEN_SIZE)).astype(np.float32)
 HEAD = RNG.normal(size=(HIDDEN_SIZE, VOCAB_SIZE)).astype(np.float32)

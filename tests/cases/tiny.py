@@ -23,20 +23,44 @@ TINY = {
 }
 
 
+# Those of mixtures of experts have rows in whole panels; the first layer is dense.
+MIXTURE: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "moe_intermediate_size": 48,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "mlp_only_layers": [0],
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "llama": {"model_type": "llama", "head_dim": 16, "attention_bias": True},
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+    "qwen2-moe": MIXTURE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 144, "norm_topk_prob": False},
+    "qwen3-moe": MIXTURE | {"model_type": "qwen3_moe", "head_dim": 24, "norm_topk_prob": True},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, "attention_bias": True},
 }
+DENSE = {name: family for name, family in FAMILIES.items() if "num_experts" not in family}
 # What a Qwen-1 may be: each query has a key and a value of its own.
 QWEN1: dict[str, dict[str, Any]] = {
     "qwen1": {"model_type": "qwen2", "num_key_value_heads": 10},
     "qwen1-large": {"model_type": "qwen2", "num_key_value_heads": 10, "vocab_size": 640},
 }
 
+# Mixtures of experts beside those of FAMILIES: of one, of all, in every other layer, with the other rule of weights.
+_QWEN3_MIXTURE = FAMILIES["qwen3-moe"] | {"mlp_only_layers": []}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "experts-one": _QWEN3_MIXTURE | {"num_experts": 1, "num_experts_per_tok": 1},
+    "experts-all": _QWEN3_MIXTURE | {"num_experts": 4, "num_experts_per_tok": 4},
+    "experts-many": _QWEN3_MIXTURE | {"num_experts": 21, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+    "experts-not-normalised": _QWEN3_MIXTURE | {"norm_topk_prob": False, "attention_bias": True},
+    "experts-every-other": FAMILIES["qwen2-moe"]
+    | {"decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": True, "tie_word_embeddings": True},
+    "experts-unbiased": FAMILIES["qwen2-moe"] | {"qkv_bias": False, "mlp_only_layers": [2]},
+}
 # Families with layers that see the last 40 tokens alone.
 WINDOWED: dict[str, dict[str, Any]] = {
     "qwen2-windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},

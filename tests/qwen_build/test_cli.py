@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cases.builds import edit_config, edit_tensors, refused, run_build, tiny_tokenizer
+from cases.configs import MIXTURES
 from cases.quantization import STORED
 from cases.tiny import FAMILIES
 from qwen_build.checkpoint.locate import resolve_checkpoint
@@ -70,6 +71,56 @@ def test_dry_run_shows_a_person_every_linear(checkpoint):
     assert all(linear["name"] in table for linear in description["linears"])
     assert "int4 g32 asymmetric x int8 per block, native" in table
     assert "build memory" in table
+
+
+# sizes of engines in GB, and GB that a token reads of the weights, as their shapes say with int4 in 4.4 bits
+@pytest.mark.parametrize(
+    ("name", "size", "read", "cache"),
+    [
+        ("Qwen1.5-MoE-A2.7B", 8.2, 1.42, 192),
+        ("Qwen2-57B-A14B", 32.1, 7.7, 56),
+        ("Qwen3-30B-A3B", 17.1, 1.8, 96),
+        ("Qwen3-235B-A22B", 130.0, 12.2, 188),
+    ],
+)
+def test_a_dry_run_of_config_json_alone_says_what_a_published_mixture_takes(name, size, read, cache, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURES[name]))
+    found = json.loads(run_build(tmp_path, "--dry-run", "--json").stdout)
+    assert found["weights_bytes"] / 1e9 == pytest.approx(size, rel=0.02)
+    assert found["read_bytes_per_token"] / 1e9 == pytest.approx(read, rel=0.03)
+    assert found["cache_bytes_per_token"] == cache * 1024
+    config = MIXTURES[name]
+    assert [found["experts"][key] for key in ("layers", "num_experts", "num_experts_per_tok")] == [
+        config[key] for key in ("num_hidden_layers", "num_experts", "num_experts_per_tok")
+    ]
+    assert found["experts"]["stored_bytes"] == sum(
+        linear["stored_bytes"] for linear in found["linears"] if ".mlp.experts." in linear["name"]
+    )
+    assert found["build_memory_bytes"] < 1 << 30  # whatever the number of experts
+    table = run_build(tmp_path, "--dry-run")
+    assert f"{config['num_experts_per_tok']} of {config['num_experts']} a token in each of" in table.stdout
+    assert "Note: config.json alone was read" in table.stderr
+
+
+def test_a_dry_run_without_weights_is_that_with_them(checkpoint, tmp_path):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    alone, whole = (json.loads(run_build(path, "--dry-run", "--json").stdout) for path in (tmp_path, checkpoint))
+    differing = {key for key in whole if whole[key] != alone[key]}
+    assert differing - {"created"} == {"checkpoint", "dtype"}
+    refused = run_build(tmp_path, "--output", tmp_path / "engine")
+    assert (refused.exit_code, "has no weights" in refused.stderr) == (1, True)
+
+
+def test_a_dry_run_without_weights_says_where_they_decide(checkpoint, tmp_path):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    refused = run_build(tmp_path, "--dry-run")
+    assert refused.exit_code == 1
+    assert (
+        "has no weights, and those of a gptq checkpoint say how an engine stores them; give them too" in refused.stderr
+    )
+    edit_config(tmp_path, quantization_config={"quant_method": "fp8"})
+    assert run_build(tmp_path, "--dry-run").exit_code == 0
 
 
 def test_groups_that_fill_widths_up_are_named_where_smaller_ones_would_not(checkpoint, tmp_path):

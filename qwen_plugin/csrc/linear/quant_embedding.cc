@@ -43,7 +43,8 @@ struct Kernel {
 
   Kernel(const OrtApi& ort, const operators::Attributes& attributes, std::shared_ptr<Threads> of_session)
       : api(ort),
-        settings(ReadWeight(attributes, attributes.Int("blocks", 0, 0, 1) == 1)),
+        settings(ReadWeight(attributes, "", attributes.Int("N", 0, 1, kMostFeatures),
+                            attributes.Int("K", 0, 1, kMostFeatures), attributes.Int("blocks", 0, 0, 1) == 1)),
         threads(std::move(of_session)) {}
 
   void Compute(OrtKernelContext* context) const {

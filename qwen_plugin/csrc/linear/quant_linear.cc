@@ -5,9 +5,9 @@
 #include <cmath>
 #include <string>
 
+#include "linear/product.h"
 #include "linear/quant_operators.h"
 #include "operator/instruction_set.h"
-#include "operator/operator.h"
 #include "operator/scratch.h"
 
 namespace quant_linear {
@@ -21,34 +21,9 @@ enum Input { kX, kWeight, kBias, kNormWeight, kResidual, kPermutation, kInputSca
 constexpr const char* kInputNames[kInputCount] = {"x",        "weight",      "bias",       "norm_weight",
                                                   "residual", "permutation", "input_scale"};
 
-// A thread multiplies this many bytes of weights at a time, with at least one panel: at most, as one that has to wait
-// for the processor must not hold up the others; at least, as the first bytes of each time are waited for.
-constexpr int64_t kTaskBytes = 256 << 10, kLeastTaskBytes = 32 << 10;
-
-// Below this many multiply-adds (of a task: at least) a parallel region costs more than it brings.
-constexpr int64_t kSerialWork = 100'000;
-
 Problem ReadSettings(const Attributes& attributes) {
-  Problem p = {};
-  const std::string scales = attributes.String("activation_scales");
-  static_cast<QuantWeight&>(p) = ReadWeight(attributes, scales == "block");
-  const std::string precision = attributes.String("precision");
-  if (precision == "int8")
-    p.precision = Precision::kInt8;
-  else if (precision == "int8x2")
-    p.precision = Precision::kInt8x2;
-  else if (precision == "float32")
-    p.precision = Precision::kFloat32;
-  else
-    attributes.Refuse("precision", "'" + precision + "'", "int8, int8x2 or float32");
-  if (scales == "block")
-    p.activation_scales = ActivationScales::kBlock;
-  else if (scales == "token")
-    p.activation_scales = ActivationScales::kToken;
-  else if (scales == "static")
-    p.activation_scales = ActivationScales::kStatic;
-  else if (!scales.empty() && scales != "group")
-    attributes.Refuse("activation_scales", "'" + scales + "'", "group, block, token or static");
+  const int64_t out_features = attributes.Int("N", 0, 1, kMostFeatures);
+  Problem p = ReadProduct(attributes, "", out_features, attributes.Int("K", 0, 1, kMostFeatures));
   p.swiglu = attributes.Int("swiglu", 0, 0, 1) == 1;
   if (p.swiglu && p.out_features % kPanel != 0)
     attributes.Refuse("N", std::to_string(p.out_features), "a multiple of 32, as swiglu is 1");
@@ -121,52 +96,17 @@ void Run(Threads& threads, const std::shared_ptr<Order>& order, const Kernels& k
   });
 }
 
-const Kernels& ChooseKernels() {
-#if defined(__x86_64__)
-  const InstructionSet set = ChooseInstructionSet();
-  if (set == InstructionSet::kAvx512) return kAvx512VnniKernels;
-  if (UsesExtension(Extension::kAvxVnni)) return kAvxVnniKernels;
-  if (set == InstructionSet::kAvx2) return kAvx2Kernels;
-#elif defined(__aarch64__)
-  if (UsesExtension(Extension::kNeonDot)) return kNeonDotKernels;
-#endif
-  return kPlainKernels;
-}
-
-// Whether kAmxBlockKernels take it: its blocks of 128 columns have one scale of the activations, and weights that are
-// whole numbers of a unit, bytes with a sign.
-bool FitsBlockTiles(const Problem& p) {
-  return p.block_groups * p.group_size == kBlockColumns && (p.bits < 8 || p.symmetric);
-}
-
-// Rows from which the tiles of AMX are faster than vectors, measured.
-int64_t LeastTileRows(const Problem& p) {
-  const bool one_byte = Planes(p) == 1;
-  if (!FitsBlockTiles(p)) return one_byte ? 10 : 8;
-  return one_byte ? (p.block_groups > 1 ? 8 : 9) : 6;
-}
-
-// The kernels for so many rows and more.
-const Kernels& ChooseTileKernels(const Problem& p) {
-#if defined(__x86_64__)
-  if (p.precision != Precision::kFloat32 && UsesExtension(Extension::kAmx))
-    return FitsBlockTiles(p) ? kAmxBlockKernels : kAmxKernels;
-#endif
-  return ChooseKernels();
-}
-
 struct Kernel {
   OrtApi api;
   Problem settings;
-  const Kernels &kernels, &tile_kernels;
+  const KernelChoice kernels;
   const std::shared_ptr<Threads> threads;
   const std::shared_ptr<Order> order = std::make_shared<Order>();
 
   Kernel(const OrtApi& ort, const Attributes& attributes, std::shared_ptr<Threads> of_session)
       : api(ort),
         settings(ReadSettings(attributes)),
-        kernels(ChooseKernels()),
-        tile_kernels(ChooseTileKernels(settings)),
+        kernels(ChooseKernels(settings)),
         threads(std::move(of_session)) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -174,7 +114,7 @@ struct Kernel {
     SetInputs(api, context, p);
     p.y = operators::NewOutput<float>(api, context, 0, {p.rows, p.width});
     p.input = operators::NewOutput<float>(api, context, 1, {p.rows, p.in_features});
-    if (p.rows > 0) Run(*threads, order, p.rows < LeastTileRows(p) ? kernels : tile_kernels, p);
+    if (p.rows > 0) Run(*threads, order, kernels.Of(p), p);
   }
 };
 

@@ -32,10 +32,11 @@ struct Problem : QuantWeight {
   int64_t width;  // columns of y: out_features, or half of them with swiglu
   float epsilon;
 
-  const float* x;  // (rows, in_features)
+  const float* x;  // (rows, in_features), or of row r of the product the row sources[r]
   // The following may be null.
   const float *bias, *norm_weight, *residual;  // (out_features), (in_features), (rows, width)
   const int32_t* permutation;                  // (in_features)
+  const int32_t* sources;                      // (rows)
   float* y;                                    // (rows, width)
   float* input;                                // (rows, in_features), or null: the product's input, normalised
 };

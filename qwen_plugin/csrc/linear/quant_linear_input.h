@@ -51,7 +51,7 @@ template <class L>
 const float* InputRow(const Problem& p, int64_t row) {
   const int64_t K = p.in_features, padded = p.groups * p.group_size;
   float* const scratch = RowScratch(2 * padded);
-  const float* x = p.x + row * K;
+  const float* x = p.x + (p.sources == nullptr ? row : p.sources[row]) * K;
   float* const out = p.input == nullptr ? scratch : p.input + row * K;
   if (p.norm_weight != nullptr) {
     Normalize<L>(p, x, out);

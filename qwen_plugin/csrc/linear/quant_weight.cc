@@ -4,21 +4,23 @@
 
 #include "operator/operator.h"
 
-QuantWeight ReadWeight(const operators::Attributes& attributes, bool has_blocks) {
-  constexpr int64_t kMost = int64_t(1) << 30;
+QuantWeight ReadWeight(const operators::Attributes& attributes, const char* prefix, int64_t out_features,
+                       int64_t in_features, bool has_blocks) {
+  const std::string before = prefix;
+  const std::string bits = before + "bits", group_size = before + "group_size", symmetric = before + "symmetric";
   QuantWeight w = {};
-  w.out_features = attributes.Int("N", 0, 1, kMost);
-  w.in_features = attributes.Int("K", 0, 1, kMost);
-  w.bits = int(attributes.Int("bits", 0, 4, 8));
-  if (w.bits == 7) attributes.Refuse("bits", std::to_string(w.bits), "4, 5, 6 or 8");
-  w.group_size = attributes.Int("group_size", 0, 32, kMaxGroup);
+  w.out_features = out_features;
+  w.in_features = in_features;
+  w.bits = int(attributes.Int(bits.c_str(), 0, 4, 8));
+  if (w.bits == 7) attributes.Refuse(bits.c_str(), std::to_string(w.bits), "4, 5, 6 or 8");
+  w.group_size = attributes.Int(group_size.c_str(), 0, 32, kMaxGroup);
   if (w.group_size != 32 && w.group_size != 64 && w.group_size != 128)
-    attributes.Refuse("group_size", std::to_string(w.group_size), "32, 64 or 128");
-  w.symmetric = attributes.Int("symmetric", -1, 0, 1) == 1;
+    attributes.Refuse(group_size.c_str(), std::to_string(w.group_size), "32, 64 or 128");
+  w.symmetric = attributes.Int(symmetric.c_str(), -1, 0, 1) == 1;
   if (has_blocks && w.bits == 8)
-    attributes.Refuse("bits", std::to_string(w.bits), "4, 5 or 6, as scales are of blocks");
+    attributes.Refuse(bits.c_str(), std::to_string(w.bits), "4, 5 or 6, as scales are of blocks");
   if (has_blocks && w.group_size >= kBlockColumns)
-    attributes.Refuse("group_size", std::to_string(w.group_size), "32 or 64, as scales are of blocks");
+    attributes.Refuse(group_size.c_str(), std::to_string(w.group_size), "32 or 64, as scales are of blocks");
   const auto lines = [&](int64_t bytes) { return CeilDiv(bytes, 64) * 64; };
   w.groups = CeilDiv(w.in_features, w.group_size);
   w.block_groups = has_blocks ? kBlockColumns / w.group_size : 1;

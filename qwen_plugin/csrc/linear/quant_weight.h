@@ -157,8 +157,11 @@ static inline int ZeroPointOf(const QuantWeight& w, const uint8_t* panel, int64_
   return w.bits == 4 ? bytes[output % 16] >> (output < 16 ? 0 : 4) & 15 : bytes[output];
 }
 
-// From the attributes N, K, bits, group_size and symmetric; has_blocks: blocks of 128 columns share a unit. Throws
-// Error.
-QuantWeight ReadWeight(const operators::Attributes& attributes, bool has_blocks);
+constexpr int64_t kMostFeatures = int64_t(1) << 30;
+
+// From the attributes bits, group_size and symmetric, with `prefix` before each name; has_blocks: blocks of 128 columns
+// share a unit. Throws Error.
+QuantWeight ReadWeight(const operators::Attributes& attributes, const char* prefix, int64_t out_features,
+                       int64_t in_features, bool has_blocks);
 // Checks the tensor's type and shape. Throws Error.
 void SetWeight(QuantWeight& weight, const operators::Tensor& tensor);

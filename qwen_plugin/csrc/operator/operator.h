@@ -89,6 +89,15 @@ class Attributes {
     value.resize(size - 1);  // its size counts the final zero
     return value;
   }
+  // Whether it is there, of any of the types above.
+  bool Has(const char* name) const {
+    int64_t integer;
+    float number;
+    size_t size = 0;
+    return Ok(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
+           Ok(api_.KernelInfoGetAttribute_float(info_, name, &number)) ||
+           Ok(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size));
+  }
   [[noreturn]] static void Refuse(const char* name, const std::string& value, const std::string& expected) {
     throw Error("attribute " + std::string(name) + " is " + value + ", expected " + expected);
   }
@@ -100,13 +109,7 @@ class Attributes {
   }
   // ONNX Runtime fails alike for an attribute that is absent and one of another type.
   void RefuseOtherType(const char* name, const char* expected) const {
-    int64_t integer;
-    float number;
-    size_t size = 0;
-    if (Ok(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
-        Ok(api_.KernelInfoGetAttribute_float(info_, name, &number)) ||
-        Ok(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size)))
-      Refuse(name, "of another type", expected);
+    if (Has(name)) Refuse(name, "of another type", expected);
   }
 
   const OrtApi& api_;

@@ -143,7 +143,7 @@ void Threads::AnnounceNext(const Order& order) {
   if (next == nullptr) return;
   for (int t = 0; t < count_; ++t) {
     const uint8_t *begin = next->weight.ShareBegin(t, count_), *end = next->weight.ShareBegin(t + 1, count_);
-    shares_[t].next_end.store(std::min(end, begin + kFetchBytes), std::memory_order_relaxed);
+    shares_[t].next_end.store(begin + std::min(end - begin, kFetchBytes), std::memory_order_relaxed);
     shares_[t].next.store(begin, std::memory_order_release);
   }
 }

@@ -67,4 +67,4 @@ def test_the_weights_of_a_layer_are_all_that_transformers_has(tiny_checkpoint):
         with Checkpoint.open(tiny.path) as checkpoint:
             weights = read_layer(checkpoint, config, 0)
         assert {name: value.shape for name, value in weights.items()} == expected
-        assert set(weights) == {f"{name}.weight" for name in KIND.shapes(config)} | set(KIND.vectors(config))
+        assert set(weights) == {f"{name}.weight" for name in KIND.shapes(config)} | set(KIND.plain(config))

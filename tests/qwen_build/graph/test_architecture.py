@@ -13,6 +13,7 @@ from qwen_build.graph.architecture import (
     LAYER_KINDS,
     LayerKind,
     LinearSpec,
+    ModuleParts,
     distinct_kinds,
     layer_kind,
     linear_names,
@@ -23,6 +24,7 @@ from qwen_build.graph.model import BLOCK_MODULES
 from qwen_build.quantization.schemes import Float32
 from qwen_engine.errors import UnsupportedModel
 from qwen_engine.graph_io import cache_inputs
+from qwen_engine.manifest import LinearPart
 
 CONFIG = ModelConfig.from_json(PUBLISHED)
 
@@ -59,17 +61,16 @@ def test_the_layers_of_qwen():
     assert kind.reader_names["input_layernorm"] == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     assert kind.states(CONFIG, 7, 64, "int8") == cache_inputs([7], 2, 64, 64, "int8")
     qwen3 = ModelConfig.from_json({**PUBLISHED, "model_type": "qwen3"})
-    assert set(kind.vectors(CONFIG)) - set(kind.vectors(qwen3)) == {f"self_attn.{x}_proj.bias" for x in "qkv"}
-    assert set(kind.vectors(qwen3)) - set(kind.vectors(CONFIG)) == {f"self_attn.{x}_norm.weight" for x in "qk"}
+    assert set(kind.plain(CONFIG)) - set(kind.plain(qwen3)) == {f"self_attn.{x}_proj.bias" for x in "qkv"}
+    assert set(kind.plain(qwen3)) - set(kind.plain(CONFIG)) == {f"self_attn.{x}_norm.weight" for x in "qk"}
 
 
 def test_a_module_of_the_graph_is_the_linears_of_its_own_layers_kind(made_up):
     name = "mlp.gate_up_proj"
-    assert module_parts(f"model.layers.2.{name}", 9728, made_up) == (
-        ("model.layers.2.mlp.gate_proj", 4864), ("model.layers.2.mlp.up_proj", 4864),
-    )  # fmt: skip
-    assert module_parts(f"model.layers.1.{name}", 7, made_up) == ((f"model.layers.1.{name}", 7),)  # a mixer has none
-    assert module_parts("lm_head", 7, made_up) == (("lm_head", 7),)
+    halves = LinearPart("model.layers.2.mlp.gate_proj", 4864), LinearPart("model.layers.2.mlp.up_proj", 4864)
+    assert module_parts(f"model.layers.2.{name}", 9728, made_up) == ModuleParts(halves)
+    for own in (f"model.layers.1.{name}", "lm_head"):  # a mixer has none
+        assert module_parts(own, 7, made_up) == ModuleParts((LinearPart(own, 7),))
 
 
 def test_kinds_come_by_turns_or_as_the_config_says(made_up):

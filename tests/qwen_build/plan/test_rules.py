@@ -11,7 +11,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from cases.tiny import FAMILIES, hf_logits, run_alone
+from cases.tiny import DENSE, hf_logits, run_alone
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
@@ -106,7 +106,7 @@ def test_what_is_fused_comes_apart_where_its_parts_differ(tiny_checkpoint):
     assert found["model.layers.2.self_attn.qkv_proj"] == "none-0"  # they agree again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("kernels", ["native", "stock"])
 def test_a_mixed_engine_equals_transformers_with_the_dequantised_weights(
     family, kernels, tiny_checkpoint, build_engine
@@ -146,6 +146,49 @@ def test_a_mixed_engine_equals_transformers_with_the_dequantised_weights(
     np.testing.assert_allclose(logits, hf_logits(model, TOKENS), rtol=3e-4, atol=3e-4)
     layers = Engine.load(directory, threads=1, graph=LAYERS_GRAPH_FILE)
     assert np.array_equal(run_alone(layers, TOKENS), logits)
+
+
+def test_rules_name_the_experts_of_a_layer_together_or_all_of_them(tiny_checkpoint):
+    path = tiny_checkpoint("qwen2-moe").path
+    rules = (
+        rule("model.layers.1.mlp.experts.gate_up_proj", "int8"),
+        rule("model.layers.2.mlp.experts.*", "int6", group_size=64),
+        rule("*.shared_expert.up_proj", "int8"),
+    )
+    found = schemes(path, quant_config=rules, exclude=("*.1.mlp.experts.*.down_proj",))
+    assert {name.partition("mlp.")[2]: scheme for name, scheme in found.items() if ".1.mlp." in name} == {
+        "experts.gate_up_proj": "int8-32",
+        "experts.down_proj": "none-0",
+        "shared_expert.gate_proj": "int4-32",
+        "shared_expert.up_proj": "int8-32",
+        "shared_expert.down_proj": "int4-32",
+    }
+    assert {name: scheme for name, scheme in found.items() if ".2.mlp.experts" in name} == {
+        "model.layers.2.mlp.experts.gate_up_proj": "int6-64",
+        "model.layers.2.mlp.experts.down_proj": "int6-64",
+    }
+
+
+@pytest.mark.parametrize("pattern", ["*.1.mlp.experts.3.*", "*.up_proj"])
+def test_a_rule_of_some_of_the_experts_is_refused(pattern, tiny_checkpoint):
+    message = r"matches model\.layers\.1\.mlp\.experts\.\d\.up_proj and not all of the 10 linears .* give that name"
+    if "3" in pattern:
+        message = message.replace("up_proj", "gate_proj")
+    with pytest.raises(BuildError, match=message):
+        plan(tiny_checkpoint("qwen2-moe").path, exclude=(pattern,))
+
+
+def test_a_mix_gives_experts_what_it_gives_a_dense_layer(tiny_checkpoint):
+    found = schemes(tiny_checkpoint("qwen2-moe").path, quant="int4-mixed")
+    assert found["model.layers.1.mlp.experts.gate_up_proj"] == "int4-32"
+    for name in ("0.mlp.down_proj", "1.mlp.experts.down_proj", "1.mlp.shared_expert.down_proj"):
+        assert found[f"model.layers.{name}"] == "int5-32"
+
+
+def test_stock_kernels_have_no_experts(tiny_checkpoint):
+    message = r"--kernels stock cannot multiply with experts \(model.layers.1.mlp.experts.gate_up_proj\); use --kernels"
+    with pytest.raises(BuildError, match=message):
+        plan(tiny_checkpoint("qwen3-moe").path, kernels="stock")
 
 
 def test_a_head_that_differs_from_a_tied_embedding_has_its_own_bytes(tiny_checkpoint):

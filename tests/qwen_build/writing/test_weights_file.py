@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
@@ -10,8 +12,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from qwen_build.writing.weights_file import WeightsFile
+from cases.experts import fused
+from cases.tiny import FAMILIES, TINY
+from qwen_build.checkpoint.locate import resolve_checkpoint
+from qwen_build.checkpoint.weights import Checkpoint
+from qwen_build.engine_build import plan_build
+from qwen_build.plan.options import BuildOptions
+from qwen_build.writing import weights_file
+from qwen_build.writing.weights_file import WeightsFile, write_weights
 
 SIZE = 5 * (1 << 20) + 12_345  # two whole pieces and a part of one
 
@@ -55,3 +65,30 @@ def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         WeightsFile(tmp_path / "weights.bin", SIZE)
     assert (tmp_path / "weights.bin").read_text() == "mine"
+
+
+def test_the_memory_that_writing_takes_does_not_grow_with_the_experts(tmp_path, monkeypatch) -> None:
+    """Thirty-two times as many experts, and the same numbers in memory at a time."""
+    monkeypatch.setattr(weights_file, "SLICE_ELEMENTS", 1 << 11)
+    peaks = {}
+    for experts in (2, 64):
+        path = tmp_path / f"{experts}"
+        path.mkdir()
+        sizes = TINY | FAMILIES["qwen3-moe"] | {"num_experts": experts, "rms_norm_eps": 1e-6}
+        (path / "config.json").write_text(json.dumps(sizes))
+        with Checkpoint.described(path) as described:
+            shapes = plan_build(described, resolve_checkpoint(str(path)), BuildOptions()).sources
+        rng = np.random.default_rng(0)
+        needed = {name: shape for source in shapes.values() for name, shape in source.shapes}
+        save_file({n: rng.random(s, np.float32) for n, s in needed.items()}, path / "model.safetensors")
+        for form in ("of each", "fused"):
+            with Checkpoint.open(path) as checkpoint:
+                plan = plan_build(checkpoint, resolve_checkpoint(str(path)), BuildOptions())
+                tracemalloc.start()
+                write_weights(plan.layout, checkpoint, tmp_path / f"{experts} {form}.bin", lambda _: None)
+                peaks[experts, form] = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+            save_file(fused(load_file(path / "model.safetensors")), path / "model.safetensors")
+    one_expert = 4 * 3 * 48 * 96
+    for form in ("of each", "fused"):  # threads overlap as they like: by less than what one more expert would add
+        assert abs(peaks[64, form] - peaks[2, form]) < 62 * one_expert / 10, peaks

@@ -25,7 +25,8 @@ from qwen_engine.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manife
 from qwen_plugin import library_path
 from qwen_plugin.layout import GROUP_SIZES
 from qwen_run.accuracy.recipe import Recipe
-from qwen_run.accuracy.reference import CHUNK_TOKENS, ROUNDING_STEPS, HuggingFace, round_activations
+from qwen_run.accuracy.reference import CHUNK_TOKENS, HuggingFace
+from qwen_run.accuracy.rounded_inputs import ROUNDING_STEPS, round_activations
 from qwen_run.engine_files.float_activations import with_float_activations
 from qwen_run.runtime.engine import Engine
 

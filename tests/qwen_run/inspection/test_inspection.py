@@ -12,6 +12,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from cases.quantization import ROUTERS
 from cases.tiny import FAMILIES
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import GRAPH_FILE, LAYERS_GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, Manifest
@@ -61,7 +62,9 @@ def test_totals_count_a_shared_head_once_and_leave_nothing_out(tiny_checkpoint, 
         whole = totals(manifest, linear_rows(manifest))
         assert whole.stored_bytes + whole.other_bytes == manifest.parts[WEIGHTS_FILE].size_bytes
         assert whole.other_bytes > 0
-        assert whole.weights == sum(weight.numel() for weight in checkpoint.model.parameters() if weight.dim() == 2)
+        parameters = checkpoint.model.named_parameters()
+        expected = [weight for name, weight in parameters if weight.dim() > 1 and not name.endswith(ROUTERS)]
+        assert whole.weights == sum(weight.numel() for weight in expected)
 
 
 def test_the_table_has_a_row_for_each_linear_and_the_totals(engine):
@@ -71,7 +74,7 @@ def test_the_table_has_a_row_for_each_linear_and_the_totals(engine):
         assert f"{linear.name} " in result.stdout
     assert "int4 g32 asymmetric x int8 per block, native" in result.stdout
     assert "bits a weight" in result.stdout
-    assert result.stdout.count("MiB") == 3  # the column, and both totals
+    assert result.stdout.count("MiB") == 4  # the column, both totals, and what a token reads
     assert " error" not in result.stdout
     data = json.loads(inspect(engine, "--json").stdout)
     assert [row["name"] for row in data["linears"]] == [linear.name for linear in Manifest.read(engine).linears]
@@ -236,3 +239,25 @@ def test_an_engine_is_named_either_way(engine):
     assert by_option.exit_code == 0
     assert by_option.stdout == CliRunner().invoke(main, [str(engine)]).stdout
     assert CliRunner().invoke(main, ["--engine", str(engine), str(engine)]).exit_code == 2
+
+
+@pytest.mark.parametrize("family", ["qwen2-moe", "experts-all", "qwen3"])
+def test_experts_are_counted_with_what_a_token_reads_of_them(family, tiny_checkpoint, build_engine):
+    directory = build_engine(tiny_checkpoint(family).path)
+    found = json.loads(inspect(directory, "--json").stdout)
+    sizes = {linear["name"]: linear["stored_bytes"] for linear in found["linears"]}
+    own = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    read = sum(sizes.values()) - sizes["model.embed_tokens"] + sizes["model.embed_tokens"] // 131
+    text = inspect(directory).stdout
+    if family == "qwen3":
+        assert found["experts"] is None
+        assert found["read_bytes_per_token"] == read
+        assert "experts" not in text
+        return
+    layers, count, chosen = (2, 5, 2) if family == "qwen2-moe" else (3, 4, 4)
+    assert found["experts"] == {
+        "layers": layers, "num_experts": count, "num_experts_per_tok": chosen,
+        "stored_bytes": own, "read_bytes": own * chosen // count,
+    }  # fmt: skip
+    assert found["read_bytes_per_token"] == read - own + own * chosen // count
+    assert f"MiB: {chosen} of {count} a token in each of {layers} layers" in text

@@ -188,8 +188,8 @@ FIRST_STATE = len(BATCH_INPUTS)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], "1", "has format version '1', this runtime reads 5"),
-        (["format_version"], 1, "has format version 1, this runtime reads 5"),
+        (["format_version"], "1", "has format version '1', this runtime reads 6"),
+        (["format_version"], 1, "has format version 1, this runtime reads 6"),
         (["format_version"], True, "has format version True"),
         (["parts", "/etc/passwd"], PART, "has part '/etc/passwd', expected the plain name of a file"),
         (["parts", ".."], PART, r"has part '\.\.'"),
@@ -291,7 +291,7 @@ def test_a_model_without_states_has_blocks_for_its_sequences_all_the_same(tmp_pa
 
 
 LINEAR = LinearRecord(
-    "model.layers.0.mlp.gate_up_proj", 6, 14, (LinearPart("gate", 7), LinearPart("up", 7)),
+    "model.layers.0.mlp.gate_up_proj", 6, 14, (LinearPart("gate", 7), LinearPart("up", 7)), 1,
     Quantization("none", 32, 0, True, "float32", "native", "rows", "group", "group", "none"), 336,
 )  # fmt: skip
 
@@ -303,6 +303,10 @@ LINEAR = LinearRecord(
         ([dataclasses.replace(LINEAR, parts=())], r"has 14 rows, its parts \[\]"),
         ([dataclasses.replace(LINEAR, parts=(LinearPart("x", 15), LinearPart("y", -1)))], r"its parts \[15, -1\]"),
         ([LINEAR, dataclasses.replace(LINEAR, name="other")], "two linears have the rows of gate"),
+        ([dataclasses.replace(LINEAR, stack=2)], r"has 14 rows, its parts 2 times \[7, 7\]"),
+        ([dataclasses.replace(LINEAR, stack=2, out_features=28)], "two linears have the rows of gate"),
+        ([dataclasses.replace(LINEAR, stack=0)], "has stack 0, expected 1 to 65536"),
+        ([dataclasses.replace(LINEAR, stack=10**9, out_features=14 * 10**9)], "has stack 1000000000, expected 1 to"),
         ([dataclasses.replace(LINEAR, in_features=0)], "gate_up_proj has in_features 0, expected 1 or more"),
         ([dataclasses.replace(LINEAR, stored_bytes=10**400)], r"has stored_bytes 10000\d*\.\.\.0*, expected 0 or more"),
         (
