@@ -169,7 +169,5 @@ def test_how_many_tokens_are_enough(tokens, held_out, enough):
 def test_what_measures_each_linear_is_refused(checkpoint, tmp_path):
     from qwen_build import build
 
-    with pytest.raises(
-        BuildError, match="this one is a mixture of experts; choose --quant int8, or int4"
-    ):
+    with pytest.raises(BuildError, match="this one is a mixture of experts; choose --quant int8, or int4"):
         build(checkpoint.path, tmp_path / "engine", quant="auto", max_kl=0.1)
