@@ -41,15 +41,15 @@ T* CallScratch(int purpose, int64_t count) {
   thread_local Scratch scratch[8];
   return static_cast<T*>(scratch[purpose].Get(count * int64_t(sizeof(T))));
 }
-enum Purpose { kOfInput, kOfScores, kOfExperts, kOfWeights, kOfActivations, kOfGated, kOfProducts };
+enum Purpose { kOfInput, kOfScores, kOfExperts, kOfWeights, kOfQuantized, kOfActivations, kOfGated, kOfProducts };
 
 // Calls function(first, last) for ranges of tokens, each of which takes `work` multiply-adds: on all threads if that is
 // worth it.
 template <class Function>
 void ForTokens(Threads& threads, int64_t tokens, int64_t work, const Function& function) {
   if (tokens * work < kSerialWork) return function(0, tokens);
-  const int64_t most = std::min(kTokensAtOnce, CeilDiv(kSerialWork, work));
-  operators::ForRanges(threads, tokens, 1, most, function);
+  const int64_t least = std::min<int64_t>(4, tokens), most = std::min(kTokensAtOnce, CeilDiv(kSerialWork, work));
+  operators::ForRanges(threads, tokens, least, std::max(least, most), function);
 }
 
 struct Orders {
@@ -120,8 +120,21 @@ class Run {
     ForTokens(threads_, p_.tokens, 8 * E, choose);
   }
 
+  // The product of gate and up, with the tokens quantised for all experts, if they are at all and there are several.
+  quant_linear::Problem QuantizedOnce() {
+    quant_linear::Problem p = p_.gate_up;
+    if (p_.tokens == 1 || p.precision == quant_linear::Precision::kFloat32) return p;
+    p.x = input_, p.rows = p_.tokens;
+    char* const quantized = CallScratch<char>(kOfQuantized, p.rows * QuantizedBytes(p));
+    ForTokens(threads_, p.rows, p_.hidden_size,
+              [&](int64_t first, int64_t last) { gate_up_.few->quantize(p, {first, last}, quantized); });
+    p.quantized = quantized;
+    return p;
+  }
+
   void ComputeGated(const Sorted& sorted, float* gated) {
-    Products products(p_.gate_up, gate_up_, sorted.groups, input_, sorted.tokens.data(), gated, p_.tokens == 1);
+    const quant_linear::Problem settings = QuantizedOnce();
+    Products products(settings, gate_up_, sorted.groups, input_, sorted.tokens.data(), gated, p_.tokens == 1);
     products.Prepare(threads_, CallScratch<char>(kOfActivations, products.activation_bytes));
     products.Multiply(threads_);
   }
