@@ -90,7 +90,7 @@ def build(
             plan = plan_build(weights, located, chosen)
             for note in plan.notes:
                 warnings.warn(note, stacklevel=2)
-            write_engine(plan, weights, target, force, call)
+            write_engine(plan, weights, target, force, call, tell=lambda note: warnings.warn(note, stacklevel=2))
     return Path(directory)
 
 

@@ -280,7 +280,7 @@ def main(
         if checkpoint is None:  # nothing is refused from here on but what a build finds
             click.echo("No checkpoint given: building the demo model, SmolLM2-135M-Instruct as a Qwen2.", err=True)
         for note in plan.notes if plan else ():
-            click.echo(f"Note: {printable(note)}", err=True)
+            say(note)
         if dry_run:
             print_json(describe(plan), None) if as_json else print_table(describe(plan))
             return
@@ -293,13 +293,18 @@ def main(
                 report = build_auto(weights, located, options, target, max_kl, max_bytes, force, command, progress)
             else:
                 with progress(f"Building {output}", plan.work) as advance:
-                    write_engine(plan, weights, target, force, command, advance)
+                    write_engine(plan, weights, target, force, command, advance, say)
     summary = summarize(output, target, checkpoint_bytes, time.monotonic() - started)
     if plan and plan.stored_as:
         summary["stored_as"] = plan.stored_as
     if plan is None:
         summary["auto"] = report.summary()
     print_json(summary, output) if as_json else print_summary(summary)
+
+
+def say(note: str) -> None:
+    """Print a sentence about what was decided, found or left undone."""
+    click.echo(f"Note: {printable(note)}", err=True)
 
 
 def check_budget(automatic: bool, dry_run: bool, budgets: Mapping[str, object]) -> None:

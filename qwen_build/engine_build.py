@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_build.calibration.calibrate import Calibration, calibrated, output_errors
-from qwen_build.calibration.plan import plan_calibration
+from qwen_build.calibration.calibrate import Calibration, calibrated, notes_of, output_errors
+from qwen_build.calibration.plan import expert_notes, plan_calibration
 from qwen_build.calibration.results import CalibratedSource, calibrated_layout
 from qwen_build.checkpoint.config import ModelConfig
 from qwen_build.checkpoint.endings import SOURCES as ENDING_SOURCES
@@ -114,9 +114,10 @@ class Plan:
         source, method = self.sources[name], self.graph.stored[name].scheme.record.method
         if source.packed:
             return "imported"
-        linear = source.shapes[0][0].removesuffix(".weight")
-        if self.calibration and linear in self.calibration.schemes:
-            return self.calibration.names[self.calibration.schemes[linear].grid.bits]
+        schemes = self.calibration.schemes if self.calibration else {}
+        for linear in (name.removesuffix(".weight"), source.shapes[0][0].removesuffix(".weight")):
+            if self.calibration and linear in schemes:
+                return self.calibration.names[schemes[linear].grid.bits]
         return method
 
     @property
@@ -194,7 +195,7 @@ def plan_build(checkpoint: Checkpoint, located: Located, options: BuildOptions) 
         rope_scaling=rope_given(options, located.path),
         notes=(*config.notes, *text.notes, *checkpoint.notes, *mapped.notes),
     )
-    notes = (*plan.notes, *padding_notes(plan.linears))
+    notes = (*plan.notes, *padding_notes(plan.linears), *expert_notes(plan.calibration, config))
     return dataclasses.replace(plan, notes=notes, stored_as=_stored_as(checkpoint, plan.linears))
 
 
@@ -221,6 +222,7 @@ def write_engine(
     replace: bool = False,
     command: str = "",
     advance: Callable[[int], object] = lambda _: None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Write the engine to the directory ``output``.
 
@@ -230,6 +232,7 @@ def write_engine(
         replace: if ``output`` is an engine, put the new one in its place; else it must not exist.
         command: what the user typed, kept in the manifest.
         advance: called with what was newly done of ``plan.work``.
+        tell: called with a sentence about each thing that calibration could not do.
 
     Raises:
         BuildError: ``output`` exists, the disk is full, or it cannot be written.
@@ -237,7 +240,7 @@ def write_engine(
     """
     check_output(output, replace)
     with (
-        _calibrated(plan, checkpoint, resolved(output), advance) as (layout, errors),
+        _calibrated(plan, checkpoint, resolved(output), advance, tell) as (layout, errors),
         engine_directory(output, replace) as scratch,
         _digests(plan, checkpoint) as digests,
     ):
@@ -274,7 +277,11 @@ def _max_seq_len(options: ResolvedOptions, config: ModelConfig) -> int:
 
 @contextmanager
 def _calibrated(
-    plan: Plan, checkpoint: Checkpoint, target: Path, advance: Callable[[int], object]
+    plan: Plan,
+    checkpoint: Checkpoint,
+    target: Path,
+    advance: Callable[[int], object],
+    tell: Callable[[str], object],
 ) -> Iterator[tuple[Layout, dict[str, tuple[float, float]]]]:
     """The plan's layout with calibrated weights, and the errors of their outputs, see ``calibrate.output_errors``."""
     if plan.calibration is None:
@@ -285,6 +292,8 @@ def _calibrated(
         advance(steps * plan.step_work)
 
     with calibrated(plan.calibration, plan.config, checkpoint, target, advance_steps) as directory:
+        for note in notes_of(directory, plan.config):
+            tell(note)
         yield calibrated_layout(plan.layout, directory), output_errors(directory, plan.config)
 
 

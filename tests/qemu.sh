@@ -36,4 +36,4 @@ if ! [ -d "$root/site" ]; then
   mv "$root/wheels" "$root/site"
 fi
 [ -n "$given" ] || arm_python -m qwen_plugin.compile --output "$QWEN_PLUGIN_LIBRARY"
-arm_python -m pytest --noconftest -p no:cacheprovider -o timeout=7200 tests/qwen_plugin/test_{attention*,embedding,linear,linear_mistakes,same_bits}.py "$@"
+arm_python -m pytest --noconftest -p no:cacheprovider -o timeout=7200 tests/qwen_plugin/test_{attention*,embedding,linear,linear_mistakes,moe,moe_mistakes,same_bits}.py "$@"

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FUZZ_SECONDS = 60
 CSRC = ROOT / "qwen_plugin" / "csrc"
-TESTED = ("attention", "embedding", "linear", "scale_search", "threads")
+TESTED = ("attention", "embedding", "linear", "moe", "scale_search", "threads")
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 

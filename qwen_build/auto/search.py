@@ -84,6 +84,11 @@ def build_auto(
     check_output(output, replace)
     config = checkpoint.adapted(ModelConfig.from_hf(located.path, rope_override(options)))
     check_options(options, checkpoint, max_kl, max_bytes)
+    if config.experts is not None:
+        raise BuildError(
+            "--quant auto measures each linear of a dense model, this one is a mixture of experts; choose --quant int8, "
+            "or int4 with --int4-method gptq"
+        )
     if (found := read_ending(located.path, config.hidden_size, options.task).task) != GENERATE:
         raise BuildError(
             f"--quant auto measures how likely next tokens are, an engine that {TASKS[found].does} has none; "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_build.calibration.experts import ExpertRounding, Routed
 from qwen_build.calibration.factor_search import input_scale
 from qwen_build.calibration.folding import fold_inputs
 from qwen_build.calibration.input_statistics import Collector, InputStatistics
@@ -36,6 +37,9 @@ from qwen_run.runtime.machine import physical_cores
 
 # In a layer's directory: what the layer puts out, and the squared output errors and outputs of its linears.
 _OUTPUT, _ERRORS = "output.npy", "errors.json"
+# While it is made, what its experts read; and how many of them saw too few tokens.
+_ROUTED, _FEW = "routed.npy", "few.json"
+_EXPERTS_INPUT = "post_attention_layernorm"
 
 # One sequence in so many is held out, where a method chooses between ways to round.
 _HELD_OUT = 4
@@ -89,6 +93,10 @@ class Calibration:
     def _methods(self, readers: InputReaders) -> list[Method]:
         return list(dict.fromkeys(self.methods[bits] for bits in sorted(readers.bits)))
 
+    def method_of(self, scheme: IntScheme) -> Method:
+        """What rounds a weight of ``scheme``."""
+        return self.methods[scheme.grid.bits]
+
     def steps(self, config: ModelConfig) -> int:
         """How often a sequence runs through a layer."""
         return config.num_hidden_layers * 2 * len(self.sequences)
@@ -97,10 +105,11 @@ class Calibration:
         """Estimate of what :func:`calibrate` has in memory at its peak."""
         kinds = [(list(kind.shapes(config).values()), kind.inputs.values()) for kind in distinct_kinds(config)]
         layer = max(sum(math.prod(shape) for shape in shapes) for shapes, _ in kinds)
+        alone = [linear for kind in distinct_kinds(config) for linear in kind.linears if not linear.stack]
         moments = max(sum(read.size(config) ** 2 for read in inputs) for _, inputs in kinds)
         widest = max(kind.widest_input(config) for kind in distinct_kinds(config))
         run = _RUN_ARRAYS * max(_RUN_ELEMENTS, int(self.sequences.shape[1]) * widest)
-        rounding = 4 * max(math.prod(shape) for shapes, _ in kinds for shape in shapes)
+        rounding = 4 * max(math.prod(linear.shape(config)) for linear in alone)  # larger than what an expert has
         hidden = 2 * math.prod(self.sequences.shape) * config.hidden_size
         return 4 * (layer + (moments if self.needs_second_moment else 0) + max(run, rounding) + hidden)
 
@@ -136,8 +145,11 @@ def calibrate(
         scratch.mkdir()
         rounding = _read_rounding(calibration, config, checkpoint, layer, scratch)
         errors: dict[str, tuple[float, float]] = {}
-        if rounding.schemes:
-            errors = rounding.round(rounding.statistics(runner, hidden, advance))
+        if rounding.schemes or rounding.stacked:
+            statistics, routed = rounding.statistics(runner, hidden, advance)
+            errors = rounding.round(statistics)
+            if routed is not None:
+                errors |= rounding.round_experts(routed)
         else:
             advance(len(sequences))
         (scratch / _ERRORS).write_text(json.dumps(errors))
@@ -182,6 +194,19 @@ def output_errors(directory: Path, config: ModelConfig) -> dict[str, tuple[float
     return errors
 
 
+def notes_of(directory: Path, config: ModelConfig) -> tuple[str, ...]:
+    """What to say of the experts that :func:`calibrate` rounded."""
+    paths = [layer_directory(directory, layer) / _FEW for layer in range(config.num_hidden_layers)]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    if not (few := sum(found)):
+        return ()
+    every = len(found) * config.mixture.num_experts
+    return (
+        f"{few} of the {every} experts saw too few tokens of the calibration text and are rounded to the nearest; "
+        "a longer --calibration, with more --calibration-tokens, reaches more of them.",
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _LayerRounding:
     """One layer on its way to the weights that the engine computes with.
@@ -189,7 +214,8 @@ class _LayerRounding:
     Attributes:
         number: of the layer.
         weights: change from the checkpoint's to the engine's.
-        schemes: of the linears that are rounded, by their names in the layer.
+        schemes: of the linears that are rounded, by their names in the layer, but for those of experts.
+        stacked: likewise of the experts.
         packed: the linears that have to stay as they are.
         directory: takes everything that is not as in the checkpoint.
     """
@@ -199,6 +225,7 @@ class _LayerRounding:
     number: int
     weights: LayerWeights
     schemes: Mapping[str, IntScheme]
+    stacked: Mapping[str, IntScheme]
     packed: Set[str]
     directory: Path
 
@@ -222,17 +249,24 @@ class _LayerRounding:
 
     def statistics(
         self, runner: LayerRunner, hidden: np.ndarray, advance: Callable[[int], object]
-    ) -> dict[str, InputStatistics]:
-        """Of every input that a linear of ``schemes`` reads, where the layer runs on ``hidden`` (S, L, hidden_size)."""
+    ) -> tuple[dict[str, InputStatistics], Routed | None]:
+        """Of every input that a linear of ``schemes`` reads, where the layer runs on ``hidden`` (S, L, hidden_size).
+
+        And what the experts read, where some are rounded.
+        """
         held_out, with_second_moment = self.calibration.held_out.reshape(-1), self.calibration.needs_second_moment
         collectors = {
             name: Collector(read.size(self.config), held_out, with_second_moment)
             for name, read in self.kind.inputs.items()
             if not self.schemes.keys().isdisjoint(self.kind.reader_names[name])
         }
+        routed = self._routed(hidden, held_out) if self.stacked else None
         for rows, run in self.runs(runner, hidden, with_inputs=True):
             for name, collector in collectors.items():
                 collector.add(run.inputs[name])
+            if routed is not None and run.chosen is not None:
+                tokens = slice(rows.start * hidden.shape[1], rows.stop * hidden.shape[1])
+                routed.input[tokens], routed.chosen[tokens] = run.inputs[_EXPERTS_INPUT], run.chosen
             advance(rows.stop - rows.start)
         statistics = {name: collectors.pop(name).finish() for name in list(collectors)}
         for name, own in statistics.items():
@@ -241,7 +275,28 @@ class _LayerRounding:
                     f"{self.path}{self.kind.reader_names[name][0]}: what it multiplies is too large for float32 on the "
                     "calibration text; the checkpoint is damaged, download or save it again"
                 )
-        return statistics
+        return statistics, routed
+
+    def _routed(self, hidden: np.ndarray, held_out: np.ndarray) -> Routed:
+        """Room for what the experts read, most of it in a file."""
+        tokens, chosen = len(held_out), self.config.mixture.num_experts_per_tok
+        inputs = new_array(self.directory / _ROUTED, (tokens, hidden.shape[-1]))
+        return Routed(inputs, np.empty((tokens, chosen), np.int32), held_out)
+
+    def round_experts(self, routed: Routed) -> dict[str, tuple[float, float]]:
+        """Round the experts of the layer; what :func:`output_errors` says of them. ``routed`` is used up."""
+
+        def save(name: str, rounded: Rounded, scheme: IntScheme) -> None:
+            save_rounded(self.directory, f"{self.path}{name}.weight", rounded, scheme.grid.bits)
+
+        rounding = ExpertRounding(self.config, self.kind, self.weights, self.stacked, self.calibration.method_of, save)
+        try:
+            errors, few = rounding.round(routed)
+        except OverflowError as error:
+            raise CheckpointError(f"{self.path}mlp.experts: {error}; use --exclude '*.mlp.experts.*'") from error
+        (self.directory / _FEW).write_text(json.dumps(few))
+        (self.directory / _ROUTED).unlink()
+        return {self.path + name: pair for name, pair in errors.items()}
 
     def round(self, statistics: dict[str, InputStatistics]) -> dict[str, tuple[float, float]]:
         """Fold and round the layer; ``statistics`` are used up.
@@ -312,4 +367,6 @@ def _read_rounding(
     schemes = {n.removeprefix(path): scheme for n, scheme in calibration.schemes.items() if n.startswith(path)}
     packed = {name for name in names if checkpoint.is_packed(path + name)}
     weights = read_layer(checkpoint, config, layer)
-    return _LayerRounding(calibration, config, layer, weights, schemes, packed, directory)
+    stacks = layer_kind(config, layer).stacks
+    stacked = {name: schemes.pop(name) for name in list(schemes) if name in stacks}
+    return _LayerRounding(calibration, config, layer, weights, schemes, stacked, packed, directory)

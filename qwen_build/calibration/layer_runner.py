@@ -21,9 +21,11 @@ from qwen_build.graph.architecture import LayerKind, layer_kind
 from qwen_build.graph.layers import Schemes, StepTensors
 from qwen_build.graph.model import DTYPES, OPSET, DecoderLayer
 from qwen_build.graph.rope import rope_tables
+from qwen_build.graph.weight_map import source
 from qwen_build.quantization.schemes import Float32
 from qwen_engine.graph_io import (
     BLOCK_TABLE,
+    CHOSEN,
     CUMULATIVE_LENGTHS,
     EMBEDDING,
     HEAD,
@@ -36,7 +38,7 @@ from qwen_engine.graph_io import (
 # float32, by the name inside the layer, such as "self_attn.q_proj.weight" (out_features, in_features)
 LayerWeights = dict[str, np.ndarray]
 
-HIDDEN, OUTPUT = "hidden", "output"
+HIDDEN, OUTPUT, ROUTER = "hidden", "output", f"mlp.gate{CHOSEN}"
 
 # Rows of embedding and head in memory at a time.
 _VOCABULARY_ROWS = 8192
@@ -49,16 +51,27 @@ def read_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> Layer
         CheckpointError: one cannot be read or is not finite.
     """
     path, kind = f"model.layers.{layer}", layer_kind(config, layer)
-    weights = {f"{name}.weight": checkpoint.read(f"{path}.{name}.weight") for name in kind.shapes(config)}
+    weights = {}
+    for name, shape in kind.shapes(config).items():
+        rows = source(f"{path}.{name}.weight", shape, config).read(checkpoint, 0, shape[0])
+        assert isinstance(rows, np.ndarray), "what is packed is read as floats"
+        weights[f"{name}.weight"] = rows
     return weights | {name: checkpoint.read(f"{path}.{name}") for name in kind.plain(config)}
 
 
 @dataclass(frozen=True)
 class LayerRun:
-    """What a layer made of T tokens: ``output`` (T, hidden_size), and by name the inputs of its kind (T, features)."""
+    """What a layer made of T tokens.
+
+    Attributes:
+        output: (T, hidden_size).
+        inputs: by name those of its kind (T, features), but of those that each expert has of its own.
+        chosen: int32 (T, k), the experts of each token; None where there are none, or they were not asked for.
+    """
 
     output: np.ndarray
     inputs: dict[str, np.ndarray]
+    chosen: np.ndarray | None = None
 
 
 class LayerRunner:
@@ -88,7 +101,7 @@ class LayerRunner:
             weights: see ``LayerWeights``.
             hidden: float32 (T, hidden_size), the tokens of all sequences, one after the other.
             lengths: tokens of each sequence, T in all.
-            with_inputs: whether to return what the linears read; without, ``inputs`` is empty.
+            with_inputs: whether to return what the linears read, and what routers chose; without, there is neither.
         """
         assert sum(lengths) == len(hidden)
         kind = layer_kind(self._config, layer)
@@ -108,9 +121,10 @@ class LayerRunner:
             **{state.name: np.zeros((rows[state.kind], *map(int, state.shape[1:])), state.dtype) for state in states},
             **{name: np.ascontiguousarray(weight) for name, weight in weights.items()},
         }
-        names = [OUTPUT, *(kind.inputs if with_inputs else ())]
-        output, *inputs = session.run(names, feeds)
-        return LayerRun(output, dict(zip(names[1:], inputs, strict=True)))
+        names = [name for name, read in kind.inputs.items() if not read.routed] if with_inputs else []
+        asked = [OUTPUT, *names, *([ROUTER] if with_inputs and kind.stacks else [])]
+        output, *found = session.run(asked, feeds)
+        return LayerRun(output, dict(zip(names, found, strict=False)), found[-1] if ROUTER in asked else None)
 
 
 @dataclass(frozen=True)
@@ -160,8 +174,10 @@ def _layer_graph(config: ModelConfig, layer: int, max_tokens: int, states: Seque
         graph.inputs.append(parameter)
     values = step.exposed | step.inside
     inputs = {name: values[f"{module.path}.{name}"] for name in layer_kind(config, layer).inputs}
+    if layer_kind(config, layer).stacks:
+        inputs[ROUTER] = values[f"{module.path}.{ROUTER}"]
     for name, value in {OUTPUT: output, **inputs}.items():
-        value.type = ir.TensorType(ir.DataType.FLOAT)
+        value.type = ir.TensorType(ir.DataType.INT32 if name == ROUTER else ir.DataType.FLOAT)
         builder.add_output(value, name)
     return bytes(ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString())
 

@@ -13,7 +13,7 @@ from qwen_build.calibration.method import Method
 from qwen_build.calibration.smoothquant import SmoothQuant
 from qwen_build.calibration.text import read_sequences
 from qwen_build.checkpoint.config import ModelConfig
-from qwen_build.graph.architecture import LAYER, linear_names
+from qwen_build.graph.architecture import LAYER, linear_members, linear_names
 from qwen_build.graph.layers import Schemes
 from qwen_build.plan.options import CALIBRATED, DEFAULT_ALPHA, ResolvedOptions
 from qwen_build.quantization.scheme_table import COARSE, SCHEMES
@@ -44,6 +44,9 @@ def plan_calibration(
     choices = {name: schemes.choice_of(name) for name in linear_names(config) if LAYER.match(name)}
     own = {name: choice.scheme for name, choice in choices.items() if not choice.packed}
     rounded = {name: scheme for name, scheme in own.items() if isinstance(scheme, IntScheme)}
+    if options.quant in CALIBRATED:  # which divides inputs, and those of experts can be divided by nothing
+        stacks = [name for name, members in linear_members(config).items() if members != (name,)]
+        rounded = {name: scheme for name, scheme in rounded.items() if name not in stacks}
     found = {scheme.grid.bits for scheme in rounded.values()}
     smoothed = SCHEMES[CALIBRATED[options.quant]].bits if options.quant in CALIBRATED else None
     names = {bits: options.quant if bits == smoothed else options.int4_method for bits in found}
@@ -62,6 +65,15 @@ def plan_calibration(
     methods = {bits: METHODS[name](options) for bits, name in names.items()}
     sequences = read_sequences(directory, config, options.calibration, options.calibration_tokens)
     return Calibration(names, methods, sequences, rounded)
+
+
+def expert_notes(calibration: Calibration | None, config: ModelConfig) -> tuple[str, ...]:
+    """What to say of experts that calibration leaves alone."""
+    stacks = [name for name, members in linear_members(config).items() if members != (name,)]
+    if calibration is None or not stacks or any(name in calibration.schemes for name in stacks):
+        return ()
+    methods = " and ".join(sorted(set(calibration.names.values()) - {"rtn"}))
+    return (f"{methods} leaves the experts alone: they are rounded to the nearest.",)
 
 
 def _check_smoothing(options: ResolvedOptions, schemes: Iterable[IntScheme]) -> None:

@@ -81,7 +81,7 @@ def calibrated_layout(layout: Layout, directory: Path) -> Layout:
     def calibrated(name: str) -> Path | None:
         layer = LAYER.match(name)
         own = layer_directory(directory, int(layer[1])) if layer else directory
-        return own if any(own.glob(f"{name}.*")) else None
+        return own if any((own / f"{name}{ending}").exists() for ending in (_SCALES, ".npy")) else None
 
     weights = []
     for weight in layout.weights:

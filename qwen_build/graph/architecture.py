@@ -39,6 +39,7 @@ class InputSpec:
         producer: the module into whose outputs a factor of each column can be folded; None: there is none.
         copies: columns that one output of the producer feeds.
         run: outputs of the producer between two copies of them: the columns are (..., copies, run).
+        routed: whether each expert has one of its own, of its tokens.
     """
 
     name: str
@@ -46,6 +47,7 @@ class InputSpec:
     producer: str | None = None
     copies: Size = lambda config: 1
     run: Size = lambda config: 1
+    routed: bool = False
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,7 @@ DENSE_MLP = BlockSpec(
 # attends to the last config.sliding_window tokens alone
 SLIDING_ATTENTION = replace(ATTENTION, computes="sliding_attention")
 
-_TO_EXPERT_DOWN = InputSpec("mlp.experts.down_proj.input", _expert_inner)
+_TO_EXPERT_DOWN = InputSpec("mlp.experts.down_proj.input", _expert_inner, routed=True)
 _TO_SHARED_DOWN = InputSpec("mlp.shared_expert.down_proj.input", _shared_inner, producer="mlp.shared_expert.up_proj")
 _SHARED_GATE_UP = FusedSpec("mlp.shared_expert.gate_up_proj", gated=True)
 

@@ -100,8 +100,7 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
     if options.save_reference and isinstance(sources, LiveSources):
         cost = next((cost for cost in found.costs if cost.side == "reference"), None)
         sources.save(options.save_reference, identity, found.prompts, cost)
-    texts, positions = found.texts(llm.text), found.original_positions
-    metrics = found.metrics(texts)
+    positions, metrics = found.original_positions, found.metrics(texts := found.texts(llm.text))
     report = Report(
         schema_version=SCHEMA_VERSION,
         engine=engine_info(engine_directory, manifest),
@@ -118,6 +117,7 @@ def assess(engine_directory: Path, report_directory: Path, options: AssessOption
         worst=found.worst(llm.tokenizer),
         logits=found.logit_pairs,
         layers=found.layers,
+        routers=found.routers,
         costs=found.costs,
         baseline=None,
     )

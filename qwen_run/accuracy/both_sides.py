@@ -246,6 +246,19 @@ def layer_errors(
     return [replace(error, jumps=block == jump) for block, error in errors.items()]
 
 
+def equal_choices(reference: Mapping[str, np.ndarray], engine: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Of each router, the tokens of which both sides chose the same experts, in whatever order.
+
+    Args:
+        reference, engine: outputs by name, among them those of routers, (T, k).
+    """
+    return {
+        name.removesuffix(CHOSEN): int((np.sort(reference[name]) == np.sort(chosen)).all(axis=1).sum())
+        for name, chosen in engine.items()
+        if name.endswith(CHOSEN)
+    }
+
+
 def engine_layers(engine: Engine, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
     """Every output of an engine opened with ``layers.onnx`` for one sequence, in the order they are computed."""
     blocks = engine.cache.allocate(engine.cache.blocks_for(len(token_ids)))

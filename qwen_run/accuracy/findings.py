@@ -19,11 +19,12 @@ from qwen_run.accuracy.metrics import (
     first_divergence,
     rouge,
     rounding_metrics,
+    router_agreement,
     summarise_positions,
     worst_position,
 )
 from qwen_run.accuracy.reference import RoundingCost
-from qwen_run.accuracy.report import Cost, LayerError, LogitPairs, SampleResult, WorstPosition
+from qwen_run.accuracy.report import Cost, LayerError, LogitPairs, RouterAgreement, SampleResult, WorstPosition
 from qwen_run.accuracy.rouge import rouge_scores
 from qwen_run.accuracy.step_checks import Difference
 from qwen_run.text.text_model import TextModel
@@ -66,6 +67,8 @@ class Findings:
         as_built: the same with the weights as they are stored.
         rounded: what rounding costs the reference that rounds what the engine rounds, on the first samples.
         layers: errors of sub-blocks on the first sample.
+        routed: of each of the first samples, how often each router chose as the original does, see
+            :meth:`qwen_run.accuracy.phases.Assessment.routed`.
         answers: ids that the engine wrote, for each sample that is continued.
         together: the same of prompts that were asked at once; empty where they were not.
         ways: how far other ways of feeding a text are from one run of it, by name.
@@ -78,6 +81,7 @@ class Findings:
     as_built: Sequence[Mapping[str, Any]]
     rounded: Sequence[RoundingCost]
     layers: tuple[LayerError, ...]
+    routed: Sequence[Mapping[str, int]]
     answers: Sequence[Sequence[int]]
     together: Sequence[Sequence[int]]
     ways: Mapping[str, Difference]
@@ -119,6 +123,13 @@ class Findings:
             for reference, original, as_built in found
         ]
 
+    @property
+    def routers(self) -> tuple[RouterAgreement, ...]:
+        """How often each router chose as the original does, over the samples."""
+        tokens = sum(found["tokens"] for found in self.routed)
+        names = [name for name in (self.routed[0] if self.routed else ()) if name != "tokens"]
+        return tuple(RouterAgreement(name, sum(found[name] for found in self.routed) / tokens) for name in names)
+
     def texts(self, model: TextModel) -> list[Texts]:
         """What was written of each sample that is continued."""
         return [
@@ -133,6 +144,7 @@ class Findings:
             *summarise_positions("original", self.original_positions),
             *summarise_positions("as_built", [_positions(found) for found in self.as_built]),
             *rounding_metrics(self.rounded_documents),
+            *router_agreement(self.routed),
             *continuation_agreement(self.answers, [sample.continuation for sample in self.continued]),
             *rouge(engine, summary, "rouge.engine"),
             *rouge(reference, summary, "rouge.reference"),

@@ -25,7 +25,7 @@ SIGNS: dict[Kind, str] = {"at_most": "<=", "at_least": ">="}
 MIN_DOCUMENTS = 5
 
 # Metrics that are at most 1: where all of something is asked for, one counterexample decides.
-_SHARES = (".top1", ".top5", ".identical")
+_SHARES = (".top1", ".top5", ".identical", ".same_experts")
 
 EXIT_PASSED, EXIT_FAILED, EXIT_UNDECIDED = 0, 3, 4
 

@@ -30,6 +30,7 @@ METRIC_NAMES = tuple(
         ),
         (("original",), ("kl_ratio",)),
         (("rounding",), ("kl_mean", "kl_ratio", "perplexity_ratio")),
+        (("router",), ("same_experts",)),
         (("greedy",), ("identical", "first_divergence")),
         (("rouge.engine", "rouge.reference", "rouge.agreement"), ROUGE_TYPES),
     )
@@ -150,6 +151,22 @@ def rounding_metrics(documents: Sequence[RoundedDocument]) -> list[Metric]:
             _metric("rounding.perplexity_ratio", _exp, excess, tokens, ""),
         ]
     return metrics
+
+
+def router_agreement(documents: Sequence[Mapping[str, int]]) -> list[Metric]:
+    """How often routers choose the experts that they choose with the original weights, over all layers.
+
+    Args:
+        documents: of each, ``tokens``, and by the name of each router the tokens of which it chose the same experts.
+
+    Returns:
+        ``router.same_experts``: the share; nothing where there are no documents.
+    """
+    if not documents:
+        return []
+    same = [sum(count for name, count in found.items() if name != "tokens") for found in documents]
+    asked = [found["tokens"] * (len(found) - 1) for found in documents]
+    return [_metric("router.same_experts", np.asarray, np.array(same, np.float64), np.array(asked, np.float64), "")]
 
 
 def worst_position(sequences: Sequence[Positions]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -26,6 +26,7 @@ from qwen_run.accuracy.both_sides import (
     compare_sequence,
     engine_layers,
     engine_logits,
+    equal_choices,
     greedy,
     greedy_together,
     layer_errors,
@@ -91,6 +92,7 @@ class Assessment:
             original = self.compare("original", samples, reference)
             self._keep_originals(samples, reference)
             layers = self.layers("original", samples[0], layers_of)
+            routed = self.routed(samples, layers_of) if manifest.model.experts else []
         with sources.open("as_built") as (reference, layers_of):
             as_built = self.compare("as_built", samples, reference)
             rounded = self.rounded(samples, reference)
@@ -103,7 +105,7 @@ class Assessment:
         ways = self.ways(samples) if with_checks else {}
         costs = self.costs(manifest, samples, sources) if with_cost else []
         return Findings(
-            samples, original, as_built, rounded, tuple(layers), answers, together, ways, window, tuple(costs)
+            samples, original, as_built, rounded, tuple(layers), routed, answers, together, ways, window, tuple(costs)
         )
 
     def continue_samples(self, samples: Sequence[Sample], reference: OpenReference) -> list[Sample]:
@@ -249,6 +251,21 @@ class Assessment:
             return [asdict(error) for error in layer_errors(layers_of(token_ids, found), found, phase)]
 
         return [LayerError(**error) for error in self.journal.do("layers", phase, errors)]
+
+    def routed(self, samples: Sequence[Sample], layers_of: Layers | None) -> list[Mapping[str, int]]:
+        """What routers chose on the first samples: by name, the tokens with the experts that the original chose.
+
+        "tokens": how many there were.
+        """
+        if layers_of is None:
+            return []
+
+        def routed(sample: Sample) -> dict[str, int]:
+            token_ids = sample.token_ids[:CHUNK_TOKENS]
+            found = engine_layers(self._open(graph=LAYERS_GRAPH_FILE), token_ids)
+            return {"tokens": len(token_ids), **equal_choices(layers_of(token_ids, found), found)}
+
+        return [self._do("routed", sample, routed) for sample in self._progress("routers", self._judged(samples))]
 
     def costs(self, manifest: Manifest, samples: Sequence[Sample], sources: LiveSources | SavedSources) -> list[Cost]:
         """What answers cost on both sides."""

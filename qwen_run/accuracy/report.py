@@ -19,7 +19,7 @@ from qwen_run.accuracy.gate import Verdict
 from qwen_run.accuracy.metrics import Metric
 from qwen_run.accuracy.number_words import format_value
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Significant digits of numbers in the arrays of report.json: far below what any plot shows, half the bytes.
 ARRAY_DIGITS = 6
@@ -130,6 +130,17 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class RouterAgreement:
+    """The share of tokens for which a router chose the experts that it chooses with the original weights.
+
+    ``name`` as in ``layers.onnx`` (``model.layers.3.mlp.gate``).
+    """
+
+    name: str
+    same_experts: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one side takes (``engine``, ``reference``), both at the same batch and threads; None where not measured."""
 
@@ -189,6 +200,7 @@ class Report:
     worst: WorstPosition | None
     logits: LogitPairs | None
     layers: tuple[LayerError, ...]
+    routers: tuple[RouterAgreement, ...]
     costs: tuple[Cost, ...]
     baseline: Baseline | None
 
@@ -277,6 +289,7 @@ MEANINGS: dict[str, Meaning] = {
     "perplexity": Meaning("Perplexity of the engine", "neither"),
     "reference_perplexity": Meaning("Perplexity of the reference", "neither"),
     "perplexity_ratio": Meaning("Perplexity, engine / reference", "one"),
+    "same_experts": Meaning("Same experts of a token and layer", "higher", "share"),
     "identical": Meaning("Identical greedy answers", "higher", "share"),
     "first_divergence": Meaning("First differing token, where they differ", "higher"),
     "rouge1": Meaning("ROUGE-1", "higher"),

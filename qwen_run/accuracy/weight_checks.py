@@ -45,7 +45,10 @@ PRODUCERS = {
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.up_proj": "post_attention_layernorm",
     "mlp.down_proj": "mlp.up_proj",
+    "mlp.shared_expert.down_proj": "mlp.shared_expert.up_proj",
 }
+# linears whose columns never have factors: what experts read, the router reads too
+_UNDIVIDED = re.compile(r"mlp\.(experts\.\d+\..+|shared_expert\.(gate|up)_proj)")
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
 
 # Methods that may fold factors into a linear or what computes its input.
@@ -202,6 +205,8 @@ def _column_factors(both: _Comparison, name: str) -> tuple[np.ndarray | np.float
         return np.float32(1), 0.0
     match = _LAYER.fullmatch(name)
     layer, short = match.groups() if match else ("", name)
+    if _UNDIVIDED.fullmatch(short):
+        return np.float32(1), 0.0
     if short not in PRODUCERS:
         return _fitted_columns(both, name), _FITTED
     producer = layer + PRODUCERS[short]
@@ -316,7 +321,8 @@ def _compare_vector(both: _Comparison, name: str) -> str | None:
 
 def _unknown_readers(both: _Comparison, layer: str) -> list[str]:
     """Linears of a layer of which it is not known what computes their inputs."""
-    return [name for name in both.found.parts if name.startswith(layer) and name.removeprefix(layer) not in PRODUCERS]
+    own = (name.removeprefix(layer) for name in both.found.parts if name.startswith(layer))
+    return [layer + short for short in own if short not in PRODUCERS and not _UNDIVIDED.fullmatch(short)]
 
 
 def _times(ours: np.ndarray, theirs: np.ndarray) -> str:

@@ -27,6 +27,8 @@ from qwen_run.reports.tables import (
     layer_table,
     lowest_agreement_first,
     rouge_table,
+    router_sentence,
+    router_table,
     verdict_table,
     visible,
     when,
@@ -44,7 +46,7 @@ def to_markdown(report: Report) -> str:
 
 def _sections(report: Report) -> Iterator[str]:
     yield f"## {_plain(headline(report))}"
-    for section in (_judged, _baseline, _fidelity, _layers, _quality, _cost, _samples):
+    for section in (_judged, _baseline, _fidelity, _routers, _layers, _quality, _cost, _samples):
         yield from section(report)
     yield _folded("What was compared, and how to do it again", _table(about_table(report)))
 
@@ -72,6 +74,13 @@ def _fidelity(report: Report) -> Iterator[str]:
         yield _table(fidelity)
     if report.worst is not None:
         yield _worst(report.worst)
+
+
+def _routers(report: Report) -> Iterator[str]:
+    if (routers := router_table(report)).rows:
+        yield "### Routers"
+        yield router_sentence(report)
+        yield _folded("Every layer", _table(routers))
 
 
 def _layers(report: Report) -> Iterator[str]:

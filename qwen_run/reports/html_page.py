@@ -29,6 +29,8 @@ from qwen_run.reports.tables import (
     layer_table,
     lowest_agreement_first,
     rouge_table,
+    router_sentence,
+    router_table,
     verdict_table,
     visible,
     when,
@@ -114,6 +116,8 @@ def _sections(report: Report) -> Iterator[str]:
         yield f'<div class="plots">{plots}</div>'
     if report.worst is not None:
         yield _worst(report.worst)
+    if (routers := router_table(report)).rows:
+        yield "<h2>Routers</h2>" + _paragraph(router_sentence(report)) + _details("Every layer", _table(routers))
     if report.layers:
         yield "<h2>Where it comes from</h2>" + _paragraph(jump_sentence(report.layers))
         yield _details("Every output of a layer or sub-block", _table(layer_table(report.layers)))

@@ -208,6 +208,21 @@ def layer_table(layers: Sequence[LayerError]) -> Table:
     return Table(head, rows)
 
 
+def router_table(report: Report) -> Table:
+    """How often each router chose as with the original weights; no rows without routers."""
+    rows = tuple((router.name, format_value(router.same_experts, "share")) for router in report.routers)
+    return Table(("Router", meaning("same_experts").label), rows)
+
+
+def router_sentence(report: Report) -> str:
+    """How often all routers chose as with the original weights."""
+    return (
+        f"Of a token and layer, the engine has the experts that the original has in "
+        f"{format_metric(report.metric('router.same_experts'))}, in whatever order; "
+        "asked of the first tokens of the first documents."
+    )
+
+
 def jump_sentence(layers: Sequence[LayerError]) -> str:
     """Where the error starts, or how large it gets, for each reference."""
     sentences = []

@@ -20,6 +20,7 @@ from qwen_plugin.layout import panel_bytes
 INPUTS = {
     "QuantLinear": ("x", "weight", "bias", "norm_weight", "residual", "permutation", "input_scale"),
     "QuantEmbedding": ("token_ids", "weight"),
+    "MoE": ("x", "router", "gate_up", "down", "norm_weight", "residual", "shared", "shared_gate"),
     "PagedAttention": (
         *("query", "key", "value", "key_cache", "value_cache", "cumulative_lengths", "past_lengths", "block_table"),
         *("cos_cache", "sin_cache", "slot_mapping", "head_sink", "q_norm_weight", "k_norm_weight"),
@@ -83,6 +84,45 @@ def random_embedding(rng: random.Random) -> Call:
     return "QuantEmbedding", a, {"token_ids": np.array(ids, np.int64), "weight": random_weight(rng, a, False)}
 
 
+def random_scheme(rng: random.Random) -> dict[str, Any]:
+    """How one weight of a mixture of experts is stored and multiplied."""
+    if rng.random() < 0.2:
+        return {"bits": 32}
+    scheme: dict[str, Any] = {"bits": rng.choice([4, 5, 6, 8]), "group_size": rng.choice([32, 64, 128])}
+    scheme |= {"symmetric": rng.choice([0, 1]), "precision": rng.choice(["int8", "int8x2", "float32"])}
+    has_blocks = scheme["bits"] < 8 and scheme["group_size"] < 128
+    return scheme | {"activation_scales": rng.choice(["group", "token", *(["block"] if has_blocks else [])])}
+
+
+def random_experts(rng: random.Random, scheme: dict[str, Any], experts: int, rows: int, columns: int) -> np.ndarray:
+    """The weights of all experts: any bytes, or any float rows."""
+    if scheme["bits"] == 32:
+        return floats(rng, (experts * rows, columns))
+    return random_weight(rng, scheme | {"N": experts * rows, "K": columns}, scheme["activation_scales"] == "block")
+
+
+def random_mixture(rng: random.Random) -> Call:
+    experts, hidden, inner = rng.choice([1, 2, 5, 33]), rng.choice([32, 96, 160]), rng.choice([16, 48, 128])
+    tokens = rng.choice([0, 1, 2, 5, 8, 17, 40])
+    gate_up, down = random_scheme(rng), random_scheme(rng)
+    a: dict[str, Any] = {"num_experts": experts, "top_k": rng.randint(1, experts), "norm_topk_prob": rng.choice([0, 1])}
+    a |= {"hidden_size": hidden, "intermediate_size": inner}
+    a |= {f"gate_up_{name}": value for name, value in gate_up.items()}
+    a |= {f"down_{name}": value for name, value in down.items()}
+    feeds = {
+        "x": floats(rng, (tokens, hidden)),
+        "router": floats(rng, (experts, hidden)),
+        "gate_up": random_experts(rng, gate_up, experts, 2 * inner, hidden),
+        "down": random_experts(rng, down, experts, hidden, inner),
+        "norm_weight": floats(rng, (hidden,)),
+        "residual": floats(rng, (tokens, hidden)),
+        "shared": floats(rng, (tokens, hidden)),
+        "shared_gate": floats(rng, (hidden,)),
+    }
+    kept = {name for i, name in enumerate(feeds) if i < 4 or rng.random() < 0.3}
+    return "MoE", a, {name: array for name, array in feeds.items() if name in kept}
+
+
 def random_attention(rng: random.Random) -> Call:
     kv_heads, dim, block = rng.choice([1, 2, 3]), rng.choice([8, 24, 64, 128]), rng.choice([32, 64])
     heads, dtype = kv_heads * rng.choice([1, 2, 7]), rng.choice(["float32", "float16", "int8"])
@@ -141,7 +181,7 @@ def damage(call: Call, rng: random.Random) -> str:
 
 
 def make(_: None, rng: random.Random, folder: Path) -> Attempt:
-    makers = (random_linear, random_linear, random_attention, random_attention, random_embedding)
+    makers = (random_linear, random_linear, random_attention, random_attention, random_embedding, random_mixture)
     calls = [rng.choice(makers)(rng) for _ in range(CALLS)]
     damages = [[damage(call, rng) for _ in range(rng.choice([0, 1, 1, 2]))] for call in calls]
     settings = [(rng.choice(ISAS), rng.choice([1, 2, 64])) for _ in calls]

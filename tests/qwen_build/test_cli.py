@@ -116,9 +116,7 @@ def test_a_dry_run_without_weights_says_where_they_decide(checkpoint, tmp_path):
     edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
     refused = run_build(tmp_path, "--dry-run")
     assert refused.exit_code == 1
-    assert (
-        "has no weights, and those of a gptq checkpoint say how an engine stores them; give them too" in refused.stderr
-    )
+    assert "has no weights, and those of a gptq checkpoint say how an engine stores them; give" in refused.stderr
     edit_config(tmp_path, quantization_config={"quant_method": "fp8"})
     assert run_build(tmp_path, "--dry-run").exit_code == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,33 @@ def test_an_expert_of_all_tokens_and_experts_of_none(a: MoEAttributes) -> None:
             part = np.split(damaged[name], a.num_experts)[e]
             part[...] = 255 if part.dtype == np.uint8 else np.nan
     assert_same(run(a, damaged, threads=2), own)
+
+
+def resident_bytes(path: Path) -> int:
+    """Of all maps of a file in this process: what of it has been read through them."""
+    total, of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef":
+            of_file = line.endswith(str(path))
+        elif of_file and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux's list of maps")
+@pytest.mark.parametrize("a", [SMALL, FLOATS], ids=["panels", "rows"])
+def test_pages_of_experts_without_tokens_are_not_read(tmp_path: Path, a: MoEAttributes) -> None:
+    few = draw_feeds(dataclasses.replace(a, num_experts=1, top_k=1, hidden_size=1024, intermediate_size=1024), 1)
+    a = dataclasses.replace(a, num_experts=64, top_k=2, hidden_size=1024, intermediate_size=1024)
+    feeds = few | {"router": np.random.default_rng(0).standard_normal((64, 1024), np.float32)}
+    files = {name: tmp_path / name for name in ("gate_up", "down")}
+    for name, path in files.items():
+        rows, columns = few[name].shape
+        feeds[name] = np.memmap(path, few[name].dtype, "w+", shape=(64 * rows, columns))  # zeros, which take no disk
+    run(a, feeds, threads=2)
+    for name, path in files.items():
+        around = 4 * 2**21  # the system maps up to 2 MiB around a page, at both ends of both experts
+        assert 2 * few[name].nbytes <= resident_bytes(path) <= 2 * few[name].nbytes + around < feeds[name].nbytes / 2
 
 
 @pytest.mark.parametrize("isa", ISAS)

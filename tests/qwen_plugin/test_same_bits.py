@@ -5,6 +5,7 @@ The digests were made with plain kernels; a change of arithmetic changes them, a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 
 from cases.linear import activation_scales, run
+from cases.moe import OUTPUTS, rows_of
+from cases.moe import run as run_moe
 from cases.plugin_session import ISAS
 from qwen_plugin.layout import BITS, pack_panels, round_block_scales, round_scales
 from qwen_plugin.reference_linear import QuantLinearAttributes
+from qwen_plugin.reference_moe import MoEAttributes
 
 DIGESTS = {
     ("int8", 4): "acc32519d205881d",
@@ -63,6 +67,46 @@ def products(precision: str, bits: int, isa: str) -> Iterable[np.ndarray]:
         }
         yield run(a, feeds, isa)[0]
         yield run(a, feeds | {"x": feeds["x"][:2]}, isa)[0]
+
+
+MIXTURES = {
+    ("int8", 4): "85ea478d8ea4d6f5",
+    ("int8x2", 8): "807935d8df22845d",
+    ("float32", 6): "c25ccfbe11e14fb6",
+    (None, 32): "825d90c1ba5005d8",
+}
+
+
+def mixtures(precision: str | None, bits: int, isa: str) -> Iterable[np.ndarray]:
+    """All outputs of qwen::MoE with 11 tokens and with one."""
+    rng = np.random.default_rng(bits)
+    for norm_topk_prob, optional in ((0, ("shared",)), (1, ("norm_weight", "residual", "shared", "shared_gate"))):
+        a = MoEAttributes(9, 4, 160, 112, norm_topk_prob)
+        for name in ("gate_up", "down"):
+            scheme = (bits, *((64, 0, precision, "token") if precision else [None] * 4))
+            kinds = ("bits", "group_size", "symmetric", "precision", "activation_scales")
+            a = dataclasses.replace(a, **{f"{name}_{kind}": x for kind, x in zip(kinds, scheme, strict=True)})
+        feeds = {"x": fractions(rng, 11, 160), "router": fractions(rng, 9, 160) / 8}
+        for name, rows, columns in (("gate_up", 9 * 224, 160), ("down", 9 * 160, 112)):
+            if precision is None:
+                feeds[name] = fractions(rng, rows, columns) / 16
+                continue
+            q, groups = rng.integers(0, 2**bits, (rows, columns)).astype(np.uint8), -(-columns // 64)
+            zero_points = rng.integers(0, 2**bits, (rows, groups)).astype(np.uint8)
+            scales = round_scales((rng.integers(1, 2**10, (rows, groups)) / 2**16).astype(np.float32))
+            feeds[name] = pack_panels(q, scales, zero_points, bits, 64)
+        shapes = {"norm_weight": (160,), "residual": (11, 160), "shared": (11, 160), "shared_gate": (160,)}
+        feeds |= {name: fractions(rng, *shapes[name]) for name in optional}
+        for some in (feeds, rows_of(feeds, slice(4, 5))):
+            own = run_moe(a, some, isa)
+            assert np.isfinite(own.y).all()
+            yield from (getattr(own, name) for name in OUTPUTS)
+
+
+@pytest.mark.parametrize(("precision", "bits"), MIXTURES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_mixtures(isa: str, precision: str | None, bits: int) -> None:
+    assert digest(mixtures(precision, bits, isa)) == MIXTURES[precision, bits]
 
 
 @pytest.mark.parametrize(("precision", "bits"), DIGESTS)

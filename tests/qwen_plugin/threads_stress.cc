@@ -27,11 +27,11 @@ struct Items {
 };
 
 bool IsRight(Threads& threads, int64_t count, int64_t least, int64_t most, const std::shared_ptr<Order>& order,
-             const Weight& weight) {
+             const Weight& weight, const std::vector<Ahead>* ahead = nullptr) {
   Items items;
   items.done.assign(size_t(count), 0);
   items.most = most;
-  threads.For(count, least, most, Items::Do, &items, order, weight);
+  threads.For(count, least, most, Items::Do, &items, order, weight, ahead);
   for (const int times : items.done)
     if (times != 1) return false;
   return !items.too_many;
@@ -67,12 +67,14 @@ bool Meet(int count) {
   return true;
 }
 
-// Two callers at once, each with two weights in turn; now and then a pause in which all threads fall asleep.
+// Two callers at once, each with two weights in turn, or with memory that it announces itself; now and then a pause in
+// which all threads fall asleep.
 bool CallAtOnce(int count) {
   const auto threads = std::make_shared<Threads>(count);
   std::atomic<bool> right{true};
   const auto call = [&](unsigned seed) {
     const std::vector<uint8_t> memory(1 << 18);
+    const std::vector<Ahead> ahead(size_t(count), {memory.data(), memory.data() + memory.size()});
     const std::shared_ptr<Order> orders[2] = {std::make_shared<Order>(), std::make_shared<Order>()};
     for (int i = 0; i < 200; ++i) {
       const auto draw = [&](int64_t least, int64_t most) {
@@ -81,7 +83,9 @@ bool CallAtOnce(int count) {
       };
       const int64_t items = draw(0, 300), most = draw(1, 40), least = draw(1, most);
       const Weight weight = {memory.data(), items, 64 * draw(1, 12)};
-      if (!IsRight(*threads, items, least, most, i % 3 == 0 ? nullptr : orders[i % 2], weight)) right = false;
+      const std::shared_ptr<Order> order = i % 3 == 0 ? nullptr : orders[i % 2];
+      if (i % 5 == 0) threads->Announce(ahead);
+      if (!IsRight(*threads, items, least, most, order, weight, i % 4 == 0 ? &ahead : nullptr)) right = false;
       if (i % 50 == 49) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
   };

@@ -37,6 +37,19 @@ Products::Products(const quant_linear::Problem& settings, const quant_linear::Ke
     if (!one_row || parts.empty()) tiles += part.tiles, activation_bytes += part.tiles * part.tile_bytes;
     parts.push_back(part);
   }
+  CountItems();
+}
+
+void Products::CountItems() {
+  items = 0;
+  for (Part& part : parts) {
+    part.first_item = items;
+    items += part.blocks * part.p.panels;
+  }
+}
+
+void Products::TakeQuantized(const char* rows) {
+  for (Part& part : parts) part.p.quantized = rows;
 }
 
 void Products::Prepare(Threads& threads, char* activations) {
@@ -60,12 +73,9 @@ void Products::Prepare(Threads& threads, char* activations) {
   operators::ForRanges(threads, tiles, 1, most, prepare);
 }
 
-void Products::Multiply(Threads& threads, const std::shared_ptr<Order>& order) {
-  int64_t items = 0, rows = 0;
-  for (Part& part : parts) {
-    part.first_item = items;
-    items += part.blocks * part.p.panels, rows += part.p.rows;
-  }
+void Products::Multiply(Threads& threads, const std::shared_ptr<Order>& order, const std::vector<Ahead>* ahead) const {
+  int64_t rows = 0;
+  for (const Part& part : parts) rows += part.p.rows;
   const quant_linear::Problem& p = parts[0].p;
   const int64_t item_work = std::max<int64_t>(1, p.in_features * kPanel * (rows * p.panels / items));
   const int64_t most = std::max<int64_t>(1, kTaskBytes / p.panel_bytes);
@@ -84,7 +94,7 @@ void Products::Multiply(Threads& threads, const std::shared_ptr<Order>& order) {
       }
     }
   };
-  operators::ForRanges(threads, items, std::min(least, most), most, multiply, order);
+  operators::ForRanges(threads, items, std::min(least, most), most, multiply, order, {}, ahead);
 }
 
 void Products::TakePanels(const quant_linear::Problem& settings, const std::vector<Group>& groups, int64_t first,
@@ -96,6 +106,18 @@ void Products::TakePanels(const quant_linear::Problem& settings, const std::vect
     p.out_features = p.width = kPanel * p.panels;
     p.y = y + groups[i].first * p.width;
   }
+  CountItems();
+}
+
+std::vector<Ahead> Products::FirstWeights(int threads) const {
+  std::vector<Ahead> weights;
+  for (int t = 0; t < threads; ++t) {
+    const int64_t item = items * t / threads;
+    const Part& part = parts[PartOf(parts, &Part::first_item, item)];
+    const int64_t panels = part.p.panels, panel = (item - part.first_item) % panels;
+    weights.push_back({PanelOf(part.p, panel), PanelOf(part.p, panels)});
+  }
+  return weights;
 }
 
 }  // namespace experts

@@ -19,7 +19,7 @@ struct Part {
 
 struct Products {
   std::vector<Part> parts;
-  int64_t tiles = 0, activation_bytes = 0;
+  int64_t tiles = 0, items = 0, activation_bytes = 0;
   bool shares_tile = false;  // the parts have one and the same row
 
   // settings: those of an expert, with the weight of the first; y (rows, width) of the sorted rows. The product's rows
@@ -28,13 +28,21 @@ struct Products {
   Products(const quant_linear::Problem& settings, const quant_linear::KernelChoice& kernels,
            const std::vector<Group>& groups, const float* x, const int32_t* sources, float* y, bool one_row);
 
+  // What Kernels::quantize made of the rows of x takes their place.
+  void TakeQuantized(const char* rows);
   // Into memory of activation_bytes, aligned to 64.
   void Prepare(Threads& threads, char* activations);
-  // Of all panels; `order` as in Threads::For.
-  void Multiply(Threads& threads, const std::shared_ptr<Order>& order = nullptr);
+  // Of all panels; `order` and `ahead` as in Threads::For.
+  void Multiply(Threads& threads, const std::shared_ptr<Order>& order = nullptr,
+                const std::vector<Ahead>* ahead = nullptr) const;
+  // The weights that each of so many threads reads first.
+  std::vector<Ahead> FirstWeights(int threads) const;
   // The following products are of panels [first, last) alone, into y (rows, 32 * (last - first)).
   void TakePanels(const quant_linear::Problem& settings, const std::vector<Group>& groups, int64_t first, int64_t last,
                   float* y);
+
+ private:
+  void CountItems();
 };
 
 }  // namespace experts

@@ -175,7 +175,7 @@ void MultiplyFloats(const Problem& p, int64_t tiles, quant_linear::Range of_tile
 
 template <class I>
 constexpr quant_linear::Kernels MakeFloatKernels() {
-  return {FloatTileRows<I>, FloatTileBytes<I>, PrepareFloats<I>, FloatShare<I>, MultiplyFloats<I>};
+  return {FloatTileRows<I>, FloatTileBytes<I>, PrepareFloats<I>, FloatShare<I>, nullptr, MultiplyFloats<I>};
 }
 
 template <class I>

@@ -41,15 +41,15 @@ T* CallScratch(int purpose, int64_t count) {
   thread_local Scratch scratch[8];
   return static_cast<T*>(scratch[purpose].Get(count * int64_t(sizeof(T))));
 }
-enum Purpose { kOfInput, kOfScores, kOfExperts, kOfWeights, kOfActivations, kOfGated, kOfProducts };
+enum Purpose { kOfInput, kOfScores, kOfExperts, kOfWeights, kOfQuantized, kOfActivations, kOfGated, kOfProducts };
 
 // Calls function(first, last) for ranges of tokens, each of which takes `work` multiply-adds: on all threads if that is
 // worth it.
 template <class Function>
 void ForTokens(Threads& threads, int64_t tokens, int64_t work, const Function& function) {
   if (tokens * work < kSerialWork) return function(0, tokens);
-  const int64_t most = std::min(kTokensAtOnce, CeilDiv(kSerialWork, work));
-  operators::ForRanges(threads, tokens, 1, most, function);
+  const int64_t least = std::min<int64_t>(4, tokens), most = std::min(kTokensAtOnce, CeilDiv(kSerialWork, work));
+  operators::ForRanges(threads, tokens, least, std::max(least, most), function);
 }
 
 struct Orders {
@@ -67,9 +67,14 @@ class Run {
     Route();
     const Sorted sorted = SortByExpert(p_.experts, p_.tokens, p_.top_k, p_.num_experts);
     float* const gated = CallScratch<float>(kOfGated, Slots() * p_.intermediate_size);
-    ComputeGated(sorted, gated);
+    const int64_t row_bytes = kPanel * int64_t(sizeof(float));
+    const int64_t panels = std::min(p_.down.panels, std::max<int64_t>(1, kProductBytes / (Slots() * row_bytes)));
+    float* const y = CallScratch<float>(kOfProducts, Slots() * panels * kPanel);
+    Products gate_up(p_.gate_up, gate_up_, sorted.groups, input_, sorted.tokens.data(), gated, p_.tokens == 1);
+    Products down(p_.down, down_, sorted.groups, gated, nullptr, y, false);
+    ComputeGated(gate_up, down);
     if (p_.gated != nullptr) CopyGated(sorted, gated);
-    ComputeDown(sorted, gated);
+    ComputeDown(sorted, down, panels, y);
   }
 
  private:
@@ -104,7 +109,7 @@ class Run {
                     p_.weights + t * p_.top_k);
       }
     };
-    if (p_.tokens > kTokensAtOnce) {
+    if (!FewTokens()) {
       return ForTokens(threads_, p_.tokens, H * E, [&](int64_t first, int64_t last) {
         kernels_.multiply(input_ + first * H, last - first, p_.router, E, H, scores + first * E, E);
         choose(first, last);
@@ -120,10 +125,23 @@ class Run {
     ForTokens(threads_, p_.tokens, 8 * E, choose);
   }
 
-  void ComputeGated(const Sorted& sorted, float* gated) {
-    Products products(p_.gate_up, gate_up_, sorted.groups, input_, sorted.tokens.data(), gated, p_.tokens == 1);
+  // Where there are few, threads wait for the weights' first bytes: they fetch them while there is nothing else to do.
+  bool FewTokens() const { return p_.tokens <= kTokensAtOnce; }
+
+  void ComputeGated(Products& products, const Products& next) {
+    if (FewTokens()) threads_.Announce(products.FirstWeights(threads_.count()));
+    // Tokens are quantised once for all of their experts, if they are at all. One alone is the same row to all.
+    quant_linear::Problem all = p_.gate_up;
+    if (p_.tokens > 1 && all.precision != quant_linear::Precision::kFloat32) {
+      all.x = input_, all.rows = p_.tokens;
+      char* const quantized = CallScratch<char>(kOfQuantized, all.rows * QuantizedBytes(all));
+      ForTokens(threads_, all.rows, p_.hidden_size,
+                [&](int64_t first, int64_t last) { gate_up_.few->quantize(all, {first, last}, quantized); });
+      products.TakeQuantized(quantized);
+    }
     products.Prepare(threads_, CallScratch<char>(kOfActivations, products.activation_bytes));
-    products.Multiply(threads_);
+    const std::vector<Ahead> ahead = next.FirstWeights(threads_.count());
+    products.Multiply(threads_, nullptr, FewTokens() ? &ahead : nullptr);
   }
 
   void CopyGated(const Sorted& sorted, const float* gated) {
@@ -132,18 +150,13 @@ class Run {
       std::memcpy(p_.gated + i * I, gated + sorted.places[size_t(i)] * I, size_t(I) * sizeof(float));
   }
 
-  // In ranges of outputs whose products stay in a cache until they are added up.
-  void ComputeDown(const Sorted& sorted, const float* gated) {
-    Products products(p_.down, down_, sorted.groups, gated, nullptr, nullptr, false);
+  // In ranges of so many panels, whose products stay in a cache until they are added up.
+  void ComputeDown(const Sorted& sorted, Products& products, int64_t panels, float* y) {
     products.Prepare(threads_, CallScratch<char>(kOfActivations, products.activation_bytes));
-    const int64_t row_bytes = kPanel * int64_t(sizeof(float));
-    const int64_t most = std::min(p_.down.panels, std::max<int64_t>(1, kProductBytes / (Slots() * row_bytes)));
-    float* const y = CallScratch<float>(kOfProducts, Slots() * most * kPanel);
-    for (int64_t first = 0; first < p_.down.panels; first += most) {
-      const int64_t last = std::min(p_.down.panels, first + most);
+    for (int64_t first = 0; first < p_.down.panels; first += panels) {
+      const int64_t last = std::min(p_.down.panels, first + panels);
       products.TakePanels(p_.down, sorted.groups, first, last, y);
-      const bool is_only = most == p_.down.panels && p_.tokens <= kTokensAtOnce;
-      products.Multiply(threads_, is_only ? orders_.down : nullptr);
+      products.Multiply(threads_, FewTokens() && panels == p_.down.panels ? orders_.down : nullptr);
       AddUp(sorted, y, first * kPanel, (last - first) * kPanel);
     }
   }

@@ -37,6 +37,7 @@ struct Problem : QuantWeight {
   const float *bias, *norm_weight, *residual;  // (out_features), (in_features), (rows, width)
   const int32_t* permutation;                  // (in_features)
   const int32_t* sources;                      // (rows)
+  const char* quantized;                       // in place of x: its rows, as Kernels::quantize leaves them
   float* y;                                    // (rows, width)
   float* input;                                // (rows, in_features), or null: the product's input, normalised
 };
@@ -59,6 +60,17 @@ struct Share {
 // Activations that stay in the second-level cache while panels pass by.
 constexpr int64_t kCachedBytes = 1 << 20;
 
+// A group of activations, quantised.
+struct QuantizedGroup {
+  float scale;
+  int32_t sums[2];  // of the values in each plane
+};
+
+// Bytes of a row that Kernels::quantize leaves: planes of bytes, then groups.
+static inline int64_t QuantizedBytes(const Problem& p) {
+  return CeilDiv(p.groups * (Planes(p) * p.group_size + int64_t(sizeof(QuantizedGroup))), 64) * 64;
+}
+
 // Kernels keep a call's activations in one buffer, a tile after the other, in a form of their own.
 // `tiles` is the number of all tiles; ranges are of tiles and of panels. Both functions run on several threads at
 // once, on different ranges. They may throw std::bad_alloc.
@@ -69,6 +81,9 @@ struct Kernels {
   // Normalises rows of x (and writes p.input), permutes and quantises them into the buffer.
   void (*prepare)(const Problem& p, int64_t tiles, Range of_tiles, char* activations);
   Share (*share)(const Problem& p);
+  // Normalises, permutes and quantises rows once, for products whose rows are several times the same; the same bytes
+  // for all kernels. Null where nothing is quantised; not for the precision float32.
+  void (*quantize)(const Problem& p, Range of_rows, char* out);
   // Multiplies tiles with panels into p.y, bias and residual added, or gated.
   void (*multiply)(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, const char* activations);
 };

@@ -32,11 +32,11 @@ int64_t TileBytesAmx(const Problem& p) {
 }
 
 template <int kPlanes>
-void PrepareRowAmx(const Problem& p, const float* x, int64_t row, char* tile) {
+void PrepareRowAmx(const Problem& p, int64_t of_product, int64_t row, char* tile) {
   const int64_t rows = TileRows(p), columns = p.group_size < kMaxColumns ? p.group_size : kMaxColumns;
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
   int32_t* const factors = reinterpret_cast<int32_t*>(scales + p.groups * rows);
-  RowQuantizer<Lanes, kPlanes> quantizer(p, x);
+  RowQuantizer<Lanes, kPlanes> quantizer(p, of_product);
   int8_t* values = reinterpret_cast<int8_t*>(tile) + row * columns;
   for (int64_t g = 0; g < p.groups; ++g, values += p.group_size * kPlanes * rows) {
     const QuantizedGroup group = quantizer.Quantize(g, [&](int plane, int64_t k) {
@@ -56,8 +56,7 @@ void PrepareAmx(const Problem& p, int64_t tiles, Range range, char* activations)
     const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
     char* const tile = activations + t * TileBytesAmx(p);
     if (rows < TileRows(p)) std::memset(tile, 0, size_t(TileBytesAmx(p)));
-    for (int64_t r = 0; r < rows; ++r)
-      (Planes(p) == 1 ? PrepareRowAmx<1> : PrepareRowAmx<2>)(p, InputRow<Lanes>(p, begin + r), r, tile);
+    for (int64_t r = 0; r < rows; ++r) (Planes(p) == 1 ? PrepareRowAmx<1> : PrepareRowAmx<2>)(p, begin + r, r, tile);
   }
 }
 
@@ -315,6 +314,6 @@ void MultiplyAmx(const Problem& p, int64_t tiles, Range of_tiles, Range of_panel
 
 }  // namespace
 
-const Kernels kAmxKernels = {TileRows, TileBytesAmx, PrepareAmx, ShareOf, MultiplyAmx};
+const Kernels kAmxKernels = {TileRows, TileBytesAmx, PrepareAmx, ShareOf, QuantizeRows<Lanes>, MultiplyAmx};
 
 }  // namespace quant_linear

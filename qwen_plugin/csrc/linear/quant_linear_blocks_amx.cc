@@ -27,9 +27,9 @@ int64_t TileBytes(const Problem& p) { return ValueBytes(p) + p.blocks * kRows * 
 // ---- Preparing
 
 template <int kPlanes>
-void PrepareRow(const Problem& p, const float* x, int64_t row, char* tile) {
+void PrepareRow(const Problem& p, int64_t of_product, int64_t row, char* tile) {
   float* const scales = reinterpret_cast<float*>(tile + ValueBytes(p)) + row;
-  RowQuantizer<Lanes, kPlanes> quantizer(p, x);
+  RowQuantizer<Lanes, kPlanes> quantizer(p, of_product);
   for (int64_t g = 0; g < p.groups; ++g) {
     const auto place = [&](int plane, int64_t i) {
       const int64_t column = g * p.group_size + i;
@@ -45,8 +45,7 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
     const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
     char* const tile = activations + t * TileBytes(p);
     if (rows < kRows || p.groups * p.group_size % kColumns != 0) std::memset(tile, 0, size_t(TileBytes(p)));
-    for (int64_t r = 0; r < rows; ++r)
-      (Planes(p) == 1 ? PrepareRow<1> : PrepareRow<2>)(p, InputRow<Lanes>(p, begin + r), r, tile);
+    for (int64_t r = 0; r < rows; ++r) (Planes(p) == 1 ? PrepareRow<1> : PrepareRow<2>)(p, begin + r, r, tile);
   }
 }
 
@@ -332,6 +331,6 @@ void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, 
 
 }  // namespace
 
-const Kernels kAmxBlockKernels = {TileRows, TileBytes, Prepare, ShareOf, Multiply};
+const Kernels kAmxBlockKernels = {TileRows, TileBytes, Prepare, ShareOf, QuantizeRows<Lanes>, Multiply};
 
 }  // namespace quant_linear

@@ -45,13 +45,16 @@ void Normalize(const Problem& p, const float* x, float* out) {
   });
 }
 
+// The row of x, or of what was quantised, that is row `row` of the product.
+inline int64_t SourceOf(const Problem& p, int64_t row) { return p.sources == nullptr ? row : p.sources[row]; }
+
 // Row `row` of what is multiplied, of p.groups * p.group_size columns, permuted and padded with zeros; and p.input.
 // What it returns holds until the thread's next call.
 template <class L>
 const float* InputRow(const Problem& p, int64_t row) {
   const int64_t K = p.in_features, padded = p.groups * p.group_size;
   float* const scratch = RowScratch(2 * padded);
-  const float* x = p.x + (p.sources == nullptr ? row : p.sources[row]) * K;
+  const float* x = p.x + SourceOf(p, row) * K;
   float* const out = p.input == nullptr ? scratch : p.input + row * K;
   if (p.norm_weight != nullptr) {
     Normalize<L>(p, x, out);
@@ -73,11 +76,6 @@ const float* InputRow(const Problem& p, int64_t row) {
 // What a row quantiser fetches ahead, of this row and the next: their floats come from far away.
 constexpr int64_t kFloatsAhead = 512;
 
-struct QuantizedGroup {
-  float scale;
-  int32_t sums[2];  // of the values in each plane
-};
-
 // The largest magnitude of `size` columns; not finite if one of them isn't.
 template <class L>
 float Largest(const float* x, int64_t size) {
@@ -93,14 +91,16 @@ float Largest(const float* x, int64_t size) {
 template <class L, int kPlanes>
 class RowQuantizer {
  public:
-  RowQuantizer(const Problem& p, const float* x)
-      : x_(x),
+  // Of row `row` of the product.
+  RowQuantizer(const Problem& p, int64_t row)
+      : x_(p.quantized == nullptr ? InputRow<L>(p, row) : nullptr),
+        done_(p.quantized == nullptr ? nullptr : p.quantized + SourceOf(p, row) * QuantizedBytes(p)),
         size_(p.group_size),
         groups_(p.groups),
         block_groups_(p.block_groups),
         scales_(p.activation_scales),
         input_scale_(p.input_scale),
-        largest_(scales_ == ActivationScales::kToken ? Largest<L>(x, p.groups * size_) : 0) {}
+        largest_(x_ != nullptr && scales_ == ActivationScales::kToken ? Largest<L>(x_, p.groups * size_) : 0) {}
 
   // Into kPlanes rows of bytes: one (int8), or the high and the low parts (int8x2); place(plane, k) says where sixteen
   // columns from k of the group on go. Where a column that decides the scale is not finite, or with a static scale any
@@ -109,7 +109,11 @@ class RowQuantizer {
   QuantizedGroup Quantize(int64_t group, const Place& place);
 
  private:
-  const float* x_;
+  template <class Place>
+  QuantizedGroup Copy(int64_t group, const Place& place) const;
+
+  const float* const x_;
+  const char* const done_;  // or null
   int64_t size_, groups_, block_groups_;
   ActivationScales scales_;
   float input_scale_, largest_;  // largest: of the columns that share the present scale
@@ -117,7 +121,20 @@ class RowQuantizer {
 
 template <class L, int kPlanes>
 template <class Place>
+QuantizedGroup RowQuantizer<L, kPlanes>::Copy(int64_t group, const Place& place) const {
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    const char* const values = done_ + (plane * groups_ + group) * size_;
+    for (int64_t k = 0; k < size_; k += 16) std::memcpy(place(plane, k), values + k, 16);
+  }
+  QuantizedGroup copied;
+  std::memcpy(&copied, done_ + kPlanes * groups_ * size_ + group * int64_t(sizeof copied), sizeof copied);
+  return copied;
+}
+
+template <class L, int kPlanes>
+template <class Place>
 QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, const Place& place) {
+  if (done_ != nullptr) return Copy(group, place);
   constexpr float kSteps = kPlanes == 1 ? 1.f : 256.f, kLimit = 127.f * kSteps;
   const float* const x = x_ + group * size_;
   if (scales_ != ActivationScales::kToken && group % block_groups_ == 0) {
@@ -154,6 +171,24 @@ QuantizedGroup RowQuantizer<L, kPlanes>::Quantize(int64_t group, const Place& pl
   }
   const int32_t high = L::SumInts(high_sum);
   return {scale, {kPlanes == 1 ? high : high / 256, L::SumInts(low_sum)}};
+}
+
+template <class L, int kPlanes>
+void QuantizeRow(const Problem& p, int64_t row, char* out) {
+  RowQuantizer<L, kPlanes> quantizer(p, row);
+  char* const groups = out + kPlanes * p.groups * p.group_size;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const QuantizedGroup group = quantizer.Quantize(g, [&](int plane, int64_t k) {
+      return reinterpret_cast<int8_t*>(out) + (plane * p.groups + g) * p.group_size + k;
+    });
+    std::memcpy(groups + g * int64_t(sizeof group), &group, sizeof group);
+  }
+}
+
+template <class L>
+void QuantizeRows(const Problem& p, Range rows, char* out) {
+  for (int64_t row = rows.first; row < rows.last; ++row)
+    (Planes(p) == 1 ? QuantizeRow<L, 1> : QuantizeRow<L, 2>)(p, row, out + row * QuantizedBytes(p));
 }
 
 }  // namespace

@@ -56,12 +56,12 @@ int64_t TileBytes(const Problem& p) {
 // ---- Preparing
 
 template <class I, int kPlanes>
-void PrepareRow(const Problem& p, const float* x, int64_t row, int64_t rows, char* tile) {
+void PrepareRow(const Problem& p, int64_t of_product, int64_t row, int64_t rows, char* tile) {
   using L = typename I::Lanes;
   const int64_t steps = p.group_size / 4, all = rows * kPlanes, first = row * kPlanes;
   const bool as_float = kPlanes == 1 || p.activation_scales == ActivationScales::kBlock;
   const uint32_t sum_start = as_float ? uint32_t(kFloatStart) : 0;
-  RowQuantizer<L, kPlanes> quantizer(p, x);
+  RowQuantizer<L, kPlanes> quantizer(p, of_product);
   for (int64_t g = 0; g < p.groups; ++g, tile += GroupBytes(p, rows, kPlanes)) {
     alignas(64) int8_t planes[kPlanes][kMaxGroup];
     const QuantizedGroup group = quantizer.Quantize(g, [&](int plane, int64_t k) { return planes[plane] + k; });
@@ -97,12 +97,12 @@ void Prepare(const Problem& p, int64_t tiles, Range range, char* activations) {
     const int64_t begin = RowBegin(p, tiles, t), rows = RowBegin(p, tiles, t + 1) - begin;
     char* const tile = activations + t * TileBytes<I>(p);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* const x = InputRow<typename I::Lanes>(p, begin + r);
       if (p.precision == Precision::kInt8) {
-        PrepareRow<I, 1>(p, x, r, rows, tile);
+        PrepareRow<I, 1>(p, begin + r, r, rows, tile);
       } else if (p.precision == Precision::kInt8x2) {
-        PrepareRow<I, 2>(p, x, r, rows, tile);
+        PrepareRow<I, 2>(p, begin + r, r, rows, tile);
       } else {
+        const float* const x = InputRow<typename I::Lanes>(p, begin + r);
         for (int64_t k = 0; k < p.groups * p.group_size; ++k) reinterpret_cast<float*>(tile)[k * rows + r] = x[k];
       }
     }
@@ -347,7 +347,7 @@ void Multiply(const Problem& p, int64_t tiles, Range of_tiles, Range of_panels, 
 
 template <class I>
 constexpr Kernels MakeKernels() {
-  return {MaxTileRows<I>, TileBytes<I>, Prepare<I>, ShareOf<I>, Multiply<I>};
+  return {MaxTileRows<I>, TileBytes<I>, Prepare<I>, ShareOf<I>, QuantizeRows<typename I::Lanes>, Multiply<I>};
 }
 
 // Dot for sets that multiply four bytes with four bytes and add them up in one instruction, I::DotBytes.

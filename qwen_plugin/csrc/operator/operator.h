@@ -202,7 +202,8 @@ T* NewOutput(const OrtApi& api, OrtKernelContext* context, size_t index, std::in
 // std::bad_alloc alone, which comes out here after all calls.
 template <class Function>
 void ForRanges(Threads& threads, int64_t count, int64_t least, int64_t most, const Function& function,
-               const std::shared_ptr<Order>& order = nullptr, const Weight& weight = {}) {
+               const std::shared_ptr<Order>& order = nullptr, const Weight& weight = {},
+               const std::vector<Ahead>* ahead = nullptr) {
   struct Work {
     const Function& function;
     std::atomic<bool> lacks_memory;
@@ -215,7 +216,7 @@ void ForRanges(Threads& threads, int64_t count, int64_t least, int64_t most, con
       shared.lacks_memory = true;
     }
   };
-  threads.For(count, least, most, call, &work, order, weight);
+  threads.For(count, least, most, call, &work, order, weight, ahead);
   if (work.lacks_memory) throw std::bad_alloc();
 }
 

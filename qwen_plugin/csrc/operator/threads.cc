@@ -47,7 +47,7 @@ Threads::~Threads() {
 }
 
 void Threads::For(int64_t count, int64_t least, int64_t most, Task task, void* data,
-                  const std::shared_ptr<Order>& order, const Weight& weight) {
+                  const std::shared_ptr<Order>& order, const Weight& weight, const std::vector<Ahead>* ahead) {
   const bool is_short = count_ == 1 || count <= least;
   if (is_short || has_caller_.exchange(true, std::memory_order_acquire)) {
     for (int64_t i = 0; i < count; i += most) task(data, i, std::min(count, i + most));
@@ -70,7 +70,11 @@ void Threads::For(int64_t count, int64_t least, int64_t most, Task task, void* d
   // Both in the one order of all such: a thread that goes to sleep either sees this round, or is seen here.
   round_.store((round_.load(std::memory_order_relaxed) / kRound + 1) * kRound | kOpen);
   if (sleepers_.load() > 0) WakeSleepers();
-  if (order != nullptr) AnnounceNext(*order);
+  if (ahead != nullptr) {
+    Announce(*ahead);
+  } else if (order != nullptr) {
+    AnnounceNext(*order);
+  }
   Work(0);
   round_.fetch_and(~kOpen, std::memory_order_relaxed);
   AwaitWorkers();
@@ -141,11 +145,18 @@ void Threads::NoteOrder(const std::shared_ptr<Order>& order, const Weight& weigh
 void Threads::AnnounceNext(const Order& order) {
   const std::shared_ptr<Order> next = order.next.lock();
   if (next == nullptr) return;
-  for (int t = 0; t < count_; ++t) {
-    const uint8_t *begin = next->weight.ShareBegin(t, count_), *end = next->weight.ShareBegin(t + 1, count_);
-    shares_[t].next_end.store(begin + std::min(end - begin, kFetchBytes), std::memory_order_relaxed);
-    shares_[t].next.store(begin, std::memory_order_release);
-  }
+  for (int t = 0; t < count_; ++t)
+    AnnounceTo(shares_[t], {next->weight.ShareBegin(t, count_), next->weight.ShareBegin(t + 1, count_)});
+}
+
+void Threads::AnnounceTo(Share& share, const Ahead& ahead) {
+  const int64_t bytes = std::min<int64_t>(ahead.end - ahead.begin, kFetchBytes);
+  share.next_end.store(ahead.begin + bytes, std::memory_order_relaxed);
+  share.next.store(ahead.begin, std::memory_order_release);
+}
+
+void Threads::Announce(const std::vector<Ahead>& ahead) {
+  for (int t = 0; t < count_; ++t) AnnounceTo(shares_[t], ahead[size_t(t)]);
 }
 
 // Fetches a line of each page of a window; false when all there is to fetch has been.
@@ -154,7 +165,8 @@ bool Threads::FetchLines(const Share& share, Fetched& fetched) {
   if (next != fetched.from) fetched = {next, share.next_end.load(std::memory_order_relaxed), 0};
   const int64_t window = fetched.lines / kWindowLines * kWindowBytes;
   const uint8_t* line = fetched.from + window + fetched.lines % kWindowLines / kWindowPages * kLineBytes;
-  if (line >= fetched.end) return false;
+  // Two callers at once may leave the beginning of one's memory and the end of the other's.
+  if (line >= fetched.end || fetched.lines * kLineBytes >= kFetchBytes) return false;
   for (int64_t i = 0; i < kWindowPages; ++i, line += kPageBytes) __builtin_prefetch(line, 0, 2);
   fetched.lines += kWindowPages;
   return true;

@@ -30,6 +30,11 @@ struct Order {
   std::weak_ptr<Order> next;
 };
 
+// Memory that a thread reads soon.
+struct Ahead {
+  const uint8_t *begin, *end;
+};
+
 class Threads {
  public:
   // Calls for the items [first, last); throws nothing.
@@ -44,8 +49,15 @@ class Threads {
   // same of others' from their ends. While a caller is in here another does all its work itself.
   //
   // order: of the weight whose parts the items are; null for work that reads none.
+  // ahead: of each thread what it reads after this, where the caller knows better than `order`; or null.
   void For(int64_t count, int64_t least, int64_t most, Task task, void* data,
-           const std::shared_ptr<Order>& order = nullptr, const Weight& weight = {});
+           const std::shared_ptr<Order>& order = nullptr, const Weight& weight = {},
+           const std::vector<Ahead>* ahead = nullptr);
+
+  // Tells each thread what it reads next, to be fetched while it has nothing to do. A hint, which any caller may give.
+  void Announce(const std::vector<Ahead>& ahead);
+
+  int count() const { return count_; }
 
  private:
   // What one thread has to do. In lines of its own: others look at it in passing.
@@ -78,6 +90,7 @@ class Threads {
   void NoteLoss(int64_t began);
   void NoteOrder(const std::shared_ptr<Order>& order, const Weight& weight);
   void AnnounceNext(const Order& order);
+  static void AnnounceTo(Share& share, const Ahead& ahead);
 
   // Of the others.
   void Serve(int thread);

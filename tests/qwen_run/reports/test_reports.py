@@ -37,6 +37,7 @@ from qwen_run.accuracy.report import (
     LayerError,
     LogitPairs,
     Report,
+    RouterAgreement,
     SampleResult,
     WorstPosition,
     compare_baseline,
@@ -72,6 +73,7 @@ EMPTY = Report(
     worst=None,
     logits=None,
     layers=(),
+    routers=(),
     costs=(),
     baseline=None,
 )
@@ -94,6 +96,7 @@ FULL = replace(
         Metric("as_built.kl_mean", 1.5e-7, unit="nats"),
         Metric("original.top1", 0.9123, 0.9, 0.92, 2),
         Metric("original.perplexity_ratio", 1.00002, 0.9999, 1.0001, 2),
+        Metric("router.same_experts", 0.875, 0.85, 0.9, 2),
         Metric("greedy.identical", 0.5, n=2),
         Metric("rouge.engine.rougeL", 0.25, 0.2, 0.3, 2),
         Metric("rouge.reference.rougeL", 0.26, 0.2, 0.3, 2),
@@ -110,6 +113,7 @@ FULL = replace(
     ),
     worst=WorstPosition(NASTY, 1, 0.5, NASTY, " the", NASTY, NASTY, "\n"),
     logits=LogitPairs((-1.0, 0.0, 12.345678), (-1.1, 0.1, math.nan)),
+    routers=(RouterAgreement("model.layers.0.mlp.gate", 0.9), RouterAgreement("model.layers.1.mlp.gate", 0.85)),
     layers=(layer("model.layers.0.self_attn", 0.01), layer("model.layers.0.mlp", 0.5, True), layer("model.norm", 0.4)),
     costs=(
         Cost("engine", 1, 2, 123.4, 45.6, 300 << 20, 98_765_432),
@@ -147,7 +151,7 @@ def changed(edit: Callable[[dict[str, Any]], object]) -> str:
     [
         ("{", "report.json is not JSON"),
         ("[" * 100_000, "report.json is not JSON"),
-        ("[]", "report.json has schema version None, this program reads 2"),
+        ("[]", "report.json has schema version None, this program reads 3"),
         (changed(lambda data: data.update(schema_version=1)), "schema version 1"),
         (changed(lambda data: data.pop("metrics")), "report.json lacks metrics; make the report again"),
         (changed(lambda data: data.update(extra=1)), "report.json has unknown extra"),
@@ -453,3 +457,13 @@ def test_every_report_says_why_a_verdict_is_undecided() -> None:
     for text in (to_markdown(report), to_html(report), to_junit(report), terminal):
         assert why in text
     assert "Why undecided" not in to_markdown(replace(EMPTY, verdicts=(verdict(TOP1_THRESHOLD, "passed"),)))
+
+
+def test_routers_are_told_with_their_layers_and_where_there_are_none_nothing_is() -> None:
+    sentence = "the engine has the experts that the original has in 87.5 % (85 to 90)"
+    for text in (to_markdown(FULL), to_html(FULL)):
+        assert sentence in text.replace("\n", " ")
+        assert "model.layers.1.mlp.gate" in text
+        assert "90 %" in text
+    for text in (to_markdown(EMPTY), to_html(EMPTY)):
+        assert "Routers" not in text
