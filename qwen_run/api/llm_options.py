@@ -102,7 +102,7 @@ class LLMOptions:
         max_seq_len = named.pop("max_seq_len", None)
         if named:
             check_known(named)
-        return cls(_core_options(core), seed, max_seq_len, named)
+        return cls(CoreOptions(**({"max_drafts": MAX_DRAFTS} | core)), seed, max_seq_len, named)
 
 
 def check_known(names: Mapping[str, Any]) -> None:
@@ -116,15 +116,6 @@ def check_known(names: Mapping[str, Any]) -> None:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             expected = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(known)}"
             raise EngineError(f"unknown option {name}; {expected}")
-
-
-def _core_options(given: dict[str, Any]) -> CoreOptions:
-    """Guessing costs little where it does not pay; a larger batch brings the tokens of its sequences with it."""
-    size = given.get("max_batch_size")
-    chosen = {"max_drafts": MAX_DRAFTS} | given
-    if isinstance(size, int) and "max_batch_tokens" not in given:
-        chosen["max_batch_tokens"] = max(size, CoreOptions.max_batch_tokens)
-    return CoreOptions(**chosen)
 
 
 def _check_idle(name: str, value: Any) -> None:

@@ -46,7 +46,7 @@ class BenchOptions:
     checkpoint: str | None
     hf_dtype: str | None
     threads: int | None
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     max_seq_len: int | None
     cache_bytes: int | None
     seed: int

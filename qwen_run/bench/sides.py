@@ -58,7 +58,7 @@ def check_lengths(arrivals: Sequence[Arrival], max_seq_len: int) -> None:
 class EngineSide:
     """An engine behind its scheduler: requests join and leave at every step."""
 
-    def __init__(self, engine: Engine, max_batch_size: int, max_batch_tokens: int) -> None:
+    def __init__(self, engine: Engine, max_batch_size: int, max_batch_tokens: int | None) -> None:
         self.name = engine.directory.resolve().name
         self.reads = engine_reads(engine.manifest)
         # Without guesses, of which random prompts allow none, a step brings one token to every request that answers.

@@ -65,7 +65,9 @@ def common_options(function: F) -> F:
                 "--threads", type=click.IntRange(1, MOST_THREADS), help="Of every side.  [default: physical cores]"
             ),
             click.option(
-                "--max-batch-tokens", type=click.IntRange(min=1), default=256, help="Most tokens of the engine's step."
+                "--max-batch-tokens",
+                type=click.IntRange(min=1),
+                help="Most tokens of the engine's step; where none is given, what suits the model.",
             ),
             max_seq_len_option,
             kv_cache_memory_option,

@@ -32,7 +32,8 @@ class Core:
 
     def __init__(self, engine: Engine, options: CoreOptions | None = None) -> None:
         self.engine = engine
-        self.options = options = options or CoreOptions()
+        self.options = options = (options or CoreOptions()).for_model(engine.manifest.model)
+        assert options.max_batch_tokens is not None
         self._scheduler = Scheduler(
             engine.cache,
             options.max_batch_size,

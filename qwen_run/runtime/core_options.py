@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen_engine.errors import EngineError
+from qwen_engine.sizes import ModelSizes
+
+STEP_TOKENS = 256  # of a step, where nothing else is asked for
+MOST_STEP_TOKENS = 1024  # whoever answers waits for all of them
+EXPERT_ROWS = 32  # tokens of a step that an expert has on average
 
 _LEAST = {"max_batch_size": 1, "max_batch_tokens": 1, "prompt_tokens_beside": 1, "max_drafts": 0, "max_logprobs": 0}
 
@@ -17,7 +22,7 @@ class CoreOptions:
         max_batch_size: most sequences in one step.
         max_batch_tokens: most tokens in one step, at least ``max_batch_size``; longer prompts are fed in chunks. More
             of them make a prompt no faster from 128 on (two cores), but whoever answers waits for them:
-            ``benchmarks/stall.py``.
+            ``benchmarks/stall.py``. None: what suits the model and ``max_batch_size``, see :meth:`for_model`.
         prompt_tokens_beside: most tokens of prompts in a step in which others answer, who wait for them, and twice as
             many if more begin than answer; None for what ``max_batch_tokens`` leaves.
         prefix_caching: prompts that begin like an earlier one are not fed again.
@@ -30,7 +35,7 @@ class CoreOptions:
     """
 
     max_batch_size: int = 16
-    max_batch_tokens: int = 256
+    max_batch_tokens: int | None = None
     prompt_tokens_beside: int | None = None
     prefix_caching: bool = True
     max_drafts: int = 0
@@ -40,18 +45,34 @@ class CoreOptions:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is None and name == "prompt_tokens_beside":
+            if value is None and name in ("prompt_tokens_beside", "max_batch_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise EngineError(f"{name} is {value!r}, expected a whole number, {least} or more")
         for name in ("prefix_caching", "keep_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise EngineError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        if self.max_batch_tokens < self.max_batch_size:  # those that answer would leave nothing to those that begin
+        if (
+            self.max_batch_tokens is not None and self.max_batch_tokens < self.max_batch_size
+        ):  # those that answer would leave nothing to those that begin
             raise EngineError(
                 f"max_batch_tokens is {self.max_batch_tokens}, expected at least the max_batch_size of "
                 f"{self.max_batch_size}: a token for every sequence; change one of them"
             )
+
+    def for_model(self, sizes: ModelSizes) -> CoreOptions:
+        """The same with a number of tokens in a step.
+
+        A step of a mixture of experts reads every expert that one of its tokens has, so that it takes more tokens to
+        make the reading worth while: as many as give an expert ``EXPERT_ROWS``.
+        """
+        if self.max_batch_tokens is not None:
+            return self
+        tokens = STEP_TOKENS
+        if (experts := sizes.experts) is not None:
+            wanted = EXPERT_ROWS * experts.num_experts // experts.num_experts_per_tok
+            tokens = min(max(tokens, wanted), MOST_STEP_TOKENS)
+        return replace(self, max_batch_tokens=max(self.max_batch_size, tokens))
 
 
 @dataclass(frozen=True)

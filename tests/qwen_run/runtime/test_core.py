@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cases.scripted_engine import VOCAB_SIZE, ScriptedEngine
 from cases.traffic import Asked, answers, assert_answered_as_alone, assert_nothing_is_owned, make_guesses_cheap, play
 from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.sizes import ExpertSizes
 from qwen_run.runtime.core import Core, CoreOptions
 from qwen_run.runtime.engine import Engine
 from qwen_run.runtime.request import Request, Token
@@ -243,12 +244,34 @@ def test_nothing_is_guessed_beyond_the_longest_sequence() -> None:
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0, expected"),
         ({"max_logprobs": -1}, "max_logprobs is -1, expected a whole number, 0 or more"),
         ({"max_drafts": -1}, "max_drafts is -1, expected a whole number, 0 or more"),
-        ({"max_batch_size": 600}, "max_batch_tokens is 256, expected at least the max_batch_size of 600"),
+        (
+            {"max_batch_size": 600, "max_batch_tokens": 256},
+            "max_batch_tokens is 256, expected at least the max_batch_size of 600",
+        ),
     ],
 )
 def test_options_that_would_starve_prompts_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         CoreOptions(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("experts", "given", "expected"),
+    [
+        (None, {}, 256),
+        (None, {"max_batch_size": 600}, 600),
+        ((128, 8), {}, 512),  # Qwen3-30B-A3B
+        ((60, 4), {}, 480),  # Qwen1.5-MoE-A2.7B
+        ((8, 8), {}, 256),
+        ((512, 10), {}, 1024),
+        ((128, 8), {"max_batch_tokens": 64}, 64),
+    ],
+)
+def test_tokens_of_a_step_suit_the_model(experts: tuple[int, int] | None, given: dict[str, int], expected: int) -> None:
+    sizes = ScriptedEngine().manifest.model
+    if experts is not None:
+        sizes = replace(sizes, experts=ExpertSizes(*experts, 64, 0, True))
+    assert CoreOptions(**given).for_model(sizes).max_batch_tokens == expected  # type: ignore[arg-type]
 
 
 def test_a_stop_among_accepted_guesses_ends_the_answer() -> None:
