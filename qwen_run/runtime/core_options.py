@@ -52,9 +52,8 @@ class CoreOptions:
         for name in ("prefix_caching", "keep_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise EngineError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        if (
-            self.max_batch_tokens is not None and self.max_batch_tokens < self.max_batch_size
-        ):  # those that answer would leave nothing to those that begin
+        # those that answer would leave nothing to those that begin
+        if self.max_batch_tokens is not None and self.max_batch_tokens < self.max_batch_size:
             raise EngineError(
                 f"max_batch_tokens is {self.max_batch_tokens}, expected at least the max_batch_size of "
                 f"{self.max_batch_size}: a token for every sequence; change one of them"
