@@ -379,7 +379,6 @@ ELSEWHERE = {
     "linears that are stored alike as": "tests/qwen_build/plan/test_rules.py gives that name",
     "say how an engine stores them; give them too": "with its weights this is a build of every row",
     "use --exclude '*.mlp.experts.*'": "tests/whole/test_experts.py builds so",
-    "saw too few tokens of the calibration text": "how long a text has to be depends on the router",
     "there is no window": "tests/whole/test_windows.py builds with both keys",
 }
 
