@@ -12,12 +12,14 @@ from itertools import accumulate
 import numpy as np
 
 from qwen_engine.errors import EngineError, RequestError
+from qwen_run.runtime.bounds_ahead import BoundsAhead
 from qwen_run.runtime.core_options import CoreOptions, CoreStatistics
 from qwen_run.runtime.engine import Batch, Engine
 from qwen_run.runtime.request import NO_TOKEN, FinishReason, Request, Sequence, Token, check_request
 from qwen_run.runtime.scheduler import Chunk, Scheduler
 from qwen_run.runtime.speculation import Speculator
 from qwen_run.sampling.beam import BeamSearch, beam_logprobs
+from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.logprobs import TokenLogprobs, token_logprobs
 from qwen_run.sampling.processors import check_finite
 from qwen_run.sampling.sample import sample
@@ -43,6 +45,7 @@ class Core:
         )
         self._num_added = self._num_steps = self._num_drafts = self._num_accepted = 0
         self._run_s = 0.0
+        self._bounds_ahead = BoundsAhead()
         self._failed: list[Sequence] = []  # in this step
 
     @property
@@ -138,13 +141,15 @@ class Core:
     def close(self) -> None:
         """Give up all requests and free every cache block."""
         self._scheduler.close()
+        self._bounds_ahead.close()
 
     def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, np.ndarray]]:
         """Feed ``chunks``; those that could be, with their logits (num_logits, vocab_size). The others have failed."""
         batch = build_batch(chunks)
         started = time.perf_counter()
         try:
-            logits = self.engine.run(batch)  # (L, vocab_size)
+            with self._bounds_ahead.working(_constraints(chunks)):
+                logits = self.engine.run(batch)  # (L, vocab_size)
         except EngineError:
             return self._run_apart(chunks)
         run_s = time.perf_counter() - started
@@ -371,6 +376,11 @@ class Core:
                 f"fewer beams, a smaller max_tokens or {cache.mebibytes_of(needed)} MiB or more of cache memory "
                 "(--kv-cache-memory, in Python cache_bytes)"
             )
+
+
+def _constraints(chunks: list[Chunk]) -> list[Constraint]:
+    """Of the answers that get a token; forks for the samples of a prompt take along what was prepared."""
+    return [each for chunk in chunks if chunk.num_logits for each in chunk.sequence.context.constraints]
 
 
 def build_batch(chunks: list[Chunk]) -> Batch:

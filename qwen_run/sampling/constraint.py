@@ -20,6 +20,9 @@ END_OF_THINKING = (
 class Constraint(Protocol):
     """Says which tokens an answer may go on with. It only ever sees tokens that the answer has."""
 
+    def prepare(self) -> None:
+        """Work out what may come next, so that ``allowed`` takes no time; what fails here fails there. Any thread."""
+
     def allowed(self) -> NDArray[np.int64] | NDArray[np.bool_] | None:
         """Ids (n,) that may come next, or for each id (vocab_size,) whether it may; None where all may."""
 
@@ -51,6 +54,9 @@ class ThinkingBudget:
     @property
     def _is_ending(self) -> bool:
         return self._num_said > 0 or (self._is_thinking and self._left <= 0)
+
+    def prepare(self) -> None:
+        """There is nothing to work out."""
 
     def allowed(self) -> NDArray[np.int64] | None:
         """The next of the words once the budget is used up; else all."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qwen_engine.errors import RequestError
 from qwen_run.sampling.logprobs import token_logprobs
 from qwen_run.sampling.params import SamplingParams
-from qwen_run.sampling.processors import SamplingContext, bounded, changed, check_finite, distribution
+from qwen_run.sampling.processors import SamplingContext, best_bounded, bounded, changed, check_finite, distribution
 
 __all__ = ["Sampled", "SamplingContext", "SamplingParams", "sample", "uniform"]
 
@@ -65,14 +65,18 @@ def sample(
     """
     scores = changed(logits, params, context)
     token_id = int(scores.argmax())
-    if context.is_bounded and not (params.greedy and context.permits(token_id)):  # then it is the best of the others
+    peak = scores[token_id]
+    if context.is_bounded and not params.greedy:
         scores = bounded(scores, context)
         token_id = int(scores.argmax())
-    if not math.isfinite(scores[token_id]):
+        peak = scores[token_id]
+    elif context.is_bounded and not context.permits(token_id):
+        token_id, peak = best_bounded(scores, context, token_id)
+    if not math.isfinite(peak):
         check_finite(logits.max(), position)
         raise RequestError(f"the options of the request leave no token for position {position}; {NO_TOKEN_ADVICE}")
     if not params.greedy:
-        token_id = draw(scores, scores[token_id], params, uniform(seed, position, sample_index))
+        token_id = draw(scores, peak, params, uniform(seed, position, sample_index))
     if params.logprobs is None:
         return Sampled(token_id)
     return Sampled(token_id, *token_logprobs(logits, token_id, params.logprobs))

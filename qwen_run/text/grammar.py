@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -246,6 +247,15 @@ class GrammarConstraint:
         self._matcher, self._vocab_size, self._ends = matcher, vocab_size, ends
         self._begin, self._end, self._break = begin, end, break_
         self._is_thinking, self._is_first, self._may_break = is_thinking, not is_thinking, False
+        self._allowed: NDArray[np.bool_] | None = None  # where it is known already
+        self._is_asked = self._was_asked = False  # what may come next, and what might have come before the last token
+
+    def prepare(self) -> None:
+        """Work out what may come next, if that was asked before the last token: a greedy answer often need not ask."""
+        is_needed = self._was_asked and not self._is_thinking and not self._matcher.is_stopped()
+        if is_needed and self._allowed is None:
+            with suppress(RequestError):  # ``allowed`` raises it for the answer that it ends
+                self._allowed = self._mask()
 
     def allowed(self) -> NDArray[np.int64] | NDArray[np.bool_] | None:
         """What may come next; None within thinking.
@@ -253,11 +263,15 @@ class GrammarConstraint:
         Raises:
             RequestError: the form has grown beyond what can be followed.
         """
+        self._is_asked = True
         if self._is_thinking:
             return None
         if self._matcher.is_stopped():
             self._check()
             return self._ends
+        return self._mask() if self._allowed is None else self._allowed
+
+    def _mask(self) -> NDArray[np.bool_]:
         import llguidance.numpy
 
         mask = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)
@@ -275,6 +289,8 @@ class GrammarConstraint:
         """
         if self._is_thinking:
             return True
+        if self._allowed is not None:
+            return bool(self._allowed[token_id])
         if self._matcher.is_stopped():
             self._check()
             return bool((self._ends == token_id).any())
@@ -289,7 +305,8 @@ class GrammarConstraint:
 
     def append(self, token_id: int) -> None:
         """Note the next token of the answer."""
-        is_first, may_break = self._is_first, self._may_break
+        is_first, may_break, self._allowed = self._is_first, self._may_break, None
+        self._was_asked, self._is_asked = self._is_asked, False
         self._is_first = self._may_break = False
         if self._is_thinking:
             self._is_thinking = token_id != self._end
@@ -327,6 +344,11 @@ class AfterToken:
     def __init__(self, token_id: int, form: GrammarConstraint) -> None:
         self._token_id, self._form = token_id, form
         self._open: GrammarConstraint | None = None
+
+    def prepare(self) -> None:
+        """Work out what may come next."""
+        if self._open is not None:
+            self._open.prepare()
 
     def allowed(self) -> NDArray[np.int64] | NDArray[np.bool_] | None:
         """What may come next; None where all may.

@@ -43,6 +43,21 @@ def event(data: Any, name: str | None = None) -> str:
     return f"{head}data: {_encode(data)}\n\n"
 
 
+class Chunks:
+    """Events that begin with the same fields, which are written once.
+
+    >>> Chunks({"id": "a"}).event({"n": 1})
+    'data: {"id":"a","n":1}\\n\\n'
+    """
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self._head = _encode(head)[:-1]
+
+    def event(self, fields: dict[str, Any]) -> str:
+        """One event of a stream; there is at least one field."""
+        return f"data: {self._head},{_encode(fields)[1:]}\n\n"
+
+
 class EventStream(Response):
     """A response made of events as they come; a client that goes ends the generator within one event.
 

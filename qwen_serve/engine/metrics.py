@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
 
 from qwen_run.api.outputs import RequestOutput
 
@@ -28,7 +31,6 @@ _COUNTERS = {
 # name, what it measures, its buckets
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("From a request's arrival to its first token.", _SECONDS),
-    "inter_token_latency_seconds": ("Between two tokens of an answer.", _SECONDS),
     "request_time_per_output_token_seconds": ("A token of a request, after its first.", _SECONDS),
     "e2e_request_latency_seconds": ("From a request's arrival to its end.", _SECONDS),
     "request_queue_time_seconds": ("From a request's arrival until its prompt is read.", _SECONDS),
@@ -37,6 +39,7 @@ _HISTOGRAMS = {
     "request_prompt_tokens": ("Tokens of a prompt.", _TOKENS),
     "request_generation_tokens": ("Tokens of a request's answers.", _TOKENS),
 }
+_GAPS = ("inter_token_latency_seconds", "Between two tokens of an answer.")
 # name, what it says, how it is read from the engine's statistics
 _GAUGES: dict[str, tuple[str, Callable[[Any], float]]] = {
     "num_requests_running": ("Answers that take part in steps.", lambda found: found.num_running),
@@ -51,6 +54,30 @@ _ENGINE_COUNTERS: dict[str, tuple[str, Callable[[Any], float]]] = {
     "spec_decode_num_draft_tokens": ("Guessed tokens that were verified.", lambda found: found.num_drafts),
     "spec_decode_num_accepted_tokens": ("Guessed tokens that were right.", lambda found: found.num_accepted),
 }
+
+
+class Tally:
+    """A histogram for what happens at every token: prometheus_client's takes a lock for each value.
+
+    Args:
+        bounds: of its buckets, ascending.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        """Count ``value``; the thread of the event loop alone does."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def metric(self, name: str, about: str, labels: dict[str, str]) -> Metric:
+        """As Prometheus takes it."""
+        family = HistogramMetricFamily(name, about, labels=list(labels))
+        ends = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(ends, accumulate(self._counts), strict=True))
+        family.add_metric(list(labels.values()), buckets, self._sum)
+        return family
 
 
 class Metrics:
@@ -73,6 +100,7 @@ class Metrics:
             name: Histogram(prefix + name, about, buckets=buckets, **shared).labels(model)
             for name, (about, buckets) in _HISTOGRAMS.items()
         }
+        self._gaps = Tally(_SECONDS)
         self._ends = Counter(
             f"{prefix}request_success",
             "Answers that have ended.",
@@ -82,7 +110,8 @@ class Metrics:
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """What the engine says at this moment."""
+        """The time between tokens, and what the engine says at this moment."""
+        yield self._gaps.metric(self._prefix + _GAPS[0], _GAPS[1], {"model_name": self._model})
         found = self._statistics()
         if found is None:
             return
@@ -103,7 +132,7 @@ class Metrics:
 
     def token_after(self, seconds: float) -> None:
         """A token came so long after the one before."""
-        self._histograms["inter_token_latency_seconds"].observe(seconds)
+        self._gaps.add(seconds)
 
     def end(self, output: RequestOutput, num_tokens: int) -> None:
         """A request has ended with so many tokens of answers."""

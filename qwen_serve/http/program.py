@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen_engine.errors import EngineError
 from qwen_engine.tasks import GENERATE, TASKS
@@ -25,6 +24,7 @@ from qwen_serve.common.errors import ServeError
 from qwen_serve.common.settings import Settings
 from qwen_serve.engine.serving import Serving, Status
 from qwen_serve.http.app import make_app
+from qwen_serve.http.protocol import Protocol
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AFTER_DRAIN_S = 5  # for the last chunks to reach their clients
@@ -101,24 +101,6 @@ class _Server(uvicorn.Server):
                 await serving.check()
 
 
-class _Protocol(H11Protocol):
-    """A connection on which no request has come after a while is closed."""
-
-    read_timeout_s = 30.0
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._first_request = self.loop.call_later(self.read_timeout_s, self._reap)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._first_request.cancel()
-        super().connection_lost(exc)
-
-    def _reap(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
-
-
 def new_server(settings: Settings, app: Any) -> _Server:
     """A server of ``app`` that has not begun.
 
@@ -129,7 +111,7 @@ def new_server(settings: Settings, app: Any) -> _Server:
 
 
 def _config(settings: Settings, app: Any) -> uvicorn.Config:
-    protocol = type("_Protocol", (_Protocol,), {"read_timeout_s": settings.read_timeout_s})
+    protocol = type("_Protocol", (Protocol,), {"read_timeout_s": settings.read_timeout_s})
     try:
         config = uvicorn.Config(
             app,

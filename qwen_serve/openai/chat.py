@@ -18,7 +18,7 @@ from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_serve.answers.events import Answer, CallArguments, CallBegin, Content, Event, Reasoning
 from qwen_serve.answers.parser import CALL, END_THINK, THINK, AnswerParser, Reading
 from qwen_serve.common.errors import ServeError
-from qwen_serve.common.sse import DONE, event
+from qwen_serve.common.sse import DONE, Chunks, event
 from qwen_serve.engine.job import RequestJob, timings
 from qwen_serve.engine.serving import Serving, refused, writes_tools
 from qwen_serve.openai.fields import Chat, form_of, sampling_params
@@ -47,6 +47,7 @@ class ChatAnswer:
 
     def __post_init__(self) -> None:
         self.head = self.job.head("chatcmpl", "chat.completion")
+        self._written = Chunks({**self.head, "object": "chat.completion.chunk"})
         self.tokenizer = self.job.serving.llm.llm.tokenizer
 
     @classmethod
@@ -95,7 +96,6 @@ class ChatAnswer:
 
     async def chunks(self) -> AsyncGenerator[str, None]:
         """The answer as it comes, as events of a stream; at most one a choice and step."""
-        self.head["object"] = "chat.completion.chunk"
         parsers: dict[int, AnswerParser] = {}
         output = None
         try:
@@ -107,7 +107,7 @@ class ChatAnswer:
                     for chunk in self._parts(answer, parsers, output):
                         yield chunk
             if self.body.includes_usage:
-                yield event({**self.head, "choices": [], "usage": self.job.counted.usage()})
+                yield self._written.event({"choices": [], "usage": self.job.counted.usage()})
             yield DONE
         except ServeError as error:
             yield event(error.body())
@@ -149,10 +149,10 @@ class ChatAnswer:
         last: Mapping[str, Any] | None = None,
     ) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **(more or {})}
-        chunk: dict[str, Any] = {**self.head, "choices": [choice], **(last or {})}
+        chunk: dict[str, Any] = {"choices": [choice], **(last or {})}
         if self.body.includes_usage:
             chunk["usage"] = self.job.counted.usage() if self.body.usage_goes_on else None
-        return event(chunk)
+        return self._written.event(chunk)
 
     def _delta(self, events: list[Event]) -> dict[str, Any]:
         """Everything new in one object."""

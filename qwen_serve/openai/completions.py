@@ -14,7 +14,7 @@ from qwen_run.api.outputs import CompletionOutput, Logprobs, RequestOutput
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.rules import RequestOutputKind
 from qwen_serve.common.errors import ServeError
-from qwen_serve.common.sse import DONE, event
+from qwen_serve.common.sse import DONE, Chunks, event
 from qwen_serve.engine.job import RequestJob, timings
 from qwen_serve.engine.serving import Serving
 from qwen_serve.openai.fields import MAX_PROMPTS, Completion, form_of, sampling_params
@@ -85,6 +85,7 @@ class CompletionAnswer:
     async def chunks(self) -> AsyncGenerator[str, None]:
         """The answers as they come, as events of a stream."""
         begun: set[tuple[int, int]] = set()
+        chunks = Chunks(self.head)
         try:
             async for index, output in self._outputs():
                 for answer in output.outputs:
@@ -92,14 +93,14 @@ class CompletionAnswer:
                     if answer.token_ids or answer.text or answer.finish_reason is not None:
                         begun.add((index, answer.index))
                         choice = self._choice(index, output, answer, is_first)
-                        chunk: dict[str, Any] = {**self.head, "choices": [choice]}
+                        chunk: dict[str, Any] = {"choices": [choice]}
                         if self.body.includes_usage:
                             chunk["usage"] = self.job.counted.usage() if self.body.usage_goes_on else None
                         if output.finished:
                             chunk |= {"seed": output.seed}
-                        yield event(chunk)
+                        yield chunks.event(chunk)
             if self.body.includes_usage:
-                yield event({**self.head, "choices": [], "usage": self.job.counted.usage()})
+                yield chunks.event({"choices": [], "usage": self.job.counted.usage()})
             yield DONE
         except ServeError as error:
             yield event(error.body())

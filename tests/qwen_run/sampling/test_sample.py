@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import qwen_run.sampling.sample
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run.sampling.logprobs import log_softmax, token_logprobs
-from qwen_run.sampling.processors import distribution
+from qwen_run.sampling.processors import best_bounded, bounded, distribution
 from qwen_run.sampling.sample import Sampled, SamplingContext, SamplingParams, sample, uniform
 
 GREEDY = SamplingParams(temperature=0)
@@ -130,6 +130,46 @@ def test_logprobs_equal_transformers(seed, scale, count, decimals):
     )
     assert found.logprob == pytest.approx(expected[seed % 37], rel=1e-6, abs=1e-6)
     assert found.rank == 1 + (logits > logits[seed % 37]).sum()
+
+
+class Allowed:
+    """A constraint that allows the same at every token."""
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def allowed(self):
+        return self.mask
+
+    def permits(self, token_id):
+        return bool(self.mask[token_id])
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    vocab_size=st.integers(1, 300),
+    share=st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.9, 1.0]),
+    decimals=st.integers(0, 3),
+    ids=st.sampled_from([None, [0], [5, 3, 299]]),
+)
+def test_the_best_that_is_allowed_is_that_of_the_bounded_scores(seed, vocab_size, share, decimals, ids):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=vocab_size).round(decimals).astype(np.float32)  # with equals among them
+    ids = None if ids is None else [each % vocab_size for each in ids]
+    params = SamplingParams(temperature=0, allowed_token_ids=ids)
+    context = SamplingContext(params, [0], constraints=[Allowed(rng.random(vocab_size) < share)])
+    expected = bounded(logits, context)
+    best = int(logits.argmax())
+    if not context.permits(best):
+        best, peak = best_bounded(logits, context, best)
+        assert peak == expected.max()
+    if np.isfinite(expected.max()):
+        assert best == expected.argmax()
+        assert sample(logits, params, context, 1).token_id == best
+    else:
+        with pytest.raises(RequestError, match="no token"):
+            sample(logits, params, context, 1)
 
 
 def test_doctests():

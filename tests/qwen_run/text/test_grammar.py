@@ -125,6 +125,24 @@ def test_samples_go_their_own_ways(llm):
     assert len(set(texts)) == 4
 
 
+def test_what_may_come_next_is_prepared_where_it_was_asked_for(llm):
+    form = StructuredOutputsParams(json=SCHEMAS["object"])
+    plain, ahead = (llm.text.grammars.constraint(form, False, False) for _ in "ab")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        ahead.prepare()
+        mask = plain.allowed()
+        assert mask.dtype == ahead.allowed().dtype
+        assert (mask == ahead.allowed()).all()
+        ids = np.flatnonzero(mask) if mask.dtype == np.bool_ else mask
+        token_id = int(rng.choice(ids))
+        assert plain.permits(token_id) and ahead.permits(token_id)
+        for each in (plain, ahead):
+            each.append(token_id)
+        if plain.is_complete:
+            break
+
+
 def test_response_format(llm):
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMAS["object"], "strict": True}}
     conversation = [{"role": "user", "content": "x"}]
