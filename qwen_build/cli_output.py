@@ -12,7 +12,7 @@ from qwen_engine.json_output import head, rounded, to_json
 from qwen_engine.manifest import WEIGHTS_FILE, Manifest, Quantization
 from qwen_engine.tasks import GENERATE, TASKS
 from qwen_run.commands.command import printable
-from qwen_run.inspection.experts import ExpertTotals, expert_totals, read_bytes
+from qwen_run.engine_files.experts import ExpertTotals, expert_totals, read_bytes
 from qwen_run.runtime.machine import peak_memory_bytes
 
 MIB = 2**20

@@ -371,6 +371,14 @@ ELSEWHERE = {
     "leave out --compare hf": "every row of BENCHES does without",
     "there is no server at": "tests/qwen_run/bench/test_load.py asks one that is there",
     "run it with --max-seq-len for fewer": "tests/qwen_run/runtime/test_engine.py runs engines so",
+    "this one is a mixture of experts; choose": "tests/whole/test_calibrated_experts.py builds with --int4-method gptq",
+    "cannot multiply with experts": "tests/whole/test_experts.py builds with native kernels",
+    "cannot be had of experts": "tests/whole/test_shared_scales.py builds mixtures of experts with token",
+    "the checkpoint has both": "which of the two is left over its owner alone knows",
+    "expected all on one grid with their inputs": "tests/whole/test_experts.py builds from float checkpoints",
+    "linears that are stored alike as": "tests/qwen_build/plan/test_rules.py gives that name",
+    "say how an engine stores them; give them too": "with its weights this is a build of every row",
+    "use --exclude '*.mlp.experts.*'": "tests/whole/test_experts.py builds so",
     "there is no window": "tests/whole/test_windows.py builds with both keys",
 }
 

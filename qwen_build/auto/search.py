@@ -86,8 +86,8 @@ def build_auto(
     check_options(options, checkpoint, max_kl, max_bytes)
     if config.experts is not None:
         raise BuildError(
-            "--quant auto measures each linear of a dense model, this one is a mixture of experts; choose --quant int8, "
-            "or int4 with --int4-method gptq"
+            "--quant auto measures each linear of a dense model, this one is a mixture of experts; choose --quant "
+            "int8, or int4 with --int4-method gptq"
         )
     if (found := read_ending(located.path, config.hidden_size, options.task).task) != GENERATE:
         raise BuildError(

@@ -184,8 +184,7 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
                 try:
                     tensors = weight.scheme.quantize(weight.read(checkpoint, start, stop))
                 except OverflowError as error:
-                    name = " or ".join(name for name, _ in weight.source.shapes[:4])
-                    raise CheckpointError(f"{name}: {error}; use --kernels stock") from error
+                    raise CheckpointError(_too_large(weight, start, stop, error)) from error
                 for part, place in weight.places.items():
                     offset = place.offset + start // weight.scheme.block_rows * place.block_bytes
                     file.write(tensors[part], offset)
@@ -198,6 +197,16 @@ def write_weights(layout: Layout, checkpoint: Checkpoint, path: Path, advance: C
     except OSError as error:
         size = f"{layout.size_bytes / 2**20:,.0f} MiB"
         raise BuildError(f"the weights cannot be written: {error.strerror}; the engine takes {size}") from error
+
+
+def _too_large(weight: PlannedWeight, start: int, stop: int, error: OverflowError) -> str:
+    """What to say where rows [start, stop) of ``weight`` cannot be stored."""
+    if weight.stack == 1:
+        return f"{' or '.join(name for name, _ in weight.source.shapes)}: {error}; use --kernels stock"
+    each = len(weight.source.shapes) // weight.stack  # linears of an expert
+    first = start // (weight.shape[0] // weight.stack) * each
+    names = " or ".join(name for name, _ in weight.source.shapes[first : first + each])
+    return f"{names}: {error}; use --exclude '*.mlp.experts.*'"
 
 
 class WeightsFile:

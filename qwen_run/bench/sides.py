@@ -16,6 +16,7 @@ from qwen_run.accuracy.reference import HuggingFace
 from qwen_run.api.llm import LLM
 from qwen_run.bench.figures import Reads, Timeline
 from qwen_run.bench.trace import Arrival
+from qwen_run.engine_files.experts import read_bytes, weights_read
 from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.sample import SamplingParams
 
@@ -144,14 +145,22 @@ class _Clock:
 
 
 def engine_reads(manifest: Manifest) -> Reads:
-    """Every matrix as the engine stores it; of an embedding that is no head too, a step reads a few rows: nothing."""
-    weight_bytes = sum(linear.stored_bytes for linear in manifest.linears if linear.name != EMBEDDING)
+    """Every matrix as the engine stores it; of an embedding that is no head too, a step reads a few rows: nothing.
+
+    Of experts, those that one token has: several tokens read more of them, which routers alone know.
+    """
+    model = manifest.model
+    weight_bytes = sum(read_bytes(linear, model) for linear in manifest.linears if linear.name != EMBEDDING)
     return Reads(weight_bytes, manifest.cache.bytes_per_token)
 
 
 def dense_reads(manifest: Manifest, item_bytes: int) -> Reads:
     """The same model with every weight, key and value in ``item_bytes``."""
     model = manifest.model
-    elements = sum(linear.in_features * linear.out_features for linear in manifest.linears if linear.name != EMBEDDING)
+    elements = sum(
+        linear.in_features * linear.out_features * weights_read(linear, model) // linear.stack
+        for linear in manifest.linears
+        if linear.name != EMBEDDING
+    )
     per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     return Reads(elements * item_bytes, per_token * item_bytes)

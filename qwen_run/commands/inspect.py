@@ -150,7 +150,7 @@ def _graph(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
 
 def _linears(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:
     """The linears as text and as a picture."""
-    from qwen_run.inspection.experts import expert_totals, read_bytes
+    from qwen_run.engine_files.experts import expert_totals, read_bytes
     from qwen_run.inspection.linears import draw_bits, linear_rows, totals
 
     experts = expert_totals(manifest.linears, manifest.model)

@@ -11,6 +11,7 @@ from cases.quantization import dequantised
 from cases.tiny import FAMILIES, MIXTURES, hf_logits, run_alone, run_chunks
 from qwen_build.plan.options import MIXES
 from qwen_build.quantization.scheme_table import make_scheme
+from qwen_engine.errors import CheckpointError
 from qwen_engine.graph_io import CHOSEN
 from qwen_engine.manifest import LAYERS_GRAPH_FILE, WEIGHTS_FILE, Manifest
 from qwen_run.accuracy.weight_checks import compare_weights
@@ -123,3 +124,20 @@ def test_an_expert_with_all_tokens_and_one_with_none(family, tiny_checkpoint, bu
     one, two = Engine.load(rounded, threads=1), Engine.load(rounded, threads=2)
     pieces, _ = run_chunks(two, [TOKENS, SEQUENCES[14]], [[1, 0], [60, 39], *([[1, 1]]), [28, 0]])
     assert np.array_equal(pieces, run_alone(one, TOKENS))
+
+
+def test_an_expert_that_panels_cannot_hold_is_named_and_can_stay_float(tiny_checkpoint, build_engine, tmp_path):
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+    def enlarged(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][5, 7] = 1e6
+        return tensors
+
+    path = rewritten(tiny_checkpoint("qwen3-moe").path, tmp_path / "large", enlarged)
+    with pytest.raises(
+        CheckpointError, match=r"experts\.3\.down_proj\.weight: .*use --exclude '\*\.mlp\.experts\.\*'$"
+    ):
+        build_engine(path, quant="int4")
+    manifest = Manifest.read(build_engine(path, quant="int4", exclude=("*.mlp.experts.*",)))
+    assert {one.quantization.bits for one in manifest.linears if ".mlp.experts." in one.name} == {32}

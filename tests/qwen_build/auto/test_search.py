@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from tokenizers import decoders, models
 
 from cases.packed import CASES
-from cases.tiny import FAMILIES, TinyCheckpoint
+from cases.tiny import DENSE, TinyCheckpoint
 from qwen_build.auto import search as auto
 from qwen_build.auto import trials
 from qwen_build.auto.report import CHOICES_FILE, REPORT_FILE, Trial
@@ -83,7 +83,7 @@ def files(engine: Path) -> int:
     return sum(path.stat().st_size for path in engine.iterdir())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_an_engine_keeps_to_its_kl_and_is_built_again_from_its_choices(family, checkpoint, tmp_path, monkeypatch):
     tiny, output = checkpoint(family), tmp_path / "engines" / "auto"
     report = search_engine(tiny.path, output, max_kl=0.01)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cases.tiny import FAMILIES, hf_logits
+from cases.tiny import DENSE, hf_logits
 from qwen_build.auto.sensitivity import Probing, decision_units, kl_divergence, output_error, rounded
 from qwen_build.calibration.factor_search import as_multiplied
 from qwen_build.checkpoint.config import ModelConfig
@@ -34,7 +34,7 @@ def test_kl_is_that_of_the_reports():
     assert kl_divergence(reference, reference[None] + 7).max() < 1e-12  # float32 rounds the sum
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_units_are_the_weights_of_the_graph(family, tiny_checkpoint):
     path = tiny_checkpoint(family).path
     config = ModelConfig.from_hf(path)
@@ -68,7 +68,7 @@ def probing(path: Path, checkpoint: Checkpoint, scratch: Path, schemes=(PROBE,))
     return Probing(checkpoint, config, decision_units(config, {}, schemes), PROBE, TOKENS, scratch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_a_probe_is_the_kl_of_one_altered_unit(family, tiny_checkpoint, tmp_path):
     import torch
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases.calibration import INPUTS, KIND
-from cases.tiny import FAMILIES
+from cases.tiny import DENSE
 from qwen_build.calibration.folding import fold_inputs, shared
 from qwen_build.calibration.layer_runner import LayerRunner, embed, logits, read_layer
 from qwen_build.checkpoint.config import ModelConfig
@@ -52,7 +52,7 @@ def test_a_layer_computes_what_it_did_from_divided_inputs(family, names, seed, t
         np.testing.assert_allclose(after.inputs[name], expected, rtol=1e-4, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_the_logits_of_a_folded_model_are_unchanged(family, tiny_checkpoint):
     path = tiny_checkpoint(family).path
     config = ModelConfig.from_hf(path)

@@ -185,6 +185,12 @@ def test_a_mix_gives_experts_what_it_gives_a_dense_layer(tiny_checkpoint):
         assert found[f"model.layers.{name}"] == "int5-32"
 
 
+def test_experts_have_no_constant_scales_of_their_inputs(tiny_checkpoint):
+    message = r"--activation-scales static cannot be had of experts \(.*experts.gate_up_proj\); choose token"
+    with pytest.raises(BuildError, match=message):
+        plan(tiny_checkpoint("qwen3-moe").path, quant="smoothquant", activation_scales="static")
+
+
 def test_stock_kernels_have_no_experts(tiny_checkpoint):
     message = r"--kernels stock cannot multiply with experts \(model.layers.1.mlp.experts.gate_up_proj\); use --kernels"
     with pytest.raises(BuildError, match=message):

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from qwen_engine.errors import EngineError, RequestError
+from qwen_engine.manifest import Manifest
 from qwen_run.bench import bandwidth as bench_bandwidth
 from qwen_run.bench import figures as bench_stats
 from qwen_run.bench import measure as bench_measure
@@ -222,6 +223,15 @@ def test_what_a_step_reads(engine_directory: Path) -> None:
     elements = 3 * layer + 131 * 80
     assert engine_reads(manifest) == Reads(4 * elements, 2 * 3 * 2 * 8 * 4)
     assert dense_reads(manifest, 2) == Reads(2 * elements, 2 * 3 * 2 * 8 * 2)
+
+
+def test_what_a_step_reads_of_experts_is_what_one_token_has(tiny_checkpoint, build_engine):
+    manifest = Manifest.read(build_engine(tiny_checkpoint("qwen3-moe").path, quant="none"))
+    experts = 2 * 5 * 3 * 48 * 96  # two layers of five experts
+    every = sum(one.in_features * one.out_features for one in manifest.linears if one.name != "model.embed_tokens")
+    read = every - experts + experts * 2 // 5
+    assert engine_reads(manifest).weight_bytes == 4 * read
+    assert dense_reads(manifest, 2).weight_bytes == 2 * read
 
 
 def test_transformers_answers_a_padded_batch_as_each_alone(tiny_checkpoint: Any) -> None:

@@ -47,9 +47,12 @@ def read_bytes(linear: LinearRecord, model: ModelSizes) -> int:
     """Bytes of ``linear`` that one token reads: all, but a row of the embedding, and of experts those it has."""
     if linear.name == EMBEDDING:
         return linear.stored_bytes // linear.out_features
-    if model.experts is not None and _is_of_experts(linear):
-        return linear.stored_bytes * model.experts.num_experts_per_tok // linear.stack
-    return linear.stored_bytes
+    return linear.stored_bytes * weights_read(linear, model) // linear.stack
+
+
+def weights_read(linear: LinearRecord, model: ModelSizes) -> int:
+    """Weights of the stack ``linear`` that one token reads: of experts those it has, else all."""
+    return model.experts.num_experts_per_tok if model.experts is not None and _is_of_experts(linear) else linear.stack
 
 
 def _is_of_experts(linear: LinearRecord) -> bool:
