@@ -44,14 +44,17 @@ T* CallScratch(int purpose, int64_t count) {
 enum Purpose { kOfInput, kOfScores, kOfExperts, kOfWeights, kOfQuantized, kOfActivations, kOfGated, kOfProducts };
 
 // Calls function(first, last) for ranges of tokens, each of which takes `work` multiply-adds: on all threads if that is
-// worth it.
+// worth it. `order` and `weight` as in Threads::For.
 template <class Function>
-void ForTokens(Threads& threads, int64_t tokens, int64_t work, const Function& function) {
+void ForTokens(Threads& threads, int64_t tokens, int64_t work, const Function& function,
+               const std::shared_ptr<Order>& order = nullptr, const Weight& weight = {}) {
   if (tokens * work < kSerialWork) return function(0, tokens);
   const int64_t least = std::min<int64_t>(4, tokens), most = std::min(kTokensAtOnce, CeilDiv(kSerialWork, work));
-  operators::ForRanges(threads, tokens, least, std::max(least, most), function);
+  operators::ForRanges(threads, tokens, least, std::max(least, most), function, order, weight);
 }
 
+// The router's weight is known before and the weight that follows the operator after it; what experts read in between,
+// the operator announces itself. So `down` stands for no weight.
 struct Orders {
   std::shared_ptr<Order> router = std::make_shared<Order>(), down = std::make_shared<Order>();
 };
@@ -109,27 +112,25 @@ class Run {
                     p_.weights + t * p_.top_k);
       }
     };
-    if (!FewTokens()) {
-      return ForTokens(threads_, p_.tokens, H * E, [&](int64_t first, int64_t last) {
+    const Weight weight = {reinterpret_cast<const uint8_t*>(p_.router), E, H * int64_t(sizeof(float))};
+    if (p_.tokens > kTokensAtOnce) {
+      const auto route = [&](int64_t first, int64_t last) {
         kernels_.multiply(input_ + first * H, last - first, p_.router, E, H, scores + first * E, E);
         choose(first, last);
-      });
+      };
+      return ForTokens(threads_, p_.tokens, H * E, route, orders_.router, weight);
     }
     // Few tokens: the threads share the router's rows.
     const int64_t least = CeilDiv(kSerialWork, p_.tokens * H), most = std::max(least, CeilDiv(E, 8));
     const auto multiply = [&](int64_t first, int64_t last) {
       kernels_.multiply(input_, p_.tokens, p_.router + first * H, last - first, H, scores + first, E);
     };
-    const Weight weight = {reinterpret_cast<const uint8_t*>(p_.router), E, H * int64_t(sizeof(float))};
     operators::ForRanges(threads_, E, least, most, multiply, orders_.router, weight);
     ForTokens(threads_, p_.tokens, 8 * E, choose);
   }
 
-  // Where there are few, threads wait for the weights' first bytes: they fetch them while there is nothing else to do.
-  bool FewTokens() const { return p_.tokens <= kTokensAtOnce; }
-
   void ComputeGated(Products& products, const Products& next) {
-    if (FewTokens()) threads_.Announce(products.FirstWeights(threads_.count()));
+    threads_.Announce(products.FirstWeights(threads_.count()));
     // Tokens are quantised once for all of their experts, if they are at all. One alone is the same row to all.
     quant_linear::Problem all = p_.gate_up;
     if (p_.tokens > 1 && all.precision != quant_linear::Precision::kFloat32) {
@@ -141,7 +142,7 @@ class Run {
     }
     products.Prepare(threads_, CallScratch<char>(kOfActivations, products.activation_bytes));
     const std::vector<Ahead> ahead = next.FirstWeights(threads_.count());
-    products.Multiply(threads_, nullptr, FewTokens() ? &ahead : nullptr);
+    products.Multiply(threads_, nullptr, &ahead);
   }
 
   void CopyGated(const Sorted& sorted, const float* gated) {
@@ -156,7 +157,7 @@ class Run {
     for (int64_t first = 0; first < p_.down.panels; first += panels) {
       const int64_t last = std::min(p_.down.panels, first + panels);
       products.TakePanels(p_.down, sorted.groups, first, last, y);
-      products.Multiply(threads_, FewTokens() && panels == p_.down.panels ? orders_.down : nullptr);
+      products.Multiply(threads_, last == p_.down.panels ? orders_.down : nullptr);
       AddUp(sorted, y, first * kPanel, (last - first) * kPanel);
     }
   }
