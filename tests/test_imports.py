@@ -22,6 +22,7 @@ HEAVY = {
     "huggingface_hub",
     "gguf",
     "lm_eval",
+    "ray",
 }
 SERVER = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "jinja2", "click", "prompt_toolkit", "tqdm"}
@@ -41,6 +42,7 @@ FLOORS = (
     ("qwen_plugin",),
     ("qwen_run.sampling", "qwen_run.engine_files"),
     ("qwen_run.runtime",),
+    ("qwen_run.pipeline",),
     ("qwen_run.text",),
     ("qwen_run.api",),
     ("qwen_run.torch_model", "qwen_run.harness"),
@@ -82,6 +84,7 @@ INSIDE_FUNCTIONS = {
         "huggingface_hub": ("qwen_run.torch_model.loading",),
         "gguf": ("qwen_run.accuracy.gguf_weights",),
         "llguidance": ("qwen_run.text.grammar",),
+        "ray": ("qwen_run.pipeline.ray_stages",),
     },
     "qwen_build": {
         "torch": (),
