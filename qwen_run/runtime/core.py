@@ -11,11 +11,8 @@ from itertools import accumulate
 import numpy as np
 
 from qwen_engine.errors import EngineError, RequestError
-<<<<<<< HEAD
 from qwen_run.runtime.bounds_ahead import BoundsAhead
-=======
-from qwen_run.runtime.chunk import Chunk, build_batch
->>>>>>> main/stages
+from qwen_run.runtime.chunk import Chunk, build_batch, constraints_of
 from qwen_run.runtime.core_options import CoreOptions, CoreStatistics
 from qwen_run.runtime.engine import Batch
 from qwen_run.runtime.flights import AnyEngine, Flights, StageLost
@@ -23,7 +20,6 @@ from qwen_run.runtime.request import NO_TOKEN, FinishReason, Request, Sequence, 
 from qwen_run.runtime.scheduler import Scheduler
 from qwen_run.runtime.speculation import Speculator
 from qwen_run.sampling.beam import BeamSearch, beam_logprobs
-from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.logprobs import TokenLogprobs, token_logprobs
 from qwen_run.sampling.processors import check_finite
 from qwen_run.sampling.sample import sample
@@ -44,13 +40,9 @@ class Core:
 
     def __init__(self, engine: AnyEngine, options: CoreOptions | None = None) -> None:
         self.engine = engine
-<<<<<<< HEAD
+        self._flights = Flights(engine)
         self.options = options = (options or CoreOptions()).for_model(engine.manifest.model)
         assert options.max_batch_tokens is not None
-=======
-        self._flights = Flights(engine)
-        self.options = options = options or CoreOptions()
->>>>>>> main/stages
         self._scheduler = Scheduler(
             engine.cache,
             options.max_batch_size,
@@ -62,14 +54,9 @@ class Core:
         self._speculator = (
             Speculator(options.max_drafts, engine.manifest.limits.max_seq_len) if options.max_drafts else None
         )
-<<<<<<< HEAD
-        self._num_added = self._num_steps = self._num_drafts = self._num_accepted = 0
-        self._run_s = 0.0
-        self._bounds_ahead = BoundsAhead()
-=======
         self._num_added = self._num_drafts = self._num_accepted = 0
         self._num_lost = self._num_lost_in_a_row = 0  # stages; in a row: since the last new token
->>>>>>> main/stages
+        self._bounds_ahead = BoundsAhead()
         self._failed: list[Sequence] = []  # in this step
 
     @property
@@ -174,20 +161,6 @@ class Core:
         self._scheduler.close()
         self._bounds_ahead.close()
 
-<<<<<<< HEAD
-    def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, np.ndarray]]:
-        """Feed ``chunks``; those that could be, with their logits (num_logits, vocab_size). The others have failed."""
-        batch = build_batch(chunks)
-        started = time.perf_counter()
-        try:
-            with self._bounds_ahead.working(_constraints(chunks)):
-                logits = self.engine.run(batch)  # (L, vocab_size)
-        except EngineError:
-            return self._run_apart(chunks)
-        run_s = time.perf_counter() - started
-        self._run_s += run_s
-        self._num_steps += 1
-=======
     def _submit(self) -> None:
         """Send steps on their way until the engine has all it can work at."""
         propose = self._speculator.propose if self._speculator else None
@@ -199,10 +172,10 @@ class Core:
 
         The others have failed.
         """
-        (chunks, batch), logits, run_s = self._flights.collect()
+        with self._bounds_ahead.working(constraints_of(self._flights.oldest)):
+            (chunks, batch), logits, run_s = self._flights.collect()
         if logits is None:
             return self._run_apart([chunk for chunk in chunks if not chunk.sequence.finish_reason])
->>>>>>> main/stages
         if self._speculator:
             self._speculator.cost.observe(len(batch.input_ids), run_s)
         ends = accumulate(chunk.num_logits for chunk in chunks)
@@ -424,42 +397,3 @@ class Core:
         self._scheduler.finish(sequence)
         if self._speculator:
             self._speculator.forget(sequence)
-<<<<<<< HEAD
-
-    def _check_beams(self, request: Request) -> None:
-        """All beams must run together: a search goes on when it has the logits of each."""
-        num_beams, cache = request.params.num_beams, self.engine.cache
-        if num_beams > self.options.max_batch_size:
-            raise RequestError(
-                f"num_beams is {num_beams}, expected at most the {self.options.max_batch_size} sequences of a batch"
-            )
-        longest = min(len(request.prompt) + request.max_tokens, self.engine.manifest.limits.max_seq_len)
-        needed = num_beams * cache.blocks_for(longest)
-        if needed > cache.num_blocks:
-            raise RequestError(
-                f"{num_beams} beams of {longest} tokens need {needed} cache blocks, there are {cache.num_blocks}; set "
-                f"fewer beams, a smaller max_tokens or {cache.mebibytes_of(needed)} MiB or more of cache memory "
-                "(--kv-cache-memory, in Python cache_bytes)"
-            )
-
-
-def _constraints(chunks: list[Chunk]) -> list[Constraint]:
-    """Of the answers that get a token; forks for the samples of a prompt take along what was prepared."""
-    return [each for chunk in chunks if chunk.num_logits for each in chunk.sequence.context.constraints]
-
-
-def build_batch(chunks: list[Chunk]) -> Batch:
-    """The inputs of one engine run. Unused entries of the block table are 0."""
-    ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
-    width = max(len(chunk.sequence.block_ids) for chunk in chunks)
-    tables = [chunk.sequence.block_ids + [0] * (width - len(chunk.sequence.block_ids)) for chunk in chunks]
-    wanted = [range(end - chunk.num_logits, end) for end, chunk in zip(ends, chunks, strict=True)]
-    return Batch(
-        input_ids=np.array([token_id for chunk in chunks for token_id in chunk.token_ids], np.int64),
-        cumulative_lengths=np.array([0, *ends], np.int32),
-        past_lengths=np.array([chunk.sequence.num_cached for chunk in chunks], np.int32),
-        block_table=np.array(tables, np.int32),
-        logits_indices=np.array([index for indexes in wanted for index in indexes], np.int64),
-    )
-=======
->>>>>>> main/stages

@@ -112,6 +112,11 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flights)
 
+    @property
+    def oldest(self) -> list[Chunk]:
+        """The chunks of the batch that is collected next."""
+        return self._flights[0].chunks
+
     def submit(self, chunks: list[Chunk]) -> None:
         """Send ``chunks`` on their way.
 
