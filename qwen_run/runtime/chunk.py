@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen_run.runtime.engine import Batch
 from qwen_run.runtime.request import Sequence
+from qwen_run.sampling.constraint import Constraint
 
 
 @dataclass(frozen=True)
