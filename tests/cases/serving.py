@@ -81,8 +81,8 @@ def wait_until(happened: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def running(model: Any, **settings: Any) -> Iterator[Running]:
-    """A server of ``model``, which need not be a path; it is gone, and idle, at the end."""
+def running(model: Any, at_most_s: float = 1800, **settings: Any) -> Iterator[Running]:
+    """A server of ``model``, which need not be a path; it is gone, and idle, at the end, and after ``at_most_s``."""
     chosen = {"served_names": ("scripted",), "options": {"max_batch_size": 4}} | settings
     serving = Serving(Settings(model=model, **chosen))
     serving.open()
@@ -90,7 +90,8 @@ def running(model: Any, **settings: Any) -> Iterator[Running]:
         port = listener.getsockname()[1]
         found = Running(serving, f"http://127.0.0.1:{port}", port)
         server = new_server(serving.settings, make_app(serving, lambda record: found.log.append(record)))
-        thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(server.serve(sockets=[listener]), 1800)))
+        answering = asyncio.wait_for(server.serve(sockets=[listener]), at_most_s)
+        thread = threading.Thread(target=lambda: asyncio.run(answering))
         thread.start()
         try:
             wait_until(lambda: server.started)
