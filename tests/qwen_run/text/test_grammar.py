@@ -136,7 +136,8 @@ def test_what_may_come_next_is_prepared_where_it_was_asked_for(llm):
         assert (mask == ahead.allowed()).all()
         ids = np.flatnonzero(mask) if mask.dtype == np.bool_ else mask
         token_id = int(rng.choice(ids))
-        assert plain.permits(token_id) and ahead.permits(token_id)
+        assert plain.permits(token_id)
+        assert ahead.permits(token_id)
         for each in (plain, ahead):
             each.append(token_id)
         if plain.is_complete:
