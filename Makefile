@@ -93,5 +93,5 @@ $(VENV)/.dist: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) install --constraint constraints.txt --editable '.[demo,hf,serve,eval,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[demo,hf,serve,eval,ray,dev]'
 	touch $@

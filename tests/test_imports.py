@@ -22,6 +22,8 @@ HEAVY = {
     "huggingface_hub",
     "gguf",
     "lm_eval",
+    "ray",
+    "pyarrow",
 }
 SERVER = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "jinja2", "click", "prompt_toolkit", "tqdm"}
@@ -43,7 +45,7 @@ FLOORS = (
     ("qwen_run.runtime",),
     ("qwen_run.text",),
     ("qwen_run.api",),
-    ("qwen_run.torch_model", "qwen_run.harness"),
+    ("qwen_run.torch_model", "qwen_run.harness", "qwen_run.cluster"),
     ("qwen_run.accuracy",),
     ("qwen_run.reports",),
     ("qwen_run.bench", "qwen_run.inspection"),
@@ -82,6 +84,7 @@ INSIDE_FUNCTIONS = {
         "huggingface_hub": ("qwen_run.torch_model.loading",),
         "gguf": ("qwen_run.accuracy.gguf_weights",),
         "llguidance": ("qwen_run.text.grammar",),
+        "ray": ("qwen_run.cluster.ray_nodes",),
     },
     "qwen_build": {
         "torch": (),

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from qwen_engine.errors import EngineError, QwenError, RequestError
 from qwen_run.api.llm import LLM
@@ -273,7 +273,7 @@ class _Worker:
             with self._wake:
                 self._failure = error
                 streams = list(self._streams.values())
-            self._send([(stream, _stopped(error)) for stream in streams])
+            send([(stream, _stopped(error)) for stream in streams])
         finally:
             atexit.unregister(self._end_and_join)
 
@@ -291,7 +291,7 @@ class _Worker:
         try:
             self._llm.submit(stream.pending)
         except RequestError as error:
-            self._send([(stream, error)])
+            send([(stream, error)])
 
     def _abort(self, pending: PendingRequest) -> None:
         if not pending.is_told:
@@ -300,19 +300,14 @@ class _Worker:
 
     def _tell(self, grown: list[PendingRequest]) -> None:
         read = [(self._streams.get(pending.request_id), pending) for pending in grown]
-        self._send([(stream, pending.output()) for stream, pending in read if stream and not pending.is_silent])
+        send([(stream, pending.output()) for stream, pending in read if stream and not pending.is_silent])
 
-    def _send(self, news: list[tuple[RequestStream, News]]) -> None:
-        """Give each stream its news, in one call of each event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, News]]] = {}
-        for stream, each in news:
-            by_loop.setdefault(stream.loop, []).append((stream, each))
-        for loop, some in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_put_all, some)
-            except RuntimeError:  # the loop is closed: nobody can read them
-                for stream, _ in some:
-                    stream.release()
+
+class StreamSource(Protocol):
+    """Who makes the answers that streams are read from."""
+
+    def forget(self, stream: RequestStream) -> bool:
+        """Nobody reads ``stream`` any more; False where that is known."""
 
 
 class RequestStream:
@@ -321,7 +316,7 @@ class RequestStream:
     Only the newest state is kept, so a slow reader costs no memory; where outputs are parts, those not read are joined.
     """
 
-    def __init__(self, pending: PendingRequest, worker: _Worker, places: Places, owner: AsyncLLM) -> None:
+    def __init__(self, pending: PendingRequest, worker: StreamSource, places: Places, owner: object) -> None:
         self.pending = pending
         self.loop = asyncio.get_running_loop()
         self._worker, self._places = worker, places
@@ -378,6 +373,19 @@ def _joined(earlier: News | None, later: News) -> News:
     if isinstance(earlier, RequestOutput) and isinstance(later, RequestOutput):
         return earlier.followed_by(later)
     return later
+
+
+def send(news: list[tuple[RequestStream, News]]) -> None:
+    """Give each stream its news, in one call of each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, News]]] = {}
+    for stream, each in news:
+        by_loop.setdefault(stream.loop, []).append((stream, each))
+    for loop, some in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, some)
+        except RuntimeError:  # the loop is closed: nobody can read them
+            for stream, _ in some:
+                stream.release()
 
 
 def _put_all(news: list[tuple[RequestStream, News]]) -> None:

@@ -35,6 +35,8 @@ class PendingRequest:
         is_told: :meth:`output` has told the end.
         failure: why the engine gave the request up, if it did.
         metrics: when what happened; kept by the loop.
+        prompt: its text; None where token ids were given.
+        prompt_token_ids: those of the prompt.
         logits: what each token was chosen from, (vocab_size,) float32, where the core has ``keep_logits``.
     """
 
@@ -45,8 +47,8 @@ class PendingRequest:
         self.failure: BaseException | None = None
         self.logits: list[np.ndarray] = []
         self.metrics = RequestMetrics(arrival_time=time.time())
-        self._prompt = prompt
-        self._prompt_token_ids = list(request.prompt)
+        self.prompt = prompt
+        self.prompt_token_ids = list(request.prompt)
         self._prompt_logprobs: list[Logprobs | None] = []
         self._tokenizer = tokenizer
         self._made: dict[int, _Made] = {}  # by the sequence's index
@@ -70,8 +72,8 @@ class PendingRequest:
         is_delta = request.params.output_kind == RequestOutputKind.DELTA and not whole
         return RequestOutput(
             self.request_id,
-            self._prompt,
-            self._prompt_token_ids,
+            self.prompt,
+            self.prompt_token_ids,
             list(judged) if request.params.prompt_logprobs is not None else None,
             [self._completion(sequence, is_delta) for sequence in request.sequences if self._has_answer(sequence)],
             request.is_finished,
