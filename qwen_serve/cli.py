@@ -9,7 +9,7 @@ import click
 
 from qwen_engine.errors import EngineError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option
+from qwen_run.commands.command import RAY_HELP, Command, kv_cache_memory_option, max_seq_len_option
 
 _ENGINE_OPTIONS = (
     "threads",
@@ -64,6 +64,10 @@ _ENGINE_OPTIONS = (
 @kv_cache_memory_option
 @max_seq_len_option
 @click.option("--draft-tokens", type=click.IntRange(0, 64), help="Most tokens to guess ahead.  [default: 8]")
+@click.option("--ray", "ray_address", metavar="ADDRESS", help=RAY_HELP)
+@click.option(
+    "--replicas", type=click.IntRange(1), help="Processes of the cluster, each with the engine.  [default: 1]"
+)
 @click.option("--quant", help="Of an engine that is built from a checkpoint.  [default: int4]")
 def main(**given: Any) -> None:
     """Answer over HTTP, as OpenAI's interfaces have it, with an engine that qwen-build made.
@@ -79,6 +83,7 @@ def main(**given: Any) -> None:
       QWEN_API_KEY=secret qwen-serve --host 0.0.0.0     for others, who need the key
       qwen-serve --max-seq-len 4096 --max-batch-size 4  less memory
       qwen-serve --unix-socket /run/qwen.sock           behind a proxy of this machine
+      qwen-serve --ray auto --replicas 4                four processes of the Ray cluster of this machine
     \b
       curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
@@ -96,6 +101,8 @@ def main(**given: Any) -> None:
         raise click.UsageError("An API key is empty; leave it out, or give one.")
     if given["cache_per_key"] and not given["api_key"]:
         raise click.UsageError("--cache-per-key needs an --api-key.")
+    if given["replicas"] is not None and given["ray_address"] is None:
+        raise click.UsageError("--replicas needs --ray.")
     _require_extra()
     from qwen_run.runtime.engine import newest_engine
     from qwen_serve.http.program import serve
@@ -131,6 +138,8 @@ def _settings(model: str | Path, given: dict[str, Any]) -> Any:
         metrics_prefix=given["metrics_prefix"],
         cache_per_key=given["cache_per_key"],
         thinking_budget=given["reasoning_budget"],
+        ray_address=given["ray_address"],
+        num_replicas=given["replicas"] or 1,
     )
 
 

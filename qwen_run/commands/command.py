@@ -94,6 +94,10 @@ kv_cache_memory_option = click.option(
     callback=lambda context, option, mebibytes: mebibytes and mebibytes * MIB,
     help="Memory of the cache of keys and values.  [default: from the free memory]",
 )
+RAY_HELP = (
+    "Answer on a Ray cluster: auto is the one this machine belongs to, local this machine alone, or HOST:PORT of a "
+    "head.  [default: answer in this process]"
+)
 max_seq_len_option = click.option(
     "--max-seq-len",
     type=click.IntRange(MIN_SEQ_LEN, 1 << 30),

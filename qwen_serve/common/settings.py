@@ -36,6 +36,8 @@ class Settings:
         metrics_prefix: of the names at ``/metrics``.
         cache_per_key: requests of different API keys share nothing in the cache.
         thinking_budget: tokens of thinking where a request names none.
+        ray_address: of the Ray cluster that runs the engine; None: this process does.
+        num_replicas: processes of the cluster, each with the engine.
     """
 
     model: Path | str
@@ -61,6 +63,8 @@ class Settings:
     metrics_prefix: str = "qwen:"
     cache_per_key: bool = False
     thinking_budget: int | None = None
+    ray_address: str | None = None
+    num_replicas: int = 1
 
     @property
     def is_local(self) -> bool:

@@ -51,12 +51,14 @@ class RequestJob:
 
     Attributes:
         timeout_s: after so many seconds it is given up.
+        session: what it has in common with requests that are best answered by the same replica.
         counted: its tokens so far.
         finish_reasons: of its answers that have ended.
     """
 
     serving: Serving
     timeout_s: float | None = None
+    session: str | None = None
     counted: Counted = field(default_factory=Counted)
     finish_reasons: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -124,7 +126,7 @@ class RequestJob:
             ServeError: it cannot.
         """
         try:
-            stream = await self.serving.llm.add_request(list(ids), params, f"serve-{secrets.token_hex(12)}")
+            stream = await self.serving.begin(ids, params, self.session)
         except (RequestError, EngineError) as error:
             raise await self._why(error) from None
         self._streams.append(stream)

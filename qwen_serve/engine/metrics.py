@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricF
 from prometheus_client.utils import floatToGoString
 
 from qwen_run.api.outputs import RequestOutput
+from qwen_run.cluster.fleet_statistics import FleetStatistics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -53,6 +54,15 @@ _ENGINE_COUNTERS: dict[str, tuple[str, Callable[[Any], float]]] = {
     "num_preemptions": ("How often an answer has lost its blocks.", lambda found: found.num_preempted),
     "spec_decode_num_draft_tokens": ("Guessed tokens that were verified.", lambda found: found.num_drafts),
     "spec_decode_num_accepted_tokens": ("Guessed tokens that were right.", lambda found: found.num_accepted),
+}
+# the same of several replicas
+_FLEET_GAUGES: dict[str, tuple[str, Callable[[Any], float]]] = {
+    "replicas": ("Places for replicas.", lambda found: found.num_replicas),
+    "replicas_ready": ("Replicas that answer.", lambda found: found.num_ready),
+}
+_FLEET_COUNTERS: dict[str, tuple[str, Callable[[Any], float]]] = {
+    "replica_deaths": ("Replicas that have ended or fallen silent.", lambda found: found.num_deaths),
+    "requests_moved": ("Answers that another replica had to begin again.", lambda found: found.num_moved),
 }
 
 
@@ -115,7 +125,10 @@ class Metrics:
         found = self._statistics()
         if found is None:
             return
-        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _ENGINE_COUNTERS)):
+        tables = [(GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _ENGINE_COUNTERS)]
+        if isinstance(found, FleetStatistics):
+            tables += [(GaugeMetricFamily, _FLEET_GAUGES), (CounterMetricFamily, _FLEET_COUNTERS)]
+        for kind, table in tables:
             for name, (about, read) in table.items():
                 family = kind(self._prefix + name, about, labels=["model_name"])
                 family.add_metric([self._model], read(found))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen_engine.errors import EngineError, QwenError
-from qwen_run.api.async_llm import AsyncLLM
+from qwen_run.api.async_llm import AsyncLLM, RequestStream
+from qwen_run.api.pooling import PoolingParams
+from qwen_run.cluster.handles import NoReplica
+from qwen_run.cluster.replicated_llm import ReplicatedLLM
 from qwen_run.runtime.request import message_of
+from qwen_run.sampling.params import SamplingParams
 from qwen_serve.common.errors import ServeError
 from qwen_serve.common.settings import Settings
 from qwen_serve.engine.admission import Admission
@@ -19,7 +24,10 @@ from qwen_serve.engine.metrics import Metrics
 
 Result = TypeVar("Result")
 
+Served = AsyncLLM | ReplicatedLLM
+
 QUEUE_PER_PLACE = 4  # answers that wait for each that is made
+_MAX_REQUESTS = 1 << 20  # admission bounds them
 _TOKENIZING = 2  # texts that are tokenized at once
 
 
@@ -47,7 +55,7 @@ class Serving:
         self.metrics = Metrics(settings.metrics_prefix, self.name, self._statistics)
         self.admission = Admission(1, 0)
         self.failure: BaseException | None = None
-        self._llm: AsyncLLM | None = None
+        self._llm: Served | None = None
         self._is_draining = False
         self._tokenizing = asyncio.Semaphore(_TOKENIZING)
 
@@ -65,7 +73,7 @@ class Serving:
         return self.settings.served_names or (self.name,)
 
     @property
-    def llm(self) -> AsyncLLM:
+    def llm(self) -> Served:
         """
         Raises:
             ServeError: there is no engine yet, or no longer.
@@ -75,7 +83,7 @@ class Serving:
         raise self.unavailable()
 
     @property
-    def opened(self) -> AsyncLLM | None:
+    def opened(self) -> Served | None:
         """The engine, also while the server ends."""
         return self._llm
 
@@ -104,14 +112,42 @@ class Serving:
             EngineError, BuildError: it cannot be loaded.
         """
         try:
-            llm = AsyncLLM(self.settings.model, max_requests=1 << 20, **self.settings.options)
+            llm = self._load()
         except BaseException as error:
             self.failure = error
             raise
-        batch_size = llm.llm.core.options.max_batch_size
+        batch_size = llm.llm.core.options.max_batch_size * self.settings.num_replicas
         max_queue = self.settings.max_queue
         self.admission = Admission(batch_size, QUEUE_PER_PLACE * batch_size if max_queue is None else max_queue)
         self._llm = llm
+
+    def _load(self) -> Served:
+        settings = self.settings
+        if settings.ray_address is None:
+            return AsyncLLM(settings.model, max_requests=_MAX_REQUESTS, **settings.options)
+        return ReplicatedLLM(
+            settings.model,
+            ray_address=settings.ray_address,
+            num_replicas=settings.num_replicas,
+            max_requests=_MAX_REQUESTS,
+            **settings.options,
+        )
+
+    async def begin(
+        self, ids: Sequence[int], params: SamplingParams | PoolingParams, session: str | None
+    ) -> RequestStream:
+        """Let the engine answer.
+
+        Args:
+            session: what keeps requests with one replica; nothing where there is one engine.
+
+        Raises:
+            ServeError, RequestError, EngineError: it cannot.
+        """
+        llm, request_id = self.llm, f"serve-{secrets.token_hex(12)}"
+        if isinstance(llm, ReplicatedLLM):
+            return await llm.add_request(list(ids), params, request_id, session)
+        return await llm.add_request(list(ids), params, request_id)
 
     async def check(self) -> None:
         """
@@ -121,6 +157,8 @@ class Serving:
         llm = self.llm
         try:
             await llm.check_health()
+        except NoReplica as error:
+            raise ServeError("loading", f"{error}; try again in a few seconds", retry_after=1) from None
         except EngineError as error:
             self.failure = error.__cause__ or error
             raise self.unavailable() from None

@@ -114,7 +114,7 @@ class _Answers:
     async def _job(self, request: Request) -> tuple[RequestJob, str | None]:
         """What answers ``request``, and what keeps its cached prompt from those of other keys."""
         await self._serving.check()
-        job = RequestJob(self._serving, self._timeout(request))
+        job = RequestJob(self._serving, self._timeout(request), request.headers.get("x-session-id"))
         request.state.job = job
         return job, request.state.api_key if self._serving.settings.cache_per_key else None
 
@@ -122,6 +122,7 @@ class _Answers:
         async def endpoint(request: Request) -> Response:
             body = await self._body(request, kind)
             job, salt = await self._job(request)
+            job.session = job.session or getattr(body, "prompt_cache_key", None)
             with ExitStack() as stack:
                 stack.callback(job.close)
                 begun = await unless_gone(request.receive, answer.begin(job, body, salt))

@@ -18,6 +18,7 @@ import uvicorn
 
 from qwen_engine.errors import EngineError
 from qwen_engine.tasks import GENERATE, TASKS
+from qwen_run.cluster.replicated_llm import ReplicatedLLM
 from qwen_run.runtime.request import message_of
 from qwen_run.sampling.params import SamplingParams
 from qwen_serve.common.errors import ServeError
@@ -181,9 +182,13 @@ def in_force(serving: Serving) -> Iterator[str]:
     yield f"{serving.name} at {settings.address}/v1"
     if settings.page and settings.unix_socket is None:
         yield f"a page to chat at {settings.address}/"
+    if isinstance(opened, ReplicatedLLM):
+        for replica in opened.descriptions:
+            yield f"a replica at {replica.name}"
+    at_once = options.max_batch_size * settings.num_replicas
     yield (
-        f"at most {llm.max_seq_len} tokens a conversation; {options.max_batch_size} answers at once, "
-        f"{serving.admission.most - options.max_batch_size} wait, more are refused"
+        f"at most {llm.max_seq_len} tokens a conversation; {at_once} answers at once, "
+        f"{serving.admission.most - at_once} wait, more are refused"
     )
     if llm.task != GENERATE:
         yield f"the engine {TASKS[llm.task].does}: {TASKS[llm.task].ask}"

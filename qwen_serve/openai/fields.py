@@ -63,6 +63,7 @@ class SampledBody(Body):
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
+    prompt_cache_key: str | None = None
     return_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -75,7 +76,6 @@ class SampledBody(Body):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
-    prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     request_id: str | None = None
     priority: int | None = None

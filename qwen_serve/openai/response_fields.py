@@ -27,13 +27,13 @@ class Responses(Body):
     text: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     previous_response_id: str | None = None
+    prompt_cache_key: str | None = None
     # read by others, and without effect here
     store: bool | None = None
     user: str | None = None
     include: list[str] | None = None
     service_tier: str | None = None
     truncation: str | None = None
-    prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     stream_options: dict[str, Any] | None = None
 

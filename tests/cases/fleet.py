@@ -18,6 +18,8 @@ from qwen_run.cluster.replica import Description, Forwarded, News, Replica
 from qwen_run.cluster.replicated_llm import ReplicatedLLM
 from qwen_run.sampling.params import SamplingParams
 
+Differs = Callable[[int, Description], Description]
+
 QUICK = Patience(open_s=PATIENCE_S, silence_s=3.0, stall_s=PATIENCE_S, probe_s=PATIENCE_S)
 
 
@@ -92,9 +94,7 @@ class LocalReplicas:
         differs: what a description of the replica of a number becomes.
     """
 
-    def __init__(
-        self, model: Path, differs: Callable[[int, Description], Description] = lambda number, found: found, **options: Any
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Path, differs: Differs = lambda number, found: found, **options: Any) -> None:
         self._model, self._options, self._differs = model, options, differs
         self.made: list[LocalReplica] = []
 

@@ -181,8 +181,8 @@ def test_replicas_that_would_not_answer_alike_are_refused_by_name(chat_engine):
 
 
 def test_an_engine_that_is_not_there_is_an_error_at_once(tmp_path):
-    with pytest.raises(EngineError, match="engine.json"):
-        (tmp_path / "engine.json").write_text("{}")
+    (tmp_path / "engine.json").write_text("{}")
+    with pytest.raises(EngineError, match=r"engine\.json"):
         LocalReplicas(tmp_path, **OPTIONS).llm(2)
 
 
