@@ -84,6 +84,7 @@ INSIDE_FUNCTIONS = {
         "huggingface_hub": ("qwen_run.torch_model.loading",),
         "gguf": ("qwen_run.accuracy.gguf_weights",),
         "llguidance": ("qwen_run.text.grammar",),
+        "pyarrow": ("qwen_run.commands.storage",),
         "ray": ("qwen_run.cluster.ray_nodes",),
     },
     "qwen_build": {

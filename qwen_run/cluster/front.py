@@ -18,6 +18,7 @@ from qwen_run.cluster.replica import Description
 from qwen_run.runtime.capacity import with_limit
 from qwen_run.runtime.engine import Batch, Engine
 from qwen_run.runtime.kv_cache import KVCache
+from qwen_run.text.text_model import TextModel
 
 
 class FrontEngine(Engine):
@@ -42,7 +43,7 @@ def front_of(model: str | Path, options: Mapping[str, Any], replicas: Sequence[D
     Raises:
         EngineError, BuildError: as :class:`~qwen_run.api.llm.LLM`.
     """
-    opening = ("threads", "num_blocks", "cache_bytes", "skip_tokenizer_init")
+    opening = ("threads", "num_blocks", "cache_bytes", "skip_tokenizer_init", "raw")
     chosen = LLMOptions.of({name: value for name, value in options.items() if name not in opening})
     engine = FrontEngine(
         engine_of(model, chosen.build),
@@ -50,4 +51,6 @@ def front_of(model: str | Path, options: Mapping[str, Any], replicas: Sequence[D
         min(each.max_seq_len for each in replicas),
     )
     no_text = bool(options.get("skip_tokenizer_init"))
+    if options.get("raw"):
+        return LLM(TextModel.of(engine, raw=True), seed=chosen.seed, **dataclasses.asdict(chosen.core))
     return LLM(engine, skip_tokenizer_init=no_text, seed=chosen.seed, **dataclasses.asdict(chosen.core))

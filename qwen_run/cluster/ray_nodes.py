@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from qwen_engine.errors import EngineError, first_line
 LOCAL = "local"  # the address of a cluster that is this machine alone, and ends with the process
 _CLIENT = "ray://"
 _NAMESPACE = "qwen-engine"
+_REACH_S = 10.0
 
 
 def require_ray() -> Any:
@@ -48,6 +50,7 @@ def join(address: str) -> Any:
             "with --ray auto"
         )
     ray = require_ray()
+    _check_reachable(address)
     options: dict[str, Any] = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         # Without an address of its own Ray asks the routing table which one leads to 8.8.8.8, and falls back to the
@@ -61,6 +64,25 @@ def join(address: str) -> Any:
             f"--ray {LOCAL}"
         ) from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse a ``HOST:PORT`` at which nobody listens, for whom Ray would wait for minutes.
+
+    Raises:
+        EngineError: nobody listens there.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    if not port.isdecimal() or not host:
+        raise EngineError(f"{address} is no address of a cluster, expected auto, {LOCAL} or HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            f"there is no cluster at {address}: {first_line(error)}; ray start --head tells the address of one"
+        ) from error
 
 
 def cpus_of(nodes: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -28,6 +28,7 @@ from qwen_run.runtime.core import CoreStatistics
 from qwen_run.runtime.engine import Engine
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.rules import RequestOutputKind
+from qwen_run.text.text_model import TextModel
 
 _MAX_REQUESTS = 1 << 20  # whoever asks a replica bounds them
 _PROBE_PROMPT, _PROBE_ANSWER = 96, 8  # tokens; more than the rows of a tile of AMX, and more than one block
@@ -85,7 +86,7 @@ class Replica:
     """An engine that answers what others pass on to it; to be called from one event loop.
 
     Args:
-        model, options: as :class:`~qwen_run.api.async_llm.AsyncLLM` has them.
+        model, options: as :class:`~qwen_run.api.async_llm.AsyncLLM` has them; ``raw`` does without a chat template.
         on_failure: is called when the engine has stopped and answers no more.
     """
 
@@ -105,7 +106,7 @@ class Replica:
         Raises:
             EngineError, BuildError: it cannot be loaded, or cannot answer.
         """
-        self._opened = await asyncio.to_thread(AsyncLLM, self._model, max_requests=_MAX_REQUESTS, **self._options)
+        self._opened = await asyncio.to_thread(_load, self._model, self._options)
         llm = self._opened.llm
         manifest = llm.core.engine.manifest
         parts = {name: part.sha256 for name, part in manifest.parts.items()}
@@ -215,3 +216,16 @@ class Replica:
             await self._llm.check_health()
         except EngineError:
             self._on_failure()
+
+
+def _load(model: str | Path | Engine, options: Mapping[str, Any]) -> AsyncLLM:
+    """
+    Raises:
+        EngineError, BuildError: as AsyncLLM.
+    """
+    given = dict(options)
+    if not given.pop("raw", False) or isinstance(model, Engine):
+        return AsyncLLM(model, max_requests=_MAX_REQUESTS, **given)
+    opening = {name: given.pop(name, None) for name in ("threads", "cache_bytes", "max_seq_len")}
+    text = TextModel.load(Path(model), raw=True, **opening)
+    return AsyncLLM(text, max_requests=_MAX_REQUESTS, **given)

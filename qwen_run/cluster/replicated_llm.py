@@ -16,6 +16,7 @@ from qwen_engine.errors import EngineError
 from qwen_run.api.async_llm import RequestStream
 from qwen_run.api.llm import LLM
 from qwen_run.api.outputs import RequestOutput
+from qwen_run.api.pending_request import PendingRequest
 from qwen_run.api.places import Places
 from qwen_run.api.pooling import PoolingParams
 from qwen_run.api.prompts import Prompt
@@ -45,8 +46,8 @@ class ReplicatedLLM:
         max_requests: most unfinished requests; :meth:`add_request` waits while there are so many.
         patience: when a replica counts as gone.
         replicas: what makes replicas, in place of Ray.
-        options: of each replica, as :class:`~qwen_run.api.llm.LLM` has them; ``threads`` is as many as let all
-            replicas have their processors if it is not given.
+        options: of each replica, as :class:`~qwen_run.api.llm.LLM` has them, and ``raw`` to do without a chat
+            template; ``threads`` is as many as let all replicas have their processors if it is not given.
 
     Raises:
         EngineError, BuildError: as LLM; or ray is not installed, there is no cluster, it has too few processors, or
@@ -110,8 +111,21 @@ class ReplicatedLLM:
             if request_id is None:
                 request_id = self._free_name()
             pending = await asyncio.to_thread(self._llm.prepare, prompt, sampling_params, request_id)
-            stream = RequestStream(pending, self._fleet, self._places, self)
-            return self._fleet.begin(Ticket(stream, sampling_params, session))
+            return self._begin(pending, sampling_params, session)
+        except BaseException:
+            self._places.give_back()
+            raise
+
+    async def begin(self, pending: PendingRequest) -> RequestStream:
+        """As :meth:`add_request`, for an answer that ``llm.prepare`` has prepared.
+
+        Raises:
+            RequestError, EngineError: as there.
+        """
+        self._fleet.check_open()
+        await self._places.take()
+        try:
+            return self._begin(pending, None, None)
         except BaseException:
             self._places.give_back()
             raise
@@ -157,6 +171,12 @@ class ReplicatedLLM:
     async def close(self) -> None:
         """Give up what is unfinished, and end the replicas."""
         await asyncio.to_thread(self._end)
+
+    def _begin(
+        self, pending: PendingRequest, given: SamplingParams | PoolingParams | None, session: str | None
+    ) -> RequestStream:
+        stream = RequestStream(pending, self._fleet, self._places, self)
+        return self._fleet.begin(Ticket(stream, given, session))
 
     def _end(self) -> None:
         self._fleet.close()

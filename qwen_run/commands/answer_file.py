@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import click
 import tqdm
@@ -38,6 +38,23 @@ _START = b'{"line": '  # of every record
 def _head(line: int, key: str) -> bytes:
     """How the record of a line begins in a file."""
     return to_json({"line": line, "key": key}).encode()[:-1]
+
+
+class AnswersOut(Protocol):
+    """Where answers go.
+
+    Attributes:
+        answered: those that are there already, by line.
+        num_left_out: how many records belong to no prompt.
+        is_terminal: somebody reads them while they come.
+    """
+
+    answered: Mapping[int, Record]
+    num_left_out: int
+    is_terminal: bool
+
+    def write(self, record: Record) -> None:
+        """Take the answer to one prompt."""
 
 
 class AnswerStream:
@@ -104,7 +121,8 @@ class AnswerFile:
         except BaseException:
             self._file.close()
             raise
-        self.answered = {line: record for line, record in found.items() if not (retry_errors and "error" in record)}
+        self._answered = {line: record for line, record in found.items() if not (retry_errors and "error" in record)}
+        self.answered: Mapping[int, Record] = self._answered
 
     def _read(self) -> dict[int, Record]:
         self._file.seek(0)
@@ -148,7 +166,7 @@ class AnswerFile:
         kept = {"line": line, "key": self._keys[line], **record}
         self._file.write(to_json(kept).encode() + b"\n")
         self._file.flush()
-        self.answered[line] = kept
+        self._answered[line] = kept
 
     def close(self) -> None:
         """End; if there is an answer to every prompt, leave out what is no answer to one, and put them in order."""
@@ -187,53 +205,97 @@ def assign(records: Sequence[Record], keys: Mapping[int, str]) -> dict[int, Reco
     return {lines[index]: {**records[index], "line": lines[index]} for index in sorted(lines)}
 
 
+class Tally:
+    """The answers to a file of prompts while they come: written, counted, shown beside a bar, and summed up.
+
+    Args:
+        num_prompts: of the file.
+        answers: where they go.
+    """
+
+    def __init__(self, num_prompts: int, answers: AnswersOut) -> None:
+        if answers.answered:
+            click.echo(f"{len(answers.answered)} of {num_prompts} prompts are answered already", err=True)
+        if answers.num_left_out:
+            click.echo(f"{answers.num_left_out} records answer none of these prompts and will be left out", err=True)
+        self._num_prompts, self._answers = num_prompts, answers
+        self._failed = {line for line, record in answers.answered.items() if "error" in record}
+        self._started_s = time.perf_counter()
+        self._num_answers = self._num_tokens = self._num_cut = 0
+        self._num_refused = self._num_shown = 0
+        # no bar where answers are read, which would break their lines; None: nor where standard error is no terminal
+        hidden = True if answers.is_terminal else None
+        self.bar = tqdm.tqdm(total=num_prompts, initial=len(answers.answered), unit="prompt", disable=hidden)
+
+    def take(self, prompt: FilePrompt, output: RequestOutput) -> None:
+        """``prompt`` is answered, or the engine could not."""
+        if error := output.error:
+            self.refuse(prompt, error)
+            return
+        self._answers.write({"line": prompt.line, **_id_of(prompt), **record_of(output)})
+        self._num_answers += 1
+        self._num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+        self._num_cut += any(answer.finish_reason == "length" for answer in output.outputs)
+
+    def refuse(self, prompt: FilePrompt, error: str) -> None:
+        """``prompt`` gets no answer, for the reason ``error``."""
+        self._failed.add(prompt.line)
+        self._num_refused += 1
+        tqdm.tqdm.write(f"Line {prompt.line}: {printable(error)}", file=sys.stderr)  # beside the bar
+        self._answers.write({"line": prompt.line, **_id_of(prompt), "error": error})
+
+    def show(self) -> None:
+        """Bring the bar to where the answers stand."""
+        num_done = self._num_answers + self._num_refused
+        self.bar.update(num_done - self._num_shown)
+        self._num_shown = num_done
+
+    def finish(self, more: str = "") -> None:
+        """Say what has been done.
+
+        Args:
+            more: what else there is to say of it.
+
+        Raises:
+            RequestError: some prompts could not be answered.
+        """
+        seconds = time.perf_counter() - self._started_s
+        cut = f" ({self._num_cut} cut at a limit: finish_reason length)" if self._num_cut else ""
+        click.echo(
+            f"{self._num_answers} answers{cut}, {self._num_tokens} output tokens in {seconds:.1f} s, "
+            f"{self._num_tokens / seconds:.1f} tokens/s; peak memory {peak_memory_bytes() / 2**20:.0f} MiB{more}",
+            err=True,
+        )
+        if self._failed:
+            raise RequestError(
+                f"{len(self._failed)} of {self._num_prompts} prompts could not be answered, see their records"
+            )
+
+
 def answer_all(
     llm: LLM,
     prompts: Sequence[FilePrompt],
     prepare: Callable[[FilePrompt], PendingRequest],
-    answers: AnswerFile | AnswerStream,
+    answers: AnswersOut,
 ) -> None:
     """Answer those of ``prompts`` that ``answers`` does not have, many at once.
 
     Raises:
         RequestError: at the end, if some prompts could not be answered; what was wrong stands in their records.
     """
-    if answers.answered:
-        click.echo(f"{len(answers.answered)} of {len(prompts)} prompts are answered already", err=True)
-    if answers.num_left_out:
-        click.echo(f"{answers.num_left_out} records answer none of these prompts and will be left out", err=True)
-    failed = {line for line, record in answers.answered.items() if "error" in record}
+    tally = Tally(len(prompts), answers)
     waiting = iter([prompt for prompt in prompts if prompt.line not in answers.answered])
     running: dict[PendingRequest, FilePrompt] = {}
-    started_s, num_answers, num_tokens, num_cut = time.perf_counter(), 0, 0, 0
-    # no bar where answers are read, which would break their lines; None: nor where standard error is not a terminal
-    hidden = True if answers.is_terminal else None
-    with tqdm.tqdm(total=len(prompts), initial=len(answers.answered), unit="prompt", disable=hidden) as bar:
+    with tally.bar:
         try:
-            while _fill(llm, waiting, prepare, running, failed, answers):
+            while _fill(llm, waiting, prepare, running, tally):
                 for answering in llm.step():
                     if answering.request.is_finished:
-                        output = answering.output()
-                        prompt = running.pop(answering)
-                        if error := next((answer.error for answer in output.outputs if answer.error), None):
-                            _refuse(prompt, error, failed, answers)
-                            continue
-                        answers.write({"line": prompt.line, **_id_of(prompt), **record_of(output)})
-                        num_answers += 1
-                        num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
-                        num_cut += any(answer.finish_reason == "length" for answer in output.outputs)
-                bar.update(num_answers + len(failed) - bar.n)
+                        tally.take(running.pop(answering), answering.output())
+                tally.show()
         finally:
             llm.close()
-    seconds = time.perf_counter() - started_s
-    cut = f" ({num_cut} cut at a limit: finish_reason length)" if num_cut else ""
-    click.echo(
-        f"{num_answers} answers{cut}, {num_tokens} output tokens in {seconds:.1f} s, "
-        f"{num_tokens / seconds:.1f} tokens/s; peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
-        err=True,
-    )
-    if failed:
-        raise RequestError(f"{len(failed)} of {len(prompts)} prompts could not be answered, see their records")
+    tally.finish()
 
 
 def _fill(
@@ -241,8 +303,7 @@ def _fill(
     waiting: Iterator[FilePrompt],
     prepare: Callable[[FilePrompt], PendingRequest],
     running: dict[PendingRequest, FilePrompt],
-    failed: set[int],
-    answers: AnswerFile | AnswerStream,
+    tally: Tally,
 ) -> bool:
     """Submit prompts until a batch of them waits; write down those that cannot be answered. False when none is left."""
     while llm.core.statistics.num_waiting < llm.core.options.max_batch_size and (prompt := next(waiting, None)):
@@ -251,15 +312,8 @@ def _fill(
             llm.submit(answering)
             running[answering] = prompt
         except RequestError as error:
-            _refuse(prompt, str(error), failed, answers)
+            tally.refuse(prompt, str(error))
     return bool(running)
-
-
-def _refuse(prompt: FilePrompt, error: str, failed: set[int], answers: AnswerFile | AnswerStream) -> None:
-    """Say that ``prompt`` gets no answer, and why."""
-    failed.add(prompt.line)
-    tqdm.tqdm.write(f"Line {prompt.line}: {printable(error)}", file=sys.stderr)  # beside the bar
-    answers.write({"line": prompt.line, **_id_of(prompt), "error": error})
 
 
 def record_of(output: RequestOutput, token_ids: bool = False) -> Record:

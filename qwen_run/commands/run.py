@@ -14,7 +14,7 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, printable, sentence
+from qwen_run.commands.command import RAY_HELP, Command, kv_cache_memory_option, max_seq_len_option, printable, sentence
 from qwen_run.commands.run_options import CONTRADICTIONS, RunOptions, option_of
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     "that --output-file holds already are kept.",
 )
 @click.option(
-    "--output-file", "--output", type=click.Path(path_type=Path), help="Write answers here, not to standard output."
+    "--output-file",
+    "--output",
+    metavar="FILE",
+    help="Write answers here, not to standard output. An address, such as s3://bucket/answers, is a folder of files.",
 )
 @click.option("--retry-errors", is_flag=True, help="Ask again what --output-file holds an error for.")
 @click.option("--as-finished", is_flag=True, help="Answers to --input-file come as they are known, in any order.")
@@ -96,6 +99,8 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 64),
     help="Most tokens to guess ahead from what the text repeats, 0 for none; answers stay the same.  [default: 8]",
 )
+@click.option("--ray", "ray_address", metavar="ADDRESS", help=RAY_HELP)
+@click.option("--replicas", type=click.IntRange(1), help="Processes there, each with the engine.  [default: 1]")
 @click.option("--embed", is_flag=True, help="Write the embedding of each text, a line of JSON; of an engine for that.")
 @click.option("--score", metavar="QUERY", help="The same of how well each text answers QUERY.")
 @click.option("--classify", is_flag=True, help="The same of each text's classes.")
@@ -127,6 +132,8 @@ def main(**given: Any) -> None:
       qwen-run --temperature 0.7 --seed 1 < essay.txt  the whole of standard input is the prompt
       qwen-run --engine engines/q3 --input-file questions.jsonl --output-file answers.jsonl
                                                        many; run again, it goes on where it stopped
+      qwen-run --engine engines/q3 --input-file questions.jsonl --output-file answers.jsonl --ray auto --replicas 8
+                                                       the same on a Ray cluster
       qwen-run --engine engines/e --embed --input-file texts.txt
                                                        embeddings, a line of JSON for each
     """
@@ -151,6 +158,9 @@ def main(**given: Any) -> None:
 
         assert text is not None  # else it was refused
         return run_pooled(engine, text, asked)
+    if asked.ray_address is not None:
+        assert text is not None  # else it was refused
+        return _answer_on_cluster(engine, text, asked, sampling)
     model, params = _load(engine, asked, sampling)
     if text is None:
         _chat(engine, model, params, asked)
@@ -161,11 +171,15 @@ def main(**given: Any) -> None:
 
 
 def _options(given: dict[str, Any]) -> RunOptions:
+    from qwen_run.commands.storage import is_address
     from qwen_run.text.encoding import decode_utf8
 
     names = {field.name for field in dataclasses.fields(RunOptions)}
     sampling = {name: value for name, value in given.items() if name not in names}
     own = {name: value for name, value in given.items() if name in names}
+    written = own["output_file"]
+    own["output_address"] = written if written is not None and is_address(written) else None
+    own["output_file"] = None if written is None or own["output_address"] is not None else Path(written)
     if own["system"] is not None:  # an argument may hold bytes the locale cannot decode
         own["system"] = decode_utf8(os.fsencode(own["system"]), "--system")
     unprompted = all(own[name] is None for name in ("prompt", "input_text", "input_file"))
@@ -192,14 +206,19 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
     from qwen_run.text.text_model import TextModel
 
     model = TextModel.load(engine, asked.threads, asked.raw, asked.cache_bytes, asked.max_seq_len)
+    return model, _params(model.defaults, sampling)
+
+
+def _params(defaults: SamplingParams, sampling: dict[str, Any]) -> SamplingParams:
+    """What the user asked for over ``defaults``."""
     try:
-        params = model.defaults.with_options(**sampling)
+        params = defaults.with_options(**sampling)
     except RequestError as error:  # each is in its range
         raise click.UsageError(sentence(error)) from error
     idle = [option_of(name) for name in ("top_p", "top_k", "min_p", "seed") if name in sampling]
     if params.greedy and idle:
         click.echo(f"Note: {' and '.join(idle)} without effect at temperature 0; add --temperature.", err=True)
-    return model, params
+    return params
 
 
 def _chat(engine: Path, model: TextModel, params: SamplingParams, asked: RunOptions) -> None:
@@ -231,10 +250,46 @@ def _answer_file(model: TextModel, text: str, params: SamplingParams, asked: Run
     from qwen_run.commands.run_files import output_of_many
 
     llm, prompts = LLM(model, **_guessing(asked)), list(parse_prompts(text))
-    parts = {name: part.sha256 for name, part in model.engine.manifest.parts.items()}
-    settings = [parts, dataclasses.asdict(params), asked.system, asked.raw, _variables(asked)]
-    with output_of_many(prompts, settings, asked) as answers:
+    with output_of_many(prompts, _settings(llm, params, asked), asked) as answers:
         answer_all(llm, prompts, partial(_prepare, llm, params=params, asked=asked), answers)
+
+
+def _answer_on_cluster(engine: Path, text: str, asked: RunOptions, sampling: dict[str, Any]) -> None:
+    import asyncio
+
+    from qwen_engine.manifest import Manifest
+    from qwen_engine.tasks import GENERATE, check_task
+    from qwen_run.cluster.replicated_llm import ReplicatedLLM
+    from qwen_run.commands.prompt_file import parse_prompts
+    from qwen_run.commands.run_cluster import answer_all_on
+    from qwen_run.commands.run_files import output_of_many
+
+    assert asked.ray_address is not None
+    check_task(Manifest.read(engine).task, GENERATE)
+    options: dict[str, Any] = {
+        "threads": asked.threads,
+        "cache_bytes": asked.cache_bytes,
+        "max_seq_len": asked.max_seq_len,
+    }
+    options |= {"raw": asked.raw or None, **_guessing(asked)}
+    given = {name: value for name, value in options.items() if value is not None}
+    prompts = list(parse_prompts(text))
+
+    llm = ReplicatedLLM(
+        engine, ray_address=asked.ray_address, num_replicas=asked.replicas or 1, max_requests=1 << 20, **given
+    )
+    try:
+        params = _params(llm.default_params, sampling)
+        with output_of_many(prompts, _settings(llm.llm, params, asked), asked) as answers:
+            asyncio.run(answer_all_on(llm, prompts, partial(_prepare, llm.llm, params=params, asked=asked), answers))
+    finally:
+        asyncio.run(llm.close())
+
+
+def _settings(llm: LLM, params: SamplingParams, asked: RunOptions) -> list[Any]:
+    """What an answer depends on beside its line."""
+    parts = {name: part.sha256 for name, part in llm.core.engine.manifest.parts.items()}
+    return [parts, dataclasses.asdict(params), asked.system, asked.raw, _variables(asked)]
 
 
 def _variables(asked: RunOptions) -> dict[str, Any]:

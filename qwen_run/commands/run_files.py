@@ -15,9 +15,11 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_engine.regular_files import MOST_BYTES, read_regular
-from qwen_run.commands.answer_file import AnswerFile, AnswerStream, key_of
+from qwen_run.commands.answer_file import AnswerFile, AnswersOut, AnswerStream, key_of
+from qwen_run.commands.answer_parts import AnswerParts
 from qwen_run.commands.prompt_file import FilePrompt
 from qwen_run.commands.run_options import RunOptions
+from qwen_run.commands.storage import is_address, read_prompts
 from qwen_run.sampling.structured import StructuredOutputsParams
 from qwen_run.text.encoding import decode_utf8
 
@@ -67,6 +69,8 @@ def read_schema(name: str) -> StructuredOutputsParams:
 def _read_bytes(name: str, option: str = "--input-file") -> bytes:
     if name == "-":
         return _read_stdin()
+    if is_address(name) or Path(name).is_dir():
+        return read_prompts(name)
     try:
         return read_regular(Path(name))
     except OSError as error:
@@ -128,12 +132,14 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
 
 
 @contextmanager
-def output_of_many(
-    prompts: list[FilePrompt], settings: list[Any], asked: RunOptions
-) -> Iterator[AnswerFile | AnswerStream]:
+def output_of_many(prompts: list[FilePrompt], settings: list[Any], asked: RunOptions) -> Iterator[AnswersOut]:
     """Where the answers to a file of prompts go: a file that keeps those it has, or what can only be written."""
     path, in_order = asked.output_file, not asked.as_finished
-    if path is not None and (not path.exists() or path.is_file()):
+    if asked.output_address is not None:
+        keys = {prompt.line: key_of(prompt.source, settings) for prompt in prompts}
+        with closing(AnswerParts(asked.output_address, keys, asked.retry_errors)) as parts:
+            yield parts
+    elif path is not None and (not path.exists() or path.is_file()):
         keys = {prompt.line: key_of(prompt.source, settings) for prompt in prompts}
         with closing(AnswerFile(path, keys, in_order, asked.retry_errors)) as answers:
             yield answers

@@ -13,13 +13,20 @@ from qwen_engine.manifest import MANIFEST_FILE
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says. ``interactive``: no prompt is given and none comes through a pipe."""
+    """What the command line says.
+
+    Attributes:
+        output_address: of a folder for answers, in place of ``output_file``.
+        ray_address: of the cluster that answers; None: this process does.
+        interactive: no prompt is given and none comes through a pipe.
+    """
 
     prompt: str | None
     engine: Path | None
     input_text: str | None
     input_file: str | None
     output_file: Path | None
+    output_address: str | None
     retry_errors: bool
     as_finished: bool
     system: str | None
@@ -30,6 +37,8 @@ class RunOptions:
     cache_bytes: int | None
     max_seq_len: int | None
     draft_tokens: int | None
+    ray_address: str | None
+    replicas: int | None
     as_json: bool
     output_logits: Path | None
     embed: bool
@@ -98,8 +107,22 @@ CONTRADICTIONS: tuple[tuple[Callable[[RunOptions], bool], str], ...] = (
         "--json and --output-logits are for one prompt; --input-file always writes JSON Lines.",
     ),
     (lambda asked: asked.as_finished and asked.input_file is None, "--as-finished is for --input-file."),
+    (lambda asked: asked.replicas is not None and asked.ray_address is None, "--replicas needs --ray."),
+    (lambda asked: asked.ray_address is not None and asked.input_file is None, "--ray is for --input-file."),
+    (lambda asked: asked.ray_address is not None and bool(asked.pooled), "--ray is for answers; leave it out."),
     (
-        lambda asked: asked.retry_errors and (asked.input_file is None or asked.output_file is None),
+        lambda asked: asked.output_address is not None and asked.input_file is None,
+        "an --output-file with an address is a folder, and for --input-file.",
+    ),
+    (
+        lambda asked: asked.output_address is not None and asked.as_finished,
+        "--as-finished is what a folder at an address is anyway; leave it out.",
+    ),
+    (
+        lambda asked: (
+            asked.retry_errors
+            and (asked.input_file is None or (asked.output_file is None and asked.output_address is None))
+        ),
         "--retry-errors is for --input-file with --output-file.",
     ),
     (

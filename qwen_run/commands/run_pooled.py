@@ -19,7 +19,7 @@ from qwen_engine.manifest import Manifest
 from qwen_engine.tasks import check_task
 from qwen_run.api.llm import LLM
 from qwen_run.api.pooling import PoolingParams, PoolingRequestOutput
-from qwen_run.commands.answer_file import AnswerFile, AnswerStream, Record
+from qwen_run.commands.answer_file import AnswersOut, Record
 from qwen_run.commands.command import MIB, printable
 from qwen_run.commands.prompt_file import FilePrompt, parse_prompts
 from qwen_run.commands.run_files import open_output, output_of_many
@@ -89,7 +89,7 @@ def shortest(numbers: Sequence[float]) -> list[float]:
     return [float(str(number)) for number in np.array(numbers, np.float32)]
 
 
-def _write_all(llm: LLM, prompts: Sequence[FilePrompt], answers: AnswerFile | AnswerStream, asked: RunOptions) -> None:
+def _write_all(llm: LLM, prompts: Sequence[FilePrompt], answers: AnswersOut, asked: RunOptions) -> None:
     """Write the records of those of ``prompts`` that ``answers`` does not have.
 
     Raises:

@@ -12,7 +12,7 @@ import httpx2
 
 from cases.processes import PATIENCE_S
 
-WORDS = "time river stone music paper green window science market winter history light engine city garden dog".split()
+_WORDS = ("time", "river", "stone", "music", "paper", "green", "window", "science", "market", "winter", "history")
 
 
 @dataclass
@@ -35,7 +35,7 @@ def bodies(count: int, max_tokens: int) -> list[dict[str, Any]]:
     return [
         {
             "messages": [
-                {"role": "user", "content": f"Write about {WORDS[index % 16]} and {WORDS[(3 * index + index // 16) % 16]}."}
+                {"role": "user", "content": f"Write about {_word(index)} and {_word(3 * index + index // 16)}."}
             ],
             "max_tokens": max_tokens,
             "temperature": 0.8 * (index % 2),
@@ -43,7 +43,15 @@ def bodies(count: int, max_tokens: int) -> list[dict[str, Any]]:
             "stream": True,
         }
         for index in range(count)
-    ]  # fmt: skip
+    ]
+
+
+def _question(index: int) -> str:
+    return f"Write about {_word(index)} and {_word(5 * index + index // 11)}."
+
+
+def _word(index: int) -> str:
+    return _WORDS[index % len(_WORDS)]
 
 
 async def read_all(

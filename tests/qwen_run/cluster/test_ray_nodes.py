@@ -40,6 +40,13 @@ def test_an_address_of_ray_client_is_refused():
         join("ray://head:10001")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nobody", "host:port", ":6379"])
+def test_an_address_at_which_nobody_listens_is_refused_at_once(address):
+    pytest.importorskip("ray")
+    with pytest.raises(EngineError, match=address):
+        join(address)
+
+
 def test_what_to_install_is_said():
     code = """
 import sys
