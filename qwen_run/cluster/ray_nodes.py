@@ -12,6 +12,8 @@ from qwen_engine.errors import EngineError, first_line
 
 LOCAL = "local"  # the address of a cluster that is this machine alone, and ends with the process
 _CLIENT = "ray://"
+_log = logging.getLogger(__name__)
+
 _NAMESPACE = "qwen-engine"
 _REACH_S = 10.0
 
@@ -63,7 +65,16 @@ def join(address: str) -> Any:
             f"there is no cluster at {address}: {first_line(error)}; start one with ray start --head, or give "
             f"--ray {LOCAL}"
         ) from error
+    # Ray prints what becomes of workers on standard output, where answers may go. A fleet says so itself.
+    worker = ray._private.worker
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = _note
     return ray
+
+
+def _note(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
+    for line in data.get("lines", ()):
+        _log.info("%s", line)
 
 
 def _check_reachable(address: str) -> None:

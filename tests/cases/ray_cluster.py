@@ -38,11 +38,11 @@ def missing() -> str | None:
     return None if found.returncode == 0 else f"no network namespace: {found.stderr.strip().splitlines()[-1]}"
 
 
-def run_inside(code: str, *arguments: object, **options: Any) -> str:
+def run_inside(code: str, *arguments: object, patience: float = 1, **options: Any) -> str:
     """What ``code`` prints, in a namespace of its own that ends with it; whatever it has started is ended too.
 
     Raises:
-        AssertionError: it has failed, or has not ended in ``PATIENCE_S``.
+        AssertionError: it has failed, or has not ended in ``patience`` times ``PATIENCE_S``.
     """
     command = [sys.executable, "-c", _ENTER + code, *map(str, arguments)]
     process = subprocess.Popen(
@@ -55,7 +55,7 @@ def run_inside(code: str, *arguments: object, **options: Any) -> str:
         **{"cwd": ROOT} | options,
     )
     try:
-        out, errors = process.communicate(timeout=PATIENCE_S)
+        out, errors = process.communicate(timeout=patience * PATIENCE_S)
     finally:
         _end_session(process.pid)
     assert process.returncode == 0, f"{out}\n{errors}"
@@ -140,12 +140,12 @@ def status(url: str) -> int | None:
         return None
 
 
-def wait_for(happened: Callable[[], Any]) -> None:
+def wait_for(happened: Callable[[], Any], patience: float = 0.5) -> None:
     """
     Raises:
         AssertionError: it has not happened in time.
     """
-    ends = time.monotonic() + PATIENCE_S / 2
+    ends = time.monotonic() + patience * PATIENCE_S
     while not happened():
         assert time.monotonic() < ends, "it never happened"
         time.sleep(0.05)
