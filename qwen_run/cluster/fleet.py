@@ -282,6 +282,10 @@ class Fleet:
     def _take(self, place: _Place, news: News) -> None:
         place.statistics = news.statistics
         outputs: list[tuple[RequestStream, Output]] = []
+        had_suspect = any(ticket.is_suspect for ticket in place.tickets.values())
+        for request_id, length in news.lengths.items():
+            if ticket := place.tickets.get(request_id):
+                ticket.reach(length)
         for request_id, told in news.told.items():
             ticket = place.tickets.get(request_id)
             output = None if ticket is None else ticket.take(told)
@@ -293,10 +297,15 @@ class Fleet:
                 if told.error is None and isinstance(output, QwenError):
                     self._errand(place, request_id)
         send(outputs)
+        if had_suspect and not any(ticket.is_suspect for ticket in place.tickets.values()):
+            self._place_waiting()
 
     def _put(self, ticket: Ticket) -> None:
         """Ask a replica for ``ticket``, or keep it until there is one."""
-        loads = {place.number: len(place.tickets) for place in self._places if place.is_ready}
+        ready = [place for place in self._places if place.is_ready]
+        if ticket.is_suspect:
+            ready = [place for place in ready if not any(each.is_suspect for each in place.tickets.values())]
+        loads = {place.number: len(place.tickets) for place in ready}
         if not self.has(ticket.request_id):  # nobody reads it any more
             return
         if not loads:
@@ -362,6 +371,8 @@ class Fleet:
                 if not any(each.request_id == request_id for each in place.outbox):
                     self._errand(place, request_id)
                 place.outbox = [each for each in place.outbox if each.request_id != request_id]
+                if ticket.is_suspect:
+                    self._place_waiting()
                 return True
         return False
 

@@ -58,10 +58,15 @@ class Told:
 
 @dataclass(frozen=True)
 class News:
-    """What is new of all requests of a replica, by their names, and where its core stands."""
+    """What is new of all requests of a replica, by their names, and where its core stands.
+
+    Attributes:
+        lengths: tokens so far of those that tell nothing before their end.
+    """
 
     told: Mapping[str, Told]
     statistics: CoreStatistics
+    lengths: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Replica:
         self._told: dict[str, Told] = {}
         self._has_news = asyncio.Event()
         self._reading: dict[str, asyncio.Task[None]] = {}
+        self._silent: dict[str, RequestStream] = {}  # that tell nothing before their end
         self._numbers = 0
 
     async def open(self) -> Description:
@@ -172,7 +178,8 @@ class Replica:
             await asyncio.wait_for(self._has_news.wait(), wait_s)
         self._has_news.clear()
         told, self._told = self._told, {}
-        return News(told, self._llm.statistics)
+        lengths = {name: _length(stream) for name, stream in self._silent.items()}
+        return News(told, self._llm.statistics, lengths)
 
     async def close(self) -> None:
         """End the engine."""
@@ -188,6 +195,8 @@ class Replica:
     async def _read(self, asked: Forwarded) -> None:
         try:
             stream = await self._llm.add_request(list(asked.prompt), asked.params, asked.request_id)
+            if stream.pending.request.params.output_kind == RequestOutputKind.FINAL_ONLY:
+                self._silent[asked.request_id] = stream
             async for output in stream:
                 told = replace(output, prompt=None, prompt_token_ids=[])  # which the other side has
                 self._tell(asked.request_id, Told(told, pooled=self._pooled(stream, output)))
@@ -198,6 +207,7 @@ class Replica:
             self._tell(asked.request_id, Told(None, EngineError(f"{type(error).__name__}: {first_line(error)}")))
         finally:
             del self._reading[asked.request_id]
+            self._silent.pop(asked.request_id, None)
 
     @staticmethod
     def _pooled(stream: RequestStream, output: RequestOutput) -> np.ndarray | None:
@@ -216,6 +226,12 @@ class Replica:
             await self._llm.check_health()
         except EngineError:
             self._on_failure()
+
+
+def _length(stream: RequestStream) -> int:
+    """Tokens of the answers of a request, as far as another thread has come with them."""
+    request = stream.pending.request
+    return sum(len(sequence.token_ids) - len(request.prompt) for sequence in list(request.sequences))
 
 
 def _load(model: str | Path | Engine, options: Mapping[str, Any]) -> AsyncLLM:

@@ -16,7 +16,8 @@ from qwen_run.cluster.routing import block_keys
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.rules import RequestOutputKind
 
-MOST_DEATHS = 5  # of replicas, one after the other, while one request gets no further
+SUSPECTED_FROM = 2  # replicas that have ended, one after the other, while a request got no further on any
+MOST_DEATHS = 3  # after which one that is suspected, and was the only such one on each of them, is refused
 
 _FINAL, _DELTA = RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA
 
@@ -30,14 +31,15 @@ class Ticket:
 
     Attributes:
         asked: what a replica is asked: token ids and a seed, so that every replica answers the same.
-        num_moves: how often another replica had to begin again.
+        is_suspect: it may be what ends replicas: it is not sent to one that has another such request.
     """
 
     def __init__(
         self, stream: RequestStream, given: SamplingParams | PoolingParams | None, session: str | None
     ) -> None:
         request = stream.pending.request
-        self.stream, self.session, self.num_moves = stream, session, 0
+        self.stream, self.session = stream, session
+        self.is_suspect = False
         self._kind = request.params.output_kind
         params: SamplingParams | PoolingParams
         if isinstance(given, PoolingParams):
@@ -50,7 +52,7 @@ class Ticket:
         self._delivered = Delivered()
         self._metrics = RequestMetrics(stream.pending.metrics.arrival_time)
         self._placed = self._metrics.arrival_time
-        self._num_deaths = self._num_tokens = 0
+        self._num_deaths = self._longest = self._length = 0
 
     @property
     def request_id(self) -> str:
@@ -63,15 +65,23 @@ class Ticket:
     def move(self) -> EngineError | None:
         """The replica has ended; why no other is asked, if so.
 
-        One that gets no further on several replicas may well be what ends them.
+        A request that gets no further on several replicas may be what ends them, or may have waited beside one that
+        is. Those are tried one by one.
         """
-        self._num_deaths = 1 if self._delivered.num_tokens > self._num_tokens else self._num_deaths + 1
-        self._num_tokens = self._delivered.num_tokens
-        if self._num_deaths >= MOST_DEATHS:
+        self._num_deaths += 1
+        if self.is_suspect and self._num_deaths >= MOST_DEATHS:
             return EngineError(f"{MOST_DEATHS} replicas have ended while they answered this request; ask for less")
+        if not self.is_suspect and self._num_deaths >= SUSPECTED_FROM:
+            self.is_suspect, self._num_deaths = True, 0
         self._delivered.restart()
-        self.num_moves += 1
+        self._length = 0
         return None
+
+    def reach(self, num_tokens: int) -> None:
+        """The replica has come so far; further than any before it clears the request."""
+        self._length = num_tokens
+        if num_tokens > self._longest:
+            self._longest, self._num_deaths, self.is_suspect = num_tokens, 0, False
 
     def take(self, told: Told) -> Output | None:
         """What the reader is told of ``told``; None if it has all of it."""
@@ -81,6 +91,7 @@ class Ticket:
         if told.pooled is not None:
             self.stream.pending.request.pooled = told.pooled
         self._time(told.output)
+        self.reach(self._length + sum(len(answer.token_ids) for answer in told.output.outputs))
         if self._kind == _FINAL:
             return self._complete(told.output)
         try:

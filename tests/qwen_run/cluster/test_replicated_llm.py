@@ -163,10 +163,62 @@ def test_a_request_that_ends_replicas_does_not_end_them_for_ever(chat_engine):
                     await asyncio.sleep(0.001)
 
             ending = asyncio.ensure_future(end_all())
-            with pytest.raises(EngineError, match="5 replicas have ended while they answered this request"):
+            with pytest.raises(EngineError, match="3 replicas have ended while they answered this request"):
                 await read(llm, "A prompt", KINDS["at its end"])
             ending.cancel()
             assert answer_of(await read(llm, "A prompt", KINDS["greedy"]))
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("kind", ["in parts", "at its end"])
+@pytest.mark.parametrize("after", [0, 20])
+def test_only_the_request_that_ends_replicas_is_refused(chat_engine, kind, after):
+    """One prompt ends each replica that runs it; those that wait or run beside it get their answers."""
+
+    async def main():
+        params, poison = KINDS[kind], "poison " * 5
+        replicas = LocalReplicas(chat_engine, **OPTIONS)
+        async with fleet_of(replicas, 2) as llm:
+            expected = [answer_of(await read(llm, f"prompt {index}", params)) for index in range(12)]
+            ids = tuple(llm.llm.tokenizer.encode(poison))
+            start = replicas.start
+
+            def poisoned(replica):
+                run = replica._replica._opened.llm.core.step
+
+                def step(failed):
+                    requests = [pending.request for pending in replica._replica._opened.llm._answering.values()]
+                    for request in requests:
+                        if request.prompt == ids and request.sequences[0].num_output >= after:
+                            replica.die()
+                            raise EngineError("poisoned")
+                    return run(failed)
+
+                replica._replica._opened.llm.core.step = step
+
+            def starting():
+                replica = start()
+                opened = replica.open
+
+                async def open_poisoned():
+                    found = await opened()
+                    poisoned(replica)
+                    return found
+
+                replica.open = open_poisoned
+                return replica
+
+            replicas.start = starting
+            for replica in replicas.made:
+                poisoned(replica)
+            prompts = [f"prompt {index}" for index in range(12)]
+            prompts.insert(6, poison)
+            found = await asyncio.gather(*(read(llm, each, params) for each in prompts), return_exceptions=True)
+            refused = found.pop(6)
+            assert isinstance(refused, EngineError)
+            assert "3 replicas have ended" in str(refused)
+            assert [answer_of(each) for each in found] == expected
 
     run_async(main())
 
