@@ -32,6 +32,7 @@ READERS: dict[str, tuple[click.Command, ...]] = {
     "qwen_run.accuracy.origin_checks": (summarize, bench),
     "qwen_run.api": (run,),
     "qwen_run.bench": (bench,),
+    "qwen_run.cluster": (run,),  # and qwen-serve, which has these options too
     "qwen_run.commands": (run,),
     "qwen_run.commands.bench": (bench,),
     "qwen_run.commands.command": (run, summarize, bench, inspect),
@@ -67,7 +68,7 @@ def unknown_options(module: str, text: str) -> list[str]:
     """The options that ``text`` names and that a reader of it has not; those of qwen-build where it is named."""
     names = [name for name in READERS if f"{module}.".startswith(f"{name}.")]
     readers = READERS[max(names, key=len)]
-    named = OPTION.findall(text)
+    named = OPTION.findall(text.replace("ray start --head", ""))  # a command of Ray's
     if OPTION.fullmatch(text):  # no message, but the option itself
         return []
     builds = "build" in text or "built" in text

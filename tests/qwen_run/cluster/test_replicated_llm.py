@@ -232,6 +232,27 @@ def test_replicas_that_would_not_answer_alike_are_refused_by_name(chat_engine):
         LocalReplicas(chat_engine, differs, **OPTIONS).llm(2)
 
 
+def test_a_replica_with_less_room_is_not_taken_in_place_of_another(chat_engine):
+    async def main():
+        rooms = {1: 100, 2: 2048}  # of the replicas that follow the first
+        replicas = LocalReplicas(
+            chat_engine, lambda number, found: replace(found, max_seq_len=rooms.get(number, 2048)), **OPTIONS
+        )
+        async with fleet_of(replicas, 1) as llm:
+            assert llm.llm.max_seq_len == 2048
+            replicas.made[0].die()
+            while llm.statistics.num_deaths < 2:
+                await asyncio.sleep(0.01)
+            with pytest.raises(
+                NoReplica, match=r"room for 100 tokens at .*, those before it had for 2048; free memory"
+            ):
+                await llm.check_health()
+            assert (await read(llm, "A prompt", KINDS["greedy"])).finished
+            assert len(replicas.made) == 3
+
+    run_async(main())
+
+
 def test_an_engine_that_is_not_there_is_an_error_at_once(tmp_path):
     (tmp_path / "engine.json").write_text("{}")
     with pytest.raises(EngineError, match=r"engine\.json"):
