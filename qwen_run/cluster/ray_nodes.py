@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +72,15 @@ def join(address: str) -> Any:
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = _note
     return ray
+
+
+def keep_signals() -> None:
+    """Give SIGTERM back to the handler that Python has for it; nothing outside the main thread.
+
+    Ray puts one of its own before it, which writes a stack to standard error first.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _note(data: Mapping[str, Any], *_: Any, **__: Any) -> None:

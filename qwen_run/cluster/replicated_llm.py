@@ -25,6 +25,7 @@ from qwen_run.cluster.fleet_statistics import FleetStatistics
 from qwen_run.cluster.front import front_of
 from qwen_run.cluster.handles import RayReplicas, Replicas
 from qwen_run.cluster.patience import Patience
+from qwen_run.cluster.ray_nodes import keep_signals
 from qwen_run.cluster.ticket import Ticket
 from qwen_run.runtime.core_options import CoreOptions
 from qwen_run.sampling.params import SamplingParams
@@ -72,6 +73,7 @@ class ReplicatedLLM:
         batch_size = options.get("max_batch_size", CoreOptions.max_batch_size)
         self._fleet = Fleet(make, num_replicas, max(1, batch_size // 4), patience or Patience())
         self.descriptions = self._fleet.open()
+        keep_signals()
         atexit.register(self._fleet.close)
         try:
             self._llm = front_of(model, options, self.descriptions)

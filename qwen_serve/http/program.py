@@ -18,6 +18,7 @@ import uvicorn
 
 from qwen_engine.errors import EngineError
 from qwen_engine.tasks import GENERATE, TASKS
+from qwen_run.cluster.ray_nodes import keep_signals
 from qwen_run.cluster.replicated_llm import ReplicatedLLM
 from qwen_run.runtime.request import message_of
 from qwen_run.sampling.params import SamplingParams
@@ -61,6 +62,7 @@ async def _serve(settings: Settings, listener: socket.socket, say: Say) -> None:
     try:
         await asyncio.wait({answering, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is None:
+            keep_signals()
             for line in in_force(serving):
                 say(line)
         if not loading.done() or loading.exception() is None:
