@@ -30,7 +30,8 @@ class Answering:
 
 if __name__ == "__main__":
     engine, prompts, answers = map(os.path.abspath, sys.argv[1:])
-    rows = ray.data.read_json(prompts, num_cpus=0)  # else two replicas on two processors would wait for ever
     pool = ray.data.ActorPoolStrategy(size=2, max_tasks_in_flight_per_actor=4)
     options = {"fn_constructor_args": [engine], "compute": pool, "num_cpus": 1, "max_concurrency": 4}
-    rows.repartition(target_num_rows_per_block=16).map_batches(Answering, batch_size=16, **options).write_json(answers)
+    # Readers and writers ask for no processor: where the pool has all of them, they would wait for ever.
+    rows = ray.data.read_json(prompts, num_cpus=0).map_batches(Answering, batch_size=16, **options)
+    rows.write_json(answers, ray_remote_args={"num_cpus": 0})
