@@ -205,7 +205,7 @@ def assign(records: Sequence[Record], keys: Mapping[int, str]) -> dict[int, Reco
     return {lines[index]: {**records[index], "line": lines[index]} for index in sorted(lines)}
 
 
-class Tally:
+class AnswerTally:
     """The answers to a file of prompts while they come: written, counted, shown beside a bar, and summed up.
 
     Args:
@@ -283,7 +283,7 @@ def answer_all(
     Raises:
         RequestError: at the end, if some prompts could not be answered; what was wrong stands in their records.
     """
-    tally = Tally(len(prompts), answers)
+    tally = AnswerTally(len(prompts), answers)
     waiting = iter([prompt for prompt in prompts if prompt.line not in answers.answered])
     running: dict[PendingRequest, FilePrompt] = {}
     with tally.bar:
@@ -303,7 +303,7 @@ def _fill(
     waiting: Iterator[FilePrompt],
     prepare: Callable[[FilePrompt], PendingRequest],
     running: dict[PendingRequest, FilePrompt],
-    tally: Tally,
+    tally: AnswerTally,
 ) -> bool:
     """Submit prompts until a batch of them waits; write down those that cannot be answered. False when none is left."""
     while llm.core.statistics.num_waiting < llm.core.options.max_batch_size and (prompt := next(waiting, None)):

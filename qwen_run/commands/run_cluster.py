@@ -10,7 +10,7 @@ from qwen_engine.errors import EngineError, RequestError
 from qwen_run.api.outputs import RequestOutput
 from qwen_run.api.pending_request import PendingRequest
 from qwen_run.cluster.replicated_llm import ReplicatedLLM
-from qwen_run.commands.answer_file import AnswersOut, Tally
+from qwen_run.commands.answer_file import AnswersOut, AnswerTally
 from qwen_run.commands.prompt_file import FilePrompt
 from qwen_run.sampling.rules import RequestOutputKind
 
@@ -28,7 +28,7 @@ async def answer_all_on(
     Raises:
         RequestError: at the end, if some prompts could not be answered; what was wrong stands in their records.
     """
-    tally = Tally(len(prompts), answers)
+    tally = AnswerTally(len(prompts), answers)
     statistics = llm.statistics
     in_hand = asyncio.Semaphore(_IN_HAND * statistics.num_replicas * llm.llm.core.options.max_batch_size)
 
