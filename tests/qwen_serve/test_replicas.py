@@ -35,6 +35,18 @@ with serving(engine, 2, "--kv-cache-memory", "64", "--max-seq-len", "512") as ur
     wait_for(lambda: "qwen:replicas_ready{" in (text := httpx2.get(url + "/metrics").text)
              and text.split("qwen:replicas_ready{")[1].split()[1] == "2.0")
 
+    # one that is stopped says nothing, and closes no connection
+    stopped, *_ = replica_processes()
+
+    def stop(total):
+        if total == 150:
+            os.kill(stopped, signal.SIGSTOP)
+
+    assert asyncio.run(read_all(url, requests, stop)) == undisturbed
+    wait_for(lambda: len(replica_processes()) == 2 and stopped not in replica_processes())
+    wait_for(lambda: "replicas_ready" in (text := httpx2.get(url + "/metrics").text)
+             and text.split("qwen:replicas_ready{")[1].split()[1] == "2.0")
+
     # without any replica requests are told to come again, and those under way wait
     def kill_all(total):
         if total == 150:

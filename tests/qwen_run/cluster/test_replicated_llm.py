@@ -300,6 +300,28 @@ def test_draining_and_closing(chat_engine):
     run_async(main())
 
 
+def test_what_cannot_be_sent_to_another_process_is_refused_alone(chat_engine):
+    async def main():
+        replicas = LocalReplicas(chat_engine, **OPTIONS)
+        async with fleet_of(replicas, 1) as llm:
+            (replica,) = replicas.made
+            begin = replica.begin
+
+            async def pickled(asked):
+                if any(each.params.logits_processors for each in asked):
+                    raise TypeError("cannot pickle 'lock' object")
+                await begin(asked)
+
+            replica.begin = pickled
+            params = SamplingParams(temperature=0, logits_processors=[lambda ids, logits: logits])
+            with pytest.raises(RequestError, match="a request cannot be passed on: cannot pickle 'lock' object; leave"):
+                await read(llm, "A prompt", params)
+            assert (await read(llm, "A prompt", KINDS["greedy"])).finished
+            assert llm.statistics.num_deaths == 0
+
+    run_async(main())
+
+
 def test_what_a_request_gets_wrong_is_said(chat_engine):
     async def main():
         async with fleet_of(LocalReplicas(chat_engine, **OPTIONS), 1) as llm:
