@@ -201,6 +201,7 @@ def test_an_engine_that_is_none_ends_the_program(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--replicas", "2"], "--replicas needs --ray."),
         (["--certificate", __file__], "--certificate and --private-key belong together."),
         (["--unix-socket", "s", "--certificate", __file__, "--private-key", __file__], "exclude each other"),
         (["--api-key", ""], "An API key is empty"),
