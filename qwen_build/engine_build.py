@@ -46,6 +46,7 @@ from qwen_build.writing.weights_file import (
 )
 from qwen_engine import __version__
 from qwen_engine.errors import BuildError
+from qwen_engine.extents import EXTENTS_FILE
 from qwen_engine.graph_io import BATCH_INPUTS, EMBEDDING, HEAD, PLUGIN_DOMAIN, TensorSpec, embeds_inputs
 from qwen_engine.manifest import (
     FORMAT_VERSION,
@@ -66,7 +67,7 @@ from qwen_engine.manifest import (
 )
 from qwen_engine.tasks import GENERATE, POOLING_FILE, output_of
 from qwen_plugin import OPERATORS
-from qwen_run.engine_files.checksums import measure_part
+from qwen_run.engine_files.checksums import measure_extents, measure_part
 from qwen_run.runtime.machine import physical_cores
 
 # resident memory of the interpreter and its libraries, before any weight
@@ -238,6 +239,8 @@ def write_engine(
         _digests(plan, checkpoint) as digests,
     ):
         write_weights(layout, checkpoint, scratch / WEIGHTS_FILE, advance)
+        extents = measure_extents(scratch / WEIGHTS_FILE, layout.groups)
+        (scratch / EXTENTS_FILE).write_text(extents.to_json(), encoding="utf-8")
         write_graph(plan.graph, plan.layout, scratch / GRAPH_FILE)
         exposing = build_graph(plan.config, plan.schemes, plan.inputs, plan.max_seq_len, expose=True)
         write_graph(exposing, plan.layout, scratch / LAYERS_GRAPH_FILE)

@@ -10,6 +10,7 @@ state of their own, ``E`` tokens that are given as embeddings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,10 @@ LOGITS = "logits"
 
 # The modules that have the vocabulary, as Hugging Face names them.
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+# What the names of a decoder layer's modules, weights and operators' inputs begin with.
+LAYERS = "model.layers"
+_LAYER = re.compile(rf"{re.escape(LAYERS)}\.(\d+)(?:\.|$)")
 
 # The domain of the plugin's operators.
 PLUGIN_DOMAIN = "qwen"
@@ -67,6 +72,16 @@ BATCH_INPUTS = (
     TensorSpec(BLOCK_TABLE, "sequence", "int32", ("S", "max_blocks")),
     TensorSpec(LOGITS_INDICES, "selection", "int64", ("L",)),
 )
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a module or weight of this name belongs to.
+
+    >>> layer_of("model.layers.12.mlp.down_proj.panels"), layer_of("model.norm.weight")
+    (12, None)
+    """
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
 
 
 def embeds_inputs(hidden_size: int) -> tuple[TensorSpec, ...]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qwen_engine.errors import BuildError, EngineError
+from qwen_engine.extents import EXTENTS_FILE
 from qwen_engine.manifest import (
     GRAPH_FILE,
     LAYERS_GRAPH_FILE,
@@ -81,7 +82,7 @@ def _own_files(engine: Path) -> set[str]:
     try:
         return {MANIFEST_FILE, *Manifest.read(engine).parts}
     except EngineError:
-        return {MANIFEST_FILE, GRAPH_FILE, LAYERS_GRAPH_FILE, WEIGHTS_FILE, *TEXT_FILES}
+        return {MANIFEST_FILE, GRAPH_FILE, LAYERS_GRAPH_FILE, WEIGHTS_FILE, EXTENTS_FILE, *TEXT_FILES}
 
 
 @contextmanager

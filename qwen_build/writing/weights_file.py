@@ -25,6 +25,7 @@ from qwen_build.graph.model import Graph
 from qwen_build.quantization.grid import Rounded, joined
 from qwen_build.quantization.schemes import Float32, Scheme, StoredPart
 from qwen_engine.errors import BuildError, CheckpointError
+from qwen_engine.graph_io import EMBEDDING, LAYERS, layer_of
 from qwen_engine.manifest import WEIGHTS_FILE
 from qwen_plugin.layout import gated_order
 from qwen_run.runtime.machine import physical_cores
@@ -38,6 +39,8 @@ ARRAYS_PER_SLICE = 6
 _PIECE = 2 << 20  # bytes, a huge page
 # Tensors start at a multiple of this: a cache line, and a page where the tensor is at least that large.
 ALIGNMENTS = (64, 4096)
+CONSTANTS = "constants"  # what the group of tensors is called that are no weights
+_NO_LAYER = 1 << 30  # stands behind all layers
 # Constants up to this size stay in the graph: ONNX's shape inference wants to see axes and the like.
 INLINE_BYTES = 1024
 
@@ -94,20 +97,29 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Layout:
-    """The weights file: what is written where, and which place each initializer of the graph reads."""
+    """The weights file: what is written where, and which place each initializer of the graph reads.
+
+    Attributes:
+        groups: what lies together, and where it ends; see ``qwen_engine/extents.py``.
+    """
 
     weights: tuple[PlannedWeight, ...]
     constants: tuple[tuple[np.ndarray, Place], ...]
     places: Mapping[str, Place]
     size_bytes: int
+    groups: tuple[tuple[str, int], ...]
 
 
 def plan_layout(graph: Graph, sources: Mapping[str, WeightSource]) -> Layout:
-    """Give every tensor of ``graph`` its place. ``sources`` has the source of each graph weight."""
+    """Give every tensor of ``graph`` its place. ``sources`` has the source of each graph weight.
+
+    What belongs to a decoder layer lies together, so that a stage of some layers reads one stretch of the file.
+    """
     end = 0
     places: dict[str, Place] = {}
     planned: dict[tuple[WeightSource, Scheme], PlannedWeight] = {}
     constants: list[tuple[np.ndarray, Place]] = []
+    groups: list[tuple[str, int]] = []  # what lies together, and where it begins
 
     def put(part: StoredPart) -> Place:
         nonlocal end
@@ -116,25 +128,48 @@ def plan_layout(graph: Graph, sources: Mapping[str, WeightSource]) -> Layout:
         end = offset + part.size_bytes
         return Place(offset, part)
 
+    def put_weight(name: str) -> None:
+        scheme: Scheme
+        if name in graph.plain:
+            value, scheme = graph.plain[name], Float32()
+            shape, gated = tuple(value.shape), False
+            parts = {"weight": StoredPart(shape, ir.DataType.FLOAT)}
+            values = {"weight": value}
+        else:
+            module = graph.stored[name]
+            shape, scheme, gated = module.shape, module.scheme, module.gated_panels
+            parts, values = module.scheme.parts(shape), module.parts
+        key = sources[name], scheme
+        if key not in planned:
+            placed = {part: put(stored) for part, stored in parts.items()}
+            planned[key] = PlannedWeight(sources[name], shape, scheme, placed, gated)
+        places.update({value.name: planned[key].places[part] for part, value in values.items()})
+
     for name, value in graph.model.graph.initializers.items():
         if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
             array = np.ascontiguousarray(value.const_value.numpy())
-            place = put(StoredPart(array.shape, value.const_value.dtype))
-            constants.append((array, place))
-            places[name] = place
-    for name, value in graph.plain.items():
-        shape = tuple(value.shape)
-        weight = PlannedWeight(sources[name], shape, Float32(), {"weight": put(StoredPart(shape, ir.DataType.FLOAT))})
-        planned[sources[name], Float32()] = weight
-        places[value.name] = weight.places["weight"]
-    for name, module in graph.stored.items():
-        key = sources[name], module.scheme
-        if key not in planned:
-            places_of = {part: put(stored) for part, stored in module.scheme.parts(module.shape).items()}
-            planned[key] = PlannedWeight(sources[name], module.shape, module.scheme, places_of, module.gated_panels)
-        for part, value in module.parts.items():
-            places[value.name] = planned[key].places[part]
-    return Layout(tuple(planned.values()), tuple(constants), places, end)
+            places[name] = put(StoredPart(array.shape, value.const_value.dtype))
+            constants.append((array, places[name]))
+            groups = [(CONSTANTS, 0)]
+    # Large ones first: they begin at a page, and so does the group.
+    for group, names in _grouped([*graph.stored, *graph.plain]):
+        before = end
+        for name in names:
+            put_weight(name)
+        if end > before:  # else it is tied to what is there already
+            groups.append((group, before))
+    ends = [start for _, start in groups[1:]] + [end]
+    extents = tuple((holds, last) for (holds, _), last in zip(groups, ends, strict=True))
+    return Layout(tuple(planned.values()), tuple(constants), places, end, extents)
+
+
+def _grouped(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """The names of weights by the decoder layer or the module that they belong to, in the order these compute."""
+    groups: dict[str, list[str]] = {EMBEDDING: []}
+    for name in sorted(names, key=lambda name: _NO_LAYER if (layer := layer_of(name)) is None else layer):
+        layer = layer_of(name)
+        groups.setdefault(name.rpartition(".")[0] if layer is None else f"{LAYERS}.{layer}", []).append(name)
+    return list(groups.items())
 
 
 def write_graph(graph: Graph, layout: Layout, path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import qwen_plugin
 from qwen_engine.errors import EngineError
-from qwen_engine.manifest import TEXT_FILES, FileRecord, Manifest
+from qwen_engine.extents import EXTENTS_FILE, Extent, Extents
+from qwen_engine.manifest import GRAPH_FILE, TEXT_FILES, WEIGHTS_FILE, FileRecord, Manifest
 from qwen_engine.refused_memory import is_refused_memory, memory_advice
 
 # One buffer for all reads, small enough for a core's own cache.
@@ -35,6 +36,18 @@ def measure_part(path: Path) -> FileRecord:
     return FileRecord(size_bytes, f"{crc32:08x}", sha256.hexdigest())
 
 
+def measure_extents(path: Path, ends: Iterable[tuple[str, int]]) -> Extents:
+    """The extents of the weights file ``path``: what each holds and where it ends, with their crc32."""
+    named = list(ends)
+    edges = pairwise([0, *(end for _, end in named)])
+    return Extents(
+        tuple(
+            Extent(holds, end, f"{_crc32_of_stretch(path, *edge):08x}")
+            for (holds, end), edge in zip(named, edges, strict=True)
+        )
+    )
+
+
 def check_parts(directory: Path, manifest: Manifest, threads: int) -> None:
     """Check that every part is there, has its size and its crc32: with ``threads`` cheap enough for every load.
 
@@ -45,6 +58,54 @@ def check_parts(directory: Path, manifest: Manifest, threads: int) -> None:
     _check_sizes(directory, manifest)
     changed = [name for name, part in manifest.parts.items() if _crc32(directory / name, threads) != part.crc32]
     _refuse(directory, [f"{name} has changed since it was built (its crc32 differs)" for name in changed])
+
+
+def check_stage(
+    directory: Path, manifest: Manifest, stretches: Sequence[tuple[int, int]], threads: int, *, others: bool
+) -> None:
+    """Check what a stage of an engine reads: the graph, and those extents of the weights that ``stretches`` touch.
+
+    What lies between these extents need not be there: the file may have holes.
+
+    Args:
+        stretches: first byte and end of what is read.
+        others: check all other parts too, such as what text goes through.
+
+    Raises:
+        EngineError: as :func:`check_parts`, or the engine has no ``extents.json``.
+    """
+    extents = Extents.read(directory, manifest.parts[WEIGHTS_FILE].size_bytes)
+    needed = {GRAPH_FILE, EXTENTS_FILE}
+    if others:
+        needed.update(manifest.parts.keys() - {WEIGHTS_FILE})
+    _check_sizes(directory, manifest, {*needed, WEIGHTS_FILE}, alone=others)
+    changed = [name for name in sorted(needed) if name not in manifest.parts or _changed(directory, manifest, name)]
+    _refuse(directory, [f"{name} has changed since it was built (its crc32 differs)" for name in changed])
+    crc32, start = 0, 0
+    for extent in extents.extents:
+        crc32, start = _joined_crc32(crc32, int(extent.crc32, 16), extent.end - start), extent.end
+    if f"{crc32:08x}" != manifest.parts[WEIGHTS_FILE].crc32:
+        _refuse(directory, [f"{EXTENTS_FILE} is of another {WEIGHTS_FILE}"])
+    read = [
+        (start, end, extent)
+        for start, end, extent in extents.stretches
+        if any(first < end and start < last for first, last in stretches)
+    ]
+    path = directory / WEIGHTS_FILE
+    with _readable(path), ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda each: _crc32_of_stretch(path, each[0], each[1]), read))
+    _refuse(
+        directory,
+        [
+            f"{WEIGHTS_FILE} is not as it was built where it holds {extent.holds}, bytes {start} to {end}"
+            for (start, end, extent), crc in zip(read, found, strict=True)
+            if f"{crc:08x}" != extent.crc32
+        ],
+    )
+
+
+def _changed(directory: Path, manifest: Manifest, name: str) -> bool:
+    return _crc32(directory / name, 1) != manifest.parts[name].crc32
 
 
 def check_operators(directory: Path, manifest: Manifest) -> None:
@@ -76,13 +137,16 @@ def verify_parts(directory: Path, manifest: Manifest) -> None:
     _refuse(directory, [f"{name} has changed since it was built (its sha256 differs)" for name in changed])
 
 
-def _check_sizes(directory: Path, manifest: Manifest) -> None:
+def _check_sizes(directory: Path, manifest: Manifest, names: Container[str] | None = None, alone: bool = True) -> None:
+    """Check the parts of these ``names``, all if None; and, with ``alone``, that nothing else would be read."""
     complaints = [
         f"{name} is there, and the engine was built without it"
         for name in TEXT_FILES
-        if name not in manifest.parts and os.path.lexists(directory / name)
+        if alone and name not in manifest.parts and os.path.lexists(directory / name)
     ]
     for name, part in manifest.parts.items():
+        if names is not None and name not in names:
+            continue
         path = directory / name
         if not path.is_file():
             complaints.append(f"{name} is missing")

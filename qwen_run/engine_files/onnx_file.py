@@ -59,8 +59,8 @@ def read_graph(path: Path) -> OnnxGraph:
     try:
         (graph,) = (value for number, value in _bytes_of(read_regular(path)) if number == 7)
         parts = _bytes_of(graph)
-        initializers = [_tensor(value) for number, value in parts if number == 5]
-        nodes = tuple(_node(value) for number, value in parts if number == 1)
+        initializers = [tensor_of(value) for number, value in parts if number == 5]
+        nodes = tuple(node_of(value) for number, value in parts if number == 1)
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror}; build the engine again") from error
     except (LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
@@ -68,7 +68,8 @@ def read_graph(path: Path) -> OnnxGraph:
     return OnnxGraph(nodes, {tensor.name: tensor for tensor in initializers})
 
 
-def _node(message: bytes) -> Node:
+def node_of(message: bytes) -> Node:
+    """The operator that a NodeProto describes."""
     values: dict[int, list[bytes]] = {}
     for number, value in _bytes_of(message):
         values.setdefault(number, []).append(value)
@@ -101,7 +102,8 @@ def _attribute(message: bytes) -> tuple[str, Attribute]:
     return name, result
 
 
-def _tensor(message: bytes) -> Tensor:
+def tensor_of(message: bytes) -> Tensor:
+    """The initializer that a TensorProto describes."""
     name, dtype, shape, raw, offset = "", "", list[int](), b"", None
     for number, value, *_ in fields(message):
         if number == 1:

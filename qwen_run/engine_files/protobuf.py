@@ -71,10 +71,20 @@ def rewritten(message: bytes, path: Sequence[int], change: Callable[[bytes], byt
     for field in fields(message):
         if field.is_counted and field.number == path[0] and isinstance(field.value, bytes):
             inner = rewritten(field.value, path[1:], change)
-            parts.append(_varint(field.number << 3 | _COUNTED) + _varint(len(inner)) + inner)
+            parts.append(counted(field.number, inner))
         else:
             parts.append(message[field.start : field.end])
     return b"".join(parts)
+
+
+def counted(number: int, value: bytes) -> bytes:
+    """A field of a text or a message."""
+    return _varint(number << 3 | _COUNTED) + _varint(len(value)) + value
+
+
+def whole(number: int, value: int) -> bytes:
+    """A field of a whole number that is not negative."""
+    return _varint(number << 3 | _VARINT) + _varint(value)
 
 
 def _read_varint(message: bytes, start: int) -> tuple[int, int]:

@@ -8,29 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 import qwen_plugin
 from qwen_engine.errors import EngineError, shown
-from qwen_engine.graph_io import TensorSpec
 from qwen_engine.json_output import is_utf8
 from qwen_engine.manifest import ENGINES, GRAPH_FILE, MANIFEST_FILE, Manifest
-from qwen_engine.refused_memory import is_refused_memory, memory_advice
 from qwen_run.engine_files.checksums import check_operators, check_parts
 from qwen_run.engine_files.float_activations import with_float_activations
 from qwen_run.runtime.capacity import choose_capacity, warn_of_shorter, with_limit
 from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.runtime.machine import available_bytes, physical_cores
-from qwen_run.runtime.native_calls import NATIVE_CALLS
-
-# ONNX Runtime's exceptions have no common base of their own; a bound run raises RuntimeError.
-_ORT_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    MemoryError,
-    UnicodeDecodeError,  # of a message that quotes what a broken file holds
-    *(error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)),
-)
+from qwen_run.runtime.session import GraphSession
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +46,12 @@ class Engine:
         cache: the pools the graph updates in place.
     """
 
-    def __init__(
-        self, directory: Path, manifest: Manifest, session: onnxruntime.InferenceSession, cache: KVCache
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, session: GraphSession, cache: KVCache) -> None:
         self.directory = directory
         self.manifest = manifest
         self.cache = cache
         self._session = session
+        session.bind(cache.pools)
         self._input_names = [spec.name for spec in manifest.batch_inputs]
         # What a batch that has none of them brings.
         self._absent = {
@@ -72,11 +59,6 @@ class Engine:
             for spec in manifest.batch_inputs
             if spec.kind == "embedding"
         }
-        self._output_names = [output.name for output in session.get_outputs()]
-        # The pools are bound once; binding them again for every run would cost more than the run's overhead.
-        self._binding = onnxruntime.IOBinding(session)
-        for name, pool in cache.pools.items():
-            self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(pool))
 
     @classmethod
     def load(
@@ -105,32 +87,22 @@ class Engine:
             EngineError: a part is missing or changed, the plugin lacks an operator, the graph is not what the
                 manifest says, or the pool does not hold ``max_seq_len`` tokens.
         """
-        _check_counts(threads=threads, num_blocks=num_blocks, cache_bytes=cache_bytes, max_seq_len=max_seq_len)
-        if not is_utf8(str(directory)):  # ONNX Runtime takes no other path
-            raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
-        manifest = Manifest.read(directory)
+        check_counts(threads=threads, num_blocks=num_blocks, cache_bytes=cache_bytes, max_seq_len=max_seq_len)
+        manifest = read_manifest(directory)
         if graph not in manifest.parts:
             raise EngineError(f"{directory} has no part {graph}; build the engine again")
         threads = threads or physical_cores()
         check_parts(directory, manifest, threads)
         check_operators(directory, manifest)
-        _check_states(directory, manifest)
         capacity = choose_capacity(
             manifest, available_bytes(), num_blocks=num_blocks, cache_bytes=cache_bytes, max_seq_len=max_seq_len
         )
-        try:
-            options = _session_options(manifest, threads)
-            source: Path | bytes = directory / graph
-            if float_activations:
-                source = with_float_activations((directory / graph).read_bytes())
-                options.add_session_config_entry(
-                    "session.model_external_initializers_file_folder_path", str(directory.resolve())
-                )
-            with NATIVE_CALLS.call():
-                session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except _ORT_ERRORS as error:
-            raise _engine_error(f"{directory / graph} cannot be loaded", error) from error
-        _check_graph(directory / graph, session, manifest)
+        path = directory / graph
+        session = GraphSession(
+            path, manifest, threads, with_float_activations(path.read_bytes()) if float_activations else None
+        )
+        if complaints := session.find_faults(manifest.inputs, manifest.outputs):
+            raise EngineError(f"{path} {'; '.join(complaints)}; build the engine again")
         cache = KVCache(manifest.states, manifest.cache.block_size, capacity.num_blocks)
         if max_seq_len is None and capacity.max_seq_len < manifest.limits.max_seq_len:
             warn_of_shorter(manifest, capacity)
@@ -150,24 +122,12 @@ class Engine:
 
     def run_layers(self, batch: Batch) -> dict[str, np.ndarray]:
         """As :meth:`run`, and return every output of the graph by name: all sub-blocks of ``layers.onnx``."""
-        return self._run(batch, self._output_names)
+        return self._run(batch, self._session.output_names)
 
     def _run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        binding = self._binding
-        try:
-            for name in self._input_names:
-                value = getattr(batch, name)
-                binding.bind_cpu_input(name, self._absent[name] if value is None else value)
-            # Bound anew each time: a bound output keeps the shape of the run before.
-            binding.clear_binding_outputs()
-            for name in outputs:
-                binding.bind_output(name)
-            with NATIVE_CALLS.call():
-                self._session.run_with_iobinding(binding)
-        except _ORT_ERRORS as error:
-            raise _engine_error(f"{self.directory} cannot run", error) from error
-        values = binding.get_outputs()
-        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+        values = ((name, getattr(batch, name)) for name in self._input_names)
+        given = ((name, self._absent[name] if value is None else value) for name, value in values)
+        return self._session.run(given, outputs)
 
 
 def newest_engine(root: Path = ENGINES) -> Path:
@@ -185,28 +145,11 @@ def newest_engine(root: Path = ENGINES) -> Path:
     return max(written, key=written.__getitem__)
 
 
-def _session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    # The plugin's operators have threads of their own; beside them there is a Gather.
-    is_stock = any(linear.quantization.kernels == "stock" for linear in manifest.linears)
-    options.intra_op_num_threads = threads if is_stock else 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # fatal: an error is raised with the same text
-    options.enable_mem_pattern = False  # it keeps a plan for every combination of shapes ever seen
-    # The arena keeps 27 MB more of a prompt of 512 tokens (0.5B) than malloc, and makes nothing faster.
-    options.enable_cpu_mem_arena = False
-    # Threads of stock operators that wait for the next node spin, but briefly. A token of the demo engine (int4,
-    # --kernels stock, 2 threads) takes 12.3 ms with the default of about 1 ms, 12.1 with 20 us, 12.5 without; beside
-    # two busy processes 30, 25 and 25.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-    if manifest.operators:
-        qwen_plugin.register(options, threads)
-    return options
-
-
-def _check_counts(threads: int | None, **counts: int | None) -> None:
-    """Refuse what is no count."""
+def check_counts(threads: int | None, **counts: int | None) -> None:
+    """
+    Raises:
+        EngineError: one of them is no count.
+    """
     for name, value in {"threads": threads, **counts}.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise EngineError(f"{name} is {shown(value)}, expected a whole number, 1 or more")
@@ -214,46 +157,19 @@ def _check_counts(threads: int | None, **counts: int | None) -> None:
         raise EngineError(f"threads is {threads}, expected {qwen_plugin.MOST_THREADS} or fewer")
 
 
-def _check_states(directory: Path, manifest: Manifest) -> None:
-    """Refuse an engine with a state that lies in no cache block: this runtime keeps, shares and moves blocks alone."""
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an engine that this runtime can run.
+
+    Raises:
+        EngineError: there is none, or it has a state that lies in no cache block: this runtime keeps, shares and moves
+            blocks alone.
+    """
+    if not is_utf8(str(directory)):  # ONNX Runtime takes no other path
+        raise EngineError(f"{str(directory)!r} is not a UTF-8 path; rename it")
+    manifest = Manifest.read(directory)
     if others := [state.name for state in manifest.states if state.kind != "paged_state"]:
         raise EngineError(
             f"{directory} has states of whole sequences ({', '.join(others[:4])}{', ...' if others[4:] else ''}), this "
             "runtime keeps what lies in cache blocks; run it with a newer qwen-engine"
         )
-
-
-def _check_graph(path: Path, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
-    """Agree both ways: the graph has the manifest's inputs and no others, and its outputs; types and shapes equal."""
-    inputs = {value.name: value for value in session.get_inputs()}
-    outputs = {value.name: value for value in session.get_outputs()}
-    complaints = [f"has unknown input {name}" for name in inputs.keys() - {spec.name for spec in manifest.inputs}]
-    for specs, found, kind in ((manifest.inputs, inputs, "input"), (manifest.outputs, outputs, "output")):
-        for spec in specs:
-            value = found.get(spec.name)
-            if value is None:
-                complaints.append(f"lacks {kind} {spec.name}")
-            elif not _matches(spec, value.type, value.shape):
-                complaints.append(
-                    f"has {spec.name} {value.type} {tuple(value.shape)}, expected {spec.dtype} {spec.shape}"
-                )
-    if complaints:
-        raise EngineError(f"{path} {'; '.join(sorted(complaints))}; build the engine again")
-
-
-def _matches(spec: TensorSpec, ort_type: str, shape: Sequence[int | str | None]) -> bool:
-    sizes = [
-        (wanted, size)
-        for wanted, size in zip(spec.shape, shape, strict=False)
-        if isinstance(wanted, int) and isinstance(size, int)
-    ]
-    name = {"float32": "float"}.get(spec.dtype, spec.dtype)  # where ONNX Runtime's name is not NumPy's
-    return ort_type == f"tensor({name})" and len(shape) == len(spec.shape) and all(a == b for a, b in sizes)
-
-
-def _engine_error(what: str, error: Exception) -> EngineError:
-    """``what`` fails with ``error``: the sentence of ONNX Runtime's message, without the codes before it."""
-    text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
-    lines = text.splitlines() or [type(error).__name__]
-    advice = f"; {memory_advice()}" if is_refused_memory(error) else ""
-    return EngineError(f"{what}: {lines[0].split(' : ')[-1].strip()}{advice}")
+    return manifest

@@ -6,7 +6,8 @@ import contextlib
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,38 +24,76 @@ _ALIGNMENT_BYTES = 64
 _SMALL_PAGES_BYTES = 2 << 20
 
 
-class KVCache:
-    """Pools of ``num_blocks`` blocks for every paged state, who owns which block, and which tokens it holds.
+class Edit(NamedTuple):
+    """What has to happen to block ``target`` in every pool: ``source`` is copied to it; None: zeros are."""
 
-    A block id stands for the same block of every pool. Sequences with equal beginnings share blocks: a block is
-    free when its last owner has given it back. What it holds may still be found by its key until it is given out
-    again. Memory is committed by the operating system when a block is first written: a large pool costs
-    nothing until it is used.
+    target: int
+    source: int | None
+
+
+class Pools:
+    """Memory of ``num_blocks`` blocks for every paged state. A block id stands for the same block of each.
+
+    Memory is committed by the operating system when a block is first written: a large pool costs nothing until it is
+    used.
 
     Attributes:
-        pools: state name -> array of the state's dtype, (num_blocks, ...).
+        arrays: state name -> array of the state's dtype, (num_blocks, ...).
     """
 
-    def __init__(self, states: Sequence[TensorSpec], block_size: int, num_blocks: int) -> None:
-        """Make the pools.
+    def __init__(self, states: Sequence[TensorSpec], num_blocks: int) -> None:
+        """Make the pools, of zeros.
 
         Raises:
             EngineError: the system refuses the memory.
         """
-        self.block_size = block_size
-        self.num_blocks = num_blocks
         try:
-            self.pools = {state.name: _zeros(_pool_shape(state, num_blocks), state.dtype) for state in states}
+            self.arrays = {state.name: _zeros(_pool_shape(state, num_blocks), state.dtype) for state in states}
         except MemoryError:
             pool_bytes = num_blocks * block_bytes(states)
             raise EngineError(
                 f"no memory for a cache of {pool_bytes / 2**30:.1f} GiB, {num_blocks} blocks; ask for less with "
                 "--kv-cache-memory (in Python cache_bytes or num_blocks)"
             ) from None
+
+    def apply(self, edit: Edit) -> None:
+        """Do what is to happen to a block."""
+        for pool in self.arrays.values():
+            pool[edit.target] = 0 if edit.source is None else pool[edit.source]
+
+
+class Blocks:
+    """Who owns which block, and which tokens it holds.
+
+    Sequences with equal beginnings share blocks: a block is free when its last owner has given it back. What it holds
+    may still be found by its key until it is given out again.
+
+    What has to happen to the memory of blocks is told in order, before anything that follows is fed: edits of pools
+    that lie elsewhere are kept and travel with the next batch.
+    """
+
+    def __init__(self, block_size: int, num_blocks: int, block_bytes: int, apply: Callable[[Edit], object]) -> None:
+        """All blocks are free, and hold zeros.
+
+        Args:
+            block_bytes: of one block over all pools.
+            apply: is called with every edit.
+        """
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self._block_bytes = block_bytes
+        self._apply = apply
+        self._begin(is_clean=True)
+
+    def _begin(self, is_clean: bool) -> None:
         self._prefixes = PrefixCache()
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._num_owners = [0] * num_blocks
-        self._is_clean = [True] * num_blocks
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self._num_owners = [0] * self.num_blocks
+        self._is_clean = [is_clean] * self.num_blocks
+
+    def forget(self) -> None:
+        """All blocks are free, nobody knows what they hold: those who had some must not give them back."""
+        self._begin(is_clean=False)
 
     @property
     def num_free(self) -> int:
@@ -67,7 +106,7 @@ class KVCache:
 
     def mebibytes_of(self, num_blocks: int) -> int:
         """The least ``--kv-cache-memory`` that holds so many blocks."""
-        return least_mebibytes(num_blocks, sum(pool[:1].nbytes for pool in self.pools.values()))
+        return least_mebibytes(num_blocks, self._block_bytes)
 
     def allocate(self, count: int) -> list[int] | None:
         """Give out ``count`` blocks of zeros; None, and nothing is given out, where fewer are free.
@@ -80,8 +119,7 @@ class KVCache:
         block_ids = [self._free.pop() if self._free else self._prefixes.evict() for _ in range(count)]
         for block in block_ids:
             if not self._is_clean[block]:
-                for pool in self.pools.values():
-                    pool[block] = 0
+                self._apply(Edit(block, None))
             self._is_clean[block] = False
             self._num_owners[block] = 1
         return block_ids
@@ -106,8 +144,7 @@ class KVCache:
 
     def copy(self, source: int, target: int) -> None:
         """Copy what ``source`` holds to ``target``, in every pool."""
-        for pool in self.pools.values():
-            pool[target] = pool[source]
+        self._apply(Edit(target, source))
 
     def publish(self, block: int, key: bytes) -> None:
         """Let ``block`` be found by ``key``: all its tokens are written and stay."""
@@ -124,6 +161,24 @@ class KVCache:
             self._num_owners[block] += 1
             block_ids.append(block)
         return block_ids
+
+
+class KVCache(Blocks):
+    """The blocks of one engine, and their memory: every edit happens at once.
+
+    Attributes:
+        pools: state name -> array of the state's dtype, (num_blocks, ...).
+    """
+
+    def __init__(self, states: Sequence[TensorSpec], block_size: int, num_blocks: int) -> None:
+        """Make the pools.
+
+        Raises:
+            EngineError: the system refuses the memory.
+        """
+        pools = Pools(states, num_blocks)
+        super().__init__(block_size, num_blocks, block_bytes(states), pools.apply)
+        self.pools = pools.arrays
 
 
 def block_bytes(states: Sequence[TensorSpec]) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen_engine.errors import EngineError
 from qwen_engine.graph_io import TensorSpec, cache_inputs
-from qwen_run.runtime.kv_cache import KVCache, block_bytes
+from qwen_run.runtime.kv_cache import Blocks, Edit, KVCache, Pools, block_bytes
 from qwen_run.runtime.prefix_cache import extend_keys
 
 STATES = cache_inputs(layers=(0, 1, 2), kv_heads=2, head_dim=8, block_size=64, dtype="float16")
@@ -226,3 +226,64 @@ def test_keys_depend_on_everything_before() -> None:
 def test_a_state_of_another_form_is_refused(shape: tuple[int | str, ...]) -> None:
     with pytest.raises(EngineError, match="state odd is paged_state"):
         KVCache([TensorSpec("odd", "paged_state", "float32", shape)], block_size=32, num_blocks=2)
+
+
+ACTIONS = st.lists(st.tuples(st.sampled_from(["take", "free", "copy", "publish", "find", "write"]), st.integers(0, 99)))
+
+
+@given(ACTIONS, st.integers(1, 7))
+def test_pools_elsewhere_are_edited_as_those_here(actions: list[tuple[str, int]], applied_every: int) -> None:
+    """Accounting whose edits travel with batches gives out the same blocks, and leaves the same bytes in them."""
+    states = cache_inputs(layers=(0,), kv_heads=1, head_dim=4, block_size=32, dtype="float16")
+    here, pools, noted = KVCache(states, 32, 6), Pools(states, 6), list[Edit]()
+    apart = Blocks(32, 6, block_bytes(states), noted.append)
+    owned: list[int] = []
+    for step, (action, n) in enumerate(actions):
+        if action == "take":
+            found = here.allocate(n % 3)
+            assert apart.allocate(n % 3) == found
+            owned += found or []
+        elif action == "find":
+            keys = [b"%d" % (n % 5), b"%d" % (n % 7)]
+            taken = here.take_prefix(keys)
+            assert apart.take_prefix(keys) == taken
+            owned += taken
+        elif owned:
+            block = owned[n % len(owned)]
+            if action == "free":
+                owned.remove(block)
+                here.free([block])
+                apart.free([block])
+            elif action == "publish":
+                here.publish(block, b"%d" % (n % 5))
+                apart.publish(block, b"%d" % (n % 5))
+            elif action == "copy":
+                here.copy(owned[0], block)
+                apart.copy(owned[0], block)
+        if action == "write" or step % applied_every == 0:  # a batch: what was noted comes before it
+            for edit in noted:
+                pools.apply(edit)
+            noted.clear()
+            for block in set(owned):
+                for memory in (here.pools, pools.arrays):
+                    for pool in memory.values():
+                        pool[block] = n + block
+        assert apart.num_free == here.num_free
+    for edit in noted:
+        pools.apply(edit)
+    for name, pool in here.pools.items():
+        assert np.array_equal(pool, pools.arrays[name])
+
+
+def test_what_is_forgotten_is_free_and_given_out_as_zeros() -> None:
+    """Pools whose owners are gone hold what nobody knows."""
+    cache = make_cache(3)
+    (block,) = fill_and_free(cache, b"a")
+    assert cache.allocate(2) is not None
+    for pool in cache.pools.values():
+        pool[...] = np.nan
+    cache.forget()
+    assert cache.num_free == 3
+    assert cache.take_prefix([b"a"]) == []
+    assert sorted(cache.allocate(3) or []) == [0, 1, 2]
+    assert not any(pool.any() for pool in cache.pools.values())
