@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 from qwen_build.plan.options import BuildOptions  # noqa: E402
 from qwen_engine.graph_io import KEY_TILE  # noqa: E402
 from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes  # noqa: E402
+from qwen_run.runtime.chunk import fair_shares  # noqa: E402
 from qwen_run.runtime.core import CoreOptions  # noqa: E402
-from qwen_run.runtime.scheduler import fair_shares  # noqa: E402
 
 SANS = "DejaVu Sans, Verdana, Arial, sans-serif"
 MONO = "DejaVu Sans Mono, Menlo, Consolas, monospace"

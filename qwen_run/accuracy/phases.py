@@ -136,7 +136,7 @@ class Assessment:
             if sample in self._judged(samples) and phase == "original":
                 expected = self._kept(sample, expected)
             elif sample in self._judged(samples) and self._rounds_inputs:
-                beside = Beside(found, engine_logits(self.llm.core.engine, token_ids), token_ids)
+                beside = Beside(found, engine_logits(self._engine("original"), token_ids), token_ids)
                 found = iter(beside)
             result = compare_sequence(expected, timed(found, self.seconds, "engine"), token_ids)
             positions = {f.name: getattr(result.positions, f.name).tolist() for f in fields(Positions)}
@@ -183,7 +183,7 @@ class Assessment:
             joined = [token for sample in samples for token in sample.token_ids]
             texts = longest([joined, *(sample.token_ids for sample in samples[1:])], self.llm.max_seq_len)
             with self._clock("engine"):
-                found = compare_ways(self.llm.core.engine, texts) if texts else {}
+                found = compare_ways(self._engine("original"), texts) if texts else {}
             return {name: asdict(difference) for name, difference in found.items()}
 
         return {name: Difference(**found) for name, found in self.journal.do("ways", "", ways).items()}
@@ -208,7 +208,9 @@ class Assessment:
     def _engine(self, phase: Phase) -> Engine:
         """The engine as it runs, or with float activations."""
         if phase == "original":
-            return self.llm.core.engine
+            engine = self.llm.core.engine
+            assert isinstance(engine, Engine), "judged as it runs in one process"
+            return engine
         if self._float_engine is None:
             self._float_engine = self._open(float_activations=True)
         return self._float_engine

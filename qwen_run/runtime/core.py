@@ -5,21 +5,21 @@ Token ids only, no text. Requests join and leave between any two steps; what one
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 
 from qwen_engine.errors import EngineError, RequestError
-from qwen_run.runtime.bounds_ahead import BoundsAhead
+from qwen_run.runtime.bounds_ahead import BoundsAhead, constraints_of
+from qwen_run.runtime.chunk import Chunk, build_batch
 from qwen_run.runtime.core_options import CoreOptions, CoreStatistics
 from qwen_run.runtime.engine import Batch, Engine
-from qwen_run.runtime.request import NO_TOKEN, FinishReason, Request, Sequence, Token, check_request
-from qwen_run.runtime.scheduler import Chunk, Scheduler
+from qwen_run.runtime.flights import Flights, PipelinedEngine, StageLost
+from qwen_run.runtime.request import NO_TOKEN, FinishReason, Request, Sequence, Token, check_beams, check_request
+from qwen_run.runtime.scheduler import Scheduler
 from qwen_run.runtime.speculation import Speculator
 from qwen_run.sampling.beam import BeamSearch, beam_logprobs
-from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.logprobs import TokenLogprobs, token_logprobs
 from qwen_run.sampling.processors import check_finite
 from qwen_run.sampling.sample import sample
@@ -27,11 +27,20 @@ from qwen_run.sampling.sample import sample
 __all__ = ["Core", "CoreOptions", "CoreStatistics", "build_batch"]
 
 
-class Core:
-    """An engine and the requests it answers. One thread at a time; an engine serves one core at a time."""
+# A request that kills a stage whenever it is fed is not fed for ever.
+_MOST_LOST_IN_A_ROW = 5
 
-    def __init__(self, engine: Engine, options: CoreOptions | None = None) -> None:
+
+class Core:
+    """An engine and the requests it answers. One thread at a time; an engine serves one core at a time.
+
+    An engine in stages has as many batches on their way as it has stages. Where a stage is lost, everything that runs
+    is fed again, as after a preemption.
+    """
+
+    def __init__(self, engine: Engine | PipelinedEngine, options: CoreOptions | None = None) -> None:
         self.engine = engine
+        self._flights = Flights(engine)
         self.options = options = options or CoreOptions()
         self._scheduler = Scheduler(
             engine.cache,
@@ -39,12 +48,13 @@ class Core:
             options.max_batch_tokens,
             options.prefix_caching,
             options.prompt_tokens_beside,
+            self._flights.most,
         )
         self._speculator = (
             Speculator(options.max_drafts, engine.manifest.limits.max_seq_len) if options.max_drafts else None
         )
-        self._num_added = self._num_steps = self._num_drafts = self._num_accepted = 0
-        self._run_s = 0.0
+        self._num_added = self._num_drafts = self._num_accepted = 0
+        self._num_lost = self._num_lost_in_a_row = 0  # stages; in a row: since the last new token
         self._bounds_ahead = BoundsAhead()
         self._failed: list[Sequence] = []  # in this step
 
@@ -60,12 +70,13 @@ class Core:
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self.engine.cache.num_free,
             num_blocks=self.engine.cache.num_blocks,
-            num_steps=self._num_steps,
+            num_steps=self._flights.num_runs,
             num_prefix_tokens=self._scheduler.num_prefix_tokens,
             num_preempted=self._scheduler.num_preempted,
             num_drafts=self._num_drafts,
             num_accepted=self._num_accepted,
-            run_s=self._run_s,
+            run_s=self._flights.run_s,
+            num_lost_stages=self._num_lost,
         )
 
     def add(self, request: Request, name: str = "the prompt") -> int:
@@ -102,7 +113,8 @@ class Core:
             if count is not None and count > most:
                 raise RequestError(f"{field} is {count}, expected at most the engine's max_logprobs, which is {most}")
         if request.params.num_beams > 1:
-            self._check_beams(request)
+            longest = min(len(request.prompt) + request.max_tokens, self.engine.manifest.limits.max_seq_len)
+            check_beams(request, longest, self.engine.cache, self.options.max_batch_size)
 
     def abort(self, request: Request) -> None:
         """Give up what is unfinished of ``request`` and free its blocks; nothing when it is finished."""
@@ -124,14 +136,18 @@ class Core:
             EngineError: the engine cannot run at all; :meth:`close` the core then.
         """
         self._failed = [] if failed is None else failed
-        speculator = self._speculator
-        chunks = self._scheduler.schedule(speculator.propose if speculator else None)
-        if not chunks:
+        try:
+            self._submit()
+            ran = self._collect() if self._flights else []
+        except StageLost as lost:
+            self._begin_again(lost)
             return []
         tokens: list[Token] = []
-        for chunk, logits in self._run(chunks):
-            if not chunk.sequence.finish_reason:  # else a beam whose search has failed in this step
+        for chunk, logits in ran:
+            if not chunk.sequence.finish_reason:  # else given up, or a beam whose search has failed in this step
                 tokens += self._take(chunk, logits)
+        if tokens:
+            self._num_lost_in_a_row = 0
         if failed is None and self._failed:
             error = self._failed[0].error
             assert error is not None
@@ -140,25 +156,45 @@ class Core:
 
     def close(self) -> None:
         """Give up all requests and free every cache block."""
+        self._flights.disown()
         self._scheduler.close()
         self._bounds_ahead.close()
 
-    def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, np.ndarray]]:
-        """Feed ``chunks``; those that could be, with their logits (num_logits, vocab_size). The others have failed."""
-        batch = build_batch(chunks)
-        started = time.perf_counter()
-        try:
-            with self._bounds_ahead.working(_constraints(chunks)):
-                logits = self.engine.run(batch)  # (L, vocab_size)
-        except EngineError:
-            return self._run_apart(chunks)
-        run_s = time.perf_counter() - started
-        self._run_s += run_s
-        self._num_steps += 1
+    def _submit(self) -> None:
+        """Send steps on their way until the engine has all it can work at."""
+        propose = self._speculator.propose if self._speculator else None
+        while len(self._flights) < self._flights.most and (chunks := self._scheduler.schedule(propose)):
+            self._flights.submit(chunks)
+
+    def _collect(self) -> list[tuple[Chunk, np.ndarray]]:
+        """The chunks of the oldest step that could be fed, with their logits (num_logits, vocab_size).
+
+        The others have failed.
+        """
+        with self._bounds_ahead.working(constraints_of(self._flights.oldest)):
+            (chunks, batch), logits, run_s = self._flights.collect()
+        if logits is None:
+            return self._run_apart([chunk for chunk in chunks if not chunk.sequence.finish_reason])
         if self._speculator:
             self._speculator.cost.observe(len(batch.input_ids), run_s)
-        ends = list(accumulate(chunk.num_logits for chunk in chunks))
+        ends = accumulate(chunk.num_logits for chunk in chunks)
         return [(chunk, logits[end - chunk.num_logits : end]) for chunk, end in zip(chunks, ends, strict=True)]
+
+    def _begin_again(self, lost: StageLost) -> None:
+        """Feed all that runs once more, to stages that know nothing.
+
+        Raises:
+            EngineError: a stage does not come back, or is lost before anything is answered, time and again.
+        """
+        self._num_lost += 1
+        self._num_lost_in_a_row += 1
+        if self._num_lost_in_a_row > _MOST_LOST_IN_A_ROW:
+            raise EngineError(
+                f"{lost}, {self._num_lost_in_a_row} times before another token was there; look at its memory, and at "
+                "the request that was answered"
+            )
+        self._flights.recover()
+        self._scheduler.begin_again()
 
     def _run_apart(self, chunks: list[Chunk]) -> list[tuple[Chunk, np.ndarray]]:
         """As :meth:`_run`, one after the other, because the engine refuses them together."""
@@ -209,7 +245,7 @@ class Core:
             position = sequence.num_cached + num_fed - len(logits) + chunk.num_drafts
             if not self._judge_prompt(sequence, position, logits):
                 return []
-        if num_fed < sequence.num_pending:  # the middle of a prompt
+        if sequence.num_cached + num_fed < len(sequence.token_ids):  # the middle of a prompt
             self._scheduler.advance(chunk)
             return []
         if request.pools:
@@ -300,7 +336,7 @@ class Core:
         except Exception as error:  # whatever it is, it is this request's alone
             self._fail(sequence, error)
             return []
-        if any(beam.num_pending for beam in beams):
+        if any(beam.num_cached < len(beam.token_ids) for beam in beams):
             return []
         chosen = search.advance(np.stack([beam.beam_logprobs for beam in beams if beam.beam_logprobs is not None]))
         if not search.is_done:
@@ -360,39 +396,3 @@ class Core:
         self._scheduler.finish(sequence)
         if self._speculator:
             self._speculator.forget(sequence)
-
-    def _check_beams(self, request: Request) -> None:
-        """All beams must run together: a search goes on when it has the logits of each."""
-        num_beams, cache = request.params.num_beams, self.engine.cache
-        if num_beams > self.options.max_batch_size:
-            raise RequestError(
-                f"num_beams is {num_beams}, expected at most the {self.options.max_batch_size} sequences of a batch"
-            )
-        longest = min(len(request.prompt) + request.max_tokens, self.engine.manifest.limits.max_seq_len)
-        needed = num_beams * cache.blocks_for(longest)
-        if needed > cache.num_blocks:
-            raise RequestError(
-                f"{num_beams} beams of {longest} tokens need {needed} cache blocks, there are {cache.num_blocks}; set "
-                f"fewer beams, a smaller max_tokens or {cache.mebibytes_of(needed)} MiB or more of cache memory "
-                "(--kv-cache-memory, in Python cache_bytes)"
-            )
-
-
-def _constraints(chunks: list[Chunk]) -> list[Constraint]:
-    """Of the answers that get a token; forks for the samples of a prompt take along what was prepared."""
-    return [each for chunk in chunks if chunk.num_logits for each in chunk.sequence.context.constraints]
-
-
-def build_batch(chunks: list[Chunk]) -> Batch:
-    """The inputs of one engine run. Unused entries of the block table are 0."""
-    ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
-    width = max(len(chunk.sequence.block_ids) for chunk in chunks)
-    tables = [chunk.sequence.block_ids + [0] * (width - len(chunk.sequence.block_ids)) for chunk in chunks]
-    wanted = [range(end - chunk.num_logits, end) for end, chunk in zip(ends, chunks, strict=True)]
-    return Batch(
-        input_ids=np.array([token_id for chunk in chunks for token_id in chunk.token_ids], np.int64),
-        cumulative_lengths=np.array([0, *ends], np.int32),
-        past_lengths=np.array([chunk.sequence.num_cached for chunk in chunks], np.int32),
-        block_table=np.array(tables, np.int32),
-        logits_indices=np.array([index for indexes in wanted for index in indexes], np.int64),
-    )

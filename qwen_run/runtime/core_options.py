@@ -66,7 +66,8 @@ class CoreStatistics:
         num_prefix_tokens: tokens found in the cache instead of being fed.
         num_preempted: how often a sequence lost its blocks to an older one.
         num_drafts: guessed tokens that were verified, of which ``num_accepted`` were right.
-        run_s: seconds in the engine.
+        run_s: seconds in the engine; in its last stage where it has several.
+        num_lost_stages: how often a stage was lost, and all that ran was fed again.
     """
 
     num_running: int
@@ -79,3 +80,4 @@ class CoreStatistics:
     num_drafts: int
     num_accepted: int
     run_s: float
+    num_lost_stages: int = 0

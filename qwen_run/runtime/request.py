@@ -14,6 +14,7 @@ import numpy as np
 from qwen_engine.errors import QwenError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_engine.tasks import GENERATE, TASKS, check_task
+from qwen_run.runtime.kv_cache import Blocks
 from qwen_run.sampling.beam import BeamSearch
 from qwen_run.sampling.constraint import Constraint
 from qwen_run.sampling.logprobs import TokenLogprobs
@@ -118,8 +119,8 @@ class Request:
 class Sequence:
     """Prompt and one answer, and where its keys and values are cached.
 
-    A token is *pending* until it has been fed to the engine and its keys and values are cached. The last three
-    fields belong to the scheduler.
+    A token is *pending* until it has been fed to the engine. It is *in flight* until the engine has told what came of
+    it, and then its keys and values are cached. The last four fields belong to the scheduler.
 
     Attributes:
         token_ids: the prompt and the answer so far.
@@ -127,6 +128,7 @@ class Sequence:
         error: why the sequence ended before its answer did, where ``finish_reason`` is ``error``.
         score: of an answer found by beam search.
         beam_logprobs: of the token that follows, while other beams are still waiting for theirs.
+        num_cached: tokens whose keys and values are cached; ``num_in_flight`` follow them.
         block_ids: cache blocks in order; positions from ``num_cached`` on may hold leftovers of rejected drafts.
         block_keys: of the first full blocks, as far as they have been needed; see ``prefix_cache``.
     """
@@ -140,6 +142,7 @@ class Sequence:
     score: float | None = None
     beam_logprobs: np.ndarray | None = None
     num_cached: int = 0
+    num_in_flight: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
 
@@ -174,7 +177,7 @@ class Sequence:
             child.context.append(token_id)
         child.__dict__.pop("stopper", None)  # each has its own
         child.logprobs, child.beam_logprobs = list(self.logprobs), None
-        child.num_cached, child.block_ids, child.block_keys = 0, [], []
+        child.num_cached, child.num_in_flight, child.block_ids, child.block_keys = 0, 0, [], []
         return child
 
     @property
@@ -189,7 +192,12 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens still to be fed: of the prompt, the one sampled last, or all after a preemption."""
-        return len(self.token_ids) - self.num_cached
+        return max(0, len(self.token_ids) - self.num_fed)  # drafts in flight are no tokens yet
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens that are cached or in flight, guessed ones included."""
+        return self.num_cached + self.num_in_flight
 
 
 def message_of(error: BaseException) -> str:
@@ -237,3 +245,24 @@ def check_request(request: Request, manifest: Manifest, name: str = "the prompt"
             "expected one that does not; leave min_tokens out"
         )
     _ = request.sequences[0].context  # made by the thread that prepares the request, not by the engine's
+
+
+def check_beams(request: Request, longest: int, cache: Blocks, max_batch_size: int) -> None:
+    """All beams must run together: a search goes on when it has the logits of each.
+
+    Args:
+        longest: tokens of prompt and answer, at most.
+
+    Raises:
+        RequestError: there is no place for so many, or there are no blocks.
+    """
+    num_beams = request.params.num_beams
+    if num_beams > max_batch_size:
+        raise RequestError(f"num_beams is {num_beams}, expected at most the {max_batch_size} sequences of a batch")
+    needed = num_beams * cache.blocks_for(longest)
+    if needed > cache.num_blocks:
+        raise RequestError(
+            f"{num_beams} beams of {longest} tokens need {needed} cache blocks, there are {cache.num_blocks}; set "
+            f"fewer beams, a smaller max_tokens or {cache.mebibytes_of(needed)} MiB or more of cache memory "
+            "(--kv-cache-memory, in Python cache_bytes)"
+        )

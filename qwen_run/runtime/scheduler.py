@@ -17,28 +17,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice, takewhile
 
-from qwen_run.runtime.kv_cache import KVCache
+from qwen_run.runtime.chunk import Chunk, fair_shares, first_logits, num_slots, num_unjudged
+from qwen_run.runtime.kv_cache import Blocks
 from qwen_run.runtime.prefix_cache import extend_keys
 from qwen_run.runtime.request import Request, Sequence
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The tokens one sequence feeds in one step.
-
-    Attributes:
-        num_drafts: how many at the end of ``token_ids`` are guesses and no part of the sequence yet.
-        num_logits: how many at the end of ``token_ids`` get logits; 0 in the middle of a prompt.
-    """
-
-    sequence: Sequence
-    token_ids: list[int]
-    num_drafts: int
-    num_logits: int
-
 
 # A prompt whose log probabilities are asked for has logits of every token: 64 rows of Qwen's vocabulary are 39 MB.
 MAX_JUDGED = 64
@@ -65,17 +49,24 @@ class Scheduler:
 
     def __init__(
         self,
-        cache: KVCache,
+        cache: Blocks,
         max_batch_size: int,
         max_batch_tokens: int,
         prefix_caching: bool = True,
         prompt_tokens_beside: int | None = None,
+        num_batches: int = 1,
     ) -> None:
+        """A scheduler without sequences.
+
+        Args:
+            num_batches: steps that may be under way at once; those that answer are divided among them.
+        """
         self._cache = cache
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._prefix_caching = prefix_caching
         self._prompt_tokens_beside = prompt_tokens_beside
+        self._num_batches = num_batches
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._guests: set[Sequence] = set()  # of the running ones
@@ -101,10 +92,10 @@ class Scheduler:
         self._waiting.extend(request.sequences)
 
     def schedule(self, propose: Propose | None = None) -> list[Chunk]:
-        """The next step: at least one chunk while a sequence is left, none empty.
+        """The next step: at least one chunk while a sequence is left and nothing in flight, none empty.
 
         Every chunk's sequence owns the blocks its tokens will be written to, alone. After the engine has run,
-        :meth:`advance` must be called for every chunk before the next step.
+        :meth:`advance` must be called for every chunk, in the order of steps.
 
         Args:
             propose: given how many tokens each sequence feeds and how many more the step may have, guesses what
@@ -113,26 +104,33 @@ class Scheduler:
         plan: dict[Sequence, int] = {}
         resting = self._choose_resting()
         decoding = [sequence for sequence in self._running if sequence.num_pending == 1 and sequence not in resting]
-        for sequence in decoding[: self._max_batch_tokens]:
+        for sequence in decoding[: self._most_answering()]:
             self._plan(plan, sequence, 1)
         self._admit()
         self._admit_guests()
-        left_out = resting.union(plan)
+        left_out = resting.union(plan, decoding)  # who answers and has no place here is in the next step
         prompts = [sequence for sequence in self._running if sequence.num_pending and sequence not in left_out]
         prompts = prompts[: self._max_batch_size - len(plan)]
         shares = self._shares(self._prompt_budget(len(plan), len(prompts)), prompts)
         num_judged = 0
         for sequence, count in zip(prompts, shares, strict=True):
             if sequence.request.params.prompt_logprobs is not None:
-                count = min(count, _num_unjudged(sequence) + MAX_JUDGED - num_judged)
-                num_judged += max(0, count - _num_unjudged(sequence))
+                count = min(count, num_unjudged(sequence) + MAX_JUDGED - num_judged)
+                num_judged += max(0, count - num_unjudged(sequence))
             if count:
                 self._plan(plan, sequence, count)
         left = self._max_batch_tokens - sum(plan.values())
         drafts = propose(plan, left) if propose else {}
         chunks = [self._chunk(sequence, count, drafts.get(sequence, [])) for sequence, count in plan.items()]
-        assert chunks or self.is_done, "no sequence can run"
+        for chunk in chunks:
+            chunk.sequence.num_in_flight += len(chunk.token_ids)
+        assert chunks or self.is_done or any(each.num_in_flight for each in self._running), "no sequence can run"
         return chunks
+
+    def _most_answering(self) -> int:
+        """Sequences that may feed one token in a step: an even part of them, so that every step has some."""
+        num_answering = sum(sequence.num_pending <= 1 for sequence in self._running)
+        return min(self._max_batch_tokens, -(-num_answering // self._num_batches))
 
     def _prompt_budget(self, num_answering: int, num_beginning: int) -> int:
         """Tokens that prompts may have of a step."""
@@ -146,6 +144,7 @@ class Scheduler:
         """Note that the engine has run ``chunk``: its tokens but the last ``num_rejected`` are in the cache."""
         sequence, block_size = chunk.sequence, self._cache.block_size
         full = sequence.num_cached // block_size
+        sequence.num_in_flight -= len(chunk.token_ids)
         sequence.num_cached += len(chunk.token_ids) - num_rejected
         now_full = sequence.num_cached // block_size
         if now_full > full and self._prefix_caching:
@@ -181,6 +180,16 @@ class Scheduler:
         elif sequence in self._waiting:  # else closed before
             self._waiting.remove(sequence)
 
+    def begin_again(self) -> None:
+        """Nothing is cached any more, nor in flight: all that run wait, and feed everything when their turn comes."""
+        self._cache.forget()
+        for sequence in reversed(self._running):
+            sequence.block_ids = []
+            sequence.num_cached = sequence.num_in_flight = 0
+            self._wait_again(sequence)
+        self._running.clear()
+        self._guests.clear()
+
     def close(self) -> None:
         """Give up all sequences and free their blocks."""
         for sequence in self._running:
@@ -191,16 +200,16 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let those run who wait, in order, as far as there is a place and blocks for all they have."""
-        slots = sum(_num_slots(sequence) for sequence in self._running if sequence not in self._guests)
+        slots = sum(num_slots(sequence) for sequence in self._running if sequence not in self._guests)
         while self._waiting:
             sequence = self._waiting[0]
-            if self._running and slots + _num_slots(sequence) > self._max_batch_size:
+            if self._running and slots + num_slots(sequence) > self._max_batch_size:
                 return
             if not self._begin(sequence):
                 return
             self._waiting.popleft()
             self._num_overtaken = 0
-            slots += _num_slots(sequence)
+            slots += num_slots(sequence)
 
     def _admit_guests(self) -> None:
         """Let a few short prompts run beside long ones that have all places."""
@@ -209,7 +218,7 @@ class Scheduler:
         most_overtaken = _GUESTS_BEFORE_THE_FIRST * self._max_batch_size
         if len(self._guests) >= most or self._num_overtaken >= most_overtaken:
             return
-        fitting = [s for s in islice(self._waiting, _LOOK_AHEAD) if self._is_short(s) and _num_slots(s) == 1]
+        fitting = [s for s in islice(self._waiting, _LOOK_AHEAD) if self._is_short(s) and num_slots(s) == 1]
         for sequence in fitting[: min(most - len(self._guests), most_overtaken - self._num_overtaken)]:
             if not self._begin(sequence):
                 return
@@ -268,7 +277,7 @@ class Scheduler:
 
     def _missing(self, sequence: Sequence) -> int:
         """Blocks that ``sequence`` needs to feed all its tokens and one more, beyond those it has."""
-        wanted = self._cache.blocks_for(len(sequence.token_ids) + 1) + _num_slots(sequence) - 1
+        wanted = self._cache.blocks_for(len(sequence.token_ids) + 1) + num_slots(sequence) - 1
         return max(0, wanted - len(sequence.block_ids))
 
     def _find_prefix(self, sequence: Sequence) -> None:
@@ -276,7 +285,7 @@ class Scheduler:
         if not self._prefix_caching:
             return
         # What logits are wanted of is fed: the last token, or more of the prompt.
-        count = _first_logits(sequence) // self._cache.block_size
+        count = first_logits(sequence) // self._cache.block_size
         self._extend_keys(sequence, count)
         sequence.block_ids = self._cache.take_prefix(sequence.block_keys[:count])
         sequence.num_cached = len(sequence.block_ids) * self._cache.block_size
@@ -290,7 +299,10 @@ class Scheduler:
         if sequence not in self._running:  # preempted in this very step
             return
         while not self._grow(sequence, count):
-            youngest = self._running.pop()
+            youngest = self._victim(sequence)
+            if youngest is None:
+                return
+            self._running.remove(youngest)
             self._release(youngest)
             self._guests.discard(youngest)
             self._wait_again(youngest)
@@ -299,6 +311,20 @@ class Scheduler:
             if youngest is sequence:
                 return
         plan[sequence] = count
+
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """Who gives blocks to ``sequence``: the youngest that is not in flight, maybe itself.
+
+        None where that or a younger one is in flight: it can give some when it is back.
+        """
+        younger_in_flight = False
+        for other in reversed(self._running):
+            if other is sequence:
+                return None if younger_in_flight or other.num_in_flight else other
+            if not other.num_in_flight:
+                return other
+            younger_in_flight = True
+        return None
 
     def _wait_again(self, sequence: Sequence) -> None:
         """Put ``sequence`` before all that came later."""
@@ -309,8 +335,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Give ``sequence`` blocks of its own for ``count`` more tokens; False, and nothing changes, where none are."""
         owned = sequence.block_ids
-        missing = max(0, self._cache.blocks_for(sequence.num_cached + count) - len(owned))
-        first = sequence.num_cached // self._cache.block_size  # the block the first of them is written to
+        missing = max(0, self._cache.blocks_for(sequence.num_fed + count) - len(owned))
+        first = sequence.num_fed // self._cache.block_size  # the block the first of them is written to
         copied = first < len(owned) and self._cache.is_shared(owned[first])
         if not missing and not copied:
             return True
@@ -327,13 +353,13 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, count: int, drafts: list[int]) -> Chunk:
         drafts = drafts and drafts[: self._room(sequence, len(drafts))]
-        start, num_logits = sequence.num_cached, max(0, count - _num_unjudged(sequence))
+        start, num_logits = sequence.num_fed, max(0, count - num_unjudged(sequence))
         tokens = [*sequence.token_ids[start : start + count], *drafts]
-        return Chunk(sequence, tokens, len(drafts), num_logits + len(drafts))
+        return Chunk(sequence, tokens, len(drafts), num_logits + len(drafts), start)
 
     def _room(self, sequence: Sequence, wanted: int) -> int:
         """How many of ``wanted`` drafts fit behind the pending token, in blocks that nobody will soon need."""
-        owned = len(sequence.block_ids) * self._cache.block_size - sequence.num_cached - 1
+        owned = len(sequence.block_ids) * self._cache.block_size - sequence.num_fed - 1
         if wanted <= owned:
             return wanted
         if self._cache.num_free <= sum(self._missing(other) for other in self._running if other is not sequence):
@@ -348,38 +374,5 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         block_ids, sequence.block_ids = sequence.block_ids, []  # first: an interrupt here must not free them twice
-        sequence.num_cached = 0
+        sequence.num_cached = sequence.num_in_flight = 0
         self._cache.free(block_ids)
-
-
-def fair_shares(budget: int, wanted: list[int]) -> list[int]:
-    """Divide ``budget`` so that nobody gets more than wanted, nor more than another who still wants some.
-
-    Where there is not one for each, the first get it; what does not divide evenly goes to who wants most.
-
-    >>> fair_shares(10, [20, 2, 20]), fair_shares(2, [5, 5, 5]), fair_shares(10, [1, 2])
-    ([4, 2, 4], [1, 1, 0], [1, 2])
-    """
-    shares = [0] * len(wanted)
-    order = sorted(range(min(budget, len(wanted))), key=lambda index: wanted[index])
-    for position, index in enumerate(order):
-        shares[index] = min(wanted[index], budget // (len(order) - position))
-        budget -= shares[index]
-    return shares
-
-
-def _num_slots(sequence: Sequence) -> int:
-    """Places in the batch to keep for ``sequence``: also for those that will be forked from it."""
-    return sequence.request.width if len(sequence.request.sequences) == 1 else 1
-
-
-def _num_unjudged(sequence: Sequence) -> int:
-    """How many tokens ``sequence`` feeds before the first whose logits are needed."""
-    return max(0, _first_logits(sequence) - sequence.num_cached)
-
-
-def _first_logits(sequence: Sequence) -> int:
-    """The first position whose logits are needed: the last, or that before the first prompt token to be judged."""
-    known = len(sequence.request.prompt_logprobs)
-    wants_more = 0 < known < len(sequence.request.prompt)
-    return known - 1 if wants_more else len(sequence.token_ids) - 1

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from cases.answering import generate
 from cases.scripted_engine import VOCAB_SIZE, ScriptedEngine, expected_tokens, scripted_logits
 from qwen_engine.errors import EngineError, RequestError
+from qwen_run.runtime.chunk import Chunk
 from qwen_run.runtime.core import build_batch
 from qwen_run.runtime.request import Request, Token
-from qwen_run.runtime.scheduler import Chunk
 from qwen_run.sampling.sample import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
@@ -36,7 +36,7 @@ def test_build_batch() -> None:
     long, short = (Request(prompt, GREEDY).sequences[0] for prompt in ((5, 6, 7, 8, 9), (1, 2, 3)))
     long.num_cached, long.block_ids = 2, [4, 0]
     short.num_cached, short.block_ids = 2, [7]
-    batch = build_batch([Chunk(long, [7, 8], 0, 0), Chunk(short, [3, 9, 9], 2, 3)])
+    batch = build_batch([Chunk(long, [7, 8], 0, 0, 2), Chunk(short, [3, 9, 9], 2, 3, 2)])
     expected = {
         "input_ids": ([7, 8, 3, 9, 9], np.int64),
         "cumulative_lengths": ([0, 2, 5], np.int32),

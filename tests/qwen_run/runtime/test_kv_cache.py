@@ -278,7 +278,7 @@ def test_pools_elsewhere_are_edited_as_those_here(actions: list[tuple[str, int]]
 def test_what_is_forgotten_is_free_and_given_out_as_zeros() -> None:
     """Pools whose owners are gone hold what nobody knows."""
     cache = make_cache(3)
-    (block,) = fill_and_free(cache, b"a")
+    fill_and_free(cache, b"a")
     assert cache.allocate(2) is not None
     for pool in cache.pools.values():
         pool[...] = np.nan

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from qwen_engine.graph_io import TensorSpec
+from qwen_run.runtime.chunk import Chunk
 from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.runtime.request import Request, Sequence
-from qwen_run.runtime.scheduler import Chunk, Scheduler
+from qwen_run.runtime.scheduler import Scheduler
 from qwen_run.sampling.sample import SamplingParams
 
 BLOCK_SIZE = 4
