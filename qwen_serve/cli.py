@@ -9,12 +9,18 @@ import click
 
 from qwen_engine.errors import EngineError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option
+from qwen_run.commands.command import (
+    Command,
+    kv_cache_memory_option,
+    max_seq_len_option,
+    pipeline_parallel_size_option,
+)
 
 _ENGINE_OPTIONS = (
     "threads",
     "cache_bytes",
     "max_seq_len",
+    "pipeline_parallel_size",
     "max_batch_size",
     "prompt_tokens_beside",
     "max_drafts",
@@ -63,6 +69,7 @@ _ENGINE_OPTIONS = (
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of a run.  [default: physical cores]")
 @kv_cache_memory_option
 @max_seq_len_option
+@pipeline_parallel_size_option
 @click.option("--draft-tokens", type=click.IntRange(0, 64), help="Most tokens to guess ahead.  [default: 8]")
 @click.option("--quant", help="Of an engine that is built from a checkpoint.  [default: int4]")
 def main(**given: Any) -> None:

@@ -41,6 +41,7 @@ FLOORS = (
     ("qwen_plugin",),
     ("qwen_run.sampling", "qwen_run.engine_files"),
     ("qwen_run.runtime",),
+    ("qwen_run.pipeline",),
     ("qwen_run.text",),
     ("qwen_run.api",),
     ("qwen_run.torch_model", "qwen_run.harness"),

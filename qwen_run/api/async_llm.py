@@ -26,7 +26,7 @@ from qwen_run.api.places import Places
 from qwen_run.api.pooling import PoolingParams
 from qwen_run.api.prompts import Prompt
 from qwen_run.runtime.core import CoreStatistics
-from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.flights import AnyEngine
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.rules import RequestOutputKind
 from qwen_run.text.chat_template import Message
@@ -49,7 +49,7 @@ class AsyncLLM:
         EngineError, BuildError: as LLM.
     """
 
-    def __init__(self, model: str | Path | Engine, *, max_requests: int = 1024, **options: Any) -> None:
+    def __init__(self, model: str | Path | AnyEngine, *, max_requests: int = 1024, **options: Any) -> None:
         if not isinstance(max_requests, int) or max_requests < 1:
             raise EngineError(f"max_requests is {max_requests!r}, expected a whole number, 1 or more")
         self._llm = LLM(model, **options)

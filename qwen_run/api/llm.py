@@ -20,8 +20,10 @@ from qwen_run.api.pending_request import PendingRequest
 from qwen_run.api.pooled import PooledLLM
 from qwen_run.api.pooling import PoolingParams
 from qwen_run.api.prompts import ChatPrompt, Prompt, as_list, plain, token_ids
+from qwen_run.pipeline.staged_engine import open_engine
 from qwen_run.runtime.core import Core
 from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.flights import AnyEngine, PipelinedEngine
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.params import SamplingParams
 from qwen_run.sampling.structured import StructuredOutputsParams
@@ -46,6 +48,8 @@ class LLM(PooledLLM):
         cache_bytes: memory of the cache; chosen from the free memory if None.
         max_seq_len: most tokens of prompt and answer together; what the engine was built for if None, or what the
             cache holds where that is less. vLLM's ``max_model_len`` is the same.
+        pipeline_parallel_size, distributed_executor_backend: as vLLM has them: stages of the engine's layers, each a
+            process with its own weights and cache, and who runs them (``local``). Answers are those of one process.
         skip_tokenizer_init: do without what the engine has for text: prompts are token ids.
         options: ``seed`` of requests that have none; fields of :class:`~qwen_run.runtime.core.CoreOptions`, such as
             ``max_batch_size``. For a checkpoint also those of ``qwen_build.plan.options.BuildOptions``, such as
@@ -61,7 +65,7 @@ class LLM(PooledLLM):
 
     def __init__(
         self,
-        model: str | Path | Engine | TextModel,
+        model: str | Path | AnyEngine | TextModel,
         *,
         threads: int | None = None,
         num_blocks: int | None = None,
@@ -71,10 +75,10 @@ class LLM(PooledLLM):
     ) -> None:
         chosen = LLMOptions.of(options)
         opening: dict[str, Any] = {"threads": threads, "num_blocks": num_blocks, "cache_bytes": cache_bytes}
-        opening["max_seq_len"] = chosen.max_seq_len
+        opening |= {"max_seq_len": chosen.max_seq_len, **chosen.pipeline}
         if isinstance(model, str | Path):
-            model = Engine.load(engine_of(model, chosen.build), **opening)
-        elif not isinstance(model, Engine | TextModel):
+            model = open_engine(engine_of(model, chosen.build), **opening)
+        elif not isinstance(model, Engine | PipelinedEngine | TextModel):
             raise EngineError(f"model is {reprlib.repr(model)}, expected an engine or a checkpoint, or the path of one")
         elif fixed := [*chosen.build, *(name for name, value in opening.items() if value is not None)]:
             raise EngineError(f"the engine is open, {', '.join(fixed)} cannot change it; expected {', '.join(CORE)}")
@@ -302,7 +306,7 @@ class LLM(PooledLLM):
         return self._text
 
 
-def _text_model(engine: Engine) -> TextModel | None:
+def _text_model(engine: AnyEngine) -> TextModel | None:
     """What ``engine`` has for text; None where it has no tokenizer. Without a chat template it is for raw prompts."""
     if not (engine.directory / TOKENIZER_FILE).is_file():
         return None

@@ -15,7 +15,8 @@ from qwen_run.runtime.core import CoreOptions
 # The demo's summaries come 1.34 times as fast one at a time, 0.99 times eight at once: benchmarks/results/core.md.
 MAX_DRAFTS = 8
 
-OWN = ("threads", "num_blocks", "cache_bytes", "max_seq_len", "skip_tokenizer_init", "seed")
+PIPELINE = ("pipeline_parallel_size", "distributed_executor_backend")
+OWN = ("threads", "num_blocks", "cache_bytes", "max_seq_len", "skip_tokenizer_init", "seed", *PIPELINE)
 CORE = tuple(CoreOptions.__dataclass_fields__)
 # vLLM's name -> ours
 SYNONYMS = {
@@ -43,12 +44,12 @@ def _one_of(*values: Any) -> Callable[[Any], bool]:
 
 
 _SWITCH = Idle("True or False", lambda value: isinstance(value, bool), "leave it out")
-_ONE = Idle("1", _one_of(1), "an engine runs in one process; threads is the option for more cores")
 IDLE = {
     "gpu_memory_utilization": Idle("a number", _is_number, "cache_bytes is the option for the cache's memory"),
     "dtype": Idle("'auto'", _one_of("auto"), "types are chosen when an engine is built, with quant and kv_cache_dtype"),
-    "tensor_parallel_size": _ONE,
-    "pipeline_parallel_size": _ONE,
+    "tensor_parallel_size": Idle(
+        "1", _one_of(1), "a layer is computed in one process; pipeline_parallel_size divides layers, threads cores"
+    ),
     "enforce_eager": _SWITCH,
     "trust_remote_code": _SWITCH,
     "disable_log_stats": _SWITCH,
@@ -69,12 +70,14 @@ class LLMOptions:
         core: how requests share the engine.
         seed: of the first request that has none of its own; the next has one more.
         max_seq_len: most tokens of a sequence.
+        pipeline: stages and who runs them, where they are given.
         build: fields of ``qwen_build.plan.options.BuildOptions``.
     """
 
     core: CoreOptions
     seed: int | None
     max_seq_len: int | None
+    pipeline: Mapping[str, Any]
     build: Mapping[str, Any]
 
     @classmethod
@@ -100,9 +103,10 @@ class LLMOptions:
         if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
             raise EngineError(f"seed is {seed!r}, expected None or a whole number from 0 to 2^64 - 1")
         max_seq_len = named.pop("max_seq_len", None)
+        pipeline = {name: named.pop(name) for name in PIPELINE if name in named}
         if named:
             check_known(named)
-        return cls(_core_options(core), seed, max_seq_len, named)
+        return cls(_core_options(core), seed, max_seq_len, pipeline, named)
 
 
 def check_known(names: Mapping[str, Any]) -> None:

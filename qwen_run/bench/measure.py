@@ -20,7 +20,9 @@ from qwen_run.bench.figures import Figures, Timeline
 from qwen_run.bench.report import SCHEMA_VERSION, Bench, Result
 from qwen_run.bench.sides import EngineSide, HuggingFaceSide, Side, check_lengths, draw_prompts
 from qwen_run.bench.trace import Arrival, at_once
-from qwen_run.runtime.engine import Engine, newest_engine
+from qwen_run.pipeline.staged_engine import open_engine
+from qwen_run.runtime.engine import newest_engine
+from qwen_run.runtime.flights import AnyEngine
 from qwen_run.runtime.machine import physical_cores
 
 MOST_READ_BYTES = 1 << 30  # memory taken to measure the bandwidth
@@ -49,6 +51,7 @@ class BenchOptions:
     max_batch_tokens: int
     max_seq_len: int | None
     cache_bytes: int | None
+    pipeline_parallel_size: int | None
     seed: int
 
 
@@ -64,7 +67,13 @@ def measure(
         raise OptionsError("--checkpoint and --hf-dtype say how transformers runs; give them with --compare hf")
     directory = options.engine or newest_engine()
     threads = options.threads or physical_cores()
-    engine = Engine.load(directory, threads, max_seq_len=options.max_seq_len, cache_bytes=options.cache_bytes)
+    engine = open_engine(
+        directory,
+        options.threads,
+        max_seq_len=options.max_seq_len,
+        cache_bytes=options.cache_bytes,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+    )
     check_task(engine.manifest.task, GENERATE)
     for setting in settings:
         check_lengths(setting.arrivals, engine.manifest.limits.max_seq_len)
@@ -128,7 +137,7 @@ def _run(
     return runs, bandwidths
 
 
-def _transformers(engine: Engine, options: BenchOptions, threads: int, max_batch_size: int) -> HuggingFaceSide:
+def _transformers(engine: AnyEngine, options: BenchOptions, threads: int, max_batch_size: int) -> HuggingFaceSide:
     quantised = any(linear.quantization.group_size for linear in engine.manifest.linears)
     dtype = options.hf_dtype or ("bfloat16" if quantised else "float32")
     checkpoint = find_checkpoint(engine.manifest, options.checkpoint)

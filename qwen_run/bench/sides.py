@@ -16,7 +16,7 @@ from qwen_run.accuracy.reference import HuggingFace
 from qwen_run.api.llm import LLM
 from qwen_run.bench.figures import Reads, Timeline
 from qwen_run.bench.trace import Arrival
-from qwen_run.runtime.engine import Engine
+from qwen_run.runtime.flights import AnyEngine
 from qwen_run.sampling.sample import SamplingParams
 
 REFERENCE_ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # what transformers is measured in
@@ -58,7 +58,7 @@ def check_lengths(arrivals: Sequence[Arrival], max_seq_len: int) -> None:
 class EngineSide:
     """An engine behind its scheduler: requests join and leave at every step."""
 
-    def __init__(self, engine: Engine, max_batch_size: int, max_batch_tokens: int) -> None:
+    def __init__(self, engine: AnyEngine, max_batch_size: int, max_batch_tokens: int) -> None:
         self.name = engine.directory.resolve().name
         self.reads = engine_reads(engine.manifest)
         # Without guesses, of which random prompts allow none, a step brings one token to every request that answers.

@@ -11,7 +11,13 @@ import click
 from qwen_engine.errors import RequestError
 from qwen_engine.json_output import command_line
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, SvgFile, kv_cache_memory_option, max_seq_len_option
+from qwen_run.commands.command import (
+    Command,
+    SvgFile,
+    kv_cache_memory_option,
+    max_seq_len_option,
+    pipeline_parallel_size_option,
+)
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
 if TYPE_CHECKING:
@@ -68,6 +74,7 @@ def common_options(function: F) -> F:
                 "--max-batch-tokens", type=click.IntRange(min=1), default=256, help="Most tokens of the engine's step."
             ),
             max_seq_len_option,
+            pipeline_parallel_size_option,
             kv_cache_memory_option,
             click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the random prompts."),
             click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object."),

@@ -100,6 +100,12 @@ max_seq_len_option = click.option(
     metavar="TOKENS",
     help="Most tokens of prompt and answer together.  [default: the engine's, as far as the cache's memory goes]",
 )
+pipeline_parallel_size_option = click.option(
+    "--pipeline-parallel-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes that share the engine's layers, and the memory of each; answers stay the same.  [default: 1]",
+)
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,14 @@ import click
 
 from qwen_engine.errors import RequestError
 from qwen_plugin import MOST_THREADS
-from qwen_run.commands.command import Command, kv_cache_memory_option, max_seq_len_option, printable, sentence
+from qwen_run.commands.command import (
+    Command,
+    kv_cache_memory_option,
+    max_seq_len_option,
+    pipeline_parallel_size_option,
+    printable,
+    sentence,
+)
 from qwen_run.commands.run_options import CONTRADICTIONS, RunOptions, option_of
 
 # What runs a model takes most of a second to import: the functions below do it when help and usage are done with.
@@ -91,6 +98,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of a run.  [default: physical cores]")
 @kv_cache_memory_option
 @max_seq_len_option
+@pipeline_parallel_size_option
 @click.option(
     "--draft-tokens",
     type=click.IntRange(0, 64),
@@ -191,7 +199,9 @@ def _load(engine: Path, asked: RunOptions, sampling: dict[str, Any]) -> tuple[Te
     """The model, and its sampling defaults with what the user asked for over them."""
     from qwen_run.text.text_model import TextModel
 
-    model = TextModel.load(engine, asked.threads, asked.raw, asked.cache_bytes, asked.max_seq_len)
+    model = TextModel.load(
+        engine, asked.threads, asked.raw, asked.cache_bytes, asked.max_seq_len, asked.pipeline_parallel_size
+    )
     try:
         params = model.defaults.with_options(**sampling)
     except RequestError as error:  # each is in its range

@@ -29,6 +29,7 @@ class RunOptions:
     threads: int | None
     cache_bytes: int | None
     max_seq_len: int | None
+    pipeline_parallel_size: int | None
     draft_tokens: int | None
     as_json: bool
     output_logits: Path | None

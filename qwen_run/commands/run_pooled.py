@@ -24,7 +24,7 @@ from qwen_run.commands.command import MIB, printable
 from qwen_run.commands.prompt_file import FilePrompt, parse_prompts
 from qwen_run.commands.run_files import open_output, output_of_many
 from qwen_run.commands.run_options import RunOptions
-from qwen_run.runtime.engine import Engine
+from qwen_run.pipeline.staged_engine import open_engine
 from qwen_run.runtime.machine import peak_memory_bytes
 
 # what is asked for -> the tasks of engines that can say it; embeddings are compared by their cosine
@@ -41,7 +41,13 @@ def run_pooled(engine: Path, text: str, asked: RunOptions) -> None:
     """
     manifest = Manifest.read(engine)
     check_task(manifest.task, *TASKS_FOR[asked.pooled[0]])
-    opened = Engine.load(engine, asked.threads, cache_bytes=asked.cache_bytes, max_seq_len=asked.max_seq_len)
+    opened = open_engine(
+        engine,
+        asked.threads,
+        cache_bytes=asked.cache_bytes,
+        max_seq_len=asked.max_seq_len,
+        pipeline_parallel_size=asked.pipeline_parallel_size,
+    )
     with LLM(opened) as llm:
         if asked.input_file is None:
             with open_output(asked.output_file) as out:

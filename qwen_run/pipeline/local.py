@@ -60,6 +60,7 @@ class LocalStages(Executor):
         return [process.facts for process in self._processes]
 
     def send(self, batch: Batch, edits: Sequence[Edit]) -> None:
+        self._check_open()
         self._number += 1
         assert self._first is not None
         message = Message(Kind.BATCH, self._generation, self._number, batch_arrays(batch, edits, None))
@@ -102,6 +103,10 @@ class LocalStages(Executor):
         """Of the processes, in the order of the stages."""
         return [process.pid for process in self._processes]
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineError("the engine's stages have been ended; load it again")
+
     def _connect(self) -> None:
         """Start again what is lost, and join all in a new chain.
 
@@ -109,6 +114,7 @@ class LocalStages(Executor):
             StageLost: one is lost in the meantime.
             EngineError: one cannot be loaded.
         """
+        self._check_open()
         self._disconnect()
         for index, process in enumerate(self._processes):
             if process.is_lost:
@@ -159,8 +165,7 @@ class LocalStages(Executor):
             for process in self._processes:
                 process.silent_s = 0.0
             while not is_there():
-                if self._is_closed:
-                    raise EngineError("the engine's stages have been ended; load it again")
+                self._check_open()
                 for process in self._processes:
                     process.check()
                 if self._is_broken and self._last is not None:

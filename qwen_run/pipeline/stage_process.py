@@ -119,6 +119,7 @@ def facts(stage: Stage) -> dict[str, Any]:
         "engine": stage.manifest.parts[WEIGHTS_FILE].sha256,
         "version": __version__,
         "operators": sorted(f"{domain}::{name} {version}" for (domain, name), version in qwen_plugin.OPERATORS.items()),
+        "layers": [stage.layers.start, stage.layers.stop],
         "weight_bytes": stage.weight_bytes,
     }
 

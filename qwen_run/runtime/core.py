@@ -14,8 +14,8 @@ from qwen_engine.errors import EngineError, RequestError
 from qwen_run.runtime.bounds_ahead import BoundsAhead, constraints_of
 from qwen_run.runtime.chunk import Chunk, build_batch
 from qwen_run.runtime.core_options import CoreOptions, CoreStatistics
-from qwen_run.runtime.engine import Batch, Engine
-from qwen_run.runtime.flights import Flights, PipelinedEngine, StageLost
+from qwen_run.runtime.engine import Batch
+from qwen_run.runtime.flights import AnyEngine, Flights, StageLost
 from qwen_run.runtime.request import NO_TOKEN, FinishReason, Request, Sequence, Token, check_beams, check_request
 from qwen_run.runtime.scheduler import Scheduler
 from qwen_run.runtime.speculation import Speculator
@@ -38,7 +38,7 @@ class Core:
     is fed again, as after a preemption.
     """
 
-    def __init__(self, engine: Engine | PipelinedEngine, options: CoreOptions | None = None) -> None:
+    def __init__(self, engine: AnyEngine, options: CoreOptions | None = None) -> None:
         self.engine = engine
         self._flights = Flights(engine)
         self.options = options = options or CoreOptions()

@@ -82,6 +82,9 @@ class PipelinedEngine(ABC):
         return self.collect()[0]
 
 
+AnyEngine = Engine | PipelinedEngine
+
+
 class Flight(NamedTuple):
     """Chunks that are fed together, and what an engine is given of them."""
 
@@ -98,7 +101,7 @@ class Flights:
         run_s: seconds that they took, in the last stage where there are several.
     """
 
-    def __init__(self, engine: Engine | PipelinedEngine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self._engine = engine
         self._pipeline = engine if isinstance(engine, PipelinedEngine) else None
         self._flights: deque[Flight] = deque()

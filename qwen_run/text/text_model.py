@@ -14,7 +14,8 @@ from typing import Any
 from qwen_engine.errors import EngineError, RequestError
 from qwen_engine.manifest import Manifest
 from qwen_engine.tasks import GENERATE, check_task
-from qwen_run.runtime.engine import Engine
+from qwen_run.pipeline.staged_engine import open_engine
+from qwen_run.runtime.flights import AnyEngine
 from qwen_run.runtime.request import Request
 from qwen_run.sampling.constraint import END_OF_THINKING, Constraint, Thinking, ThinkingBudget, thinking_at_end
 from qwen_run.sampling.params import SamplingParams
@@ -37,7 +38,7 @@ class TextModel:
         eos_token_ids: tokens that end every answer.
     """
 
-    engine: Engine
+    engine: AnyEngine
     tokenizer: Tokenizer
     template: ChatTemplate | None
     defaults: SamplingParams
@@ -56,6 +57,7 @@ class TextModel:
         raw: bool = False,
         cache_bytes: int | None = None,
         max_seq_len: int | None = None,
+        pipeline_parallel_size: int | None = None,
     ) -> TextModel:
         """Open an engine with everything that belongs to it; the small files first.
 
@@ -64,6 +66,7 @@ class TextModel:
             raw: do without a chat template.
             cache_bytes: memory of the cache; chosen from the free memory if None.
             max_seq_len: most tokens of a sequence; see :meth:`Engine.load`.
+            pipeline_parallel_size: stages; see :func:`open_engine`.
 
         Raises:
             EngineError: something is missing or damaged, or the cache does not hold ``max_seq_len`` tokens.
@@ -71,17 +74,22 @@ class TextModel:
         """
         check_task(Manifest.read(engine_directory).task, GENERATE)
         parts = _TextParts.load(engine_directory, raw)
-        return cls._join(
-            Engine.load(engine_directory, threads, cache_bytes=cache_bytes, max_seq_len=max_seq_len), parts
+        engine = open_engine(
+            engine_directory,
+            threads,
+            cache_bytes=cache_bytes,
+            max_seq_len=max_seq_len,
+            pipeline_parallel_size=pipeline_parallel_size,
         )
+        return cls._join(engine, parts)
 
     @classmethod
-    def of(cls, engine: Engine, raw: bool = False) -> TextModel:
+    def of(cls, engine: AnyEngine, raw: bool = False) -> TextModel:
         """As :meth:`load`, for an engine that is open already."""
         return cls._join(engine, _TextParts.load(engine.directory, raw))
 
     @classmethod
-    def _join(cls, engine: Engine, parts: _TextParts) -> TextModel:
+    def _join(cls, engine: AnyEngine, parts: _TextParts) -> TextModel:
         return cls(
             engine=engine,
             tokenizer=parts.tokenizer,
