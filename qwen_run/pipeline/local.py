@@ -27,6 +27,7 @@ from qwen_run.runtime.kv_cache import Edit
 
 # A stage that is not heard of for so long is lost: it is stopped, or its machine thrashes. One that computes tells.
 SILENCE_S = 5.0
+START_S = 180.0  # the same of one that has not been heard of at all: Python and its libraries are read from a disk
 # A batch that takes so long has met a stage that lives and does not work.
 STEP_S = 900.0
 # How often lost stages are put up again before the engine is given up.
@@ -200,6 +201,7 @@ class _Process:
         self.is_lost = False
         self._name = f"stage {index} (layers {plan.layers.start} to {plan.layers[-1]})"
         self._failure: str | None = None
+        self._has_spoken = False
         self._changed = changed
         self._control, theirs = socket.socketpair()
         paths = [str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -233,9 +235,10 @@ class _Process:
         """
         if self._failure is not None:
             raise EngineError(f"{self._name}: {self._failure}")
-        if self.silent_s > SILENCE_S:
+        most_s = SILENCE_S if self._has_spoken else START_S
+        if self.silent_s > most_s:
             self.is_lost = True
-            raise StageLost(f"{self._name} has not been heard of for {SILENCE_S:.0f} s")
+            raise StageLost(f"{self._name} has not been heard of for {most_s:.0f} s")
         if self.is_lost:
             code = self._process.poll()
             raise StageLost(f"{self._name} is gone" + (f" with exit code {code}" if code is not None else ""))
@@ -259,7 +262,7 @@ class _Process:
         with suppress(OSError, WireError):
             while (message := receive(self._control)) is not None:
                 with self._changed:
-                    self.silent_s = 0.0
+                    self.silent_s, self._has_spoken = 0.0, True
                     if message.kind == Kind.READY:
                         self.facts = json.loads(message.text)
                     elif message.kind == Kind.FAILED:

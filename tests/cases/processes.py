@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cases import ROOT, TESTS
@@ -44,3 +46,19 @@ def start_python(code: str, *arguments: object, **options: Any) -> subprocess.Po
 def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """As :func:`asyncio.run`; what waits for longer than ``PATIENCE_S`` is cancelled and raises TimeoutError."""
     return asyncio.run(asyncio.wait_for(coroutine, PATIENCE_S))
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; one that has ended and was not waited for is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(*pids: int) -> None:
+    """Wait until none of these processes runs."""
+    ends = time.monotonic() + PATIENCE_S
+    while any(map(is_running, pids)):
+        assert time.monotonic() < ends, f"one of {pids} is left"
+        time.sleep(0.05)

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cases.processes import is_running, run_async, wait_until_gone
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import WEIGHTS_FILE
 from qwen_run import LLM, AsyncLLM, SamplingParams
@@ -22,7 +22,6 @@ from qwen_run.pipeline.local import LocalStages
 from qwen_run.pipeline.staged_engine import StagedEngine, open_engine
 from qwen_run.runtime.engine import Batch, Engine
 
-WAIT_S = 60.0
 Ask = Callable[..., Any]
 
 
@@ -39,21 +38,6 @@ def staged(engine: Path, num_stages: int, **options: Any) -> Iterator[StagedEngi
 def pids_of(engine: StagedEngine) -> list[int]:
     assert isinstance(engine.executor, LocalStages)
     return engine.executor.pids
-
-
-def is_there(pid: int) -> bool:
-    """A process that has ended and was not waited for is not."""
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(*pids: int) -> None:
-    ends = time.monotonic() + WAIT_S
-    while any(map(is_there, pids)):
-        assert time.monotonic() < ends, f"one of {pids} is left"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
@@ -117,7 +101,7 @@ def test_the_names_of_vllm_and_an_event_loop(engine: Path) -> None:
 
             return list(await asyncio.gather(answer("one"), answer("two")))
 
-    found = asyncio.run(asyncio.wait_for(answers(), WAIT_S))
+    found = run_async(answers())
     assert [each.outputs[0].text for each in found] == [each.outputs[0].text for each in expected]
 
 
@@ -142,7 +126,7 @@ def test_an_engine_that_nobody_holds_ends_its_stages(engine: Path) -> None:
     llm = LLM(engine, threads=1, num_blocks=32, pipeline_parallel_size=2)
     assert isinstance(llm.core.engine, StagedEngine)
     pids = pids_of(llm.core.engine)
-    assert all(map(is_there, pids))
+    assert all(map(is_running, pids))
     del llm
     gc.collect()
     wait_until_gone(*pids)
