@@ -22,6 +22,7 @@ HEAVY = {
     "huggingface_hub",
     "gguf",
     "lm_eval",
+    "ray",
 }
 SERVER = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "jinja2", "click", "prompt_toolkit", "tqdm"}
@@ -83,6 +84,7 @@ INSIDE_FUNCTIONS = {
         "huggingface_hub": ("qwen_run.torch_model.loading",),
         "gguf": ("qwen_run.accuracy.gguf_weights",),
         "llguidance": ("qwen_run.text.grammar",),
+        "ray": ("qwen_run.pipeline.ray_stages",),
     },
     "qwen_build": {
         "torch": (),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     "--engine", "named", type=click.Path(path_type=Path), metavar="DIR", help="ENGINE, as other commands spell it."
 )
 @click.option("--graph", "as_graph", is_flag=True, help="Show the graph as a tree instead.")
+@click.option("--stages", type=click.IntRange(1), metavar="N", help="Show what each of N stages would have instead.")
 @click.option(
     "--plot",
     type=SvgFile(),
@@ -40,6 +41,7 @@ def main(
     engine: Path | None,
     named: Path | None,
     as_graph: bool,
+    stages: int | None,
     plot: Path | None,
     verify: bool,
     as_list: bool,
@@ -57,14 +59,17 @@ def main(
       qwen-inspect engines/q3 --plot bits.svg         and a picture
       qwen-inspect engines/q3 --graph                 model, layers, blocks, operators
       qwen-inspect engines/q3 --verify --json
+      qwen-inspect engines/q3 --stages 4              what --pipeline-parallel-size 4 puts where
       qwen-inspect --list                             what is kept in the cache directory, and its size
       qwen-inspect --clean                            remove that
     """
     if engine is not None and named is not None:
         raise click.UsageError("ENGINE and --engine are the same; give one")
     engine = engine or named
+    if stages is not None and (as_graph or plot):
+        raise click.UsageError("--stages stands alone, or with --verify and --json")
     if as_list or clean:
-        if (as_list and clean) or as_graph or plot or verify:
+        if (as_list and clean) or as_graph or stages or plot or verify:
             raise click.UsageError("--list and --clean stand alone, or with --json")
         kept = _kept(engine)
         if clean:
@@ -82,6 +87,9 @@ def main(
         verify_parts(engine, manifest)
         size_bytes = sum(part.size_bytes for part in manifest.parts.values())
         click.echo(f"All {len(manifest.parts)} parts verified, {size_bytes / MIB:,.1f} MiB.", err=True)
+    if stages is not None:
+        click.echo(_stages(engine, manifest, stages, as_json))
+        return
     shown, picture = _graph(engine, manifest, as_json) if as_graph else _linears(engine, manifest, as_json)
     if plot is not None:
         try:
@@ -135,6 +143,16 @@ def _kept_table(kept: list[Kept], done: str) -> str:
 
 def _day(kept: Kept) -> str:
     return datetime.fromtimestamp(kept.made_s, UTC).strftime("%Y-%m-%d")
+
+
+def _stages(engine: Path, manifest: Manifest, num_stages: int, as_json: bool) -> str:
+    """What each stage would have."""
+    from qwen_run.inspection.stages import stage_lines, stage_rows
+
+    rows = stage_rows(engine, manifest, num_stages)
+    if as_json:
+        return to_json({**head("qwen-inspect", engine), "stages": [asdict(row) for row in rows]}, indent=1)
+    return "\n".join(stage_lines(rows))
 
 
 def _graph(engine: Path, manifest: Manifest, as_json: bool) -> tuple[str, str]:

@@ -41,6 +41,11 @@ class StageGraph:
     hidden_out: str | None
     stretches: tuple[tuple[int, int], ...]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights file that are read."""
+        return sum(end - start for start, end in self.stretches)
+
 
 @dataclass(frozen=True)
 class _Operator:

@@ -39,7 +39,7 @@ class Executor(ABC):
         """Wait until all are loaded, and let them work.
 
         Returns:
-            what each tells of itself: ``facts`` of ``stage_process.py``.
+            what each tells of itself: ``facts`` of ``alike.py``.
 
         Raises:
             EngineError: one cannot be loaded.

@@ -18,10 +18,8 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import qwen_plugin
-from qwen_engine import __version__
 from qwen_engine.errors import EngineError, QwenError
-from qwen_engine.manifest import WEIGHTS_FILE
+from qwen_run.pipeline.alike import facts
 from qwen_run.pipeline.wire import Kind, Message, WireError, batch_arrays, batch_of, closed, interrupted, receive, send
 from qwen_run.runtime.stage import Stage
 
@@ -109,19 +107,6 @@ def start_of(engine: Path, layers: range, num_blocks: int, threads: int) -> str:
     """What a stage has to know, JSON."""
     about = {"engine": str(engine), "layers": [layers.start, layers.stop], "num_blocks": num_blocks, "threads": threads}
     return json.dumps(about)
-
-
-def facts(stage: Stage) -> dict[str, Any]:
-    """What has to be equal among stages that compute together, and what is worth knowing of one."""
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "engine": stage.manifest.parts[WEIGHTS_FILE].sha256,
-        "version": __version__,
-        "operators": sorted(f"{domain}::{name} {version}" for (domain, name), version in qwen_plugin.OPERATORS.items()),
-        "layers": [stage.layers.start, stage.layers.stop],
-        "weight_bytes": stage.weight_bytes,
-    }
 
 
 def _compute(stage: Stage, chain: Chain) -> None:

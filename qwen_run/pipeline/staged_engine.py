@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from qwen_engine.errors import EngineError
 from qwen_engine.manifest import Manifest
+from qwen_run.pipeline.alike import check_alike, facts
 from qwen_run.pipeline.executor import Executor, StagePlan
 from qwen_run.pipeline.local import LocalStages
 from qwen_run.runtime.capacity import choose_capacity, warn_of_shorter, with_limit
@@ -24,8 +26,15 @@ from qwen_run.runtime.kv_cache import Blocks, Edit, block_bytes
 from qwen_run.runtime.machine import available_bytes, physical_cores
 from qwen_run.runtime.stage import Stage, even_cuts
 
-# vLLM's names of who runs the stages -> what does; a process a stage is vLLM's "mp"
-BACKENDS: dict[str, type[Executor]] = {"local": LocalStages, "mp": LocalStages}
+
+def _ray_stages() -> Executor:
+    from qwen_run.pipeline.ray_stages import RayStages
+
+    return RayStages()
+
+
+# vLLM's names of who runs the stages -> what makes one; a process a stage is vLLM's "mp"
+BACKENDS: dict[str, Callable[[], Executor]] = {"local": LocalStages, "mp": LocalStages, "ray": _ray_stages}
 
 
 class StagedEngine(PipelinedEngine):
@@ -113,7 +122,7 @@ def open_engine(
     try:
         executor.start([StagePlan(directory.absolute(), layers, capacity.num_blocks, each) for layers in cuts[:-1]])
         last = Stage.load(directory, cuts[-1], capacity.num_blocks, each, checks_others=True)
-        executor.connect()
+        check_alike(facts(last), executor.connect())
     except BaseException:
         executor.close()
         raise

@@ -53,7 +53,7 @@ class Stage:
         self.directory = directory
         self.manifest = manifest
         self.layers = graph.layers
-        self.weight_bytes = sum(end - start for start, end in graph.stretches)
+        self.weight_bytes = graph.weight_bytes
         self._graph = graph
         self._session = session
         self._pools = pools
@@ -86,7 +86,7 @@ class Stage:
         check_layers(layers, manifest.model.num_hidden_layers)
         threads = threads or physical_cores()
         path = directory / GRAPH_FILE
-        graph = stage_graph(_read(path), layers, manifest)
+        graph = read_stage_graph(path, layers, manifest)
         check_stage(directory, manifest, graph.stretches, threads, others=checks_others)
         check_operators(directory, manifest)
         session = GraphSession(path, manifest, threads, graph.model)
@@ -140,9 +140,14 @@ def _hidden(name: str, manifest: Manifest) -> TensorSpec:
     return TensorSpec(name, "token", "float32", ("T", manifest.model.hidden_size))
 
 
-def _read(path: Path) -> bytes:
+def read_stage_graph(path: Path, layers: range, manifest: Manifest) -> StageGraph:
+    """``layers`` of the graph at ``path``.
+
+    Raises:
+        EngineError: it cannot be read, or not be cut there.
+    """
     try:
-        return read_regular(path)
+        return stage_graph(read_regular(path), layers, manifest)
     except OSError as error:
         raise EngineError(
             f"{path} cannot be read: {error.strerror}; build the engine again or copy it again"

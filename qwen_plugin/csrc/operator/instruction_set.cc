@@ -132,3 +132,13 @@ bool UsesExtension(Extension extension) {
   }
   return false;
 }
+
+// What qwen_plugin/instruction_set.py asks: 1 where AMX tiles are used, 0 where not, -1 where QWEN_PLUGIN_ISA names an
+// instruction set that there is not.
+extern "C" __attribute__((visibility("default"))) int QwenUsesAmx() {
+  try {
+    return UsesExtension(Extension::kAmx) ? 1 : 0;
+  } catch (const Error&) {
+    return -1;
+  }
+}
