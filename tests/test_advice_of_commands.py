@@ -328,6 +328,11 @@ ELSEWHERE = {
     "has no <think>; leave it out": "tests/test_advice_of_python.py",
     "tokenizer.json has decoder": "the tokenizer of every row is such a one",
     ", or use another checkpoint": "every row uses one whose tokenizer works",
+    "; run it whole, without stages": "tests/qwen_run/runtime/test_stage.py runs every engine whole, too",
+    "set QWEN_PLUGIN_ISA where processors differ": "tests/qwen_run/pipeline/test_ray_stages.py has stages alike, too",
+    "or ask for fewer stages": "tests/qwen_run/pipeline/test_ray_stages.py asks for fewer",
+    "run pip install 'ray[data]>=2.60'": "tests/qwen_run/pipeline/test_ray_stages.py, where it is installed",
+    "; install one version everywhere": "one version is what all tests of stages have",
 }
 
 

@@ -301,6 +301,7 @@ ELSEWHERE = {
     "the engine has stopped": "tests/qwen_run/api/test_threads.py asks again",
     "run it with a newer qwen-engine": "there is no newer one",
     "to build a checkpoint of the Hub": "needs the Hub",
+    "; run it whole, without stages": "tests/qwen_run/runtime/test_stage.py runs every engine whole, too",
     "use lm_eval's hf model": "tests/qwen_run/harness/test_engine_lm.py runs it",
 }
 

@@ -73,9 +73,14 @@ class StageActor:
 
 
 class RayStages(Executor):
-    """Actors in a row; each gives its result to the next, wherever that is."""
+    """Actors in a row; each gives its result to the next, wherever that is.
+
+    Attributes:
+        told: ``facts`` of each, of its latest start.
+    """
 
     def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
         self._ray = _require_ray()
         self._plans: Sequence[StagePlan] = ()
         self._actors: list[Any] = []
@@ -103,7 +108,8 @@ class RayStages(Executor):
             self._actors.append(ray.remote(StageActor).options(**options).remote())
 
     def connect(self) -> list[dict[str, Any]]:
-        return self._join_all()
+        self._join_all()
+        return self.told
 
     def send(self, batch: Batch, edits: Sequence[Edit]) -> None:
         self._check_open()
@@ -165,7 +171,7 @@ class RayStages(Executor):
             )
         return group
 
-    def _join_all(self) -> list[dict[str, Any]]:
+    def _join_all(self) -> None:
         """Let every actor, old or new, take batches of a new generation, from the first.
 
         Raises:
@@ -182,7 +188,7 @@ class RayStages(Executor):
             if "error" in told:
                 raise EngineError(f"{name}: {told['error']}")
             found.append(told)
-        return found
+        self.told = found
 
     def _join(self, actor: Any, plan: StagePlan, name: str, ends: float) -> dict[str, Any]:
         ray = self._ray

@@ -49,13 +49,13 @@ executor = llm.core.engine.executor
 BITS = """
 assert ask(llm) == expected
 assert llm.core.statistics.num_lost_stages == 0
-pids = lambda: [told["pid"] for told in executor.connect()]
+pids = lambda: [told["pid"] for told in executor.told]
 before = pids()
 killed = []
 
 def kill(step):
     if step in (10, 25):
-        victim = pids()[step % 2]  # joins anew, which loses what was on its way
+        victim = pids()[step % 2]
         killed.append(victim)
         os.kill(victim, signal.SIGKILL)
 
@@ -70,7 +70,6 @@ cluster.shutdown()
 """
 NODE = """
 spare = cluster.add_node(num_cpus=1)
-homes = lambda: {each["NodeID"] for each in ray.nodes() if each["Alive"]}
 
 def remove(step):
     if step == 12:
@@ -106,22 +105,21 @@ def namespace() -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("namespace")
 def test_actors_answer_as_one_process_also_when_they_are_killed(engine: Path) -> None:
-    assert run_inside(CLUSTER + BITS, engine, patience=2).splitlines()[-1] == "equal bits True True"
+    assert run_inside(CLUSTER + BITS, engine, patience=2).count("equal bits True True") == 1
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("namespace")
 def test_a_node_that_is_lost_changes_no_answer(engine: Path) -> None:
-    assert run_inside(CLUSTER + NODE, engine, patience=2).splitlines()[-1] == "equal bits True"
+    assert run_inside(CLUSTER + NODE, engine, patience=2).count("equal bits True") == 1
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("namespace")
 def test_more_stages_than_nodes_are_refused_with_the_numbers(engine: Path) -> None:
-    told = run_inside(CLUSTER + TOO_FEW, engine, patience=2).splitlines()[-1]
-    assert told.startswith(
-        "EngineError 5 stages beside this one need as many nodes with 1 free CPUs each; the cluster has 3 with 1, 1, 1;"
-    )
+    told = run_inside(CLUSTER + TOO_FEW, engine, patience=2)
+    expected = "EngineError 5 stages beside this one need as many nodes with 1 free CPUs each; the cluster has 3 with"
+    assert f"{expected} 1, 1, 1; add nodes" in told
 
 
 def test_ray_is_imported_where_it_is_asked_for_alone(engine: Path) -> None:
