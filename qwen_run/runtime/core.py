@@ -175,7 +175,7 @@ class Core:
         with self._bounds_ahead.working(constraints_of(self._flights.oldest)):
             (chunks, batch), logits, run_s = self._flights.collect()
         if logits is None:
-            return self._run_apart([chunk for chunk in chunks if not chunk.sequence.finish_reason])
+            return self._run_apart(chunks)
         if self._speculator:
             self._speculator.cost.observe(len(batch.input_ids), run_s)
         ends = accumulate(chunk.num_logits for chunk in chunks)
@@ -198,9 +198,11 @@ class Core:
         self._scheduler.begin_again()
 
     def _run_apart(self, chunks: list[Chunk]) -> list[tuple[Chunk, np.ndarray]]:
-        """As :meth:`_run`, one after the other, because the engine refuses them together."""
+        """As :meth:`_collect`, one after the other, because the engine refuses them together."""
         ran = []
         for chunk in chunks:
+            if chunk.sequence.finish_reason:  # given up, or a beam whose search has failed
+                continue
             try:
                 ran.append((chunk, self.engine.run(build_batch([chunk]))))
             except EngineError as error:
