@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from qwen_run.runtime.chunk import Chunk
 from qwen_run.sampling.constraint import Constraint
 
 
@@ -34,6 +35,16 @@ class BoundsAhead:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+
+
+def constraints_of(chunks: Iterable[Chunk]) -> list[Constraint]:
+    """Of the answers that get a token; forks for the samples of a prompt take along what was prepared."""
+    return [
+        constraint
+        for chunk in chunks
+        if chunk.num_logits and not chunk.sequence.finish_reason
+        for constraint in chunk.sequence.context.constraints
+    ]
 
 
 def _prepare(constraints: Iterable[Constraint]) -> None:

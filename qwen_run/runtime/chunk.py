@@ -10,7 +10,6 @@ import numpy as np
 
 from qwen_run.runtime.engine import Batch
 from qwen_run.runtime.request import Sequence
-from qwen_run.sampling.constraint import Constraint
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,3 @@ def first_logits(sequence: Sequence) -> int:
     known = len(sequence.request.prompt_logprobs)
     wants_more = 0 < known < len(sequence.request.prompt)
     return known - 1 if wants_more else len(sequence.token_ids) - 1
-
-
-def constraints_of(chunks: list[Chunk]) -> list[Constraint]:
-    """Those of the answers that get a token; forks for the samples of a prompt take along what was prepared."""
-    return [each for chunk in chunks if chunk.num_logits for each in chunk.sequence.context.constraints]

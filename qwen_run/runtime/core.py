@@ -11,8 +11,8 @@ from itertools import accumulate
 import numpy as np
 
 from qwen_engine.errors import EngineError, RequestError
-from qwen_run.runtime.bounds_ahead import BoundsAhead
-from qwen_run.runtime.chunk import Chunk, build_batch, constraints_of
+from qwen_run.runtime.bounds_ahead import BoundsAhead, constraints_of
+from qwen_run.runtime.chunk import Chunk, build_batch
 from qwen_run.runtime.core_options import CoreOptions, CoreStatistics
 from qwen_run.runtime.engine import Batch
 from qwen_run.runtime.flights import AnyEngine, Flights, StageLost

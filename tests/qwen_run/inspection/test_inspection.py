@@ -20,6 +20,7 @@ from qwen_run.commands.inspect import main
 from qwen_run.engine_files.onnx_file import OnnxGraph, read_graph
 from qwen_run.inspection.graph import GraphBlock, GraphOperator, draw_lines, folded, tree
 from qwen_run.inspection.linears import draw_bits, linear_rows, totals
+from qwen_run.runtime.stage import Stage
 
 
 def inspect(*arguments: object):
@@ -261,3 +262,19 @@ def test_experts_are_counted_with_what_a_token_reads_of_them(family, tiny_checkp
     }  # fmt: skip
     assert found["read_bytes_per_token"] == read - own + own * chosen // count
     assert f"MiB: {chosen} of {count} a token in each of {layers} layers" in text
+
+
+def test_stages_are_shown_as_they_are_loaded(tiny_checkpoint, build_engine) -> None:
+    """Weights and cache of all stages are those of the engine; a tied table counts where it is read."""
+    engine = build_engine(tiny_checkpoint("qwen3-tied").path, quant="int8")
+    told = json.loads(CliRunner().invoke(main, [str(engine), "--stages", "3", "--json"]).stdout)["stages"]
+    assert [(row["stage"], row["first_layer"], row["last_layer"]) for row in told] == [(0, 0, 0), (1, 1, 1), (2, 2, 2)]
+    for row in told:
+        stage = Stage.load(engine, range(row["first_layer"], row["last_layer"] + 1), 2)
+        assert row["weight_bytes"] == stage.weight_bytes
+    assert sum(row["cache_bytes_per_token"] for row in told) == Manifest.read(engine).cache.bytes_per_token
+    shown = CliRunner().invoke(main, [str(engine), "--stages", "2"]).stdout.splitlines()
+    assert shown[0].split() == ["stage", "layers", "weights", "MiB", "cache", "KiB", "a", "token"]
+    assert len(shown) == 3
+    refused = CliRunner().invoke(main, [str(engine), "--stages", "2", "--graph"])
+    assert "--stages stands alone" in refused.stderr
