@@ -193,7 +193,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(engine: Path, **changed: Any) -> BenchOptions:
-    plain: dict[str, Any] = dict.fromkeys(("compare", "checkpoint", "hf_dtype", "max_seq_len", "cache_bytes"))
+    absent = ("compare", "checkpoint", "hf_dtype", "max_seq_len", "cache_bytes", "pipeline_parallel_size")
+    plain: dict[str, Any] = dict.fromkeys(absent)
     return BenchOptions(**plain | {"engine": engine, "threads": 1, "max_batch_tokens": 64, "seed": 0} | changed)
 
 

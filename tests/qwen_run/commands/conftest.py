@@ -18,8 +18,8 @@ def script(tmp_path, monkeypatch):
     raw_model, _ = scripted_model(directory, str.upper, raw=True)
     script.loaded, script.warning = [], None
 
-    def load(engine, threads=None, raw=False, cache_bytes=None, max_seq_len=None):
-        script.loaded.append((str(engine), threads, raw, cache_bytes, max_seq_len))
+    def load(engine, threads=None, raw=False, cache_bytes=None, max_seq_len=None, pipeline_parallel_size=None):
+        script.loaded.append((str(engine), threads, raw, cache_bytes, max_seq_len, pipeline_parallel_size))
         if script.warning:
             warnings.warn(script.warning, stacklevel=1)
         return raw_model if raw else model

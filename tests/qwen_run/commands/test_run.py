@@ -33,7 +33,7 @@ def test_one_answer(script):
         r"\d+ input tokens, 17 output tokens; first after \d+ ms, then [\d.]+ tokens/s; peak memory \d+ MiB\n",
         result.stderr,
     )
-    assert script.loaded == [("engines/tiny", None, False, None, None)]
+    assert script.loaded == [("engines/tiny", None, False, None, None, None)]
     assert script.seen[0].params == SamplingParams(0.7, 1.0, 20)
     assert IM_END in script.seen[0].stop_token_ids
     assert script.is_idle
@@ -41,10 +41,10 @@ def test_one_answer(script):
 
 def test_options_reach_the_request(script):
     options = "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --seed 4 --threads 2"
-    options += " --kv-cache-memory 64 --max-seq-len 99"
+    options += " --kv-cache-memory 64 --max-seq-len 99 --pipeline-parallel-size 3"
     result = run_command("--input-text", "x", "--engine", "e", "--system", "Be brief.", *options.split())
     assert result.stdout == "«X\n"
-    assert script.loaded == [("e", 2, False, 64 << 20, 99)]
+    assert script.loaded == [("e", 2, False, 64 << 20, 99, 3)]
     assert script.seen[0].params == SamplingParams(0.5, 0.9, 5, 1.1, 4, 3)
     assert "system\nBe brief.<|im_end|>" in script.tokenizer.decode(script.seen[0].prompt, False)
 
@@ -242,7 +242,7 @@ def test_newest_engine_and_none(script, tmp_path):
     (older / "engine.json").write_text("{}")
     os.utime(older / "engine.json", (1, 1))
     run_command("--input-text", "x")
-    assert script.loaded == [("engines/tiny", None, False, None, None)]
+    assert script.loaded == [("engines/tiny", None, False, None, None, None)]
     for path in (tmp_path / "engines").glob("*/engine.json"):
         path.unlink()
     result = run_command("--input-text", "x")
