@@ -18,7 +18,7 @@ from qwen_build.plan.options import BuildOptions  # noqa: E402
 from qwen_engine.graph_io import KEY_TILE  # noqa: E402
 from qwen_plugin.layout import BLOCK_COLUMNS, PANEL, panel_bytes  # noqa: E402
 from qwen_run.runtime.chunk import fair_shares  # noqa: E402
-from qwen_run.runtime.core import CoreOptions  # noqa: E402
+from qwen_run.runtime.core_options import STEP_TOKENS  # noqa: E402
 
 SANS = "DejaVu Sans, Verdana, Arial, sans-serif"
 MONO = "DejaVu Sans Mono, Menlo, Consolas, monospace"
@@ -296,7 +296,7 @@ def _draw_block(picture: Picture, size: int) -> None:
 
 def step() -> Picture:
     """One step of the scheduler: two answers and two prompts."""
-    budget, size = CoreOptions().max_batch_tokens, BuildOptions().block_size
+    budget, size = STEP_TOKENS, BuildOptions().block_size
     picture = Picture(900, 520, "A step feeds one token of every answer, and shares the rest among the prompts")
     first, second = fair_shares(budget - 2, [600 - size, 40])
     rows = [

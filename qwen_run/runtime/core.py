@@ -42,11 +42,10 @@ class Core:
         self.engine = engine
         self._flights = Flights(engine)
         self.options = options = (options or CoreOptions()).for_model(engine.manifest.model)
-        assert options.max_batch_tokens is not None
         self._scheduler = Scheduler(
             engine.cache,
             options.max_batch_size,
-            options.max_batch_tokens,
+            options.step_tokens,
             options.prefix_caching,
             options.prompt_tokens_beside,
             self._flights.most,

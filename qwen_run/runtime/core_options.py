@@ -59,6 +59,12 @@ class CoreOptions:
                 f"{self.max_batch_size}: a token for every sequence; change one of them"
             )
 
+    @property
+    def step_tokens(self) -> int:
+        """``max_batch_tokens`` where it is chosen."""
+        assert self.max_batch_tokens is not None, "for_model chooses it"
+        return self.max_batch_tokens
+
     def for_model(self, sizes: ModelSizes) -> CoreOptions:
         """The same with a number of tokens in a step.
 

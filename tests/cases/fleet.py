@@ -54,11 +54,11 @@ class LocalReplica:
             work.close()
             raise ReplicaGone("it was ended by a test")
         task = asyncio.ensure_future(work)
-        await asyncio.wait({task, self._dead}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, self._dead}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
         if self.is_dead:
             task.cancel()
             raise ReplicaGone("it was ended by a test")
-        return task.result()
+        return await asyncio.wait_for(task, PATIENCE_S)
 
     async def open(self) -> Description:
         return self._describe(await self._ask(self._replica.open()))

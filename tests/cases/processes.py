@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,8 +36,13 @@ def run_python(code: str, *arguments: object, **options: Any) -> subprocess.Comp
 def start_python(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """A fresh interpreter that runs ``code``. It is killed after ``PATIENCE_S``, which ends every read from it."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **options)
-    killer = threading.Timer(PATIENCE_S, process.kill)
+    return start([sys.executable, "-c", code, *map(str, arguments)], **options)
+
+
+def start(command: Sequence[str], patience_s: float = PATIENCE_S, **options: Any) -> subprocess.Popen[str]:
+    """A process that runs ``command``, and is killed after ``patience_s``; ``options`` are those of Popen."""
+    process: subprocess.Popen[str] = subprocess.Popen(command, **options)
+    killer = threading.Timer(patience_s, process.kill)
     killer.daemon = True
     killer.start()
     return process

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import ROOT, TESTS
-from cases.processes import PATIENCE_S
+from cases.processes import PATIENCE_S, start
 
 _NEW_NETWORK, _NEW_USER = 0x40000000, 0x10000000  # of <linux/sched.h>
 _GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 0x1  # of <linux/sockios.h>
@@ -34,7 +34,9 @@ def missing() -> str | None:
     """Why there is no cluster here; None where there is one."""
     if find_spec("ray") is None:
         return "ray is not installed"
-    found = subprocess.run([sys.executable, "-c", _ENTER], env=_environment(), capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", _ENTER], env=_environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
     return None if found.returncode == 0 else f"no network namespace: {found.stderr.strip().splitlines()[-1]}"
 
 
@@ -118,7 +120,7 @@ def serving(engine: str, num_replicas: int, *options: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "qwen_serve.cli", engine, "--ray", "local", "--replicas", str(num_replicas)]
-    process = subprocess.Popen([*command, "--port", str(port), "--no-access-log", *options])
+    process = start([*command, "--port", str(port), "--no-access-log", *options], 100 * PATIENCE_S)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: status(url) == 200 or process.poll() is not None)

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from cases.processes import PATIENCE_S
+from cases.processes import PATIENCE_S, start
 from cases.ray_cluster import replica_processes, serving, wait_for
 from cases.streams import bodies, read_all
 
@@ -52,7 +53,12 @@ def killing_replicas(every_s: float) -> Iterator[list[int]]:
         yield killed
     finally:
         ends.set()
-        thread.join()
+        thread.join(PATIENCE_S)
+
+
+def _read(*arguments: Any) -> list[Any]:
+    """What ``read_all`` reads, in good time."""
+    return asyncio.run(asyncio.wait_for(read_all(*arguments), 100 * PATIENCE_S))
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -74,11 +80,12 @@ def interrupted_job(engine: str, folder: Path, count: int, every_s: float) -> st
     prompts, alone, out = folder / "prompts.jsonl", folder / "alone.jsonl", folder / "answers.jsonl"
     write_prompts(prompts, count)
     command = [*RUN, "--engine", engine, "--input-file", str(prompts), "--max-seq-len", "256", "--draft-tokens", "0"]
-    undisturbed = subprocess.run([*command, "--output-file", str(alone)], capture_output=True, text=True)
+    by_one = [*command, "--output-file", str(alone)]
+    undisturbed = subprocess.run(by_one, capture_output=True, text=True, timeout=100 * PATIENCE_S)
     assert undisturbed.returncode == 1, undisturbed.stderr  # for the line that cannot be read
     with head() as address, killing_replicas(every_s) as killed:
         command += ["--output-file", str(out), "--ray", address, "--replicas", "2"]
-        driver = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        driver = start(command, 100 * PATIENCE_S, stderr=subprocess.DEVNULL)
 
         def answered() -> int:
             return len(out.read_bytes().splitlines()) if out.exists() else 0
@@ -110,7 +117,7 @@ def killed_under_streams(engine: str, count: int, max_tokens: int, num_kills: in
     options = ("--kv-cache-memory", "256", "--max-seq-len", "512", "--max-batch-size", "32")
     with serving(engine, 2, *options) as url:
         started = time.monotonic()
-        undisturbed = asyncio.run(read_all(url, requests))
+        undisturbed = _read(url, requests)
         calm_s = time.monotonic() - started
         total = sum(each.num_chunks for each in undisturbed)
         assert all(each.error is None and each.text for each in undisturbed), undisturbed
@@ -122,7 +129,7 @@ def killed_under_streams(engine: str, count: int, max_tokens: int, num_kills: in
                 os.kill(found[0], signal.SIGKILL)
 
         started = time.monotonic()
-        disturbed = asyncio.run(read_all(url, requests, kill))
+        disturbed = _read(url, requests, kill)
         disturbed_s = time.monotonic() - started
         assert [each.error for each in disturbed] == [None] * count
         assert disturbed == undisturbed

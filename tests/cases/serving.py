@@ -90,8 +90,8 @@ def running(model: Any, at_most_s: float = 1800, **settings: Any) -> Iterator[Ru
         port = listener.getsockname()[1]
         found = Running(serving, f"http://127.0.0.1:{port}", port)
         server = new_server(serving.settings, make_app(serving, lambda record: found.log.append(record)))
-        answering = asyncio.wait_for(server.serve(sockets=[listener]), at_most_s)
-        thread = threading.Thread(target=lambda: asyncio.run(answering))
+        answering = server.serve(sockets=[listener])
+        thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(answering, at_most_s)))
         thread.start()
         try:
             wait_until(lambda: server.started)

@@ -1,12 +1,13 @@
 """Several replicas as one engine: the answers of one, whatever happens to them. Without Ray."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
 
 from cases.fleet import QUICK, LocalReplicas, answer_of, fleet_of, read
-from cases.processes import run_async
+from cases.processes import PATIENCE_S, run_async
 from qwen_engine.errors import EngineError, RequestError
 from qwen_run import AsyncLLM, RequestOutputKind, SamplingParams
 from qwen_run.cluster.handles import NoReplica
@@ -110,9 +111,13 @@ def test_a_replica_whose_engine_stands_still_is_replaced(chat_engine):
         replicas = LocalReplicas(chat_engine, **OPTIONS)
         async with fleet_of(replicas, 1, patience=replace(QUICK, stall_s=0.5)) as llm:
             engine = replicas.made[0]._replica._opened.llm.core.engine
-            release = asyncio.Event()
-            run, loop = engine.run, asyncio.get_running_loop()
-            engine.run = lambda batch: (asyncio.run_coroutine_threadsafe(release.wait(), loop).result(), run(batch))[1]
+            release, run = threading.Event(), engine.run
+
+            def stands_still(batch):
+                release.wait(PATIENCE_S)
+                return run(batch)
+
+            engine.run = stands_still
             try:
                 assert (await read(llm, "A prompt", KINDS["greedy"])).finished
                 assert llm.statistics.num_deaths == 1
