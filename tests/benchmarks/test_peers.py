@@ -180,9 +180,10 @@ def test_heads_that_are_not_as_wide_as_the_model_are_those_of_a_llama(tmp_path: 
 
 
 def test_work_of_a_command() -> None:
-    linear = [SimpleNamespace(name=n, in_features=2, out_features=o, stored_bytes=o * 10) for n, o in
+    linear = [SimpleNamespace(name=n, in_features=2, out_features=o, stored_bytes=o * 10, stack=1) for n, o in
               (("model.embed_tokens", 1000), ("a", 3), ("b", 5), ("lm_head", 100))]  # fmt: skip
-    manifest: Any = SimpleNamespace(linears=linear, cache=SimpleNamespace(bytes_per_token=7))
+    model = SimpleNamespace(experts=None)
+    manifest: Any = SimpleNamespace(linears=linear, cache=SimpleNamespace(bytes_per_token=7), model=model)
     assert operations(manifest, {"do": "prefill", "length": 512}) == 2 * (512 * (6 + 10) + 200)
     batch = {"do": "batch", "requests": 4, "prompt_length": 10, "new": 3}
     assert operations(manifest, batch) == 2 * (4 * 12 * (6 + 10) + 4 * 3 * 200)

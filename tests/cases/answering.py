@@ -16,7 +16,8 @@ DEFAULTS = {field.name: field.default for field in fields(CoreOptions)}
 def generate(engine: Engine, requests: Sequence[Request], **options: Any) -> Generator[Token, None, None]:
     """Tokens as soon as they are known; ``options`` of the core, whose batch never has more sequences than tokens."""
     chosen = DEFAULTS | options
-    chosen["max_batch_size"] = min(chosen["max_batch_size"], chosen["max_batch_tokens"])
+    if (tokens := chosen["max_batch_tokens"]) is not None:
+        chosen["max_batch_size"] = min(chosen["max_batch_size"], tokens)
     core = Core(engine, CoreOptions(**chosen))
     for index, request in enumerate(requests):
         core.add(request, f"prompt {index + 1}" if len(requests) > 1 else "the prompt")

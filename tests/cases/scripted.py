@@ -64,7 +64,7 @@ class Script:
         self.directory = Path("scripted")
         self.manifest = SimpleNamespace(
             limits=SimpleNamespace(max_seq_len=max_seq_len),
-            model=SimpleNamespace(vocab_size=IM_END + len(ADDED) + 1),
+            model=SimpleNamespace(vocab_size=IM_END + len(ADDED) + 1, experts=None),
             parts={},
             task=GENERATE,
         )

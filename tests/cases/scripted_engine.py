@@ -29,7 +29,9 @@ class ScriptedEngine:
 
     def __init__(self, num_blocks: int = 40, block_size: int = 4, max_seq_len: int = 30) -> None:
         self.manifest: Any = SimpleNamespace(
-            limits=SimpleNamespace(max_seq_len=max_seq_len), model=SimpleNamespace(vocab_size=VOCAB_SIZE), task=GENERATE
+            limits=SimpleNamespace(max_seq_len=max_seq_len),
+            model=SimpleNamespace(vocab_size=VOCAB_SIZE, experts=None),
+            task=GENERATE,
         )
         pool = TensorSpec("tokens", "paged_state", "int32", ("num_blocks", block_size))
         self.cache = KVCache([pool], block_size, num_blocks)

@@ -91,7 +91,7 @@ FLOAT, INT8 = manifest(0, "float32"), manifest(32, "float16")
 
 def found(of: SimpleNamespace, **parts) -> dict[str, tuple[bool, str]]:
     nothing = {"ways": {}, "window": None, "answers": [], "together": [], "samples": []}
-    findings = Findings(original=[], as_built=[], rounded=[], layers=(), costs=(), **nothing | parts)
+    findings = Findings(original=[], as_built=[], rounded=[], layers=(), routed=(), costs=(), **nothing | parts)
     return {check.name: (check.passed, check.message) for check in checks(findings, of, [])}
 
 

@@ -32,7 +32,9 @@ class SleepingStages(PipelinedEngine):
 
     def __init__(self, num_stages: int) -> None:
         self.manifest: Any = SimpleNamespace(
-            limits=SimpleNamespace(max_seq_len=4096), model=SimpleNamespace(vocab_size=VOCAB_SIZE), task=GENERATE
+            limits=SimpleNamespace(max_seq_len=4096),
+            model=SimpleNamespace(vocab_size=VOCAB_SIZE, experts=None),
+            task=GENERATE,
         )
         self.directory, self.num_stages = Path("sleeping"), num_stages
         self.cache = Blocks(64, 2000, 1, lambda edit: None)

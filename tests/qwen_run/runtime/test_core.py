@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_any_mixture_answers_as_each_request_alone(load: Traffic) -> None:
     assert_nothing_is_owned(engine)
     for batch in engine.batches:
         assert 0 < len(batch.past_lengths) <= load.options.max_batch_size
-        assert 0 < len(batch.input_ids) <= load.options.max_batch_tokens
+        assert 0 < len(batch.input_ids) <= load.options.step_tokens
     statistics = core.statistics
     assert (statistics.num_running, statistics.num_waiting, statistics.num_steps) == (0, 0, len(engine.batches))
     assert_answered_as_alone(load.asked, played, lambda: load.engine(200))
@@ -268,9 +269,7 @@ def test_options_that_would_starve_prompts_are_refused(options: dict[str, int], 
     ],
 )
 def test_tokens_of_a_step_suit_the_model(experts: tuple[int, int] | None, given: dict[str, int], expected: int) -> None:
-    sizes = ScriptedEngine().manifest.model
-    if experts is not None:
-        sizes = replace(sizes, experts=ExpertSizes(*experts, 64, 0, True))
+    sizes: Any = SimpleNamespace(experts=None if experts is None else ExpertSizes(*experts, 64, 0, True))
     assert CoreOptions(**given).for_model(sizes).max_batch_tokens == expected  # type: ignore[arg-type]
 
 

@@ -31,13 +31,14 @@ def one(tiny_checkpoint, build_engine):
     return Pair(checkpoint.model, checkpoint.path, build_engine(checkpoint.path, quant="none", inputs_embeds=True))
 
 
-def soft(columns, rows=2):
-    """Embeddings that no token has."""
-    return torch.randn(rows, columns, 80, generator=torch.Generator().manual_seed(columns)) * 0.2
+def soft(model, columns, rows=2):
+    """Embeddings that no token of ``model`` has."""
+    width = model.get_input_embeddings().embedding_dim
+    return torch.randn(rows, columns, width, generator=torch.Generator().manual_seed(columns)) * 0.2
 
 
 def test_logits_and_loss(pair):
-    embeds, labels = soft(150), torch.arange(300).reshape(2, 150) % 131
+    embeds, labels = soft(pair.theirs, 150), torch.arange(300).reshape(2, 150) % 131
     mask = torch.ones(2, 150, dtype=torch.int64)
     mask[1, -9:] = 0
     with torch.no_grad():
@@ -54,7 +55,9 @@ def test_logits_and_loss(pair):
 )
 def test_a_soft_prompt_before_a_text(pair, options):
     """As prompt tuning does it: rows of its own, then those of the text's tokens."""
-    embeds = [torch.cat([soft(5), model.get_input_embeddings()(IDS).detach()], 1) for model in (pair.ours, pair.theirs)]
+    embeds = [
+        torch.cat([soft(model, 5), model.get_input_embeddings()(IDS).detach()], 1) for model in (pair.ours, pair.theirs)
+    ]
     assert torch.equal(*embeds)
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[0, :3] = 0
@@ -111,7 +114,7 @@ def test_a_run_takes_ids_and_embeddings_beside_each_other(one, tiny_checkpoint):
 
 
 def test_a_conversation_goes_on_with_token_ids(one):
-    cache, embeds = one.ours.new_cache(), soft(6)
+    cache, embeds = one.ours.new_cache(), soft(one.theirs, 6)
     one.ours(inputs_embeds=embeds, past_key_values=cache)
     ours = one.ours(IDS, past_key_values=cache).logits
     whole = torch.cat([embeds, one.theirs.get_input_embeddings()(IDS)], 1)
@@ -141,7 +144,7 @@ def test_other_embeddings_are_refused(one, embeds, message):
 
 def test_both_at_once_are_refused(one):
     with pytest.raises(ValueError, match="both given or both missing"):
-        one.ours(IDS, inputs_embeds=soft(7))
+        one.ours(IDS, inputs_embeds=soft(one.theirs, 7))
 
 
 def test_the_setting_says_how_the_engine_is_built(tiny_checkpoint, build_engine, tmp_path, monkeypatch):
@@ -149,7 +152,7 @@ def test_the_setting_says_how_the_engine_is_built(tiny_checkpoint, build_engine,
     checkpoint = tiny_checkpoint("qwen3-tied").path
     options = {"export": True, "engine_quantization": "none"}
     model = QwenForCausalLM.from_pretrained(checkpoint, engine_use_inputs_embeds=True, **options)
-    assert model(inputs_embeds=soft(3)).logits.shape == (2, 3, 131)
+    assert model(inputs_embeds=soft(model, 3)).logits.shape == (2, 3, 131)
     assert not QwenForCausalLM.from_pretrained(checkpoint, **options).engine.manifest.takes_embeds
     with pytest.raises(ValueError, match="use_inputs_embeds is True, expected False as the engine was built; build it"):
         QwenForCausalLM.from_pretrained(build_engine(checkpoint, quant="none"), engine_use_inputs_embeds=True)
