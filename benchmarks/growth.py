@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.command import run, say
+from benchmarks.command import paragraph, run, say
 from qwen_engine.errors import EngineError
 from qwen_run.cluster.ray_nodes import require_ray
 from qwen_run.cluster.routing import Router, block_keys
@@ -202,7 +202,7 @@ def report(costs: Costs, batch: int, step_ms: float, answer_tokens: int, years: 
     yield ""
     per_machine = 1000 / step_ms * (batch * costs.token + costs.step + batch / answer_tokens * costs.request) / 1e6
     driver = 1000 / step_ms * batch / answer_tokens * costs.line / 1e6
-    yield (
+    yield paragraph(
         f"One server, whose work Python does on one processor, is busy with {1 / per_machine:,.0f} machines, one "
         f"driver of a file with {1 / driver:,.0f}. Beyond that several servers stand side by side, each with replicas "
         "of its own, and files are divided."

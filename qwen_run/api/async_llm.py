@@ -97,16 +97,12 @@ class AsyncLLM:
             EngineError: the engine has failed or is closed.
         """
         self._worker.check_open()
-        await self._places.take()
-        try:
+        async with self._places.taken():
             if request_id is None:
                 request_id = self._free_name()
             # a long prompt takes a while to tokenize, and other tasks are waiting
             pending = await asyncio.to_thread(self._llm.prepare, prompt, sampling_params, request_id)
             return self._worker.begin(RequestStream(pending, self._worker, self._places, self))
-        except BaseException:
-            self._places.give_back()
-            raise
 
     async def abort(self, request_id: str) -> None:
         """Give a request up; its stream ends with what there is, as ``abort``. Nothing when it is finished."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 
 class Places:
@@ -33,6 +35,16 @@ class Places:
                     self._waiting.remove((loop, mine))
             if not was_waiting:  # the place has been handed over in the meantime
                 self.give_back()
+            raise
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[None]:
+        """Wait for a place, which the body hands on to a request; one whose body fails is given back."""
+        await self.take()
+        try:
+            yield
+        except BaseException:
+            self.give_back()
             raise
 
     def give_back(self) -> None:

@@ -108,15 +108,11 @@ class ReplicatedLLM:
             session: requests of one session go to one replica, as long as that has not much more to do than others.
         """
         self._fleet.check_open()
-        await self._places.take()
-        try:
+        async with self._places.taken():
             if request_id is None:
                 request_id = self._free_name()
             pending = await asyncio.to_thread(self._llm.prepare, prompt, sampling_params, request_id)
             return self._begin(pending, sampling_params, session)
-        except BaseException:
-            self._places.give_back()
-            raise
 
     async def begin(self, pending: PendingRequest) -> RequestStream:
         """As :meth:`add_request`, for an answer that ``llm.prepare`` has prepared.
@@ -125,12 +121,8 @@ class ReplicatedLLM:
             RequestError, EngineError: as there.
         """
         self._fleet.check_open()
-        await self._places.take()
-        try:
+        async with self._places.taken():
             return self._begin(pending, None, None)
-        except BaseException:
-            self._places.give_back()
-            raise
 
     async def abort(self, request_id: str) -> None:
         """As :meth:`AsyncLLM.abort`."""

@@ -18,7 +18,7 @@ from qwen_run.engine_files.float_activations import with_float_activations
 from qwen_run.runtime.capacity import choose_capacity, warn_of_shorter, with_limit
 from qwen_run.runtime.kv_cache import KVCache
 from qwen_run.runtime.machine import available_bytes, physical_cores
-from qwen_run.runtime.session import GraphSession
+from qwen_run.runtime.session import GraphSession, absent_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +53,7 @@ class Engine:
         self._session = session
         session.bind(cache.pools)
         self._input_names = [spec.name for spec in manifest.batch_inputs]
-        # What a batch that has none of them brings.
-        self._absent = {
-            spec.name: np.zeros((0, *map(int, spec.shape[1:])), spec.dtype)
-            for spec in manifest.batch_inputs
-            if spec.kind == "embedding"
-        }
+        self._absent = absent_inputs(manifest)
 
     @classmethod
     def load(

@@ -141,3 +141,12 @@ def _engine_error(what: str, error: Exception) -> EngineError:
     lines = text.splitlines() or [type(error).__name__]
     advice = f"; {memory_advice()}" if is_refused_memory(error) else ""
     return EngineError(f"{what}: {lines[0].split(' : ')[-1].strip()}{advice}")
+
+
+def absent_inputs(manifest: Manifest) -> dict[str, np.ndarray]:
+    """What a batch without embeddings gives the inputs for them: none, by name."""
+    return {
+        spec.name: np.zeros((0, *map(int, spec.shape[1:])), spec.dtype)
+        for spec in manifest.batch_inputs
+        if spec.kind == "embedding"
+    }

@@ -17,7 +17,7 @@ from qwen_run.engine_files.stage_graph import StageGraph, check_layers, stage_gr
 from qwen_run.runtime.engine import Batch, check_counts, read_manifest
 from qwen_run.runtime.kv_cache import Edit, Pools
 from qwen_run.runtime.machine import physical_cores
-from qwen_run.runtime.session import GraphSession
+from qwen_run.runtime.session import GraphSession, absent_inputs
 
 
 def even_cuts(num_layers: int, num_stages: int) -> list[range]:
@@ -59,11 +59,7 @@ class Stage:
         self._pools = pools
         session.bind(pools.arrays)
         self._input_names = [spec.name for spec in manifest.batch_inputs if spec.name in session.input_names]
-        self._absent = {
-            spec.name: np.zeros((0, *map(int, spec.shape[1:])), spec.dtype)
-            for spec in manifest.batch_inputs
-            if spec.kind == "embedding"
-        }
+        self._absent = absent_inputs(manifest)
 
     @classmethod
     def load(

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cases.as_built import as_built, layer_outputs, relative_errors
+from cases.chat_checkpoint import WORDS, write_chat_checkpoint
 from cases.experts import lopsided
-from cases.scripted import write_text_files
-from cases.tiny import FAMILIES, TINY, TinyCheckpoint, run_alone
+from cases.tiny import TinyCheckpoint, run_alone
 from qwen_build.calibration import experts
 from qwen_build.checkpoint.locate import resolve_checkpoint
 from qwen_build.checkpoint.weights import Checkpoint
@@ -27,7 +27,6 @@ from qwen_run.engine_files.weights import EngineWeights
 from qwen_run.runtime.engine import Engine
 from qwen_run.text.tokenizer import Tokenizer
 
-WORDS = ["the", "cache", "block", "token", "model", "layer", "sum", "key", "value", "query", "weight", "scale"]
 METHODS = {
     "rtn": {"quant": "int4"},
     "gptq": {"int4_method": "gptq"},
@@ -46,20 +45,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["qwen2-moe", "qwen3-moe"])
 def checkpoint(request, tmp_path_factory) -> TinyCheckpoint:
-    import torch
-    import transformers
-
-    path = write_text_files(tmp_path_factory.mktemp("checkpoint") / "tiny", eos_token_id=[264, 262])
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(**TINY | FAMILIES[request.param] | {"vocab_size": 283})
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    generation_config = (path / "generation_config.json").read_text()
-    model.save_pretrained(path)
-    (path / "generation_config.json").write_text(generation_config)
-    return TinyCheckpoint(path, model)
+    return write_chat_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", request.param)
 
 
 def built(path: Path, output: Path, texts: Path, name: str) -> tuple[Path, list[str]]:

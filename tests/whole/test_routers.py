@@ -10,33 +10,17 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from cases.scripted import write_text_files
-from cases.tiny import FAMILIES, TINY
+from cases.chat_checkpoint import WORDS, write_chat_checkpoint
 from qwen_run.accuracy.both_sides import equal_choices
 from qwen_run.accuracy.metrics import router_agreement
 from qwen_run.accuracy.report import Report
 from qwen_run.accuracy.weight_checks import compare_weights
 from qwen_run.commands.summarize import main
 
-WORDS = ["the", "cache", "block", "token", "model", "layer", "sum", "key", "value", "query", "weight", "scale"]
-
 
 @pytest.fixture(scope="module", params=["qwen2-moe", "qwen3-moe"])
 def checkpoint(request, tmp_path_factory) -> Path:
-    import torch
-    import transformers
-
-    path = write_text_files(tmp_path_factory.mktemp("checkpoint") / "tiny", eos_token_id=[264, 262])
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(**TINY | FAMILIES[request.param] | {"vocab_size": 283})
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    generation_config = (path / "generation_config.json").read_text()
-    model.save_pretrained(path)
-    (path / "generation_config.json").write_text(generation_config)
-    return path
+    return write_chat_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", request.param).path
 
 
 @pytest.fixture(scope="module")

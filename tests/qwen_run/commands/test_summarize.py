@@ -17,9 +17,8 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from cases.chat_checkpoint import WORDS, write_chat_checkpoint
 from cases.processes import run_python
-from cases.scripted import write_text_files
-from cases.tiny import FAMILIES, TINY
 from qwen_build.checkpoint.rope import Rope
 from qwen_build.graph.rope import rope_tables
 from qwen_build.plan.rules import Rule
@@ -32,25 +31,11 @@ from qwen_run.commands.summarize import main
 from qwen_run.engine_files.checksums import measure_part
 
 LAYER = 1
-WORDS = ["the", "cache", "block", "token", "model", "layer", "sum", "key", "value", "query", "weight", "scale"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    import torch
-    import transformers
-
-    path = write_text_files(tmp_path_factory.mktemp("checkpoint") / "tiny", eos_token_id=[264, 262])
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(**TINY | FAMILIES["qwen2"] | {"vocab_size": 283})
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    generation_config = (path / "generation_config.json").read_text()
-    model.save_pretrained(path)
-    (path / "generation_config.json").write_text(generation_config)
-    return path
+    return write_chat_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "qwen2").path
 
 
 @pytest.fixture(scope="module")
