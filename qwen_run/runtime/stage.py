@@ -31,7 +31,7 @@ def even_cuts(num_layers: int, num_stages: int) -> list[range]:
     """
     if not 1 <= num_stages <= num_layers:
         raise EngineError(
-            f"pipeline_parallel_size is {num_stages}, expected 1 to {num_layers}, as many as the engine has layers"
+            f"{num_stages} stages are asked for, expected 1 to {num_layers}, as many as the engine has layers"
         )
     edges = [num_layers * index // num_stages for index in range(num_stages + 1)]
     return [range(*edge) for edge in pairwise(edges)]

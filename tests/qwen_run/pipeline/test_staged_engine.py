@@ -108,7 +108,7 @@ def test_the_names_of_vllm_and_an_event_loop(engine: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"pipeline_parallel_size": 7}, "pipeline_parallel_size is 7, expected 1 to 6, as many as the engine has"),
+        ({"pipeline_parallel_size": 7}, "7 stages are asked for, expected 1 to 6, as many as the engine has"),
         ({"pipeline_parallel_size": 0}, "pipeline_parallel_size is 0, expected a whole number, 1 or more"),
         ({"distributed_executor_backend": "gpu"}, "distributed_executor_backend is 'gpu', expected one of local, "),
     ],

@@ -98,7 +98,7 @@ def test_wrong_layers_are_refused(tied_engine: Path, layers: range) -> None:
 
 def test_cuts_are_even() -> None:
     assert even_cuts(30, 4) == [range(7), range(7, 15), range(15, 22), range(22, 30)]
-    with pytest.raises(EngineError, match="pipeline_parallel_size is 4, expected 1 to 3, as many as the engine has"):
+    with pytest.raises(EngineError, match="4 stages are asked for, expected 1 to 3, as many as the engine has"):
         even_cuts(3, 4)
 
 
